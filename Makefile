@@ -1,0 +1,72 @@
+# `make demo` and `make test` set up everything they need first; a second run finds it in place.
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu*')
+
+.PHONY: help demo test lint format bench build clean distclean
+help:
+	@echo "make demo       train a character model with nn.LSTM and with lstm_fused, side by side"
+	@echo "make test       lint and tests"
+	@echo "make bench      the speed table; ARGS='--json' keeps it under bench/results"
+	@echo "make lint       ruff and clang-format, checking only"
+	@echo "make format     ruff and clang-format, rewriting files"
+	@echo "make build      set-up and build alone"
+	@echo "make clean      remove build products; make distclean removes $(VENV) too"
+	@echo "options: PYTHON=python3.12, CXX=clang++, ARGS='...' for the command that demo, test, bench run"
+
+demo: build
+	@$(BIN)/python -m examples.char_lm $(ARGS)
+
+test: lint build
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMPS)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@$(BIN)/clang-format --dry-run -Werror $(CPP_FILES) && echo "clang-format: all C++ files are formatted"
+
+format: $(STAMPS)/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+bench: build
+	@$(BIN)/python -m bench $(ARGS)
+
+build: $(STAMPS)/build
+
+clean:
+	rm -rf build *.egg-info lstm_fused/*.so $(STAMPS)/build .pytest_cache .ruff_cache .hypothesis
+
+distclean: clean
+	rm -rf $(VENV)
+
+define require
+@$(1) >/dev/null 2>&1 || { echo "error: $(2)" >&2; exit 1; }
+endef
+
+$(STAMPS)/venv:
+	$(call require,command -v "$(PYTHON)",no $(PYTHON) here: install Python 3.10 or later or set PYTHON)
+	$(call require,$(PYTHON) -c 'import sys; assert sys.hexversion >= 0x30a0000',$(PYTHON) is older than 3.10: set PYTHON to a newer one)
+	$(call require,$(PYTHON) -c 'import ensurepip; import venv',$(PYTHON) has no venv module: install it (Debian and Ubuntu: apt install python3-venv))
+	$(call require,$(PYTHON) -c 'import sysconfig as s; open(s.get_path("include") + "/Python.h")',Python.h is missing: install it (Debian and Ubuntu: apt install python3-dev))
+	$(call require,command -v $(firstword $(CXX)),no C++ compiler $(firstword $(CXX)): install one (Debian and Ubuntu: apt install g++) or set CXX)
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+# torch first and by itself, so that no other package's requirement chooses its version.
+$(STAMPS)/dev: requirements-dev.txt | $(STAMPS)/venv
+	$(PIP) install $$(grep '^torch==' requirements-dev.txt)
+	$(PIP) install --quiet -r requirements-dev.txt
+	@touch $@
+
+# Folders are listed too, so that a file added to or taken from csrc/ also rebuilds.
+$(STAMPS)/build: setup.py pyproject.toml $(shell find csrc) $(STAMPS)/dev
+	@echo "building the kernels, a minute or two when all of them are new"
+	$(PIP) install --quiet --no-build-isolation --no-deps -e .
+	@touch $@

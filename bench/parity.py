@@ -1,0 +1,49 @@
+"""The gate before the clock: a provider that is wrong gets no time."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from tests import tolerance
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One tensor: largest absolute errors against float64, and what is allowed."""
+
+    tensor: str
+    error: float
+    allowed: float
+    baseline_error: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.allowed
+
+
+def max_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """The largest absolute difference; infinite where the shape differs or a NaN is involved."""
+    if found.shape != exact.shape:
+        return float("inf")
+    if not found.numel():
+        return 0.0
+    error = (found.double() - exact).abs().max().item()
+    return float("inf") if math.isnan(error) else error
+
+
+def compare(found: dict, baseline: dict, exact: dict, row_of=tolerance.kind) -> list[Verdict]:
+    """Each tensor by the tests' own rule; row_of names its row in their table."""
+    verdicts = []
+    for name, truth in exact.items():
+        largest = truth.abs().max().item() if truth.numel() else 0.0
+        baseline_error = max_error(baseline[name], truth)
+        allowed = tolerance.allowed(row_of(name), baseline[name].dtype, baseline_error, largest)
+        verdicts.append(Verdict(name, max_error(found[name], truth), allowed, baseline_error))
+    return verdicts
+
+
+def worst(verdicts: list[Verdict]) -> Verdict:
+    """The one that goes furthest over, or comes closest to, what it is allowed."""
+    tiny = torch.finfo(torch.float64).tiny
+    return max(verdicts, key=lambda v: v.error / max(v.allowed, tiny))

@@ -1,0 +1,45 @@
+// The LSTM cell (Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000), in
+// torch's gate order i, f, g, o. V is the value a kernel computes with: SIMD lanes or a scalar.
+// sigmoid(V) and tanh(V) must be declared before this header is included.
+#pragma once
+
+#ifndef LSTM_FUSED_INLINE
+#define LSTM_FUSED_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace lstm_fused {
+namespace {
+
+struct Lstm {
+  static constexpr int kGates = 4;
+
+  // pre: the gates' pre-activations, replaced by the gates. Returns h.
+  template <class V>
+  static LSTM_FUSED_INLINE V forward(V (&gate)[kGates], const V& c_prev, V& c) {
+    gate[0] = sigmoid(gate[0]);
+    gate[1] = sigmoid(gate[1]);
+    gate[2] = tanh(gate[2]);
+    gate[3] = sigmoid(gate[3]);
+    c = gate[1] * c_prev + gate[0] * gate[2];
+    return gate[3] * tanh(c);
+  }
+
+  // dh: gradient of h. dc: gradient of c arriving from the next step, replaced by the one for the
+  // previous step. d_pre: gradients of the pre-activations. Returns h, recomputed.
+  template <class V>
+  static LSTM_FUSED_INLINE V backward(const V (&gate)[kGates], const V& c_prev, const V& c,
+                                      const V& dh, V& dc, V (&d_pre)[kGates]) {
+    const V i = gate[0], f = gate[1], g = gate[2], o = gate[3];
+    const V tanh_c = tanh(c);
+    const V dc_total = dc + dh * o * (1 - tanh_c * tanh_c);
+    d_pre[0] = dc_total * g * i * (1 - i);
+    d_pre[1] = dc_total * c_prev * f * (1 - f);
+    d_pre[2] = dc_total * i * (1 - g * g);
+    d_pre[3] = dh * tanh_c * o * (1 - o);
+    dc = dc_total * f;
+    return o * tanh_c;
+  }
+};
+
+}  // namespace
+}  // namespace lstm_fused

@@ -1,0 +1,324 @@
+// The persistent backward kernel. The same division of units and rows as forward: each thread
+// multiplies the gate gradients of the step before by its columns of W_hh, adds dy, does the cell's
+// backward step on its own units and writes its part of the gate gradients; one barrier a step.
+// After the sequence every weight gradient and dx is one product over all rows (gradients.h).
+#pragma once
+
+#include "forward.h"
+
+namespace lstm_fused {
+namespace {
+
+// Buffers and sizes of a backward call. Gate gradients lie as the saved gates do,
+// (D, H/16, S, G, 16): what the products after the loop read without a shuffle.
+template <class Cell, class S>
+struct BackwardState {
+  using A = typename ComputeOf<S>::type;
+  using V = Vector<A>;
+  static constexpr int G = Cell::kGates;
+  static constexpr int lanes = VectorOf<A>::lanes;
+  static constexpr int per_block = kBlock / lanes;
+
+  const BackwardParams& p;
+  const Plan& plan;
+  const int64_t T, N, I, H, R, S_rows, Hb, Rb, Hp, Rp;
+  const bool projection;
+
+  A* d_gates;    // (D, Hb, S, G, 16)
+  A* dc;         // (D, N, Hp)
+  A* c0;         // (D, N, Hp)
+  A* d_hidden;   // (D, Rb, S, 16) gradients of the projected state, projection only
+  A* full;       // (D, S, Hp) hidden states before the projection, projection only
+  A* db;         // (threads, D, Hb, G, 16)
+  A* packed_hh;  // (D, Rp, G * Hp) in panels: columns of W_hh
+  A* packed_hr;  // (D, Hp, R) in panels: columns of W_hr, projection only
+  A* packed_ih;  // (D, Ip, G * Hp) in panels, dx only
+  Barrier* barriers;
+
+  int64_t Ip() const { return round_up(I, kBlock); }
+  int groups() const { return plan.direction_groups * plan.row_groups; }
+
+  BackwardState(const BackwardParams& params, const Plan& the_plan, Arena& arena)
+      : p(params),
+        plan(the_plan),
+        T(p.size.steps.T),
+        N(p.size.steps.N),
+        I(p.size.I),
+        H(p.size.H),
+        R(p.size.R),
+        S_rows(p.size.steps.rows()),
+        Hb(ceil_div(H, kBlock)),
+        Rb(ceil_div(R, kBlock)),
+        Hp(Hb * kBlock),
+        Rp(Rb * kBlock),
+        projection(p.weights[0].w_hr != nullptr) {
+    const int D = p.size.D;
+    d_gates = arena.take<A>(D * Hb * S_rows * G * kBlock);
+    dc = arena.take<A>(D * N * Hp);
+    c0 = arena.take<A>(D * N * Hp);
+    d_hidden = projection ? arena.take<A>(D * Rb * S_rows * kBlock) : nullptr;
+    full = projection ? arena.take<A>(D * S_rows * Hp) : nullptr;
+    db = arena.take<A>(plan.threads * D * Hb * G * kBlock);
+    packed_hh = arena.take<A>(D * Rp * G * Hp);
+    packed_hr = projection ? arena.take<A>(D * Hp * R) : nullptr;
+    packed_ih = p.dx ? arena.take<A>(D * Ip() * G * Hp) : nullptr;
+    barriers = arena.take<Barrier>(groups() + 1);
+  }
+
+  void init_barriers() {
+    for (int i = 0; i <= groups(); ++i) {
+      barriers[i] = Barrier();
+      barriers[i].init(i < groups() ? plan.unit_groups : plan.threads);
+    }
+  }
+
+  A* gate_gradients(int d, int64_t block, int64_t s) const {
+    return d_gates + ((d * Hb + block) * S_rows + s) * G * kBlock;
+  }
+  const A* saved_gates(int d, int64_t block, int64_t s) const {
+    return static_cast<const A*>(p.gates) + ((d * Hb + block) * S_rows + s) * G * kBlock;
+  }
+  const A* saved_cell(int d, int64_t block, int64_t s) const {
+    return static_cast<const A*>(p.cells) + ((d * Hb + block) * S_rows + s) * kBlock;
+  }
+  A* hidden_gradients(int d, int64_t block, int64_t s) const {
+    return d_hidden + ((d * Rb + block) * S_rows + s) * kBlock;
+  }
+
+  // Step `step` of the backward walk; the row before (n, t) in the forward walk, or -1.
+  int64_t time(int d, int64_t step) const { return d == 0 ? T - 1 - step : step; }
+  int64_t previous_time(int d, int64_t t, int64_t n) const {
+    const int64_t before = d == 0 ? t - 1 : t + 1;
+    return before >= 0 && before < T && n < p.size.steps.active(before) ? before : -1;
+  }
+
+  Panels<A> hidden_panels(int d, int unit_group) const {
+    const Range v = vector_slice<A>(R, plan.unit_groups, unit_group);
+    return {v, G * Hp, packed_hh + d * Rp * G * Hp + v.begin * lanes * G * Hp};
+  }
+  Panels<A> projection_panels(int d, int unit_group) const {
+    const Range v = vector_slice<A>(H, plan.unit_groups, unit_group);
+    return {v, R, packed_hr + d * Hp * R + v.begin * lanes * R};
+  }
+};
+
+template <class Cell, class S>
+struct BackwardWalk {
+  using K = BackwardState<Cell, S>;
+  using A = typename K::A;
+  using V = typename K::V;
+  static constexpr int G = K::G, lanes = K::lanes;
+
+  const K& k;
+  const int worker;
+  const Place place;
+  const RowGroup group;
+  const Range units;    // vectors of hidden units: the cell's backward step
+  const Range hiddens;  // vectors of the recurrent state: columns of W_hh
+  Barrier& barrier;
+  int d = 0;
+
+  BackwardWalk(const K& kernel, int i)
+      : k(kernel),
+        worker(i),
+        place(k.plan, i),
+        group(k.p.size.steps, k.plan, place.row_group),
+        units(vector_slice<A>(k.H, k.plan.unit_groups, place.unit_group)),
+        hiddens(vector_slice<A>(k.R, k.plan.unit_groups, place.unit_group)),
+        barrier(k.barriers[place.direction_group * k.plan.row_groups + place.row_group]) {}
+
+  void run() {
+    for (d = place.direction_group; d < k.p.size.D; d += k.plan.direction_groups) prepare();
+    k.barriers[k.groups()].wait();
+    for (d = place.direction_group; d < k.p.size.D; d += k.plan.direction_groups) {
+      int64_t carried = 0;  // rows whose gate gradients of the step before are at hand
+      for (int64_t step = 0; step < k.T; ++step) {
+        const int64_t active = group.active(k.p.size.steps.active(k.time(d, step)));
+        walk(step, carried, active);
+        carried = active;
+      }
+      walk(k.T, carried, 0);
+      finish_states();
+    }
+  }
+
+  void prepare() const {
+    const Weights& w = k.p.weights[d];
+    pack_gate_rows<A, S, G>(k.hidden_panels(d, place.unit_group),
+                            split(G * k.Hp, k.plan.row_groups, place.row_group),
+                            static_cast<const S*>(w.w_hh), k.H, k.R);
+    if (k.projection && place.row_group == 0) {
+      const Panels<A> panels = k.projection_panels(d, place.unit_group);
+      for (int64_t r = 0; r < k.R; ++r)
+        pack_panel_row(panels, r, static_cast<const S*>(w.w_hr) + r * k.H, k.H);
+    }
+    const S* c0 = static_cast<const S*>(k.p.c0);
+    const S* dc_n = static_cast<const S*>(k.p.dc_n);
+    for (int64_t i = place.unit_group; i < group.count; i += k.plan.unit_groups) {
+      const int64_t at = d * k.N + group.row(i);
+      stage_row(k.c0 + at * k.Hp, c0 ? c0 + at * k.H : nullptr, c0 ? k.H : 0, k.Hp);
+      stage_row(k.dc + at * k.Hp, dc_n ? dc_n + at * k.H : nullptr, dc_n ? k.H : 0, k.Hp);
+    }
+    // Lanes of the last block that no vector of units covers are read by the products as zeros.
+    const int64_t covered = ceil_div(k.H, lanes) * lanes;
+    if (place.unit_group == 0 && covered < k.Hp) clear_padding(covered % kBlock);
+  }
+
+  void clear_padding(int64_t from) const {
+    for (int64_t t = 0; t < k.T; ++t)
+      for (int64_t i = 0; i < group.active(k.p.size.steps.active(t)); ++i) {
+        A* row = k.gate_gradients(d, k.Hb - 1, k.p.size.steps.offset(t) + group.row(i));
+        for (int g = 0; g < G; ++g)
+          for (int64_t l = from; l < kBlock; ++l) row[g * kBlock + l] = 0;
+      }
+  }
+
+  A* bias_sums(int64_t block) const {
+    return k.db + ((worker * k.p.size.D + d) * k.Hb + block) * G * kBlock;
+  }
+
+  // Rows [0, carried) receive a gradient through W_hh; those past `active` end here, in dh0. Rows
+  // [carried, active) start here, from dh_n.
+  void walk(int64_t step, int64_t carried, int64_t active) const {
+    const Panels<A> panels = k.hidden_panels(d, place.unit_group);
+    for (int64_t panel = 0; panel < panels.count(); ++panel) {
+      const auto each = [&](int64_t begin, int64_t end, bool recurrent) {
+        for_each_tile(begin, end, [&](int64_t first, int n) {
+          A out[kMaxRows * kMaxCols * lanes];
+          recurrent ? product(panels, panel, step, first, n, out)
+                    : final_gradient(panels, panel, first, n, out);
+          receive(panels, panel, step, first, n, first >= active, out);
+        });
+      };
+      each(0, min64(carried, active), true);
+      each(active, carried, true);
+      each(carried, active, false);
+    }
+    if (k.projection && active > 0) {
+      barrier.wait();
+      through_projection(step, active);
+    }
+    barrier.wait();
+  }
+
+  void product(const Panels<A>& panels, int64_t panel, int64_t step, int64_t first, int n,
+               A* out) const {
+    const int64_t offset = k.p.size.steps.offset(k.time(d, step - 1));
+    TileProduct<A> tile{{}, 1, G * kBlock, k.Hb, k.S_rows * G * kBlock};
+    for (int r = 0; r < n; ++r)
+      tile.rows[r] = k.gate_gradients(d, 0, offset + group.row(first + r));
+    tile_function<A>(n, panels.cols(panel))(tile, panels.panel(panel), out, false);
+  }
+
+  void final_gradient(const Panels<A>& panels, int64_t panel, int64_t first, int n, A* out) const {
+    const S* dh_n = static_cast<const S*>(k.p.dh_n);
+    for (int r = 0; r < n; ++r)
+      for (int c = 0; c < panels.cols(panel); ++c) {
+        const int64_t u = (panels.first_vector(panel) + c) * lanes;
+        const int64_t at = (d * k.N + group.row(first + r)) * k.R + u;
+        store(out + (r * kMaxCols + c) * lanes, dh_n ? load_first<V>(dh_n + at, k.R - u) : V{});
+      }
+  }
+
+  // Gradients of the recurrent state that one tile computed: to dh0, or with dy to the cell (or to
+  // the projection before it).
+  void receive(const Panels<A>& panels, int64_t panel, int64_t step, int64_t first, int n,
+               bool ended, const A* out) const {
+    for (int c = 0; c < panels.cols(panel); ++c) {
+      const int64_t vec = panels.first_vector(panel) + c;
+      const int64_t u = vec * lanes;
+      for (int r = 0; r < n; ++r) {
+        const int64_t row = group.row(first + r);
+        const V dh = load<V>(out + (r * kMaxCols + c) * lanes);
+        if (ended) {
+          if (k.p.dh0)
+            store_first(static_cast<S*>(k.p.dh0) + (d * k.N + row) * k.R + u, dh, k.R - u);
+          continue;
+        }
+        const int64_t t = k.time(d, step);
+        const int64_t s = k.p.size.steps.offset(t) + row;
+        const V total = dh + output_gradient(s, u);
+        if (k.projection) {
+          store(k.hidden_gradients(d, u / kBlock, s) + u % kBlock, total);
+        } else {
+          cell(t, row, s, vec, total);
+        }
+      }
+    }
+  }
+
+  V output_gradient(int64_t s, int64_t u) const {
+    if (!k.p.dy) return V{};
+    const S* dy = static_cast<const S*>(k.p.dy) + (s * k.p.size.D + d) * k.R + u;
+    return load_first<V>(dy, k.R - u);
+  }
+
+  void cell(int64_t t, int64_t n, int64_t s, int64_t vec, const V& dh) const {
+    const int64_t u = vec * lanes;
+    const int64_t block = u / kBlock, lane = u % kBlock;
+    V gate[G], d_pre[G];
+    const A* saved = k.saved_gates(d, block, s) + lane;
+#pragma GCC unroll 8
+    for (int g = 0; g < G; ++g) gate[g] = load<V>(saved + g * kBlock);
+    const int64_t before = k.previous_time(d, t, n);
+    const V c_prev =
+        before < 0 ? load<V>(k.c0 + (d * k.N + n) * k.Hp + u)
+                   : load<V>(k.saved_cell(d, block, k.p.size.steps.offset(before) + n) + lane);
+    A* dc_row = k.dc + (d * k.N + n) * k.Hp + u;
+    V dc = load<V>(dc_row);
+    const V c = load<V>(k.saved_cell(d, block, s) + lane);
+    const V h = Cell::backward(gate, c_prev, c, dh, dc, d_pre);
+    store(dc_row, dc);
+    A* to = k.gate_gradients(d, block, s) + lane;
+    A* sums = bias_sums(block) + lane;
+#pragma GCC unroll 8
+    for (int g = 0; g < G; ++g) {
+      store(to + g * kBlock, d_pre[g]);
+      store(sums + g * kBlock, load<V>(sums + g * kBlock) + d_pre[g]);
+    }
+    if (k.projection) store(k.full + (d * k.S_rows + s) * k.Hp + u, h);
+  }
+
+  void through_projection(int64_t step, int64_t active) const {
+    const Panels<A> panels = k.projection_panels(d, place.unit_group);
+    const int64_t t = k.time(d, step);
+    const int64_t offset = k.p.size.steps.offset(t);
+    for (int64_t panel = 0; panel < panels.count(); ++panel) {
+      for_each_tile(0, active, [&](int64_t first, int n) {
+        A out[kMaxRows * kMaxCols * lanes];
+        const int cols = panels.cols(panel);
+        const int64_t whole = k.R / kBlock, rest = k.R % kBlock;
+        TileProduct<A> tile{{}, 1, kBlock, whole, k.S_rows * kBlock};
+        for (int r = 0; r < n; ++r)
+          tile.rows[r] = k.hidden_gradients(d, 0, offset + group.row(first + r));
+        const A* b = panels.panel(panel);
+        if (whole > 0) tile_function<A>(n, cols)(tile, b, out, false);
+        if (rest > 0) {
+          for (int r = 0; r < n; ++r) tile.rows[r] += whole * tile.segment_stride;
+          tile.steps = rest;
+          tile.segments = 1;
+          tile_function<A>(n, cols)(tile, b + whole * kBlock * cols * lanes, out, whole > 0);
+        }
+        for (int r = 0; r < n; ++r)
+          for (int c = 0; c < cols; ++c)
+            cell(t, group.row(first + r), offset + group.row(first + r),
+                 panels.first_vector(panel) + c, load<V>(out + (r * kMaxCols + c) * lanes));
+      });
+    }
+  }
+
+  void finish_states() const {
+    if (!k.p.dc0) return;
+    for (int64_t i = 0; i < group.count; ++i) {
+      const int64_t at = d * k.N + group.row(i);
+      for (int64_t v = units.begin; v < units.end; ++v) {
+        const int64_t u = v * lanes;
+        store_first(static_cast<S*>(k.p.dc0) + at * k.H + u, load<V>(k.dc + at * k.Hp + u),
+                    k.H - u);
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace lstm_fused

@@ -1,0 +1,240 @@
+// What follows the backward walk: dx, and the gradients of weights and biases, each one product over
+// all rows of the sequence, read from the gate gradients where the walk left them.
+#pragma once
+
+#include "backward.h"
+
+namespace lstm_fused {
+namespace {
+
+template <class Cell, class S>
+struct Gradients : BackwardState<Cell, S> {
+  using Base = BackwardState<Cell, S>;
+  using typename Base::A;
+  using typename Base::V;
+  using Base::G, Base::lanes, Base::p, Base::plan, Base::T, Base::N, Base::I, Base::H, Base::R,
+      Base::S_rows, Base::Hb, Base::Hp;
+  // Rows of B packed at a time: panel and A's lines stay in the first-level cache.
+  static constexpr int64_t kDepth = 128;
+  // Rows of dx between two passes over W_ih, whose panels stream from the second-level cache.
+  static constexpr int64_t kRowsPerPass = 96;
+
+  A* sums;  // (G * Hp, widest): one matrix at a time, each thread its own rows
+  A* b;     // (threads, columns, kDepth)
+
+  int64_t widest() const { return round_up(max64(max64(I, R), H), kBlock); }
+  int64_t row_blocks() const { return Hb * G; }
+
+  Gradients(const BackwardParams& params, const Plan& the_plan, Arena& arena)
+      : Base(params, the_plan, arena) {
+    sums = arena.take<A>(row_blocks() * kBlock * widest());
+    b = arena.take<A>(plan.threads * kDepth * widest());
+  }
+
+  Panels<A> input_panels(int d) const {
+    return {{0, ceil_div(I, lanes)}, G * Hp, this->packed_ih + d * this->Ip() * G * Hp};
+  }
+
+  void pack_input_weights(int worker) const {
+    if (!p.dx) return;
+    for (int d = 0; d < p.size.D; ++d)
+      pack_gate_rows<A, S, G>(input_panels(d), split(G * Hp, plan.threads, worker),
+                              static_cast<const S*>(p.weights[d].w_ih), H, I);
+  }
+
+  void input_gradient(int worker) const {
+    if (!p.dx) return;
+    const Range own = split(S_rows, plan.threads, worker);
+    for (int64_t begin = own.begin; begin < own.end; begin += kRowsPerPass) {
+      const int64_t end = min64(begin + kRowsPerPass, own.end);
+      const Panels<A> shape = input_panels(0);
+      for (int64_t panel = 0; panel < shape.count(); ++panel)
+        for_each_tile(begin, end, [&](int64_t first, int n) {
+          input_gradient_tile(shape, panel, first, n);
+        });
+    }
+  }
+
+  void input_gradient_tile(const Panels<A>& shape, int64_t panel, int64_t first, int n) const {
+    const int cols = shape.cols(panel);
+    A out[kMaxRows * kMaxCols * lanes];
+    for (int d = 0; d < p.size.D; ++d) {
+      TileProduct<A> tile{{}, 1, G * kBlock, Hb, S_rows * G * kBlock};
+      for (int r = 0; r < n; ++r) tile.rows[r] = this->gate_gradients(d, 0, first + r);
+      tile_function<A>(n, cols)(tile, input_panels(d).panel(panel), out, d > 0);
+    }
+    for (int r = 0; r < n; ++r)
+      for (int c = 0; c < cols; ++c) {
+        const int64_t i = (shape.first_vector(panel) + c) * lanes;
+        store_first(static_cast<S*>(p.dx) + (first + r) * I + i,
+                    load<V>(out + (r * kMaxCols + c) * lanes), I - i);
+      }
+  }
+
+  // A weight gradient: rows from `a`, laid out (blocks, S, width), times rows of B.
+  struct Product {
+    const A* a;
+    int64_t blocks, width;
+    int64_t columns;
+    void* to;  // (rows, columns) in S
+  };
+
+  // B's row s for each matrix. `t` follows s, which only grows.
+  template <class F>
+  void for_rows(int64_t begin, int64_t end, const F& f) const {
+    int64_t t = 0;
+    for (int64_t s = begin; s < end; ++s) {
+      while (p.size.steps.offset(t + 1) <= s) ++t;
+      f(s, t, s - p.size.steps.offset(t));
+    }
+  }
+
+  const S* input_row(int64_t t, int64_t n) const {
+    return static_cast<const S*>(p.x.data) + p.x.row(p.size.steps, t, n);
+  }
+
+  const S* previous_hidden(int d, int64_t t, int64_t n) const {
+    const int64_t before = this->previous_time(d, t, n);
+    if (before >= 0)
+      return static_cast<const S*>(p.y) +
+             ((p.size.steps.offset(before) + n) * p.size.D + d) * R;
+    return p.h0 ? static_cast<const S*>(p.h0) + (d * N + n) * R : nullptr;
+  }
+
+  void weight_gradients(int worker) const {
+    for (int d = 0; d < p.size.D; ++d) {
+      const WeightGradients& dw = p.dweights[d];
+      const A* gates = this->gate_gradients(d, 0, 0);
+      if (dw.w_ih)
+        weight_gradient<S>(worker, {gates, Hb, G * kBlock, I, dw.w_ih},
+                           [&](int64_t, int64_t t, int64_t n) { return input_row(t, n); });
+      if (dw.w_hh)
+        weight_gradient<S>(
+            worker, {gates, Hb, G * kBlock, R, dw.w_hh},
+            [&](int64_t, int64_t t, int64_t n) { return previous_hidden(d, t, n); });
+      if (dw.w_hr)
+        weight_gradient<A>(worker, {this->hidden_gradients(d, 0, 0), this->Rb, kBlock, H, dw.w_hr},
+                           [&](int64_t s, int64_t, int64_t) {
+                             return static_cast<const A*>(this->full + (d * S_rows + s) * Hp);
+                           });
+    }
+  }
+
+  // Threads own blocks of rows of the gradient, and columns of it where blocks are too few.
+  template <class B, class RowOf>
+  void weight_gradient(int worker, const Product& w, const RowOf& row_of) const {
+    const int64_t block_groups = min64(plan.threads, w.blocks);
+    const int64_t column_groups = plan.threads / block_groups;
+    if (worker >= block_groups * column_groups) return;
+    const Range blocks = split(w.blocks, block_groups, worker % block_groups);
+    const Range vectors =
+        split(ceil_div(w.columns, lanes), column_groups, worker / block_groups);
+    const int64_t pitch = widest();
+    for (int64_t r = blocks.begin * w.width; r < blocks.end * w.width; ++r)
+      __builtin_memset(sums + r * pitch + vectors.begin * lanes, 0,
+                       vectors.size() * lanes * sizeof(A));
+    const Panels<A> panels{vectors, kDepth, b + worker * kDepth * pitch};
+    for (int64_t s0 = 0; s0 < S_rows; s0 += kDepth) {
+      const int64_t depth = min64(kDepth, S_rows - s0);
+      for_rows(s0, s0 + depth, [&](int64_t s, int64_t t, int64_t n) {
+        pack_panel_row<A, B>(panels, s - s0, row_of(s, t, n), w.columns);
+      });
+      for (int64_t j = blocks.begin; j < blocks.end; ++j)
+        for (int64_t panel = 0; panel < panels.count(); ++panel)
+          add_block(w, j, panels, panel, s0, depth);
+    }
+    for (int64_t j = blocks.begin; j < blocks.end; ++j) put_rows(w, j, vectors);
+  }
+
+  void add_block(const Product& w, int64_t j, const Panels<A>& panels, int64_t panel, int64_t s0,
+                 int64_t depth) const {
+    const int cols = panels.cols(panel);
+    const A* a = w.a + (j * S_rows + s0) * w.width;
+    A* to = sums + j * w.width * widest() + panels.first_vector(panel) * lanes;
+    for_each_tile(0, w.width, [&](int64_t first, int n) {
+      TileProduct<A> tile{{}, w.width, depth, 1, 0};
+      for (int r = 0; r < n; ++r) tile.rows[r] = a + first + r;
+      A out[kMaxRows * kMaxCols * lanes];
+      tile_function<A>(n, cols)(tile, panels.panel(panel), out, false);
+      for (int r = 0; r < n; ++r)
+        for (int c = 0; c < cols; ++c) {
+          A* at = to + (first + r) * widest() + c * lanes;
+          store(at, load<V>(at) + load<V>(out + (r * kMaxCols + c) * lanes));
+        }
+    });
+  }
+
+  // Row (gate, lane) of block j is row gate * H + unit of the weight.
+  void put_rows(const Product& w, int64_t j, Range vectors) const {
+    const bool gates = w.width > kBlock;
+    for (int64_t m = 0; m < w.width; ++m) {
+      const int64_t unit = j * kBlock + m % kBlock;
+      if (unit >= (gates ? H : R)) continue;
+      const int64_t row = m / kBlock * H + unit;
+      const A* from = sums + (j * w.width + m) * widest();
+      for (int64_t v = vectors.begin; v < vectors.end; ++v)
+        store_first(static_cast<S*>(w.to) + row * w.columns + v * lanes,
+                    load<V>(from + v * lanes), w.columns - v * lanes);
+    }
+  }
+
+  void bias_gradients(int worker) const {
+    for (int d = 0; d < p.size.D; ++d) {
+      const WeightGradients& dw = p.dweights[d];
+      if (!dw.b_ih && !dw.b_hh) continue;
+      const Range vectors = split(ceil_div(H, lanes), plan.threads, worker);
+      for (int64_t v = vectors.begin; v < vectors.end; ++v)
+        for (int g = 0; g < G; ++g) {
+          const int64_t u = v * lanes;
+          V sum = {};
+          for (int from = 0; from < plan.threads; ++from)
+            sum += load<V>(this->db +
+                           (((from * p.size.D + d) * Hb + u / kBlock) * G + g) * kBlock +
+                           u % kBlock);
+          if (dw.b_ih) store_first(static_cast<S*>(dw.b_ih) + g * H + u, sum, H - u);
+          if (dw.b_hh) store_first(static_cast<S*>(dw.b_hh) + g * H + u, sum, H - u);
+        }
+    }
+  }
+
+  struct Worker {
+    const Gradients& k;
+    const int i;
+    Worker(const Gradients& kernel, int worker) : k(kernel), i(worker) {}
+    void run() const {
+      k.pack_input_weights(i);
+      k.clear_bias_sums(i);
+      BackwardWalk<Cell, S>(k, i).run();
+      k.barriers[k.groups()].wait();
+      k.input_gradient(i);
+      k.weight_gradients(i);
+      k.bias_gradients(i);
+    }
+  };
+
+  void clear_bias_sums(int worker) const {
+    const int64_t each = p.size.D * Hb * G * kBlock;
+    __builtin_memset(this->db + worker * each, 0, each * sizeof(A));
+  }
+};
+
+template <class Cell, class S>
+bool run_backward(const BackwardParams& params, const Plan& plan) {
+  using Kernel = Gradients<Cell, S>;
+  Arena arena(params.scratch);
+  Kernel kernel(params, plan, arena);
+  kernel.init_barriers();
+  return run_team(
+      plan.threads,
+      [](void* k, int i) { typename Kernel::Worker(*static_cast<Kernel*>(k), i).run(); }, &kernel);
+}
+
+template <class Cell, class S>
+int64_t scratch_of_backward(const BackwardParams& params, const Plan& plan) {
+  Arena arena(nullptr);
+  Gradients<Cell, S> kernel(params, plan, arena);
+  return arena.used();
+}
+
+}  // namespace
+}  // namespace lstm_fused

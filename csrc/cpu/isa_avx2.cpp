@@ -1,0 +1,16 @@
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma,f16c")
+#define LSTM_FUSED_VECTOR_BYTES 32
+#define LSTM_FUSED_TILE_ROWS 3
+#include "instantiate.h"
+
+const lstm_fused::Kernel* lstm_fused::kernels_avx2(CellKind cell, DType dtype) {
+  return kernel_of(cell, dtype);
+}
+#else
+const lstm_fused::Kernel* lstm_fused::kernels_avx2(CellKind, DType) {
+  return nullptr;
+}
+#endif

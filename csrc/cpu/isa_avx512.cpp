@@ -1,0 +1,16 @@
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
+#define LSTM_FUSED_VECTOR_BYTES 64
+#define LSTM_FUSED_TILE_ROWS 6
+#include "instantiate.h"
+
+const lstm_fused::Kernel* lstm_fused::kernels_avx512(CellKind cell, DType dtype) {
+  return kernel_of(cell, dtype);
+}
+#else
+const lstm_fused::Kernel* lstm_fused::kernels_avx512(CellKind, DType) {
+  return nullptr;
+}
+#endif

@@ -1,0 +1,12 @@
+// What every machine of the architecture runs: SSE2 on x86-64, NEON on arm64.
+#define LSTM_FUSED_VECTOR_BYTES 16
+#if defined(__aarch64__)
+#define LSTM_FUSED_TILE_ROWS 6
+#else
+#define LSTM_FUSED_TILE_ROWS 3
+#endif
+#include "instantiate.h"
+
+const lstm_fused::Kernel* lstm_fused::kernels_baseline(CellKind cell, DType dtype) {
+  return kernel_of(cell, dtype);
+}

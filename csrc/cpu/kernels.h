@@ -1,0 +1,28 @@
+// The table of kernels, one for each ISA: how the rest of the library reaches the ISA files.
+#pragma once
+
+#include "plan.h"
+
+namespace lstm_fused {
+
+struct Kernel {
+  // Scratch bytes the call needs, and the call. False: the OpenMP runtime granted fewer threads than
+  // the plan has, and nothing was computed.
+  int64_t (*forward_scratch)(const ForwardParams&, const Plan&);
+  bool (*forward)(const ForwardParams&, const Plan&);
+  int64_t (*backward_scratch)(const BackwardParams&, const Plan&);
+  bool (*backward)(const BackwardParams&, const Plan&);
+};
+
+// kernels_<isa>(cell, dtype); null where the ISA file is not compiled for this architecture.
+const Kernel* kernels_baseline(CellKind cell, DType dtype);
+const Kernel* kernels_avx2(CellKind cell, DType dtype);
+const Kernel* kernels_avx512(CellKind cell, DType dtype);
+const Kernel* kernels_avx512_bf16(CellKind cell, DType dtype);
+
+// The fastest ISA this machine can run, and whether it can run a given one.
+Isa best_isa();
+bool runs(Isa isa);
+const Kernel& kernel_for(Isa isa, CellKind cell, DType dtype);
+
+}  // namespace lstm_fused

@@ -1,0 +1,140 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace lstm_fused {
+namespace {
+
+// Costs in core cycles, rough on purpose: they rank partitions, they predict nothing.
+constexpr double kBarrierCycles = 700;
+constexpr double kForkCycles = 6000;
+constexpr double kCellCyclesPerVector = 60;
+constexpr double kStreamCyclesPerStep = 6.5;  // 4 vectors of weights from the second-level cache
+constexpr double kPackCyclesPerVector = 1.5;
+
+// The direct kernel reads every weight once a step, a row of it as one dot product; packing reads
+// and writes them all once before the first step.
+constexpr int64_t kDirectMaxSteps = 4;
+constexpr int64_t kDirectMaxRows = 4;
+
+// Rows of the hoisted input projection computed at once: enough for full tiles, few enough that the
+// pre-activations stay in the second-level cache.
+constexpr int64_t kHoistRows = 64;
+constexpr int64_t kHoistBelowRows = 16;
+
+int lanes(const Machine& m, DType dtype) {
+  return vector_bytes(m.isa) / (dtype == DType::kFloat64 ? 8 : 4);
+}
+
+struct Partition {
+  int direction_groups, row_groups, unit_groups;
+  int threads() const { return direction_groups * row_groups * unit_groups; }
+};
+
+double tile_cycles(int64_t rows, const Machine& m) {
+  const int64_t tiles = ceil_div(rows, tile_rows(m.isa));
+  return std::max(2.0 * rows, kStreamCyclesPerStep * tiles);
+}
+
+double cost(const Problem& p, const Machine& m, const Partition& part) {
+  const int per_block = kBlock / std::min(kBlock, lanes(m, p.dtype));
+  const double blocks = ceil_div(ceil_div(p.H, kBlock), part.unit_groups) * per_block;
+  const double rows = ceil_div(p.N, part.row_groups);
+  const double depth = p.I + p.R;
+  double step = blocks * (depth * tile_cycles(rows, m) + rows * kCellCyclesPerVector);
+  if (p.projection) step += blocks * p.R * tile_cycles(rows, m) / 4;
+  if (part.unit_groups > 1) step += kBarrierCycles * (p.projection ? 2 : 1);
+  const double pack = blocks * depth * 4 * kPackCyclesPerVector / part.row_groups;
+  const double directions = ceil_div(p.D, part.direction_groups);
+  return directions * (p.T * step + pack) + (part.threads() > 1 ? kForkCycles : 0);
+}
+
+Partition best_partition(const Problem& p, const Machine& m) {
+  const int64_t blocks = ceil_div(p.H, kBlock);
+  Partition best{1, 1, 1};
+  double best_cost = cost(p, m, best);
+  for (int d = 1; d <= std::min(p.D, m.threads); ++d) {
+    const int rest = m.threads / d;
+    for (int r = 1; r <= rest && r <= std::max<int64_t>(p.N, 1); ++r) {
+      const int u_max = static_cast<int>(std::min<int64_t>(rest / r, blocks));
+      // Only the largest count, and one thread: between them a partition is never the best by much.
+      for (const int u : {1, u_max}) {
+        const Partition candidate{d, r, u};
+        const double c = cost(p, m, candidate);
+        if (c < best_cost) {
+          best_cost = c;
+          best = candidate;
+        }
+      }
+    }
+  }
+  return best;
+}
+
+Plan with_partition(const Problem& p, const Machine& m, const Partition& part) {
+  Plan plan{};
+  plan.kernel = KernelKind::kPersistent;
+  plan.dtype = p.dtype;
+  plan.isa = m.isa == Isa::kAvx512Bf16 && !multiplies_pairs(m.isa, p.dtype) ? Isa::kAvx512 : m.isa;
+  plan.threads = part.threads();
+  plan.direction_groups = part.direction_groups;
+  plan.row_groups = part.row_groups;
+  plan.unit_groups = part.unit_groups;
+  plan.tile_rows = static_cast<int>(std::clamp<int64_t>(p.N, 1, tile_rows(m.isa)));
+  return plan;
+}
+
+}  // namespace
+
+Plan plan_forward(const Problem& p, const Machine& m) {
+  const Partition part = best_partition(p, m);
+  Plan plan = with_partition(p, m, part);
+  if (p.T <= kDirectMaxSteps && p.N <= kDirectMaxRows && !p.projection) {
+    plan.kernel = KernelKind::kDirect;
+    if (plan.isa == Isa::kAvx512Bf16) plan.isa = Isa::kAvx512;
+    return plan;
+  }
+  const bool storage_is_compute = p.dtype == DType::kFloat32 || p.dtype == DType::kFloat64;
+  const int64_t rows = std::max<int64_t>(1, ceil_div(p.N, part.row_groups));
+  if (!storage_is_compute || p.N < kHoistBelowRows) {
+    plan.hoist_steps = std::clamp<int64_t>(kHoistRows / rows, 1, std::max<int64_t>(p.T, 1));
+  }
+  return plan;
+}
+
+Plan plan_backward(const Problem& p, const Machine& m) {
+  return with_partition(p, {m.isa == Isa::kAvx512Bf16 ? Isa::kAvx512 : m.isa, m.threads},
+                        best_partition(p, m));
+}
+
+int tile_rows(Isa isa) {
+#if defined(__aarch64__)
+  return 6;
+#else
+  return isa >= Isa::kAvx512 ? 6 : 3;
+#endif
+}
+
+int vector_bytes(Isa isa) {
+  return isa == Isa::kBaseline ? 16 : isa == Isa::kAvx2 ? 32 : 64;
+}
+
+bool multiplies_pairs(Isa isa, DType dtype) {
+  return isa == Isa::kAvx512Bf16 && dtype == DType::kBFloat16;
+}
+
+const char* name(Isa isa) {
+  constexpr const char* names[kIsaCount] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+  return names[static_cast<int>(isa)];
+}
+
+const char* name(DType dtype) {
+  constexpr const char* names[kDTypeCount] = {"float32", "float64", "bfloat16", "float16"};
+  return names[static_cast<int>(dtype)];
+}
+
+const char* name(KernelKind kernel) {
+  return kernel == KernelKind::kPersistent ? "persistent" : "direct";
+}
+
+}  // namespace lstm_fused

@@ -1,0 +1,32 @@
+// Threads that work on one layer together. One OpenMP region per call, so that torch's own pool of
+// threads is used and no second pool competes with it.
+#pragma once
+
+#include <cstdint>
+
+namespace lstm_fused {
+
+// Threads a call may use now: torch's setting, or 1 inside a parallel region or in a forked child
+// (an OpenMP pool does not survive fork).
+int usable_threads();
+
+// Runs work(context, i) for i in [0, threads) at the same time, or returns false having run nothing
+// when the OpenMP runtime grants fewer threads than that.
+bool run_team(int threads, void (*work)(void*, int), void* context);
+
+// A barrier for `size` threads that spins briefly and then sleeps, so that a busy neighbour on the
+// same core costs a context switch rather than a time slice. Plain words, made atomic in team.cpp:
+// this header reaches the ISA files, which must not emit shared inline functions.
+class alignas(64) Barrier {
+ public:
+  void init(int size);
+  void wait();
+
+ private:
+  uint32_t arrived_ = 0;
+  int size_ = 1;
+  int spins_ = 0;
+  alignas(64) uint32_t generation_ = 0;
+};
+
+}  // namespace lstm_fused

@@ -1,0 +1,196 @@
+// The register tile every matrix product here goes through: R rows of A, broadcast element by
+// element, times C vectors of a packed panel of B, accumulated in R x C registers.
+#pragma once
+
+#include "simd.h"
+
+namespace lstm_fused {
+namespace {
+
+// Registers decide the tile: 6 x 4 accumulators of 32 registers, 3 x 4 of 16.
+constexpr int kMaxRows = LSTM_FUSED_TILE_ROWS;
+constexpr int kMaxCols = 4;
+
+// How a tile multiplies. `Element` is what A is stored in, `kPair` how many of them one step takes,
+// `Packed` the same for B: a vector of the panel holds kPair consecutive k for each lane.
+template <class A>
+struct Multiply {
+  using Compute = A;
+  using Element = A;
+  static constexpr int kPair = 1;
+  using V = Vector<A>;
+  static LSTM_FUSED_INLINE V broadcast(const A* a) { return splat_of<V>(*a); }
+  static LSTM_FUSED_INLINE V load_b(const A* b) { return load<V>(b); }
+  static LSTM_FUSED_INLINE V multiply_add(V acc, V a, V b) { return acc + a * b; }
+};
+
+#if defined(__AVX512BF16__)
+// bfloat16 products, two to a lane, summed in float32: vdpbf16ps.
+struct MultiplyPairs {
+  using Compute = float;
+  using Element = BFloat16;
+  static constexpr int kPair = 2;
+  using V = VFloat;
+  static LSTM_FUSED_INLINE VUint32 broadcast(const BFloat16* a) {
+    uint32_t pair;
+    __builtin_memcpy(&pair, a, sizeof(pair));
+    return splat_bits(pair);
+  }
+  static LSTM_FUSED_INLINE VUint32 load_b(const BFloat16* b) {
+    VUint32 v;
+    __builtin_memcpy(&v, b, sizeof(v));
+    return v;
+  }
+  static LSTM_FUSED_INLINE VFloat multiply_add(VFloat acc, VUint32 a, VUint32 b) {
+    return bit_cast<VFloat>(
+        _mm512_dpbf16_ps(bit_cast<__m512>(acc), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
+  }
+
+ private:
+  static LSTM_FUSED_INLINE VUint32 splat_bits(uint32_t s) { return VUint32{} + s; }
+};
+#endif
+
+// acc[r][c] += sum over k of rows[r][k * stride] * b[k][c]. k counts steps of kPair elements.
+template <class M, int R, int C>
+LSTM_FUSED_INLINE void accumulate_once(typename M::V (&acc)[R][C],
+                                       const typename M::Element* const* rows, int64_t stride,
+                                       const typename M::Element* b, int64_t k) {
+  constexpr int lanes = VectorOf<typename M::Compute>::lanes;
+  constexpr int step = lanes * M::kPair;
+  if constexpr (R <= 3) {
+    decltype(M::broadcast(nullptr)) a[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) a[r] = M::broadcast(rows[r] + k * stride);
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+      const auto v = M::load_b(b + c * step);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) acc[r][c] = M::multiply_add(acc[r][c], a[r], v);
+    }
+  } else {
+    decltype(M::load_b(nullptr)) v[C];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) v[c] = M::load_b(b + c * step);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const auto a = M::broadcast(rows[r] + k * stride);
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) acc[r][c] = M::multiply_add(acc[r][c], a, v[c]);
+    }
+  }
+}
+
+template <class M, int R, int C>
+LSTM_FUSED_INLINE void accumulate(typename M::V (&acc)[R][C],
+                                  const typename M::Element* const* rows_in, int64_t stride,
+                                  const typename M::Element* b, int64_t steps) {
+  using E = typename M::Element;
+  constexpr int width = C * VectorOf<typename M::Compute>::lanes * M::kPair;
+  const E* rows[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) rows[r] = rows_in[r];
+  // Too few accumulators cannot hide the latency of a multiply-add: keep two or four sets.
+  constexpr int sets = R * C >= 8 ? 1 : R * C >= 4 ? 2 : 4;
+  int64_t k = 0;
+  if constexpr (sets > 1) {
+    typename M::V extra[sets - 1][R][C] = {};
+    for (; k + sets <= steps; k += sets) {
+      accumulate_once<M, R, C>(acc, rows, stride, b + k * width, k);
+#pragma GCC unroll 4
+      for (int s = 1; s < sets; ++s)
+        accumulate_once<M, R, C>(extra[s - 1], rows, stride, b + (k + s) * width, k + s);
+    }
+#pragma GCC unroll 4
+    for (int s = 1; s < sets; ++s)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) acc[r][c] += extra[s - 1][r][c];
+  }
+  for (; k < steps; ++k) accumulate_once<M, R, C>(acc, rows, stride, b + k * width, k);
+}
+
+// A product of any R <= kMaxRows, C <= kMaxCols. A comes in segments: step k of segment s of row r
+// is rows[r] + s * segment_stride + k * stride; B is contiguous over all of them.
+template <class A>
+struct TileProduct {
+  const A* rows[kMaxRows];
+  int64_t stride;
+  int64_t steps;  // of each segment
+  int64_t segments;
+  int64_t segment_stride;
+};
+
+// out[r][c] = (accumulate ? out : 0) + product, out having kMaxCols vectors a row.
+template <class A, int R, int C>
+void tile_product(const TileProduct<A>& p, const A* b, A* out, bool add) {
+  using V = Vector<A>;
+  constexpr int lanes = VectorOf<A>::lanes;
+  V acc[R][C] = {};
+  if (add) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) acc[r][c] = load<V>(out + (r * kMaxCols + c) * lanes);
+  }
+  const A* rows[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) rows[r] = p.rows[r];
+  for (int64_t s = 0; s < p.segments; ++s) {
+    if (p.stride == 1) {
+      accumulate<Multiply<A>, R, C>(acc, rows, 1, b, p.steps);
+    } else {
+      accumulate<Multiply<A>, R, C>(acc, rows, p.stride, b, p.steps);
+    }
+    b += p.steps * C * lanes;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) rows[r] += p.segment_stride;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) store(out + (r * kMaxCols + c) * lanes, acc[r][c]);
+}
+
+template <class A>
+using TileFunction = void (*)(const TileProduct<A>&, const A*, A*, bool);
+
+template <class A, int R>
+inline TileFunction<A> tile_of_rows(int cols) {
+  constexpr TileFunction<A> table[kMaxCols] = {tile_product<A, R, 1>, tile_product<A, R, 2>,
+                                               tile_product<A, R, 3>, tile_product<A, R, 4>};
+  return table[cols - 1];
+}
+
+template <class A>
+inline TileFunction<A> tile_function(int rows, int cols) {
+  switch (rows) {
+    case 1: return tile_of_rows<A, 1>(cols);
+    case 2: return tile_of_rows<A, 2>(cols);
+    case 3: return tile_of_rows<A, 3>(cols);
+#if LSTM_FUSED_TILE_ROWS > 3
+    case 4: return tile_of_rows<A, 4>(cols);
+    case 5: return tile_of_rows<A, 5>(cols);
+    default: return tile_of_rows<A, 6>(cols);
+#else
+    default: return nullptr;
+#endif
+  }
+}
+
+// Rows [begin, end) in tiles of nearly equal height: calls f(first row, rows of the tile).
+template <class F>
+LSTM_FUSED_INLINE void for_each_tile(int64_t begin, int64_t end, const F& f) {
+  const int64_t n = end - begin;
+  const int64_t tiles = (n + kMaxRows - 1) / kMaxRows;
+  int64_t first = begin;
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t next = begin + n * (i + 1) / tiles;
+    f(first, static_cast<int>(next - first));
+    first = next;
+  }
+}
+
+}  // namespace
+}  // namespace lstm_fused

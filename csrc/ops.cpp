@@ -1,0 +1,340 @@
+// The operators: schemas, checks, allocation, and the call of the planned kernel. Arithmetic is below
+// (cpu/), autograd and fakes above (lstm_fused/ops.py).
+#include <atomic>
+
+#include "cpu/kernels.h"
+#include "cpu/team.h"
+#include "stable.h"
+
+namespace lstm_fused {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+using MaybeTensor = std::optional<Tensor>;
+
+// What ran last on this thread, for tests and for the curious.
+struct Run {
+  Plan plan;
+  bool backward;
+  bool happened = false;
+};
+thread_local Run last;
+
+std::optional<Isa> isa_from_name(const std::string& wanted) {
+  for (int i = 0; i < kIsaCount; ++i)
+    if (wanted == name(static_cast<Isa>(i))) return static_cast<Isa>(i);
+  return std::nullopt;
+}
+
+Isa checked_isa(const std::string& wanted, const char* where) {
+  const std::optional<Isa> isa = isa_from_name(wanted);
+  STD_TORCH_CHECK(isa.has_value(), where, " is '", wanted,
+                  "' but must be one of baseline, avx2, avx512, avx512_bf16");
+  STD_TORCH_CHECK(runs(*isa), where, " is '", wanted, "', which this machine cannot run");
+  return *isa;
+}
+
+Isa isa_of_environment() {
+  const char* wanted = std::getenv("LSTM_FUSED_ISA");
+  return wanted && *wanted ? checked_isa(wanted, "LSTM_FUSED_ISA") : best_isa();
+}
+
+std::atomic<int> forced_isa{-1};
+
+Isa current_isa() {
+  static const Isa automatic = isa_of_environment();
+  const int forced = forced_isa.load(std::memory_order_relaxed);
+  return forced >= 0 ? static_cast<Isa>(forced) : automatic;
+}
+
+void force_isa(std::string wanted) {
+  forced_isa.store(wanted.empty() ? -1 : static_cast<int>(checked_isa(wanted, "isa")));
+}
+
+// A layer's tensors as kernels see them. Copies made to get there are kept alive in `kept`.
+struct Layer {
+  LayerSizes size;
+  Sequence x;
+  Weights weights[2];
+  DType dtype;
+  CellKind cell;
+  bool bias, projection;
+  Tensors kept;
+  std::vector<int64_t> offsets;
+
+  const Tensor& keep(const Tensor& t) {
+    kept.push_back(as_contiguous(t));
+    return kept.back();
+  }
+};
+
+constexpr int kGatesOf[] = {4};  // by CellKind
+
+void read_steps(Layer& layer, const Tensor& x, const MaybeTensor& batch_sizes) {
+  LayerSizes& size = layer.size;
+  if (!batch_sizes) {
+    STD_TORCH_CHECK(x.dim() == 3, "x has shape ", describe(x), " but must be (T, N, I)");
+    size.steps = {x.size(0), x.size(1), nullptr, nullptr};
+    size.I = x.size(2);
+    return;
+  }
+  STD_TORCH_CHECK(x.dim() == 2, "packed x has shape ", describe(x), " but must be (S, I)");
+  STD_TORCH_CHECK(batch_sizes->dim() == 1 && batch_sizes->is_cpu() &&
+                      batch_sizes->scalar_type() == ScalarType::Long,
+                  "batch_sizes must be a 1-D int64 tensor on the CPU");
+  const int64_t T = batch_sizes->numel();
+  STD_TORCH_CHECK(T > 0, "batch_sizes must not be empty");
+  const Tensor& sizes = layer.keep(*batch_sizes);
+  const int64_t* data = sizes.const_data_ptr<int64_t>();
+  layer.offsets.assign(T + 1, 0);
+  for (int64_t t = 0; t < T; ++t) {
+    STD_TORCH_CHECK(data[t] > 0 && (t == 0 || data[t] <= data[t - 1]),
+                    "batch_sizes must be positive and must not grow");
+    layer.offsets[t + 1] = layer.offsets[t] + data[t];
+  }
+  STD_TORCH_CHECK(layer.offsets[T] == x.size(0), "batch_sizes add up to ", layer.offsets[T],
+                  " but x has ", x.size(0), " rows");
+  size.steps = {T, data[0], data, layer.offsets.data()};
+  size.I = x.size(1);
+}
+
+void read_weights(Layer& layer, const Tensor& x, const Tensors& weights) {
+  const size_t each = weights.size() / layer.size.D;
+  STD_TORCH_CHECK(weights.size() % layer.size.D == 0 && each >= 2 && each <= 5,
+                  "weights must hold 2 to 5 tensors for each direction, not ", weights.size(),
+                  " in all");
+  layer.bias = each >= 4;
+  layer.projection = each % 2 == 1;
+  LayerSizes& size = layer.size;
+  const int G = kGatesOf[static_cast<int>(layer.cell)];
+  STD_TORCH_CHECK(weights[1].dim() == 2 && weights[1].size(0) % G == 0, "w_hh has shape ",
+                  describe(weights[1]), " but must be (", G, " * H, R)");
+  size.H = weights[1].size(0) / G;
+  size.R = weights[1].size(1);
+  STD_TORCH_CHECK(size.H >= 1 && size.R >= 1 && size.I >= 1, "I, H and R must be at least 1");
+  STD_TORCH_CHECK(layer.projection || size.R == size.H, "w_hh has shape ", describe(weights[1]),
+                  ": without a projection it must be (", G, " * H, H)");
+  for (int d = 0; d < size.D; ++d) {
+    const Tensor* w = weights.data() + d * each;
+    for (size_t i = 0; i < each; ++i) check_like(w[i], x, "every weight");
+    check_shape(w[0], {G * size.H, size.I}, "w_ih");
+    check_shape(w[1], {G * size.H, size.R}, "w_hh");
+    if (layer.bias) {
+      check_shape(w[2], {G * size.H}, "b_ih");
+      check_shape(w[3], {G * size.H}, "b_hh");
+    }
+    if (layer.projection) check_shape(w[each - 1], {size.R, size.H}, "w_hr");
+    const auto data = [&](size_t i) { return layer.keep(w[i]).const_data_ptr(); };
+    layer.weights[d] = {data(0), data(1), layer.bias ? data(2) : nullptr,
+                        layer.bias ? data(3) : nullptr,
+                        layer.projection ? data(each - 1) : nullptr};
+  }
+}
+
+Layer read_layer(const Tensor& x, const MaybeTensor& batch_sizes, const Tensors& weights,
+                 int64_t cell, int64_t directions) {
+  Layer layer{};
+  STD_TORCH_CHECK(cell >= 0 && cell < static_cast<int64_t>(std::size(kGatesOf)),
+                  "unknown cell ", cell);
+  STD_TORCH_CHECK(directions == 1 || directions == 2, "directions must be 1 or 2");
+  layer.cell = static_cast<CellKind>(cell);
+  layer.dtype = dtype_of(x, "x");
+  layer.size.D = static_cast<int>(directions);
+  layer.kept.reserve(weights.size() + 8);
+  read_steps(layer, x, batch_sizes);
+  read_weights(layer, x, weights);
+  const bool rows_lie_whole = x.stride(x.dim() - 1) == 1 || layer.size.I == 1;
+  layer.kept.push_back(rows_lie_whole ? x : as_contiguous(x));
+  const Tensor& data = layer.kept.back();
+  layer.x = {data.const_data_ptr(), data.stride(0), data.stride(data.dim() - 2)};
+  return layer;
+}
+
+const void* read_state(Layer& layer, const Tensor& x, const Tensors& state, size_t i, int64_t width,
+                       const char* name) {
+  if (state.empty()) return nullptr;
+  check_like(state[i], x, name);
+  check_shape(state[i], {layer.size.D, layer.size.steps.N, width}, name);
+  return layer.keep(state[i]).const_data_ptr();
+}
+
+Problem problem_of(const Layer& layer, bool training) {
+  const LayerSizes& s = layer.size;
+  return {layer.dtype, s.steps.T, s.steps.N, s.I, s.H, s.R, s.D, layer.projection, training};
+}
+
+// Runs the plan, on one thread if the OpenMP runtime grants no more.
+template <class Params, class MakePlan, class Scratch_, class Call>
+void run(const Layer& layer, Params& params, bool backward, const MakePlan& make_plan,
+         Scratch_ scratch_bytes, Call call) {
+  const Problem problem = problem_of(layer, backward);
+  for (int threads = usable_threads();; threads = 1) {
+    const Plan plan = make_plan(problem, Machine{current_isa(), threads});
+    const Kernel& kernel = kernel_for(plan.isa, layer.cell, layer.dtype);
+    const Scratch scratch = allocate_scratch((kernel.*scratch_bytes)(params, plan));
+    params.scratch = scratch.get();
+    if ((kernel.*call)(params, plan)) {
+      last = {plan, backward, true};
+      return;
+    }
+  }
+}
+
+std::vector<int64_t> saved_shape(const LayerSizes& s, int gates) {
+  std::vector<int64_t> shape{s.D, s.blocks(), s.steps.rows(), kBlock};
+  if (gates) shape.insert(shape.begin() + 3, gates);
+  return shape;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrent_forward(
+    Tensor x, MaybeTensor batch_sizes, Tensors state0, Tensors weights, int64_t cell,
+    int64_t directions, bool training) {
+  Layer layer = read_layer(x, batch_sizes, weights, cell, directions);
+  const LayerSizes& s = layer.size;
+  STD_TORCH_CHECK(state0.empty() || state0.size() == 2, "state0 must hold h0 and c0 or nothing");
+  ForwardParams params{};
+  params.size = s;
+  params.x = layer.x;
+  params.weights[0] = layer.weights[0];
+  params.weights[1] = layer.weights[1];
+  params.h0 = read_state(layer, x, state0, 0, s.R, "h0");
+  params.c0 = read_state(layer, x, state0, 1, s.H, "c0");
+  const ScalarType dtype = x.scalar_type();
+  Tensor y = batch_sizes ? empty({x.size(0), s.D * s.R}, dtype)
+                         : empty({s.steps.T, s.steps.N, s.D * s.R}, dtype);
+  Tensor h_n = empty({s.D, s.steps.N, s.R}, dtype);
+  Tensor c_n = empty({s.D, s.steps.N, s.H}, dtype);
+  const ScalarType saved = compute_dtype(layer.dtype);
+  Tensor gates = empty(training ? saved_shape(s, 4) : std::vector<int64_t>{0}, saved);
+  Tensor cells = empty(training ? saved_shape(s, 0) : std::vector<int64_t>{0}, saved);
+  params.y = y.data_ptr();
+  params.h_n = h_n.data_ptr();
+  params.c_n = c_n.data_ptr();
+  params.gates = training ? gates.data_ptr() : nullptr;
+  params.cells = training ? cells.data_ptr() : nullptr;
+  STD_TORCH_CHECK(s.steps.T > 0, "x must have at least one time step");
+  if (s.steps.N > 0)
+    run(layer, params, false, plan_forward, &Kernel::forward_scratch, &Kernel::forward);
+  return {y, h_n, c_n, gates, cells};
+}
+
+const void* read_gradient(Layer& layer, const MaybeTensor& gradient, const Tensor& like,
+                          const char* name) {
+  if (!gradient) return nullptr;
+  check_like(*gradient, like, name);
+  STD_TORCH_CHECK(gradient->numel() == like.numel(), name, " has shape ", describe(*gradient),
+                  " but must be ", describe(like));
+  return layer.keep(*gradient).const_data_ptr();
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensors> recurrent_backward(
+    Tensor x, MaybeTensor batch_sizes, Tensors state0, Tensors weights, Tensor y, Tensor gates,
+    Tensor cells, MaybeTensor dy, MaybeTensor dh_n, MaybeTensor dc_n, int64_t cell,
+    int64_t directions, std::vector<bool> mask) {
+  Layer layer = read_layer(x, batch_sizes, weights, cell, directions);
+  const LayerSizes& s = layer.size;
+  STD_TORCH_CHECK(mask.size() == 3 + weights.size(),
+                  "mask must have one entry each for x, h0, c0 and every weight");
+  STD_TORCH_CHECK(gates.is_contiguous() && cells.is_contiguous() &&
+                      (gates.numel() > 0) == (s.steps.rows() > 0),
+                  "gates and cells must be as saved by recurrent_forward in training");
+  BackwardParams params{};
+  params.size = s;
+  params.x = layer.x;
+  params.weights[0] = layer.weights[0];
+  params.weights[1] = layer.weights[1];
+  params.h0 = read_state(layer, x, state0, 0, s.R, "h0");
+  params.c0 = read_state(layer, x, state0, 1, s.H, "c0");
+  params.y = layer.keep(y).const_data_ptr();
+  params.gates = gates.const_data_ptr();
+  params.cells = cells.const_data_ptr();
+  const ScalarType dtype = x.scalar_type();
+  const auto wanted = [&](bool want, std::vector<int64_t> shape) {
+    return empty(want ? shape : std::vector<int64_t>{0}, dtype);
+  };
+  const auto data = [](const Tensor& t, bool want) { return want ? t.data_ptr() : nullptr; };
+  const std::vector<int64_t> x_shape(x.sizes().begin(), x.sizes().end());
+  Tensor dx = wanted(mask[0], x_shape);
+  Tensor dh0 = wanted(mask[1], {s.D, s.steps.N, s.R});
+  Tensor dc0 = wanted(mask[2], {s.D, s.steps.N, s.H});
+  params.dx = data(dx, mask[0]);
+  params.dh0 = data(dh0, mask[1]);
+  params.dc0 = data(dc0, mask[2]);
+  params.dy = read_gradient(layer, dy, y, "dy");
+  // Shapes of the final states' gradients are those of dh0 and dc0.
+  if (dh_n) params.dh_n = read_state(layer, x, {*dh_n}, 0, s.R, "dh_n");
+  if (dc_n) params.dc_n = read_state(layer, x, {*dc_n}, 0, s.H, "dc_n");
+  Tensors dweights;
+  const size_t each = weights.size() / s.D;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const std::vector<int64_t> shape(weights[i].sizes().begin(), weights[i].sizes().end());
+    dweights.push_back(wanted(mask[3 + i], shape));
+    WeightGradients& g = params.dweights[i / each];
+    void** slots[] = {&g.w_ih, &g.w_hh, &g.b_ih, &g.b_hh, &g.w_hr};
+    const size_t at = i % each;
+    const bool is_projection = layer.projection && at == each - 1;
+    *slots[is_projection ? 4 : at] = data(dweights[i], mask[3 + i]);
+  }
+  if (s.steps.N > 0) {
+    run(layer, params, true, plan_backward, &Kernel::backward_scratch, &Kernel::backward);
+  } else {
+    for (size_t i = 0; i < dweights.size(); ++i)
+      if (mask[3 + i]) torch::stable::zero_(dweights[i]);
+  }
+  return {dx, dh0, dc0, dweights};
+}
+
+// "key=value" words describing the last call on this thread; empty before the first.
+std::string last_run() {
+  if (!last.happened) return "";
+  const Plan& p = last.plan;
+  const auto number = [](const char* key, int64_t value) {
+    return std::string(" ") + key + "=" + std::to_string(value);
+  };
+  return std::string("pass=") + (last.backward ? "backward" : "forward") +
+         " kernel=" + name(p.kernel) + " isa=" + name(p.isa) + " dtype=" + name(p.dtype) +
+         number("threads", p.threads) + number("direction_groups", p.direction_groups) +
+         number("row_groups", p.row_groups) + number("unit_groups", p.unit_groups) +
+         number("tile_rows", p.tile_rows) + number("hoist_steps", p.hoist_steps);
+}
+
+std::string available_isas() {
+  std::string names;
+  for (int i = 0; i < kIsaCount; ++i)
+    if (runs(static_cast<Isa>(i))) names += (i ? " " : "") + std::string(name(static_cast<Isa>(i)));
+  return names;
+}
+
+std::string active_isa() {
+  return name(current_isa());
+}
+
+}  // namespace
+}  // namespace lstm_fused
+
+STABLE_TORCH_LIBRARY(lstm_fused, m) {
+  m.def(
+      "recurrent_forward(Tensor x, Tensor? batch_sizes, Tensor[] state0, Tensor[] weights, int cell, "
+      "int directions, bool training) "
+      "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
+  m.def(
+      "recurrent_backward(Tensor x, Tensor? batch_sizes, Tensor[] state0, Tensor[] weights, Tensor y, "
+      "Tensor gates, Tensor cells, Tensor? dy, Tensor? dh_n, Tensor? dc_n, int cell, int directions, "
+      "bool[] mask) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
+  m.def("force_isa(str isa) -> ()");
+  m.def("active_isa() -> str");
+  m.def("available_isas() -> str");
+  m.def("last_run() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lstm_fused, CPU, m) {
+  m.impl("recurrent_forward", TORCH_BOX(&lstm_fused::recurrent_forward));
+  m.impl("recurrent_backward", TORCH_BOX(&lstm_fused::recurrent_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lstm_fused, CompositeExplicitAutograd, m) {
+  m.impl("force_isa", TORCH_BOX(&lstm_fused::force_isa));
+  m.impl("active_isa", TORCH_BOX(&lstm_fused::active_isa));
+  m.impl("available_isas", TORCH_BOX(&lstm_fused::available_isas));
+  m.impl("last_run", TORCH_BOX(&lstm_fused::last_run));
+}

@@ -1,0 +1,108 @@
+// What a kernel is given: sizes, strides and raw pointers. Nothing here knows torch.
+#pragma once
+
+#include <cstdint>
+
+namespace lstm_fused {
+
+enum class CellKind : int { kLstm = 0 };
+enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+inline constexpr int kDTypeCount = 4;
+
+// Hidden units come in blocks of 16 in every packed or saved buffer, whatever the vector length, so
+// that shapes do not depend on the ISA. The last block is zero-padded.
+inline constexpr int kBlock = 16;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+constexpr int64_t round_up(int64_t a, int64_t b) {
+  return ceil_div(a, b) * b;
+}
+
+// Which rows of the batch are alive at each step. Dense: `sizes == nullptr`, all N of them. Packed
+// (torch's PackedSequence): rows sorted by length, descending; step t has sizes[t] rows, the first
+// of which is row offsets[t] of the packed data.
+struct Steps {
+  int64_t T;
+  int64_t N;
+  const int64_t* sizes;    // (T,) or null
+  const int64_t* offsets;  // (T + 1,) or null
+
+  int64_t active(int64_t t) const { return sizes ? sizes[t] : N; }
+  int64_t offset(int64_t t) const { return offsets ? offsets[t] : t * N; }
+  int64_t rows() const { return offset(T); }
+};
+
+// Element (t, n, i) of a sequence lies at data[t * stride_t + n * stride_n + i] when dense, at
+// data[(offset(t) + n) * stride_n + i] when packed.
+struct Sequence {
+  const void* data;
+  int64_t stride_t;
+  int64_t stride_n;
+
+  int64_t row(const Steps& s, int64_t t, int64_t n) const {
+    return s.sizes ? (s.offsets[t] + n) * stride_n : t * stride_t + n * stride_n;
+  }
+};
+
+// One direction's parameters, each contiguous, in the layer's dtype.
+struct Weights {
+  const void* w_ih;  // (G * H, I), G gates
+  const void* w_hh;  // (G * H, R)
+  const void* b_ih;  // (G * H,) or null
+  const void* b_hh;  // (G * H,) or null
+  const void* w_hr;  // (R, H) or null: no projection, R == H
+};
+
+struct LayerSizes {
+  Steps steps;
+  int64_t I, H, R;
+  int D;  // directions
+
+  int64_t blocks() const { return ceil_div(H, kBlock); }
+};
+
+struct ForwardParams {
+  LayerSizes size;
+  Sequence x;         // (T, N, I) or (S, I)
+  const void* h0;     // (D, N, R) or null for zeros
+  const void* c0;     // (D, N, H) or null for zeros
+  Weights weights[2];
+  void* y;            // (S, D * R), S = sum of the active rows
+  void* h_n;          // (D, N, R)
+  void* c_n;          // (D, N, H)
+  // Saved for backward, in the compute dtype; null without gradients. Sixteen lanes a block.
+  void* gates;        // (D, H/16, S, G, 16) activated gates
+  void* cells;        // (D, H/16, S, 16) cell states
+  void* scratch;      // forward_scratch() bytes, 64-byte aligned
+};
+
+struct WeightGradients {
+  void* w_ih;  // each shaped as its weight, or null when not asked for
+  void* w_hh;
+  void* b_ih;
+  void* b_hh;
+  void* w_hr;
+};
+
+struct BackwardParams {
+  LayerSizes size;
+  Sequence x;
+  const void* h0;
+  const void* c0;
+  Weights weights[2];
+  const void* y;      // (S, D * R)
+  const void* gates;  // as saved by forward
+  const void* cells;
+  const void* dy;     // (S, D * R) or null
+  const void* dh_n;   // (D, N, R) or null
+  const void* dc_n;   // (D, N, H) or null
+  void* dx;           // (S, I) or null
+  void* dh0;          // (D, N, R) or null
+  void* dc0;          // (D, N, H) or null
+  WeightGradients dweights[2];
+  void* scratch;      // backward_scratch() bytes, 64-byte aligned
+};
+
+}  // namespace lstm_fused

@@ -1,0 +1,91 @@
+// `lstm_fused._plan`: plans and build information as Python objects. No torch here: torch's own
+// pybind11 headers do not go with the stable ABI, so this module is built on the pybind11 package.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <sstream>
+#include <stdexcept>
+
+#include "cpu/plan.h"
+
+namespace py = pybind11;
+using namespace lstm_fused;
+
+namespace {
+
+template <class Enum>
+Enum from_name(const std::string& wanted, int count, const char* what) {
+  std::string known;
+  for (int i = 0; i < count; ++i) {
+    const Enum value = static_cast<Enum>(i);
+    if (wanted == name(value)) return value;
+    known += (i ? ", " : "") + std::string(name(value));
+  }
+  throw std::invalid_argument(std::string(what) + " is '" + wanted + "' but must be one of " + known);
+}
+
+Plan make_plan(const std::string& dtype, const std::string& isa, int threads, int64_t T, int64_t N,
+               int64_t I, int64_t H, int64_t R, int directions, bool projection, bool training,
+               bool backward) {
+  const Problem problem{from_name<DType>(dtype, kDTypeCount, "dtype"), T, N, I, H, R, directions,
+                        projection, training};
+  const Machine machine{from_name<Isa>(isa, kIsaCount, "isa"), threads};
+  return backward ? plan_backward(problem, machine) : plan_forward(problem, machine);
+}
+
+std::string describe(const Plan& p) {
+  std::ostringstream s;
+  s << name(p.kernel) << " kernel, " << name(p.isa) << ", " << name(p.dtype) << ", " << p.threads
+    << (p.threads == 1 ? " thread" : " threads");
+  if (p.threads > 1)
+    s << " (" << p.direction_groups << " direction x " << p.row_groups << " row x " << p.unit_groups
+      << " unit groups)";
+  if (p.kernel == KernelKind::kDirect) {
+    s << ", weights read in place";
+  } else {
+    s << ", tile " << p.tile_rows << " rows x 4 gates x " << vector_bytes(p.isa) << " bytes";
+    if (p.hoist_steps)
+      s << ", input projection " << p.hoist_steps << (p.hoist_steps == 1 ? " step" : " steps")
+        << " ahead";
+    else
+      s << ", input and hidden walked together";
+  }
+  return s.str();
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = LSTM_FUSED_VERSION;
+  info["compiler"] = __VERSION__;
+  info["torch"] = LSTM_FUSED_BUILT_WITH_TORCH;
+  info["cuda"] = static_cast<bool>(LSTM_FUSED_CUDA);
+  std::vector<std::string> isas;
+#if defined(__x86_64__)
+  for (int i = 0; i < kIsaCount; ++i) isas.push_back(name(static_cast<Isa>(i)));
+#else
+  isas.push_back(name(Isa::kBaseline));
+#endif
+  info["isas"] = isas;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_plan, m) {
+  py::class_<Plan>(m, "Plan")
+      .def_property_readonly("kernel", [](const Plan& p) { return name(p.kernel); })
+      .def_property_readonly("isa", [](const Plan& p) { return name(p.isa); })
+      .def_property_readonly("dtype", [](const Plan& p) { return name(p.dtype); })
+      .def_readonly("threads", &Plan::threads)
+      .def_readonly("direction_groups", &Plan::direction_groups)
+      .def_readonly("row_groups", &Plan::row_groups)
+      .def_readonly("unit_groups", &Plan::unit_groups)
+      .def_readonly("tile_rows", &Plan::tile_rows)
+      .def_readonly("hoist_steps", &Plan::hoist_steps)
+      .def("__str__", &describe)
+      .def("__repr__", [](const Plan& p) { return "<Plan: " + describe(p) + ">"; });
+  m.def("plan", &make_plan, py::arg("dtype"), py::arg("isa"), py::arg("threads"), py::arg("T"),
+        py::arg("N"), py::arg("I"), py::arg("H"), py::arg("R"), py::arg("directions") = 1,
+        py::arg("projection") = false, py::arg("training") = false, py::arg("backward") = false);
+  m.def("build_info", &build_info);
+}

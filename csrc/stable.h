@@ -1,0 +1,107 @@
+// The one place that sees torch's stable ABI (libtorch, target 2.10): allocation, checks, and the
+// conversions between a tensor and what kernels take.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <array>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "params.h"
+
+namespace lstm_fused {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Shape = std::initializer_list<int64_t>;
+
+inline DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::Double: return DType::kFloat64;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kFloat16;
+    default: STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
+  }
+  return DType::kFloat32;
+}
+
+inline ScalarType compute_dtype(DType dtype) {
+  return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+
+// LSTM_FUSED_POISON=1 fills whatever a kernel must overwrite with NaN, scratch included.
+inline bool poisoning() {
+  static const bool on = std::getenv("LSTM_FUSED_POISON") != nullptr;
+  return on;
+}
+
+inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= shape[i] > 0 ? shape[i] : 1;
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor t(handle);
+  if (poisoning() && t.numel() > 0) std::memset(t.data_ptr(), 0xff, t.numel() * t.element_size());
+  return t;
+}
+
+inline std::string describe(const Tensor& t) {
+  std::string s = "(";
+  for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
+  return s + ")";
+}
+
+inline void check_shape(const Tensor& t, Shape shape, const char* name) {
+  bool same = t.dim() == static_cast<int64_t>(shape.size());
+  std::string wanted = "(";
+  int64_t i = 0;
+  for (const int64_t size : shape) {
+    same = same && t.size(i) == size;
+    wanted += (i ? ", " : "") + std::to_string(size);
+    ++i;
+  }
+  STD_TORCH_CHECK(same, name, " has shape ", describe(t), " but must be ", wanted + ")");
+}
+
+inline void check_like(const Tensor& t, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU, as x is");
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
+}
+
+inline Tensor as_contiguous(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+struct FreeScratch {
+  void operator()(void* p) const { std::free(p); }
+};
+using Scratch = std::unique_ptr<void, FreeScratch>;
+
+inline Scratch allocate_scratch(int64_t bytes) {
+  const size_t size = static_cast<size_t>(round_up(bytes > 0 ? bytes : 1, 64));
+  Scratch scratch(std::aligned_alloc(64, size));
+  STD_TORCH_CHECK(scratch != nullptr, "cannot allocate ", size, " bytes of scratch memory");
+  if (poisoning()) std::memset(scratch.get(), 0xff, size);
+  return scratch;
+}
+
+}  // namespace lstm_fused

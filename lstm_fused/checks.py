@@ -1,0 +1,140 @@
+"""What LSTM refuses, and how it says so.
+
+Where torch.nn.LSTM has a check of its own, its method or its words are used; where it fails deep in
+a matrix product, the error here has the same type and names the argument.
+"""
+
+import torch
+from torch import Tensor
+
+
+def check_input(module, x, batch_sizes):
+    """Refuse x (T, N, I) or packed (S, I) of another dtype or width, or without a step."""
+    module._update_flat_weights()
+    try:
+        module.check_input(x, batch_sizes)
+    except ValueError as error:
+        if batch_sizes is None:
+            raise
+        raise RuntimeError(str(error)) from None
+    if x.shape[0] == 0:
+        raise RuntimeError(
+            "Expected sequence length to be larger than 0 in RNN, got an input without a time step"
+        )
+
+
+def check_state(module, hx, dims, rows):
+    """hx as (h_0 (L*D, rows, R), c_0 (L*D, rows, H)), refused unless of those shapes.
+
+    dims is 3 or 2 as the input is, without rows if 2, and None for packed input.
+    """
+    if type(hx) is not tuple or len(hx) != 2:
+        hx = _unpack_odd_state(hx, dims)
+    h_0, c_0 = hx
+    layers = module.num_layers * (2 if module.bidirectional else 1)
+    h_shape = (layers, rows, module.proj_size or module.hidden_size)
+    c_shape = (layers, rows, module.hidden_size)
+    plain = dims != 2 and type(h_0) is type(c_0) is Tensor
+    if plain and h_0.shape == h_shape and c_0.shape == c_shape:
+        return hx
+    for name, t in (("hx[0]", h_0), ("hx[1]", c_0)):
+        if not isinstance(t, Tensor):
+            raise AttributeError(f"{name} must be a Tensor, got {type(t).__name__}")
+    if dims is not None and (h_0.dim() != dims or c_0.dim() != dims):
+        kind = "batched 3-D" if dims == 3 else "unbatched 2-D"
+        raise RuntimeError(
+            f"For {kind} input, hx and cx should also be {dims}-D "
+            f"but got ({h_0.dim()}-D, {c_0.dim()}-D) tensors"
+        )
+    if dims == 2:
+        h_0, c_0 = h_0.unsqueeze(1), c_0.unsqueeze(1)
+    module.check_hidden_size(h_0, h_shape, "Expected hidden[0] size {}, got {}")
+    module.check_hidden_size(c_0, c_shape, "Expected hidden[1] size {}, got {}")
+    return h_0, c_0
+
+
+def _unpack_odd_state(hx, dims):
+    """A list of two is as good as a tuple, and so are two states stacked for an unbatched input."""
+    if isinstance(hx, Tensor):
+        problem = f"hx must be a tuple (h_0, c_0), got a Tensor of shape {tuple(hx.shape)}"
+        if dims is None or hx.dim() > 3:
+            raise TypeError(problem)
+        if hx.dim() == 0 or hx.shape[0] < 2:
+            raise IndexError(problem)
+    elif not isinstance(hx, (tuple, list)):
+        raise TypeError(f"hx must be a tuple (h_0, c_0), got {type(hx).__name__}")
+    if len(hx) != 2:
+        kind = IndexError if len(hx) < 2 and dims is not None else RuntimeError
+        raise kind(f"lstm expects two hidden states, hx must be (h_0, c_0), got {len(hx)}")
+    return hx[0], hx[1]
+
+
+def check_state_kind(x, state):
+    """Refuse (h_0, c_0) of another device or dtype than x."""
+    for name, t in zip(("hx[0]", "hx[1]"), state, strict=True):
+        if t.device != x.device:
+            raise RuntimeError(
+                "Input and hidden tensors are not at the same device, "
+                f"found input tensor at {x.device} and {name} at {t.device}"
+            )
+        if t.dtype != x.dtype:
+            raise RuntimeError(
+                "Input and hidden tensors are not the same dtype, "
+                f"found input tensor with {x.dtype} and {name} with {t.dtype}"
+            )
+
+
+def check_batch_sizes(batch_sizes):
+    """Refuse batch_sizes unless an int64 vector on the CPU; the op checks its values."""
+    if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or not batch_sizes.is_cpu:
+        kind = RuntimeError if batch_sizes.dtype == torch.int32 else TypeError
+        raise kind(
+            "batch_sizes of the PackedSequence must be int64 of shape (T,) on cpu, "
+            f"got {batch_sizes.dtype} of shape {tuple(batch_sizes.shape)} on {batch_sizes.device}"
+        )
+    if batch_sizes.shape[0] == 0:
+        raise IndexError("batch_sizes of the PackedSequence is empty, there must be a time step")
+
+
+def check_weights(module, weights, dtype):
+    """Refuse a weight, named, whose shape or dtype is not what the module's sizes ask for."""
+    gates = 4 * module.hidden_size
+    width = module.proj_size or module.hidden_size
+    directions = 2 if module.bidirectional else 1
+    each = len(weights) // (module.num_layers * directions)
+    for k, (name, w) in enumerate(zip(module._flat_weights_names, weights, strict=True)):
+        first = k < each * directions
+        expected = {
+            "weight_ih": (gates, module.input_size if first else width * directions),
+            "weight_hh": (gates, width),
+            "weight_hr": (width, module.hidden_size),
+        }.get(name.partition("_l")[0], (gates,))
+        if w.shape != expected:
+            raise RuntimeError(f"{name} must have shape {expected}, got {tuple(w.shape)}")
+        if w.dtype != dtype:
+            raise RuntimeError(f"{name} must be {dtype} as the input is, got {w.dtype}")
+
+
+def check_lengths(input, lengths, batch_first):
+    """lengths as an int64 CPU tensor (N,), refused unless it fits input (T, N, I) or (N, T, I)."""
+    if not isinstance(input, Tensor) or input.dim() != 3:
+        got = f"{input.dim()}-D" if isinstance(input, Tensor) else type(input).__name__
+        raise ValueError(f"lengths needs a padded 3-D input, got {got}")
+    try:
+        lengths = torch.as_tensor(lengths, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"lengths must be a list or a tensor of integers: {error}") from None
+    integers = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    if lengths.numel() and lengths.dtype not in integers:
+        raise TypeError(f"lengths must be integers, got {lengths.dtype}")
+    length, rows = (input.shape[1 - k] if batch_first else input.shape[k] for k in (0, 1))
+    if lengths.shape != (rows,):
+        raise ValueError(
+            f"lengths must hold one length a row, shape ({rows},), got {tuple(lengths.shape)}"
+        )
+    if rows and (int(lengths.min()) < 0 or int(lengths.max()) > length):
+        raise ValueError(
+            f"lengths must be from 0 to {length}, the input's length, "
+            f"got {int(lengths.min())} to {int(lengths.max())}"
+        )
+    return lengths.to(torch.int64)

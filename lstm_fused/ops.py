@@ -1,0 +1,282 @@
+"""One recurrent layer as a differentiable function, and what can be asked about the kernels.
+
+`layer` calls the operator `lstm_fused::recurrent_forward` directly when nothing needs a gradient,
+and through an autograd.Function otherwise. Shapes: T steps, N rows, I inputs, H hidden units, R
+recurrent width (the projection's size, or H), D directions, S rows of packed data.
+"""
+
+import torch
+from torch.library import register_fake
+
+from lstm_fused import (
+    _C,  # noqa: F401  loads the operators
+    _plan,
+    reference,
+)
+
+CELL_IDS = {"lstm": 0}
+_GATES = {0: 4}
+_BLOCK = 16  # units to a block of the saved gates, csrc/params.h
+
+_forward_op = torch.ops.lstm_fused.recurrent_forward.default
+_backward_op = torch.ops.lstm_fused.recurrent_backward.default
+
+
+def layer(x, batch_sizes, state0, weights, cell="lstm", directions=1):
+    """Run one layer of a recurrent network in one or two directions.
+
+    Args:
+        x: (T, N, I), any strides; or the data of a PackedSequence, (S, I).
+        batch_sizes: None, or the PackedSequence's (T,), int64 on the CPU, never growing.
+        state0: () for zeros, or (h0 (D, N, R), c0 (D, N, H)).
+        weights: for each direction w_ih (4H, I), w_hh (4H, R), then b_ih (4H,) and b_hh (4H,) if
+            there are biases, then w_hr (R, H) if there is a projection; flat, as a sequence.
+        cell: "lstm".
+        directions: 1, or 2 for a second one that walks from the last step to the first.
+
+    Returns:
+        y (T, N, D * R) or (S, D * R), and the final states (h_n (D, N, R), c_n (D, N, H)).
+
+    Everything is of one dtype, float32, float64, bfloat16 or float16, and on the CPU. Gradients of
+    any order are given. Raises RuntimeError on shapes, dtypes or devices that do not fit.
+    """
+    cell_id = CELL_IDS[cell]
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or any(w.requires_grad for w in weights)
+        or any(s.requires_grad for s in state0)
+    ):
+        y, h_n, c_n, _, _ = _Layer.apply(
+            cell, directions, len(state0), x, batch_sizes, *state0, *weights
+        )
+    else:
+        y, h_n, c_n, _, _ = _forward_op(
+            x, batch_sizes, state0, weights, cell_id, directions, False
+        )
+    return y, (h_n, c_n)
+
+
+class _Layer(torch.autograd.Function):
+    """The fused forward pass; its backward is _LayerBackward, which can be differentiated again."""
+
+    @staticmethod
+    def forward(cell, directions, n_state, x, batch_sizes, *tensors):
+        return _forward_op(
+            x,
+            batch_sizes,
+            tensors[:n_state],
+            tensors[n_state:],
+            CELL_IDS[cell],
+            directions,
+            True,
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        cell, directions, n_state, x, batch_sizes, *tensors = inputs
+        y, _, _, gates, cells = output
+        ctx.cell, ctx.directions, ctx.n_state = cell, directions, n_state
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(gates, cells)
+        ctx.save_for_backward(x, batch_sizes, y, gates, cells, *tensors)
+
+    @staticmethod
+    def backward(ctx, dy, dh_n, dc_n, _gates, _cells):
+        x, batch_sizes, y, gates, cells, *tensors = ctx.saved_tensors
+        if dy is None and dh_n is None and dc_n is None:
+            return (None,) * len(ctx.needs_input_grad)
+        needs = ctx.needs_input_grad[3:4] + ctx.needs_input_grad[5:]
+        grads = _LayerBackward.apply(
+            ctx.cell,
+            ctx.directions,
+            ctx.n_state,
+            needs,
+            batch_sizes,
+            y,
+            gates,
+            cells,
+            dy,
+            dh_n,
+            dc_n,
+            x,
+            *tensors,
+        )
+        return None, None, None, grads[0], None, *grads[1:]
+
+
+class _LayerBackward(torch.autograd.Function):
+    """The fused backward pass. Its own backward goes through the reference, step by step."""
+
+    @staticmethod
+    def forward(
+        cell, directions, n_state, needs, batch_sizes, y, gates, cells, dy, dh_n, dc_n, x, *tensors
+    ):
+        state0, weights = tensors[:n_state], tensors[n_state:]
+        # The operator's mask always has places for h0 and c0.
+        states = needs[1 : 1 + n_state] if n_state else (False, False)
+        dx, dh0, dc0, dweights = _backward_op(
+            x,
+            batch_sizes,
+            state0,
+            weights,
+            y,
+            gates,
+            cells,
+            dy,
+            dh_n,
+            dc_n,
+            CELL_IDS[cell],
+            directions,
+            [needs[0], *states, *needs[1 + n_state :]],
+        )
+        grads = [dx, *((dh0, dc0) if n_state else ()), *dweights]
+        return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        cell, directions, n_state, needs, batch_sizes, _, _, _, dy, dh_n, dc_n, x, *tensors = inputs
+        ctx.cell, ctx.directions, ctx.n_state, ctx.needs = cell, directions, n_state, needs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(batch_sizes, dy, dh_n, dc_n, x, *tensors)
+
+    @staticmethod
+    def backward(ctx, *grad_grads):
+        batch_sizes, dy, dh_n, dc_n, *tensors = ctx.saved_tensors
+        outer = [t for t in (dy, dh_n, dc_n) if t is not None]
+        # Aliases, so that a tensor given twice (tied weights) has a gradient for each place.
+        tensors = [_alias(t) for t in tensors]
+        outer_aliases = [_alias(t) for t in outer]
+        with torch.enable_grad():
+            x, *rest = tensors
+            y, (h_n, c_n) = reference.CELLS[ctx.cell](
+                x, batch_sizes, tuple(rest[: ctx.n_state]), rest[ctx.n_state :], ctx.directions
+            )
+            outputs = [o for o, d in zip((y, h_n, c_n), (dy, dh_n, dc_n), strict=True) if d is not None]
+            inner = [t for t, need in zip(tensors, ctx.needs, strict=True) if need]
+            first = torch.autograd.grad(
+                outputs, inner, outer_aliases, create_graph=True, allow_unused=True
+            )
+            given = [g for g, need in zip(grad_grads, ctx.needs, strict=True) if need]
+            pairs = [
+                (f, g)
+                for f, g in zip(first, given, strict=True)
+                if f is not None and g is not None and f.requires_grad
+            ]
+            targets = [t for t in (*outer_aliases, *tensors) if t.requires_grad]
+            second = iter(
+                torch.autograd.grad(
+                    [f for f, _ in pairs],
+                    targets,
+                    [g for _, g in pairs],
+                    create_graph=torch.is_grad_enabled(),
+                    allow_unused=True,
+                )
+                if pairs
+                else [None] * len(targets)
+            )
+        found = [next(second) if t.requires_grad else None for t in (*outer_aliases, *tensors)]
+        d_outer = iter(found[: len(outer)])
+        d_given = [None if d is None else next(d_outer) for d in (dy, dh_n, dc_n)]
+        return (None,) * 8 + (*d_given, *found[len(outer) :])
+
+
+def _alias(t):
+    return t.view_as(t) if t.requires_grad else t
+
+
+@register_fake("lstm_fused::recurrent_forward")
+def _fake_forward(x, batch_sizes, state0, weights, cell, directions, training):
+    gates = _GATES[cell]
+    hidden, width = weights[1].shape[0] // gates, weights[1].shape[1]
+    n = x.shape[1] if batch_sizes is None else _batch_of(batch_sizes, state0)
+    rows = x.shape[0] * x.shape[1] if batch_sizes is None else x.shape[0]
+    blocks = (hidden + _BLOCK - 1) // _BLOCK
+    saved = torch.float64 if x.dtype is torch.float64 else torch.float32
+    y = x.new_empty(*x.shape[:-1], directions * width)
+    h_n = x.new_empty(directions, n, width)
+    c_n = x.new_empty(directions, n, hidden)
+    if not training:
+        return y, h_n, c_n, x.new_empty(0, dtype=saved), x.new_empty(0, dtype=saved)
+    return (
+        y,
+        h_n,
+        c_n,
+        x.new_empty(directions, blocks, rows, gates, _BLOCK, dtype=saved),
+        x.new_empty(directions, blocks, rows, _BLOCK, dtype=saved),
+    )
+
+
+def _batch_of(batch_sizes, state0):
+    """N of packed data: a state's if there is one, else only the data itself can tell."""
+    if state0:
+        return state0[0].shape[1]
+    return torch.library.get_ctx().new_dynamic_size()
+
+
+@register_fake("lstm_fused::recurrent_backward")
+def _fake_backward(
+    x, batch_sizes, state0, weights, y, gates, cells, dy, dh_n, dc_n, cell, directions, mask
+):
+    hidden, width = weights[1].shape[0] // _GATES[cell], weights[1].shape[1]
+    if batch_sizes is None:
+        n = x.shape[1]
+    else:
+        known = next((t for t in (*state0, dh_n, dc_n) if t is not None), None)
+        n = torch.library.get_ctx().new_dynamic_size() if known is None else known.shape[1]
+
+    def wanted(want, shape):
+        return x.new_empty(shape if want else (0,))
+
+    return (
+        wanted(mask[0], x.shape),
+        wanted(mask[1], (directions, n, width)),
+        wanted(mask[2], (directions, n, hidden)),
+        [wanted(want, w.shape) for want, w in zip(mask[3:], weights, strict=True)],
+    )
+
+
+def set_isa(name=None):
+    """Force the instruction set kernels use, for every thread; None goes back to the best one.
+
+    Raises RuntimeError for a name that is unknown or that this machine cannot run. The environment
+    variable LSTM_FUSED_ISA does the same when the package is imported.
+    """
+    torch.ops.lstm_fused.force_isa(name or "")
+
+
+def available_isas():
+    """Names of the instruction sets this machine can run, slowest first."""
+    return tuple(torch.ops.lstm_fused.available_isas().split())
+
+
+def last_run():
+    """What the newest forward or backward call on this thread ran, as a dict; empty before any."""
+    words = (word.split("=") for word in torch.ops.lstm_fused.last_run().split())
+    return {key: int(value) if value.isdigit() else value for key, value in words}
+
+
+def plan(cell, dtype, T, N, I, H, R, directions, threads=None, training=False):  # noqa: E741
+    """The plan a forward call on the CPU with these sizes would run, as a printable object.
+
+    dtype is a torch.dtype or its name; threads is torch.get_num_threads() unless given.
+    """
+    if cell not in CELL_IDS:
+        raise ValueError(f"cell is {cell!r} but must be one of {sorted(CELL_IDS)}")
+    return _plan.plan(
+        str(dtype).removeprefix("torch."),
+        torch.ops.lstm_fused.active_isa(),
+        torch.get_num_threads() if threads is None else threads,
+        T,
+        N,
+        I,
+        H,
+        R,
+        directions,
+        projection=R != H,
+        training=training,
+    )
+
+
+def build_info():
+    """Version, compiler, the torch built against, ISAs compiled in, whether CUDA kernels are."""
+    return _plan.build_info()

@@ -1,0 +1,229 @@
+"""One problem computed three ways: by us, by nn.LSTM in the same dtype, by the reference in float64.
+
+The reference is driven from here, layer by layer, so that nothing of lstm_fused.nn is taken for
+granted. Sizes are T, N, I, H; R is proj or else H, D directions, L layers, S rows of packed data.
+"""
+
+import zlib
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import lstm_fused
+import tolerance
+from lstm_fused import ops, reference
+
+ISA_WITHOUT_BF16 = {"avx512_bf16": "avx512"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A module, its input and the gradients of its outputs; the same fields, the same numbers."""
+
+    T: int
+    N: int
+    I: int  # noqa: E741
+    H: int
+    dtype: torch.dtype = torch.float32
+    layers: int = 1
+    directions: int = 1
+    bias: bool = True
+    proj: int = 0
+    batch_first: bool = False
+    form: str = "dense"  # or "sorted", "unsorted": packed, or "single": 2-D, of one row
+    hx: bool = False
+    device: str = "cpu"
+
+    def __str__(self):
+        words = [str(self.dtype).removeprefix("torch."), f"T{self.T}-N{self.N}-I{self.I}-H{self.H}"]
+        words += [f"L{self.layers}"] if self.layers > 1 else []
+        words += ["both"] if self.directions == 2 else []
+        words += [] if self.bias else ["nobias"]
+        words += [f"proj{self.proj}"] if self.proj else []
+        words += ["batch_first"] if self.batch_first else []
+        words += [self.form] if self.form != "dense" else []
+        words += ["hx"] if self.hx else []
+        words += [self.device] if self.device != "cpu" else []
+        return "-".join(words)
+
+    @property
+    def packed(self):
+        return self.form in ("sorted", "unsorted")
+
+    @property
+    def R(self):
+        return self.proj or self.H
+
+    def module(self, kind=torch.nn.LSTM):
+        return kind(
+            self.I,
+            self.H,
+            num_layers=self.layers,
+            bidirectional=self.directions == 2,
+            bias=self.bias,
+            proj_size=self.proj,
+            batch_first=self.batch_first,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+
+@dataclass
+class Values:
+    """What goes into a problem: x (T, N, I), state (h0 (L*D, N, R), c0 (L*D, N, H)) or None.
+
+    lengths: (N,) or None. weights: by name. cotangents: of y, laid out as y is, of h_n and of c_n.
+    """
+
+    x: torch.Tensor
+    lengths: torch.Tensor | None
+    state: tuple | None
+    weights: dict
+    cotangents: list = field(default_factory=list)
+
+
+@dataclass
+class Outcome:
+    """Outputs, states and gradients by name, and what ran (ours only)."""
+
+    tensors: dict
+    forward_run: dict = field(default_factory=dict)
+    backward_run: dict = field(default_factory=dict)
+
+
+@lru_cache(maxsize=4)
+def values_of(problem):
+    """Weights as nn.LSTM draws them; the rest is normal. Drawn on the CPU in the problem's dtype."""
+    p = problem
+    generator = torch.Generator().manual_seed(zlib.crc32(str(p).encode()))
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(p.device, p.dtype)
+
+    weights = {}
+    for name, w in p.module().named_parameters():
+        uniform = torch.rand(w.shape, generator=generator) * 2 - 1
+        weights[name] = (uniform * p.H**-0.5).to(p.device, p.dtype)
+    lengths = None
+    if p.packed:
+        lengths = torch.randint(1, p.T + 1, (p.N,), generator=generator)
+        lengths[int(torch.randint(p.N, (), generator=generator))] = p.T
+        if p.form == "sorted":
+            lengths = lengths.sort(descending=True).values
+    states = p.layers * p.directions
+    state = (normal(states, p.N, p.R), normal(states, p.N, p.H)) if p.hx else None
+    rows = (int(lengths.sum()),) if p.packed else (p.T, p.N)
+    cotangents = [
+        normal(*rows, p.directions * p.R),
+        normal(states, p.N, p.R),
+        normal(states, p.N, p.H),
+    ]
+    return Values(normal(p.T, p.N, p.I), lengths, state, weights, cotangents)
+
+
+def run_module(problem, kind):
+    """The problem through a module class, forward and backward."""
+    p, values = problem, values_of(problem)
+    module = p.module(kind)
+    module.load_state_dict(values.weights)
+    x = values.x.clone().requires_grad_()
+    state = values.state and tuple(s.clone().requires_grad_() for s in values.state)
+    given, given_state = x, state
+    if p.packed:
+        given = pack_padded_sequence(x, values.lengths, enforce_sorted=p.form == "sorted")
+    elif p.form == "single":
+        given = x.squeeze(1)
+        given_state = state and tuple(s.squeeze(1) for s in state)
+    elif p.batch_first:
+        given = x.transpose(0, 1)
+    y, (h_n, c_n) = module(given, given_state)
+    forward_run = ops.last_run() if kind is lstm_fused.LSTM else {}
+    if p.packed:
+        y = y.data
+    elif p.form == "single":
+        y, h_n, c_n = y.unsqueeze(1), h_n.unsqueeze(1), c_n.unsqueeze(1)
+    elif p.batch_first:
+        y = y.transpose(0, 1)
+    torch.autograd.backward([y, h_n, c_n], values.cotangents)
+    backward_run = ops.last_run() if kind is lstm_fused.LSTM else {}
+    leaves = {"x": x, **dict(module.named_parameters())}
+    if state:
+        leaves |= {"h0": state[0], "c0": state[1]}
+    return Outcome(named(y, h_n, c_n, leaves), forward_run, backward_run)
+
+
+def run_reference(problem):
+    """The problem in float64 through lstm_fused.reference, which shares nothing with the kernels."""
+    p, values = problem, values_of(problem)
+    x = values.x.double().requires_grad_()
+    weights = {name: w.double().requires_grad_() for name, w in values.weights.items()}
+    state = values.state and tuple(s.double().requires_grad_() for s in values.state)
+    rows, sizes, order, back = x, None, None, None
+    if p.packed:
+        packed = pack_padded_sequence(x, values.lengths, enforce_sorted=False)
+        rows, sizes, order, back = packed
+    each = len(weights) // p.layers
+    flat = list(weights.values())
+    h_n, c_n = [], []
+    for k in range(p.layers):
+        state0 = ()
+        if state:
+            part = slice(k * p.directions, (k + 1) * p.directions)
+            state0 = tuple(s[part] if order is None else s[part][:, order] for s in state)
+        rows, (h, c) = reference.lstm_layer(
+            rows, sizes, state0, flat[k * each : (k + 1) * each], p.directions
+        )
+        h_n.append(h if back is None else h[:, back])
+        c_n.append(c if back is None else c[:, back])
+    h_n, c_n = torch.cat(h_n), torch.cat(c_n)
+    torch.autograd.backward([rows, h_n, c_n], [g.double() for g in values.cotangents])
+    leaves = {"x": x, **weights}
+    if state:
+        leaves |= {"h0": state[0], "c0": state[1]}
+    return Outcome(named(rows, h_n, c_n, leaves))
+
+
+def named(y, h_n, c_n, leaves):
+    outputs = {"y": y, "h_n": h_n, "c_n": c_n}
+    return {k: v.detach() for k, v in outputs.items()} | {
+        f"d_{name}": leaf.grad for name, leaf in leaves.items()
+    }
+
+
+@lru_cache(maxsize=4)
+def judges(problem):
+    """What nn.LSTM and what the float64 reference make of a problem."""
+    return run_module(problem, torch.nn.LSTM).tensors, run_reference(problem).tensors
+
+
+def error_of(found, exact):
+    """The largest absolute difference; infinite if a shape differs or anything is not finite."""
+    if found is None or found.shape != exact.shape:
+        return float("inf")
+    error = (found.double() - exact).abs().max().item() if exact.numel() else 0.0
+    return error if error < float("inf") else float("inf")
+
+
+def misses(found, torchs, exact, dtype):
+    """A line for each tensor of found that is further off than its tolerance."""
+    lines = []
+    assert found.keys() == torchs.keys() == exact.keys()
+    for name, truth in exact.items():
+        if found[name] is not None and found[name].dtype != dtype:
+            lines.append(f"{name} is {found[name].dtype}")
+        error, torch_error = error_of(found[name], truth), error_of(torchs[name], truth)
+        largest = truth.abs().max().item() if truth.numel() else 0.0
+        limit = tolerance.allowed(name, dtype, torch_error, largest)
+        if not error <= limit:
+            lines.append(f"{name}: off by {error:.2e} > {limit:.2e}, nn.LSTM by {torch_error:.2e}")
+    return lines
+
+
+def check(problem):
+    """Run the problem by us, compare, and return what ran. Fails naming every tensor that is off."""
+    ours = run_module(problem, lstm_fused.LSTM)
+    found = misses(ours.tensors, *judges(problem), problem.dtype)
+    assert not found, f"{problem}\n" + "\n".join(found)
+    return ours

@@ -1,0 +1,184 @@
+// Runs every kernel this machine can on buffers of exactly the size each needs, for the address and
+// undefined-behaviour sanitizers to watch. Outputs start as NaN and must end finite.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "../../csrc/cpu/kernels.h"
+
+using namespace lstm_fused;
+
+namespace {
+
+struct Case {
+  int64_t T, N, I, H, P;  // P: projection size or 0
+  int D;
+  bool bias, state, packed;
+};
+
+// Exact-size allocations, so that one element too far is an error.
+class Buffers {
+ public:
+  explicit Buffers(DType dtype) : dtype_(dtype) {}
+
+  void* random(int64_t count) {
+    void* p = take(count * size(dtype_));
+    for (int64_t i = 0; i < count; ++i) put(p, i, next());
+    return p;
+  }
+  void* nan(int64_t count, bool compute = false) {
+    const int64_t bytes = count * (compute ? (dtype_ == DType::kFloat64 ? 8 : 4) : size(dtype_));
+    void* p = take(bytes);
+    std::memset(p, 0xff, bytes);
+    return p;
+  }
+  void* scratch(int64_t bytes) {
+    aligned_.emplace_back(std::aligned_alloc(64, round_up(bytes, 64)), &std::free);
+    std::memset(aligned_.back().get(), 0xff, bytes);
+    return aligned_.back().get();
+  }
+  bool finite(const void* p, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i)
+      if (!std::isfinite(get(p, i))) return false;
+    return true;
+  }
+
+ private:
+  static int64_t size(DType dtype) {
+    return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+  }
+  void* take(int64_t bytes) {
+    owned_.emplace_back(new char[bytes]);
+    return owned_.back().get();
+  }
+  // Small values whose 16-bit forms are easy: multiples of 1/8 within (-1, 1).
+  float next() {
+    state_ = state_ * 1664525u + 1013904223u;
+    return static_cast<float>(static_cast<int>(state_ >> 28) - 8) / 8;
+  }
+  void put(void* p, int64_t i, float v) const {
+    uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    if (dtype_ == DType::kFloat64) static_cast<double*>(p)[i] = v;
+    if (dtype_ == DType::kFloat32) static_cast<float*>(p)[i] = v;
+    if (dtype_ == DType::kBFloat16) static_cast<uint16_t*>(p)[i] = bits >> 16;
+    if (dtype_ == DType::kFloat16) {
+      const uint32_t magnitude = bits & 0x7fffffff;
+      const uint32_t half = magnitude ? (magnitude >> 13) - (112u << 10) : 0;
+      static_cast<uint16_t*>(p)[i] = static_cast<uint16_t>(half | (bits >> 16 & 0x8000));
+    }
+  }
+  double get(const void* p, int64_t i) const {
+    if (dtype_ == DType::kFloat64) return static_cast<const double*>(p)[i];
+    if (dtype_ == DType::kFloat32) return static_cast<const float*>(p)[i];
+    const uint16_t h = static_cast<const uint16_t*>(p)[i];
+    const int exponent = dtype_ == DType::kBFloat16 ? 0x7f80 : 0x7c00;
+    return (h & exponent) == exponent ? NAN : 0;
+  }
+
+  DType dtype_;
+  uint32_t state_ = 1;
+  std::vector<std::unique_ptr<char[]>> owned_;
+  std::vector<std::unique_ptr<void, void (*)(void*)>> aligned_;
+};
+
+bool run(const Case& c, Isa isa, DType dtype, int threads) {
+  Buffers b(dtype);
+  const int64_t R = c.P ? c.P : c.H;
+  std::vector<int64_t> sizes, offsets{0};
+  for (int64_t t = 0; t < c.T; ++t) {
+    sizes.push_back(c.packed ? std::max<int64_t>(1, c.N - t / 2) : c.N);
+    offsets.push_back(offsets.back() + sizes.back());
+  }
+  const int64_t S = offsets.back();
+  ForwardParams f{};
+  f.size = {{c.T, c.N, c.packed ? sizes.data() : nullptr, c.packed ? offsets.data() : nullptr},
+            c.I, c.H, R, c.D};
+  f.x = {b.random(S * c.I), c.N * c.I, c.I};
+  if (c.state) {
+    f.h0 = b.random(c.D * c.N * R);
+    f.c0 = b.random(c.D * c.N * c.H);
+  }
+  BackwardParams g{};
+  for (int d = 0; d < c.D; ++d) {
+    f.weights[d] = {b.random(4 * c.H * c.I), b.random(4 * c.H * R),
+                    c.bias ? b.random(4 * c.H) : nullptr, c.bias ? b.random(4 * c.H) : nullptr,
+                    c.P ? b.random(R * c.H) : nullptr};
+    g.dweights[d] = {b.nan(4 * c.H * c.I), b.nan(4 * c.H * R), c.bias ? b.nan(4 * c.H) : nullptr,
+                     c.bias ? b.nan(4 * c.H) : nullptr, c.P ? b.nan(R * c.H) : nullptr};
+    g.weights[d] = f.weights[d];
+  }
+  const int64_t units = f.size.blocks() * kBlock;
+  f.y = b.nan(S * c.D * R);
+  f.h_n = b.nan(c.D * c.N * R);
+  f.c_n = b.nan(c.D * c.N * c.H);
+  f.gates = b.nan(c.D * S * 4 * units, true);
+  f.cells = b.nan(c.D * S * units, true);
+  const Problem problem{dtype, c.T, c.N, c.I, c.H, R, c.D, c.P > 0, true};
+  const Plan forward = plan_forward(problem, {isa, threads});
+  const Kernel& kernel = kernel_for(forward.isa, CellKind::kLstm, dtype);
+  f.scratch = b.scratch(kernel.forward_scratch(f, forward));
+  if (!kernel.forward(f, forward)) return false;
+  if (!b.finite(f.y, S * c.D * R) || !b.finite(f.h_n, c.D * c.N * R) ||
+      !b.finite(f.c_n, c.D * c.N * c.H))
+    return false;
+
+  g.size = f.size;
+  g.x = f.x;
+  g.h0 = f.h0;
+  g.c0 = f.c0;
+  g.y = f.y;
+  g.gates = f.gates;
+  g.cells = f.cells;
+  g.dy = b.random(S * c.D * R);
+  if (c.state) {
+    g.dh_n = b.random(c.D * c.N * R);
+    g.dc_n = b.random(c.D * c.N * c.H);
+    g.dh0 = b.nan(c.D * c.N * R);
+    g.dc0 = b.nan(c.D * c.N * c.H);
+  }
+  g.dx = b.nan(S * c.I);
+  const Plan backward = plan_backward(problem, {isa, threads});
+  const Kernel& back = kernel_for(backward.isa, CellKind::kLstm, dtype);
+  g.scratch = b.scratch(back.backward_scratch(g, backward));
+  if (!back.backward(g, backward)) return false;
+  bool good = b.finite(g.dx, S * c.I);
+  if (c.state) good = good && b.finite(g.dh0, c.D * c.N * R) && b.finite(g.dc0, c.D * c.N * c.H);
+  for (int d = 0; d < c.D; ++d) {
+    const WeightGradients& w = g.dweights[d];
+    good = good && b.finite(w.w_ih, 4 * c.H * c.I) && b.finite(w.w_hh, 4 * c.H * R);
+    if (c.bias) good = good && b.finite(w.b_ih, 4 * c.H) && b.finite(w.b_hh, 4 * c.H);
+    if (c.P) good = good && b.finite(w.w_hr, R * c.H);
+  }
+  return good;
+}
+
+}  // namespace
+
+int main() {
+  const Case cases[] = {
+      {1, 1, 1, 1, 0, 1, true, true, false},    {2, 3, 7, 17, 0, 2, true, false, false},
+      {5, 7, 16, 33, 0, 2, true, true, true},   {6, 9, 17, 37, 5, 2, true, true, true},
+      {4, 33, 10, 100, 33, 1, false, true, false}, {9, 5, 3, 64, 0, 1, false, false, true},
+      {3, 20, 31, 16, 16, 2, true, false, false},
+  };
+  int ran = 0, failed = 0;
+  for (int isa = 0; isa < kIsaCount; ++isa) {
+    if (!runs(static_cast<Isa>(isa))) continue;
+    for (int dtype = 0; dtype < kDTypeCount; ++dtype)
+      for (const Case& c : cases)
+        for (const int threads : {1, 2, 5}) {
+          ++ran;
+          if (run(c, static_cast<Isa>(isa), static_cast<DType>(dtype), threads)) continue;
+          ++failed;
+          std::printf("not finite: %s %s T%ld N%ld I%ld H%ld P%ld D%d, %d threads\n",
+                      name(static_cast<Isa>(isa)), name(static_cast<DType>(dtype)), c.T, c.N, c.I,
+                      c.H, c.P, c.D, threads);
+        }
+  }
+  std::printf("%d runs, %d failed\n", ran, failed);
+  return failed != 0;
+}
