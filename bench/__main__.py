@@ -59,8 +59,10 @@ def measure(works: list[Workload], effort: Effort, console: Console) -> dict:
         "machine": machine.describe(),
         "providers": list(PROVIDERS),
         "rows": [],
+        "others": 0.0,
         "interrupted": False,
     }
+    others = machine.Others()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -78,6 +80,7 @@ def measure(works: list[Workload], effort: Effort, console: Console) -> dict:
                 result["rows"].append(row)
         except KeyboardInterrupt:
             result["interrupted"] = True
+    result["others"] = others.cpus()
     return result
 
 

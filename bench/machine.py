@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -36,6 +37,29 @@ def revision() -> str:
     return done.stdout.strip()
 
 
+class Others:
+    """How many CPUs other programs used since this was made; 0 where that is not known."""
+
+    def __init__(self):
+        self.begin = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        """The wall clock, and CPU seconds the machine spent on anything but this process."""
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return time.monotonic(), 0.0
+        user, nice, system, _idle, _iowait, irq, softirq, steal = map(
+            int, stat.read_text().split("\n", 1)[0].split()[1:9]
+        )
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return time.monotonic(), busy - time.process_time()
+
+    def cpus(self) -> float:
+        wall, others = (now - begin for now, begin in zip(self._now(), self.begin, strict=True))
+        return round(max(0.0, others / max(wall, 1e-9)), 2)
+
+
 def describe() -> dict:
     return {
         "cpu": cpu_model(),
@@ -47,7 +71,6 @@ def describe() -> dict:
         "torch": torch.__version__,
         "build": ops.build_info(),
         "revision": revision(),
-        "load": round(os.getloadavg()[0], 2),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 

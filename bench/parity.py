@@ -32,8 +32,8 @@ def max_error(found: torch.Tensor, exact: torch.Tensor) -> float:
     return float("inf") if math.isnan(error) else error
 
 
-def compare(found: dict, baseline: dict, exact: dict, row_of=tolerance.kind) -> list[Verdict]:
-    """Each tensor by the tests' own rule; row_of names its row in their table."""
+def compare(found: dict, baseline: dict, exact: dict, row_of=str) -> list[Verdict]:
+    """Each tensor by the tests' own rule; row_of gives the name their table knows it by."""
     verdicts = []
     for name, truth in exact.items():
         largest = truth.abs().max().item() if truth.numel() else 0.0

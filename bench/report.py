@@ -7,6 +7,8 @@ from bench.providers import BASELINE
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+# What other programs may use during a measurement before the table mentions it.
+QUIET_CPUS = 0.1
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
@@ -19,14 +21,16 @@ def duration(seconds: float) -> str:
 
 
 def time_cell(entry: dict | None) -> str:
+    """Median and half the span from p10 to p90, or what is wrong."""
     if entry is None:
         return ""
     if "wrong" in entry:
         wrong = entry["wrong"]
         return f"wrong: {wrong['tensor']} off by {wrong['error']:.1e} > {wrong['allowed']:.1e}"
     timing = entry["timing"]
+    spread = (timing["p90"] - timing["p10"]) / 2 / timing["median"]
     mark = " ~" if timing["noisy"] else ""
-    return f"{duration(timing['median'])}{mark}"
+    return f"{duration(timing['median'])} ±{spread:.0%}{mark}"
 
 
 def median_of(row: dict, provider: str) -> float | None:
@@ -66,13 +70,18 @@ def cells(result: dict) -> tuple[list[str], list[list[str]]]:
 
 def caption(result: dict) -> str:
     m = result["machine"]
-    text = (
+    sentences = [
         f"{m['cpu']}, {m['threads']} threads, ISA {m['isa']}, torch {m['torch']}, "
-        f"revision {m['revision']}, {m['date']}. Times are medians of interleaved samples"
-    )
-    noisy = any("~" in cell for row in cells(result)[1] for cell in row)
-    text += "; ~ marks a wide spread." if noisy else "."
-    return text + (" Interrupted: later rows are missing." if result["interrupted"] else "")
+        f"revision {m['revision']}, {m['date']}.",
+        "Medians of interleaved samples, ± half the span from p10 to p90.",
+    ]
+    if any("~" in cell for row in cells(result)[1] for cell in row):
+        sentences.append("~ marks a span too wide to rely on.")
+    if result["others"] > QUIET_CPUS:
+        sentences.append(f"Other programs used {result['others']:.1f} CPUs meanwhile.")
+    if result["interrupted"]:
+        sentences.append("Interrupted: later rows are missing.")
+    return " ".join(sentences)
 
 
 def markdown(result: dict) -> str:

@@ -1,5 +1,5 @@
-// The operators: schemas, checks, allocation, and the call of the planned kernel. Arithmetic is below
-// (cpu/), autograd and fakes above (lstm_fused/ops.py).
+// The operators: schemas, checks, allocation, and the call of the planned kernel. Arithmetic is
+// below (cpu/), autograd and fakes above (lstm_fused/ops.py).
 #include <atomic>
 
 #include "cpu/kernels.h"
@@ -134,8 +134,8 @@ void read_weights(Layer& layer, const Tensor& x, const Tensors& weights) {
 Layer read_layer(const Tensor& x, const MaybeTensor& batch_sizes, const Tensors& weights,
                  int64_t cell, int64_t directions) {
   Layer layer{};
-  STD_TORCH_CHECK(cell >= 0 && cell < static_cast<int64_t>(std::size(kGatesOf)),
-                  "unknown cell ", cell);
+  STD_TORCH_CHECK(cell >= 0 && cell < static_cast<int64_t>(std::size(kGatesOf)), "unknown cell ",
+                  cell);
   STD_TORCH_CHECK(directions == 1 || directions == 2, "directions must be 1 or 2");
   layer.cell = static_cast<CellKind>(cell);
   layer.dtype = dtype_of(x, "x");
@@ -235,9 +235,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> recurrent_backward(
   const LayerSizes& s = layer.size;
   STD_TORCH_CHECK(mask.size() == 3 + weights.size(),
                   "mask must have one entry each for x, h0, c0 and every weight");
-  STD_TORCH_CHECK(gates.is_contiguous() && cells.is_contiguous() &&
-                      (gates.numel() > 0) == (s.steps.rows() > 0),
-                  "gates and cells must be as saved by recurrent_forward in training");
+  STD_TORCH_CHECK(
+      gates.is_contiguous() && cells.is_contiguous() && (gates.numel() > 0) == (s.steps.rows() > 0),
+      "gates and cells must be as saved by recurrent_forward in training");
   BackwardParams params{};
   params.size = s;
   params.x = layer.x;
@@ -314,12 +314,15 @@ std::string active_isa() {
 
 STABLE_TORCH_LIBRARY(lstm_fused, m) {
   m.def(
-      "recurrent_forward(Tensor x, Tensor? batch_sizes, Tensor[] state0, Tensor[] weights, int cell, "
+      "recurrent_forward(Tensor x, Tensor? batch_sizes, Tensor[] state0, Tensor[] weights, int "
+      "cell, "
       "int directions, bool training) "
       "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
   m.def(
-      "recurrent_backward(Tensor x, Tensor? batch_sizes, Tensor[] state0, Tensor[] weights, Tensor y, "
-      "Tensor gates, Tensor cells, Tensor? dy, Tensor? dh_n, Tensor? dc_n, int cell, int directions, "
+      "recurrent_backward(Tensor x, Tensor? batch_sizes, Tensor[] state0, Tensor[] weights, Tensor "
+      "y, "
+      "Tensor gates, Tensor cells, Tensor? dy, Tensor? dh_n, Tensor? dc_n, int cell, int "
+      "directions, "
       "bool[] mask) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
   m.def("force_isa(str isa) -> ()");
   m.def("active_isa() -> str");

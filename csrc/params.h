@@ -65,17 +65,17 @@ struct LayerSizes {
 
 struct ForwardParams {
   LayerSizes size;
-  Sequence x;         // (T, N, I) or (S, I)
-  const void* h0;     // (D, N, R) or null for zeros
-  const void* c0;     // (D, N, H) or null for zeros
+  Sequence x;      // (T, N, I) or (S, I)
+  const void* h0;  // (D, N, R) or null for zeros
+  const void* c0;  // (D, N, H) or null for zeros
   Weights weights[2];
-  void* y;            // (S, D * R), S = sum of the active rows
-  void* h_n;          // (D, N, R)
-  void* c_n;          // (D, N, H)
+  void* y;    // (S, D * R), S = sum of the active rows
+  void* h_n;  // (D, N, R)
+  void* c_n;  // (D, N, H)
   // Saved for backward, in the compute dtype; null without gradients. Sixteen lanes a block.
-  void* gates;        // (D, H/16, S, G, 16) activated gates
-  void* cells;        // (D, H/16, S, 16) cell states
-  void* scratch;      // forward_scratch() bytes, 64-byte aligned
+  void* gates;    // (D, H/16, S, G, 16) activated gates
+  void* cells;    // (D, H/16, S, 16) cell states
+  void* scratch;  // forward_scratch() bytes, 64-byte aligned
 };
 
 struct WeightGradients {
@@ -95,14 +95,14 @@ struct BackwardParams {
   const void* y;      // (S, D * R)
   const void* gates;  // as saved by forward
   const void* cells;
-  const void* dy;     // (S, D * R) or null
-  const void* dh_n;   // (D, N, R) or null
-  const void* dc_n;   // (D, N, H) or null
-  void* dx;           // (S, I) or null
-  void* dh0;          // (D, N, R) or null
-  void* dc0;          // (D, N, H) or null
+  const void* dy;    // (S, D * R) or null
+  const void* dh_n;  // (D, N, R) or null
+  const void* dc_n;  // (D, N, H) or null
+  void* dx;          // (S, I) or null
+  void* dh0;         // (D, N, R) or null
+  void* dc0;         // (D, N, H) or null
   WeightGradients dweights[2];
-  void* scratch;      // backward_scratch() bytes, 64-byte aligned
+  void* scratch;  // backward_scratch() bytes, 64-byte aligned
 };
 
 }  // namespace lstm_fused

@@ -21,14 +21,22 @@ Enum from_name(const std::string& wanted, int count, const char* what) {
     if (wanted == name(value)) return value;
     known += (i ? ", " : "") + std::string(name(value));
   }
-  throw std::invalid_argument(std::string(what) + " is '" + wanted + "' but must be one of " + known);
+  throw std::invalid_argument(std::string(what) + " is '" + wanted + "' but must be one of " +
+                              known);
 }
 
 Plan make_plan(const std::string& dtype, const std::string& isa, int threads, int64_t T, int64_t N,
                int64_t I, int64_t H, int64_t R, int directions, bool projection, bool training,
                bool backward) {
-  const Problem problem{from_name<DType>(dtype, kDTypeCount, "dtype"), T, N, I, H, R, directions,
-                        projection, training};
+  const Problem problem{from_name<DType>(dtype, kDTypeCount, "dtype"),
+                        T,
+                        N,
+                        I,
+                        H,
+                        R,
+                        directions,
+                        projection,
+                        training};
   const Machine machine{from_name<Isa>(isa, kIsaCount, "isa"), threads};
   return backward ? plan_backward(problem, machine) : plan_forward(problem, machine);
 }

@@ -27,7 +27,7 @@ from bench import parity
 
 BATCH, LENGTH = 16, 64
 EMBEDDING = 64
-BLOCK = 10  # steps before the other model's turn
+BLOCK = 5  # steps before the other model's turn
 TEMPERATURE = 0.7
 WRITTEN = 400  # characters
 MAX_CHARACTERS = 4_000_000
@@ -193,14 +193,15 @@ class Trainee:
         self.losses.append(loss.item())
 
 
-def train(trainees: dict[str, Trainee], steps: int, console: Console) -> None:
-    """A block of steps with one model, the same block with the other, and so on."""
+def train(trainees: dict[str, Trainee], steps: int, limit: float, console: Console) -> None:
+    """A block of steps with one model, the same block with the other, for `limit` seconds at most."""
     columns = (
         TextColumn("training"),
         BarColumn(),
         TextColumn("{task.completed}/{task.total} steps  {task.fields[losses]}  left"),
         TimeRemainingColumn(),
     )
+    end = time.monotonic() + limit
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("", total=steps * len(trainees), losses="")
         for begin in range(0, steps, BLOCK):
@@ -210,6 +211,11 @@ def train(trainees: dict[str, Trainee], steps: int, console: Console) -> None:
                     progress.advance(bar)
             losses = ", ".join(f"{name} {t.losses[-1]:.2f}" for name, t in trainees.items())
             progress.update(bar, losses=losses)
+            if time.monotonic() > end:
+                break
+    done = len(trainees[TORCH].losses)
+    if done < steps:
+        console.print(f"Stopped after {done} steps: {limit:g} s were up (--limit).\n")
 
 
 def print_losses(trainees: dict[str, Trainee], entropy: float, console: Console) -> None:
@@ -284,7 +290,10 @@ def parse(argv):
     parser.add_argument(
         "--data", type=Path, help="a file or folder of text (default: Python's standard library)"
     )
-    parser.add_argument("--steps", type=int, default=400, help="training steps of each model")
+    parser.add_argument("--steps", type=int, default=400, help="of each model (default: 400)")
+    parser.add_argument(
+        "--limit", type=float, default=75, help="seconds after which training ends (default: 75)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hidden", type=int, default=256, help="hidden size of the LSTM")
     parser.add_argument("--threads", type=int, help="default: as many as torch chooses")
@@ -316,7 +325,7 @@ def run(args, console: Console) -> int:
         TORCH: Trainee(original, corpus, args.seed),
         FUSED: Trainee(fused, corpus, args.seed),
     }
-    train(trainees, args.steps, console)
+    train(trainees, args.steps, args.limit, console)
     print_losses(trainees, corpus.unigram_entropy(), console)
     writers = write(trainees, "def " if args.data is None else text[:8], WRITTEN, args.seed)
     console.print(f"\nWritten by the model trained with {FUSED}:")

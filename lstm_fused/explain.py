@@ -120,7 +120,7 @@ def _explain_call(name, grad, module, args, kwargs):
         return Call(name, text, reason, ())
     if lengths is not None:
         lengths = torch.as_tensor(lengths)
-        T, N = int(lengths.max()), int((lengths > 0).sum())
+        T, N = max(1, int(lengths.max())), int((lengths > 0).sum())
     elif packed:
         T, N = len(batch_sizes), int(batch_sizes[0])
     elif x.dim() == 2:

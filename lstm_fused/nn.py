@@ -16,11 +16,11 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available()
 _warned = set()
 
 
-def why_torch(x, hx=None, weights=()):
+def why_torch(x, hx, weights):
     """Why torch's own LSTM would run on these tensors, or None when the fused kernels would.
 
-    x: the input's data (T, N, I), (N, T, I), (T, I) or packed (S, I); hx: (h_0, c_0) or None;
-    weights: every weight of the module.
+    x: the input's data (T, N, I), (N, T, I), (T, I) or packed (S, I); hx: what was given as such,
+    not yet checked; weights: every weight of the module.
     """
     if not x.is_cpu:
         return f"the input is on {x.device}, the fused kernels run on cpu"
@@ -31,7 +31,7 @@ def why_torch(x, hx=None, weights=()):
     if torch.compiler.is_compiling():
         return None
     if torch.jit.is_tracing():
-        return "torch.jit.trace cannot record the fused op for a program without lstm_fused"
+        return "torch.jit.trace records torch's op, for programs without lstm_fused"
     for t in (x, *weights):
         if (type(t) not in _PLAIN_TYPES or not t.is_cpu) and (reason := _why_not_plain(t)):
             return reason
@@ -40,8 +40,10 @@ def why_torch(x, hx=None, weights=()):
             transform = str(level.key()).partition(".")[2]
             if transform in ("Vmap", "Jvp"):
                 return f"the fused op has no rule for torch.func's {transform.lower()}"
-    if forward_ad._current_level >= 0 and _has_tangent((x, *(hx or ()), *weights)):
-        return "the fused op has no forward-mode derivative"
+    if forward_ad._current_level >= 0:
+        states = hx if isinstance(hx, (tuple, list)) else ()
+        if any(_has_tangent(t) for t in (x, *states, *weights)):
+            return "the fused op has no forward-mode derivative"
     return None
 
 
@@ -57,10 +59,8 @@ def _why_not_plain(t):
     return f"{type(t).__name__} is a Tensor subclass"
 
 
-def _has_tangent(tensors):
-    return any(
-        isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    )
+def _has_tangent(t):
+    return isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None
 
 
 class LSTM(torch.nn.LSTM):
@@ -140,7 +140,8 @@ class LSTM(torch.nn.LSTM):
         if reason := why_torch(x, hx, weights):
             return self._through_torch(reason, packed, hx)
         checks.check_batch_sizes(batch_sizes)
-        checks.check_input(self, x, batch_sizes)
+        if x.dim() != 2 or x.shape[1] != self.input_size or x.dtype is not weights[0].dtype:
+            checks.check_input(self, x, batch_sizes)
         if hx is not None:
             rows = int(batch_sizes[0]) if sorted_indices is None else sorted_indices.shape[0]
             hx = self.permute_hidden(checks.check_state(self, hx, None, rows), sorted_indices)
@@ -258,8 +259,9 @@ class LSTM(torch.nn.LSTM):
                 f"all or none, got {sorted({str(t.dtype) for t in tensors})}"
             )
         narrow = torch.get_autocast_dtype("cpu")
+        onednn = _HAS_ONEDNN and torch.backends.mkldnn.enabled
         dense = batch_sizes is None and not self.proj_size
-        if dense and x.dtype in (torch.float32, torch.bfloat16) and _HAS_ONEDNN and torch.backends.mkldnn.enabled:
+        if onednn and dense and x.dtype in (torch.float32, torch.bfloat16):
             return narrow, narrow
         wide = torch.promote_types(narrow, x.dtype if hx is None else hx[1].dtype)
         return wide, narrow if self.proj_size else wide
@@ -292,7 +294,7 @@ class LSTM(torch.nn.LSTM):
 def _warn_once(reason):
     if reason not in _warned:
         _warned.add(reason)
-        warnings.warn(f"lstm_fused.LSTM ran through torch.nn.LSTM: {reason}", stacklevel=5)
+        warnings.warn(f"lstm_fused.LSTM ran through torch.nn.LSTM: {reason}", stacklevel=6)
 
 
 dynamo.allow(LSTM)

@@ -6,7 +6,8 @@ recurrent width (the projection's size, or H), D directions, S rows of packed da
 """
 
 import torch
-from torch.library import register_fake
+from torch.library import register_fake, register_vmap
+from torch.utils._pytree import tree_map
 
 from lstm_fused import (
     _C,  # noqa: F401  loads the operators
@@ -50,14 +51,14 @@ def layer(x, batch_sizes, state0, weights, cell="lstm", directions=1):
             cell, directions, len(state0), x, batch_sizes, *state0, *weights
         )
     else:
-        y, h_n, c_n, _, _ = _forward_op(
-            x, batch_sizes, state0, weights, cell_id, directions, False
-        )
+        y, h_n, c_n, _, _ = _forward_op(x, batch_sizes, state0, weights, cell_id, directions, False)
     return y, (h_n, c_n)
 
 
 class _Layer(torch.autograd.Function):
     """The fused forward pass; its backward is _LayerBackward, which can be differentiated again."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(cell, directions, n_state, x, batch_sizes, *tensors):
@@ -86,7 +87,8 @@ class _Layer(torch.autograd.Function):
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * len(ctx.needs_input_grad)
         needs = ctx.needs_input_grad[3:4] + ctx.needs_input_grad[5:]
-        grads = _LayerBackward.apply(
+        run = _LayerBackward.apply if torch.is_grad_enabled() else _LayerBackward.forward
+        grads = run(
             ctx.cell,
             ctx.directions,
             ctx.n_state,
@@ -106,6 +108,8 @@ class _Layer(torch.autograd.Function):
 
 class _LayerBackward(torch.autograd.Function):
     """The fused backward pass. Its own backward goes through the reference, step by step."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -144,22 +148,23 @@ class _LayerBackward(torch.autograd.Function):
         batch_sizes, dy, dh_n, dc_n, *tensors = ctx.saved_tensors
         outer = [t for t in (dy, dh_n, dc_n) if t is not None]
         # Aliases, so that a tensor given twice (tied weights) has a gradient for each place.
-        tensors = [_alias(t) for t in tensors]
-        outer_aliases = [_alias(t) for t in outer]
         with torch.enable_grad():
+            tensors = [_alias(t) for t in tensors]
+            outer_aliases = [_alias(t) for t in outer]
             x, *rest = tensors
             y, (h_n, c_n) = reference.CELLS[ctx.cell](
                 x, batch_sizes, tuple(rest[: ctx.n_state]), rest[ctx.n_state :], ctx.directions
             )
-            outputs = [o for o, d in zip((y, h_n, c_n), (dy, dh_n, dc_n), strict=True) if d is not None]
+            given = zip((y, h_n, c_n), (dy, dh_n, dc_n), strict=True)
+            outputs = [out for out, d in given if d is not None]
             inner = [t for t, need in zip(tensors, ctx.needs, strict=True) if need]
             first = torch.autograd.grad(
                 outputs, inner, outer_aliases, create_graph=True, allow_unused=True
             )
-            given = [g for g, need in zip(grad_grads, ctx.needs, strict=True) if need]
+            wanted = [g for g, need in zip(grad_grads, ctx.needs, strict=True) if need]
             pairs = [
                 (f, g)
-                for f, g in zip(first, given, strict=True)
+                for f, g in zip(first, wanted, strict=True)
                 if f is not None and g is not None and f.requires_grad
             ]
             targets = [t for t in (*outer_aliases, *tensors) if t.requires_grad]
@@ -280,3 +285,21 @@ def plan(cell, dtype, T, N, I, H, R, directions, threads=None, training=False): 
 def build_info():
     """Version, compiler, the torch built against, ISAs compiled in, whether CUDA kernels are."""
     return _plan.build_info()
+
+
+def _vmap_as_loop(op):
+    """A vmap rule that runs op once per example: Tensor lists have no fallback in torch."""
+
+    def rule(info, in_dims, *args):
+        def example(k):
+            return tree_map(lambda a, d: a if d is None else a.select(d, k), args, in_dims)
+
+        results = [op(*example(k)) for k in range(info.batch_size)]
+        stacked = tree_map(lambda *ts: torch.stack(ts), *results)
+        return stacked, tree_map(lambda _: 0, stacked)
+
+    register_vmap(op, rule)
+
+
+_vmap_as_loop(_forward_op)
+_vmap_as_loop(_backward_op)

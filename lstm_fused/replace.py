@@ -37,7 +37,8 @@ def replace(model):
 def restore(model):
     """Make every ``lstm_fused.LSTM`` inside model a ``torch.nn.LSTM``, also those built as ours.
 
-    The inverse of ``replace``: again only the class changes.
+    The inverse of ``replace``: again only the class changes. Also the way to hand a model to what
+    knows torch's own operators only, such as an ONNX export or a program without lstm_fused.
 
     Args:
         model: a ``torch.nn.Module``.

@@ -16,10 +16,10 @@ struct ExpConstants<VFloat> {
   using Bits = VUint32;
   static constexpr int mantissa = 23;
   static constexpr uint32_t bias = 127;
-  static constexpr int lift = 64;              // exponents are carried 2^lift higher than true
+  static constexpr int lift = 64;  // exponents are carried 2^lift higher than true
   static constexpr float unlift = 0x1p-64f;
-  static constexpr float lowest = -126.0f;     // exp(lowest) is below half the least subnormal
-  static constexpr float magic = 0x1.8p23f;    // adding it rounds to an integer in the low bits
+  static constexpr float lowest = -126.0f;   // exp(lowest) is below half the least subnormal
+  static constexpr float magic = 0x1.8p23f;  // adding it rounds to an integer in the low bits
   static constexpr float log2e = 0x1.715476p0f;
   static constexpr float ln2_hi = 0x1.62e4p-1f;
   static constexpr float ln2_lo = 0x1.7f7d1cp-20f;

@@ -11,9 +11,9 @@ namespace {
 template <class Cell, class S, class A_>
 struct DirectForward : ForwardState<Cell, S, Multiply<A_>> {
   using Base = ForwardState<Cell, S, Multiply<A_>>;
+  using Base::G, Base::lanes, Base::p, Base::T, Base::N, Base::I, Base::H, Base::R;
   using typename Base::A;
   using typename Base::V;
-  using Base::G, Base::lanes, Base::p, Base::T, Base::N, Base::I, Base::H, Base::R;
   static constexpr int kRows = 4;  // batch rows at once
 
   const Plan& plan;

@@ -142,10 +142,10 @@ inline Range vector_slice(int64_t units, int parts, int part) {
 template <class Cell, class S, class M>
 struct PersistentForward : ForwardState<Cell, S, M> {
   using Base = ForwardState<Cell, S, M>;
+  using Base::G, Base::lanes, Base::p, Base::T, Base::N, Base::I, Base::H, Base::R;
   using typename Base::A;
   using typename Base::E;
   using typename Base::V;
-  using Base::G, Base::lanes, Base::p, Base::T, Base::N, Base::I, Base::H, Base::R;
   // A row of x that tiles cannot read where it lies is copied (converted, padded) first.
   static constexpr bool kStaged = !Same<S, E>::value || M::kPair > 1;
 
@@ -162,9 +162,7 @@ struct PersistentForward : ForwardState<Cell, S, M> {
 
   static int64_t steps_of(int64_t elements) { return ceil_div(elements, M::kPair); }
   int64_t Ip() const { return round_up(I, 2 * kBlock); }
-  int64_t slice() const {
-    return ceil_div(p.size.blocks(), plan.unit_groups) * (kBlock / lanes);
-  }
+  int64_t slice() const { return ceil_div(p.size.blocks(), plan.unit_groups) * (kBlock / lanes); }
   int groups() const { return plan.direction_groups * plan.row_groups; }
 
   PersistentForward(const ForwardParams& params, const Plan& the_plan, Arena& arena)
@@ -339,8 +337,7 @@ struct PersistentForward : ForwardState<Cell, S, M> {
                                k.depth_h);
       }
 #pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r)
-        k.finish(w.d, w.step, w.group.row(first + r), vec, acc[r]);
+      for (int r = 0; r < Rows; ++r) k.finish(w.d, w.step, w.group.row(first + r), vec, acc[r]);
     }
 
     using TileStep = void (*)(const Worker&, int64_t, int64_t);
@@ -392,8 +389,7 @@ struct PersistentForward : ForwardState<Cell, S, M> {
           tile_function<A>(n, cols)(product, panels.panel(panel), out, false);
           for (int r = 0; r < n; ++r)
             for (int c = 0; c < cols; ++c)
-              k.put_hidden(d, step, group.row(first + r),
-                           (panels.first_vector(panel) + c) * lanes,
+              k.put_hidden(d, step, group.row(first + r), (panels.first_vector(panel) + c) * lanes,
                            load<V>(out + (r * kMaxCols + c) * lanes));
         });
       }

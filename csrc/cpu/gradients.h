@@ -1,5 +1,5 @@
-// What follows the backward walk: dx, and the gradients of weights and biases, each one product over
-// all rows of the sequence, read from the gate gradients where the walk left them.
+// What follows the backward walk: dx, and the gradients of weights and biases, each one product
+// over all rows of the sequence, read from the gate gradients where the walk left them.
 #pragma once
 
 #include "backward.h"
@@ -10,25 +10,26 @@ namespace {
 template <class Cell, class S>
 struct Gradients : BackwardState<Cell, S> {
   using Base = BackwardState<Cell, S>;
-  using typename Base::A;
-  using typename Base::V;
   using Base::G, Base::lanes, Base::p, Base::plan, Base::T, Base::N, Base::I, Base::H, Base::R,
       Base::S_rows, Base::Hb, Base::Hp;
-  // Rows of B packed at a time: panel and A's lines stay in the first-level cache.
-  static constexpr int64_t kDepth = 128;
+  using typename Base::A;
+  using typename Base::V;
+  // Rows of B packed at a time: the sums, which may exceed the second-level cache, are read and
+  // written once for that many.
+  static constexpr int64_t kDepth = 256;
   // Rows of dx between two passes over W_ih, whose panels stream from the second-level cache.
   static constexpr int64_t kRowsPerPass = 96;
 
-  A* sums;  // (G * Hp, widest): one matrix at a time, each thread its own rows
+  A* sums;  // of one matrix at a time: (column groups, panels, rows, kMaxCols, lanes)
   A* b;     // (threads, columns, kDepth)
-
-  int64_t widest() const { return round_up(max64(max64(I, R), H), kBlock); }
-  int64_t row_blocks() const { return Hb * G; }
 
   Gradients(const BackwardParams& params, const Plan& the_plan, Arena& arena)
       : Base(params, the_plan, arena) {
-    sums = arena.take<A>(row_blocks() * kBlock * widest());
-    b = arena.take<A>(plan.threads * kDepth * widest());
+    const int64_t gate_panels = max64(Split(plan, Hb, I).panels(), Split(plan, Hb, R).panels());
+    const int64_t sum_rows =
+        max64(G * Hp * gate_panels, this->Rp * Split(plan, this->Rb, H).panels());
+    sums = arena.take<A>(sum_rows * kMaxCols * lanes);
+    b = arena.take<A>(plan.threads * kDepth * round_up(max64(max64(I, R), H), kBlock));
   }
 
   Panels<A> input_panels(int d) const {
@@ -49,9 +50,8 @@ struct Gradients : BackwardState<Cell, S> {
       const int64_t end = min64(begin + kRowsPerPass, own.end);
       const Panels<A> shape = input_panels(0);
       for (int64_t panel = 0; panel < shape.count(); ++panel)
-        for_each_tile(begin, end, [&](int64_t first, int n) {
-          input_gradient_tile(shape, panel, first, n);
-        });
+        for_each_tile(begin, end,
+                      [&](int64_t first, int n) { input_gradient_tile(shape, panel, first, n); });
     }
   }
 
@@ -70,6 +70,17 @@ struct Gradients : BackwardState<Cell, S> {
                     load<V>(out + (r * kMaxCols + c) * lanes), I - i);
       }
   }
+
+  // How threads share a weight gradient: blocks of its rows, and where those are too few, columns.
+  struct Split {
+    int64_t block_groups, column_groups, group_panels;
+    Split(const Plan& plan, int64_t blocks, int64_t columns)
+        : block_groups(min64(plan.threads, blocks)),
+          column_groups(plan.threads / block_groups),
+          group_panels(ceil_div(ceil_div(ceil_div(columns, lanes), column_groups), kMaxCols)) {}
+    int64_t threads() const { return block_groups * column_groups; }
+    int64_t panels() const { return column_groups * group_panels; }
+  };
 
   // A weight gradient: rows from `a`, laid out (blocks, S, width), times rows of B.
   struct Product {
@@ -96,8 +107,7 @@ struct Gradients : BackwardState<Cell, S> {
   const S* previous_hidden(int d, int64_t t, int64_t n) const {
     const int64_t before = this->previous_time(d, t, n);
     if (before >= 0)
-      return static_cast<const S*>(p.y) +
-             ((p.size.steps.offset(before) + n) * p.size.D + d) * R;
+      return static_cast<const S*>(p.y) + ((p.size.steps.offset(before) + n) * p.size.D + d) * R;
     return p.h0 ? static_cast<const S*>(p.h0) + (d * N + n) * R : nullptr;
   }
 
@@ -109,9 +119,8 @@ struct Gradients : BackwardState<Cell, S> {
         weight_gradient<S>(worker, {gates, Hb, G * kBlock, I, dw.w_ih},
                            [&](int64_t, int64_t t, int64_t n) { return input_row(t, n); });
       if (dw.w_hh)
-        weight_gradient<S>(
-            worker, {gates, Hb, G * kBlock, R, dw.w_hh},
-            [&](int64_t, int64_t t, int64_t n) { return previous_hidden(d, t, n); });
+        weight_gradient<S>(worker, {gates, Hb, G * kBlock, R, dw.w_hh},
+                           [&](int64_t, int64_t t, int64_t n) { return previous_hidden(d, t, n); });
       if (dw.w_hr)
         weight_gradient<A>(worker, {this->hidden_gradients(d, 0, 0), this->Rb, kBlock, H, dw.w_hr},
                            [&](int64_t s, int64_t, int64_t) {
@@ -120,20 +129,25 @@ struct Gradients : BackwardState<Cell, S> {
     }
   }
 
-  // Threads own blocks of rows of the gradient, and columns of it where blocks are too few.
   template <class B, class RowOf>
   void weight_gradient(int worker, const Product& w, const RowOf& row_of) const {
-    const int64_t block_groups = min64(plan.threads, w.blocks);
-    const int64_t column_groups = plan.threads / block_groups;
-    if (worker >= block_groups * column_groups) return;
-    const Range blocks = split(w.blocks, block_groups, worker % block_groups);
-    const Range vectors =
-        split(ceil_div(w.columns, lanes), column_groups, worker / block_groups);
-    const int64_t pitch = widest();
-    for (int64_t r = blocks.begin * w.width; r < blocks.end * w.width; ++r)
-      __builtin_memset(sums + r * pitch + vectors.begin * lanes, 0,
-                       vectors.size() * lanes * sizeof(A));
-    const Panels<A> panels{vectors, kDepth, b + worker * kDepth * pitch};
+    const Split shares(plan, w.blocks, w.columns);
+    if (worker < shares.threads()) own_gradient<B>(worker, w, row_of, shares);
+    // Another matrix divides `sums` differently.
+    this->barriers[this->groups()].wait();
+  }
+
+  template <class B, class RowOf>
+  void own_gradient(int worker, const Product& w, const RowOf& row_of, const Split& shares) const {
+    const int64_t column_group = worker / shares.block_groups;
+    const Range blocks = split(w.blocks, shares.block_groups, worker % shares.block_groups);
+    const Range vectors = split(ceil_div(w.columns, lanes), shares.column_groups, column_group);
+    const Panels<A> panels{vectors, kDepth,
+                           b + worker * kDepth * round_up(max64(max64(I, R), H), kBlock)};
+    A* own_sums = sums + column_group * shares.group_panels * w.blocks * w.width * kMaxCols * lanes;
+    const auto sums_of = [&](int64_t panel, int64_t j) {
+      return own_sums + (panel * w.blocks + j) * w.width * kMaxCols * lanes;
+    };
     for (int64_t s0 = 0; s0 < S_rows; s0 += kDepth) {
       const int64_t depth = min64(kDepth, S_rows - s0);
       for_rows(s0, s0 + depth, [&](int64_t s, int64_t t, int64_t n) {
@@ -141,40 +155,37 @@ struct Gradients : BackwardState<Cell, S> {
       });
       for (int64_t j = blocks.begin; j < blocks.end; ++j)
         for (int64_t panel = 0; panel < panels.count(); ++panel)
-          add_block(w, j, panels, panel, s0, depth);
+          add_block(w, w.a + (j * S_rows + s0) * w.width, panels, panel, depth, s0 > 0,
+                    sums_of(panel, j));
     }
-    for (int64_t j = blocks.begin; j < blocks.end; ++j) put_rows(w, j, vectors);
+    for (int64_t panel = 0; panel < panels.count(); ++panel)
+      for (int64_t j = blocks.begin; j < blocks.end; ++j)
+        put_rows(w, j, panels, panel, sums_of(panel, j));
   }
 
-  void add_block(const Product& w, int64_t j, const Panels<A>& panels, int64_t panel, int64_t s0,
-                 int64_t depth) const {
-    const int cols = panels.cols(panel);
-    const A* a = w.a + (j * S_rows + s0) * w.width;
-    A* to = sums + j * w.width * widest() + panels.first_vector(panel) * lanes;
+  // to (width, kMaxCols, lanes) = (add ? to : 0) + the product of one block and one panel.
+  static void add_block(const Product& w, const A* a, const Panels<A>& panels, int64_t panel,
+                        int64_t depth, bool add, A* to) {
     for_each_tile(0, w.width, [&](int64_t first, int n) {
       TileProduct<A> tile{{}, w.width, depth, 1, 0};
       for (int r = 0; r < n; ++r) tile.rows[r] = a + first + r;
-      A out[kMaxRows * kMaxCols * lanes];
-      tile_function<A>(n, cols)(tile, panels.panel(panel), out, false);
-      for (int r = 0; r < n; ++r)
-        for (int c = 0; c < cols; ++c) {
-          A* at = to + (first + r) * widest() + c * lanes;
-          store(at, load<V>(at) + load<V>(out + (r * kMaxCols + c) * lanes));
-        }
+      tile_function<A>(n, panels.cols(panel))(tile, panels.panel(panel),
+                                              to + first * kMaxCols * lanes, add);
     });
   }
 
   // Row (gate, lane) of block j is row gate * H + unit of the weight.
-  void put_rows(const Product& w, int64_t j, Range vectors) const {
+  void put_rows(const Product& w, int64_t j, const Panels<A>& panels, int64_t panel,
+                const A* from) const {
     const bool gates = w.width > kBlock;
     for (int64_t m = 0; m < w.width; ++m) {
       const int64_t unit = j * kBlock + m % kBlock;
       if (unit >= (gates ? H : R)) continue;
-      const int64_t row = m / kBlock * H + unit;
-      const A* from = sums + (j * w.width + m) * widest();
-      for (int64_t v = vectors.begin; v < vectors.end; ++v)
-        store_first(static_cast<S*>(w.to) + row * w.columns + v * lanes,
-                    load<V>(from + v * lanes), w.columns - v * lanes);
+      S* row = static_cast<S*>(w.to) + (m / kBlock * H + unit) * w.columns;
+      for (int c = 0; c < panels.cols(panel); ++c) {
+        const int64_t at = (panels.first_vector(panel) + c) * lanes;
+        store_first(row + at, load<V>(from + (m * kMaxCols + c) * lanes), w.columns - at);
+      }
     }
   }
 
@@ -188,8 +199,7 @@ struct Gradients : BackwardState<Cell, S> {
           const int64_t u = v * lanes;
           V sum = {};
           for (int from = 0; from < plan.threads; ++from)
-            sum += load<V>(this->db +
-                           (((from * p.size.D + d) * Hb + u / kBlock) * G + g) * kBlock +
+            sum += load<V>(this->db + (((from * p.size.D + d) * Hb + u / kBlock) * G + g) * kBlock +
                            u % kBlock);
           if (dw.b_ih) store_first(static_cast<S*>(dw.b_ih) + g * H + u, sum, H - u);
           if (dw.b_hh) store_first(static_cast<S*>(dw.b_hh) + g * H + u, sum, H - u);

@@ -6,8 +6,8 @@
 namespace lstm_fused {
 
 struct Kernel {
-  // Scratch bytes the call needs, and the call. False: the OpenMP runtime granted fewer threads than
-  // the plan has, and nothing was computed.
+  // Scratch bytes the call needs, and the call. False: the OpenMP runtime granted fewer threads
+  // than the plan has, and nothing was computed.
   int64_t (*forward_scratch)(const ForwardParams&, const Plan&);
   bool (*forward)(const ForwardParams&, const Plan&);
   int64_t (*backward_scratch)(const BackwardParams&, const Plan&);

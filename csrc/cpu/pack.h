@@ -53,8 +53,8 @@ struct Place {
         unit_group(worker % p.unit_groups) {}
 };
 
-// The batch rows of a row group. Dense rows are contiguous; packed ones are dealt out in turn, since
-// the first are the longest.
+// The batch rows of a row group. Dense rows are contiguous; packed ones are dealt out in turn,
+// since the first are the longest.
 struct RowGroup {
   int64_t first, step, count;
 
@@ -116,8 +116,7 @@ LSTM_FUSED_INLINE typename M::V load_steps(const S* row, int64_t k, int64_t K) {
   } else {
     constexpr int64_t wanted = sizeof(typename M::V) / sizeof(S);
     typename M::V v = {};
-    __builtin_memcpy(&v, row + k * M::kPair,
-                     sizeof(S) * min64(wanted, K - k * M::kPair));
+    __builtin_memcpy(&v, row + k * M::kPair, sizeof(S) * min64(wanted, K - k * M::kPair));
     return v;
   }
 }

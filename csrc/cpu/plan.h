@@ -29,8 +29,8 @@ struct Machine {
   int threads;
 };
 
-// Threads are direction_groups x row_groups x unit_groups. Row groups are independent of each other;
-// the unit_groups threads of one row group meet at a barrier each step.
+// Threads are direction_groups x row_groups x unit_groups. Row groups are independent of each
+// other; the unit_groups threads of one row group meet at a barrier each step.
 struct Plan {
   KernelKind kernel;
   DType dtype;
@@ -40,7 +40,8 @@ struct Plan {
   int row_groups;
   int unit_groups;
   int tile_rows;
-  int64_t hoist_steps;  // steps whose input projection is computed ahead; 0: walked with the hidden one
+  int64_t
+      hoist_steps;  // steps whose input projection is computed ahead; 0: walked with the hidden one
 };
 
 Plan plan_forward(const Problem& problem, const Machine& machine);

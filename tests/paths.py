@@ -1,0 +1,52 @@
+"""Which kernels there are to test, and whether the one that should have run did."""
+
+import torch
+
+from lstm_fused import _plan, ops
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() and ops.build_info()["cuda"] else ("cpu",)
+
+
+def isas_for(dtype, device="cpu"):
+    """The ISAs whose code differs for a dtype; None where there are none to choose from."""
+    if device != "cpu":
+        return (None,)
+    return tuple(
+        isa for isa in ops.available_isas() if isa != "avx512_bf16" or dtype is torch.bfloat16
+    )
+
+
+def planned(problem, isa, threads, backward):
+    """The plan of the layer that runs last: the top one forward, the lowest one backward."""
+    p = problem
+    first = backward or p.layers == 1
+    return _plan.plan(
+        str(p.dtype).removeprefix("torch."),
+        isa,
+        threads,
+        p.T,
+        p.N,
+        p.I if first else p.directions * p.R,
+        p.H,
+        p.R,
+        p.directions,
+        projection=p.proj > 0,
+        training=True,
+        backward=backward,
+    )
+
+
+def assert_ran(problem, isa, outcome):
+    """The kernels of this ISA and dtype ran, forward and backward, as planned for this machine."""
+    for way, run in (("forward", outcome.forward_run), ("backward", outcome.backward_run)):
+        assert (run["pass"], run["dtype"]) == (way, str(problem.dtype).removeprefix("torch."))
+        if problem.device != "cpu":
+            continue
+        plan = planned(problem, isa, torch.get_num_threads(), way == "backward")
+        for key in run.keys() - {"pass"}:
+            assert run[key] == getattr(plan, key), (way, key, run, str(plan))
+        # Pairs of bfloat16 are only multiplied by the persistent forward kernel.
+        paired = way == "forward" and run["kernel"] == "persistent"
+        expected = "avx512" if isa == "avx512_bf16" and not paired else isa
+        assert run["isa"] == expected, (way, run)

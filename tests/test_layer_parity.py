@@ -1,0 +1,111 @@
+"""The module against nn.LSTM and the float64 reference: outputs, states and every gradient."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from covering import pairs_of, pairwise
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import Problem, check
+from paths import DEVICES, DTYPES, assert_ran, isas_for
+
+from lstm_fused import ops
+
+FACTORS = {
+    "T": (1, 2, 33),
+    "N": (1, 3, 64),
+    "I": (1, 7, 16, 17, 100, 256),
+    "H": (1, 7, 16, 17, 100, 256),
+    "layers": (1, 2),
+    "directions": (1, 2),
+    "bias": (True, False),
+    "proj": (True, False),
+    "batch_first": (False, True),
+    "form": ("dense", "sorted", "unsorted"),
+    "hx": (True, False),
+}
+PROJ = {1: 0, 7: 3, 16: 1, 17: 16, 100: 33, 256: 100}  # of H; there is none below 1
+
+EVERYTHING = {"layers": 3, "directions": 2, "proj": 5, "hx": True}
+CORNERS = (
+    Problem(5, 1, 7, 9, form="single"),
+    Problem(5, 1, 7, 9, form="single", **EVERYTHING),
+    Problem(5, 1, 7, 9, form="single", batch_first=True, bias=False),
+    Problem(9, 5, 6, 11, **EVERYTHING),
+    Problem(9, 5, 6, 11, form="unsorted", **EVERYTHING),
+    # Every remainder of a tile of rows, and of the rows shared out to threads.
+    *(Problem(3, rows, 5, 18) for rows in (2, 4, 5, 6, 7, 8, 11, 12, 13)),
+    *(Problem(7, rows, 5, 18, form="unsorted") for rows in (2, 5, 6, 7, 13)),
+    # Long in one direction only.
+    Problem(400, 1, 3, 20),
+    Problem(2, 700, 3, 20),
+    Problem(2, 2, 2000, 5),
+    Problem(2, 2, 3, 600),
+    Problem(2, 3, 4, 300, proj=299),
+    # Sums over very many rows.
+    Problem(300, 64, 3, 16),
+    Problem(300, 64, 3, 16, form="unsorted", proj=4),
+)
+
+
+def problems():
+    found = []
+    for seed, dtype in enumerate(DTYPES):
+        for row in pairwise(FACTORS, seed):
+            proj = PROJ[row["H"]] if row["proj"] else 0
+            found.append(Problem(dtype=dtype, **row | {"proj": proj}))
+        found += [replace(p, dtype=dtype) for p in CORNERS]
+    return [replace(p, device=device) for device in DEVICES for p in found]
+
+
+def cases():
+    """ISA innermost, so that what judges a problem is computed once."""
+    return [
+        pytest.param(p, isa, id=f"{p}-{isa}")
+        for p in problems()
+        for isa in isas_for(p.dtype, p.device)
+    ]
+
+
+@pytest.mark.parametrize(("problem", "isa"), cases())
+def test_agrees(problem, isa):
+    ops.set_isa(isa)
+    assert_ran(problem, isa, check(problem))
+
+
+@st.composite
+def any_problem(draw):
+    hidden = draw(st.integers(1, 70))
+    return Problem(
+        T=draw(st.integers(1, 12)),
+        N=draw(st.integers(1, 20)),
+        I=draw(st.integers(1, 70)),
+        H=hidden,
+        dtype=draw(st.sampled_from(DTYPES)),
+        layers=draw(st.integers(1, 3)),
+        directions=draw(st.integers(1, 2)),
+        bias=draw(st.booleans()),
+        proj=draw(st.integers(0, hidden - 1)),
+        batch_first=draw(st.booleans()),
+        form=draw(st.sampled_from(("dense", "sorted", "unsorted"))),
+        hx=draw(st.booleans()),
+    )
+
+
+@settings(max_examples=150)
+@given(problem=any_problem(), data=st.data(), threads=st.integers(1, 5))
+def test_agrees_anywhere(problem, data, threads):
+    isa = data.draw(st.sampled_from(isas_for(problem.dtype)))
+    torch.set_num_threads(threads)
+    ops.set_isa(isa)
+    assert_ran(problem, isa, check(problem))
+
+
+def test_design_covers_every_pair():
+    rows = pairwise(FACTORS)
+    covered = set().union(*map(pairs_of, rows))
+    sizes = [len(values) for values in FACTORS.values()]
+    assert len(covered) == (sum(sizes) ** 2 - sum(n * n for n in sizes)) // 2
+    assert rows == pairwise(FACTORS)
+    assert len(rows) < 50
