@@ -68,8 +68,6 @@ struct Layer {
   }
 };
 
-constexpr int kGatesOf[] = {4};  // by CellKind
-
 void read_steps(Layer& layer, const Tensor& x, const MaybeTensor& batch_sizes) {
   LayerSizes& size = layer.size;
   if (!batch_sizes) {
@@ -106,7 +104,7 @@ void read_weights(Layer& layer, const Tensor& x, const Tensors& weights) {
   layer.bias = each >= 4;
   layer.projection = each % 2 == 1;
   LayerSizes& size = layer.size;
-  const int G = kGatesOf[static_cast<int>(layer.cell)];
+  const int G = kCellGates[static_cast<int>(layer.cell)];
   STD_TORCH_CHECK(weights[1].dim() == 2 && weights[1].size(0) % G == 0, "w_hh has shape ",
                   describe(weights[1]), " but must be (", G, " * H, R)");
   size.H = weights[1].size(0) / G;
@@ -134,8 +132,7 @@ void read_weights(Layer& layer, const Tensor& x, const Tensors& weights) {
 Layer read_layer(const Tensor& x, const MaybeTensor& batch_sizes, const Tensors& weights,
                  int64_t cell, int64_t directions) {
   Layer layer{};
-  STD_TORCH_CHECK(cell >= 0 && cell < static_cast<int64_t>(std::size(kGatesOf)), "unknown cell ",
-                  cell);
+  STD_TORCH_CHECK(cell >= 0 && cell < kCellCount, "unknown cell ", cell);
   STD_TORCH_CHECK(directions == 1 || directions == 2, "directions must be 1 or 2");
   layer.cell = static_cast<CellKind>(cell);
   layer.dtype = dtype_of(x, "x");
@@ -205,7 +202,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrent_forward(
   Tensor h_n = empty({s.D, s.steps.N, s.R}, dtype);
   Tensor c_n = empty({s.D, s.steps.N, s.H}, dtype);
   const ScalarType saved = compute_dtype(layer.dtype);
-  Tensor gates = empty(training ? saved_shape(s, 4) : std::vector<int64_t>{0}, saved);
+  Tensor gates =
+      empty(training ? saved_shape(s, kCellGates[cell]) : std::vector<int64_t>{0}, saved);
   Tensor cells = empty(training ? saved_shape(s, 0) : std::vector<int64_t>{0}, saved);
   params.y = y.data_ptr();
   params.h_n = h_n.data_ptr();

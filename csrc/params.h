@@ -5,7 +5,6 @@
 
 namespace lstm_fused {
 
-enum class CellKind : int { kLstm = 0 };
 enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 inline constexpr int kDTypeCount = 4;
 

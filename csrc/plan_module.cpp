@@ -6,6 +6,7 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "cells/cells.h"
 #include "cpu/plan.h"
 
 namespace py = pybind11;
@@ -61,6 +62,13 @@ std::string describe(const Plan& p) {
   return s.str();
 }
 
+// Name to (number the operators know the cell by, gates).
+py::dict cells() {
+  py::dict all;
+  for (int i = 0; i < kCellCount; ++i) all[kCellNames[i]] = py::make_tuple(i, kCellGates[i]);
+  return all;
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = LSTM_FUSED_VERSION;
@@ -95,5 +103,6 @@ PYBIND11_MODULE(_plan, m) {
   m.def("plan", &make_plan, py::arg("dtype"), py::arg("isa"), py::arg("threads"), py::arg("T"),
         py::arg("N"), py::arg("I"), py::arg("H"), py::arg("R"), py::arg("directions") = 1,
         py::arg("projection") = false, py::arg("training") = false, py::arg("backward") = false);
+  m.def("cells", &cells);
   m.def("build_info", &build_info);
 }

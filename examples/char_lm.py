@@ -194,7 +194,7 @@ class Trainee:
 
 
 def train(trainees: dict[str, Trainee], steps: int, limit: float, console: Console) -> None:
-    """A block of steps with one model, the same block with the other, for `limit` seconds at most."""
+    """A block of steps with one model, then the same with the other, for up to `limit` seconds."""
     columns = (
         TextColumn("training"),
         BarColumn(),

@@ -5,6 +5,8 @@ and through an autograd.Function otherwise. Shapes: T steps, N rows, I inputs, H
 recurrent width (the projection's size, or H), D directions, S rows of packed data.
 """
 
+from functools import partial
+
 import torch
 from torch.library import register_fake, register_vmap
 from torch.utils._pytree import tree_map
@@ -15,8 +17,8 @@ from lstm_fused import (
     reference,
 )
 
-CELL_IDS = {"lstm": 0}
-_GATES = {0: 4}
+CELL_IDS = {name: number for name, (number, _) in _plan.cells().items()}
+_GATES = {number: gates for number, gates in _plan.cells().values()}
 _BLOCK = 16  # units to a block of the saved gates, csrc/params.h
 
 _forward_op = torch.ops.lstm_fused.recurrent_forward.default
@@ -88,6 +90,9 @@ class _Layer(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         needs = ctx.needs_input_grad[3:4] + ctx.needs_input_grad[5:]
         run = _LayerBackward.apply if torch.is_grad_enabled() else _LayerBackward.forward
+        if not torch.compiler.is_compiling() and any(map(_is_batched_grad, (dy, dh_n, dc_n))):
+            run = partial(_each_example, run, torch._C._vmapmode_increment_nesting() - 1)
+            torch._C._vmapmode_decrement_nesting()
         grads = run(
             ctx.cell,
             ctx.directions,
@@ -104,6 +109,35 @@ class _Layer(torch.autograd.Function):
             *tensors,
         )
         return None, None, None, grads[0], None, *grads[1:]
+
+
+def _is_batched_grad(t):
+    return t is not None and torch._C._functorch.is_legacy_batchedtensor(t)
+
+
+def _each_example(run, level, *args):
+    """run once per example under is_grads_batched of torch.autograd.grad, a vmap of its own kind.
+
+    Only outside of run's autograd.Function can its results be differentiated again.
+    """
+    if level == 0:
+        return run(*args)
+
+    def bare(a):  # (B, *shape), or (1, *shape) if a is not batched at this level
+        return torch._remove_batch_dim(a, level, 1, 0) if isinstance(a, torch.Tensor) else a
+
+    def example(k, a):
+        return a.select(0, k % a.shape[0]) if isinstance(a, torch.Tensor) else a
+
+    def joined(*ts):
+        return None if ts[0] is None else torch._add_batch_dim(torch.stack(ts), 0, level)
+
+    args = tree_map(bare, args)
+    count = max(a.shape[0] for a in args if isinstance(a, torch.Tensor))
+    results = [
+        _each_example(run, level - 1, *tree_map(partial(example, k), args)) for k in range(count)
+    ]
+    return tree_map(joined, *results)
 
 
 class _LayerBackward(torch.autograd.Function):

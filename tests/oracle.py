@@ -15,11 +15,11 @@ import zlib
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+import tolerance
 import torch
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import lstm_fused
-import tolerance
 from lstm_fused import ops, reference
 
 UNITS_JUDGED = 64
@@ -135,13 +135,13 @@ def values_of(problem, draw=0):
     return Values(normal(p.T, p.N, p.I), lengths, state, weights, cotangents)
 
 
-def run_module(problem, kind, draw=0):
-    """The problem through a module class, forward and backward."""
+def run_module(problem, kind, draw=0, gradients=True):
+    """The problem through a module class, forward and, with gradients, backward."""
     p, values = problem, values_of(problem, draw)
-    module = p.module(kind)
+    module = p.module(kind).requires_grad_(gradients)
     module.load_state_dict(values.weights)
-    x = values.x.clone().requires_grad_()
-    state = values.state and tuple(s.clone().requires_grad_() for s in values.state)
+    x = values.x.clone().requires_grad_(gradients)
+    state = values.state and tuple(s.clone().requires_grad_(gradients) for s in values.state)
     given, given_state = x, state
     if p.packed:
         given = pack_padded_sequence(x, values.lengths, enforce_sorted=p.form == "sorted")
@@ -158,6 +158,8 @@ def run_module(problem, kind, draw=0):
         y, h_n, c_n = y.unsqueeze(1), h_n.unsqueeze(1), c_n.unsqueeze(1)
     elif p.batch_first:
         y = y.transpose(0, 1)
+    if not gradients:
+        return Outcome(named(y, h_n, c_n, {}), forward_run)
     torch.autograd.backward([y, h_n, c_n], values.cotangents)
     leaves = {"x": x, **dict(module.named_parameters())}
     if state:
@@ -223,7 +225,7 @@ def named(y, h_n, c_n, leaves):
     }
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)
 def judges(problem):
     """What nn.LSTM and what the float64 reference make of each draw of a problem."""
     draws = range(problem.draws)
@@ -246,25 +248,35 @@ def error_of(found, exact):
     return error if error < math.inf else math.inf
 
 
-def misses(found, torchs, exact, dtype):
-    """A line for each tensor that is further off than its tolerance; lists of tensors by name."""
+def misses(found, problem):
+    """A line for each tensor that is further off than its tolerance; found: one dict a draw."""
+    torchs, exact = judges(problem)
     lines = []
-    for name in exact[0]:
+    for name in found[0]:
         ours, theirs, truth = ([draw[name] for draw in draws] for draws in (found, torchs, exact))
-        if wrong := {t.dtype for t in ours if t is not None} - {dtype}:
+        if wrong := {t.dtype for t in ours if t is not None} - {problem.dtype}:
             lines.append(f"{name} is {wrong}")
         error = max(map(error_of, ours, truth))
         torch_error = max(map(error_of, theirs, truth))
         largest = max(t.abs().max().item() if t.numel() else 0.0 for t in truth)
-        limit = tolerance.allowed(name, dtype, torch_error, largest)
+        limit = tolerance.allowed(name, problem.dtype, torch_error, largest)
         if not error <= limit:
             lines.append(f"{name}: off by {error:.2e} > {limit:.2e}, nn.LSTM by {torch_error:.2e}")
     return lines
 
 
 def check(problem):
-    """Run the problem by us, compare, and return what ran. Fails naming every tensor that is off."""
-    ours = [run_module(problem, lstm_fused.LSTM, k) for k in range(problem.draws)]
-    lines = misses([run.tensors for run in ours], *judges(problem), problem.dtype)
+    """Run the problem by us, with and without gradients, and return what ran with them.
+
+    Fails naming every tensor that is off.
+    """
+    plain, full = (
+        [run_module(problem, lstm_fused.LSTM, k, gradients) for k in range(problem.draws)]
+        for gradients in (False, True)
+    )
+    assert full[0].tensors.keys() == judges(problem)[1][0].keys()
+    lines = [f"without gradients {line}" for line in misses([r.tensors for r in plain], problem)]
+    lines += misses([r.tensors for r in full], problem)
     assert not lines, "\n".join([str(problem), *lines])
-    return ours[-1]
+    assert plain[-1].forward_run["pass"] == "forward"
+    return full[-1]

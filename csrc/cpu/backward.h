@@ -29,7 +29,7 @@ struct BackwardState {
   A* c0;         // (D, N, Hp)
   A* d_hidden;   // (D, Rb, S, 16) gradients of the projected state, projection only
   A* full;       // (D, S, Hp) hidden states before the projection, projection only
-  A* db;         // (threads, D, Hb, G, 16)
+  A* db;         // (threads, 2, D, Hb, G, 16) sums over rows: recent ones, and all before
   A* packed_hh;  // (D, Rp, G * Hp) in panels: columns of W_hh
   A* packed_hr;  // (D, Hp, R) in panels: columns of W_hr, projection only
   A* packed_ih;  // (D, Ip, G * Hp) in panels, dx only
@@ -58,7 +58,7 @@ struct BackwardState {
     c0 = arena.take<A>(D * N * Hp);
     d_hidden = projection ? arena.take<A>(D * Rb * S_rows * kBlock) : nullptr;
     full = projection ? arena.take<A>(D * S_rows * Hp) : nullptr;
-    db = arena.take<A>(plan.threads * D * Hb * G * kBlock);
+    db = arena.take<A>(plan.threads * 2 * D * Hb * G * kBlock);
     packed_hh = arena.take<A>(D * Rp * G * Hp);
     packed_hr = projection ? arena.take<A>(D * Hp * R) : nullptr;
     packed_ih = p.dx ? arena.take<A>(D * Ip() * G * Hp) : nullptr;
@@ -80,6 +80,9 @@ struct BackwardState {
   }
   const A* saved_cell(int d, int64_t block, int64_t s) const {
     return static_cast<const A*>(p.cells) + ((d * Hb + block) * S_rows + s) * kBlock;
+  }
+  A* bias_sums(int worker, bool all, int d, int64_t block) const {
+    return db + (((worker * 2 + all) * p.size.D + d) * Hb + block) * G * kBlock;
   }
   A* hidden_gradients(int d, int64_t block, int64_t s) const {
     return d_hidden + ((d * Rb + block) * S_rows + s) * kBlock;
@@ -117,6 +120,11 @@ struct BackwardWalk {
   const Range hiddens;  // vectors of the recurrent state: columns of W_hh
   Barrier& barrier;
   int d = 0;
+  int64_t recent = 0;  // rows in the recent bias sums
+
+  // Bias gradients are summed over so many rows at a time, then over the sums: one chain of all
+  // rows would lose digits.
+  static constexpr int64_t kRecentRows = 64;
 
   BackwardWalk(const K& kernel, int i)
       : k(kernel),
@@ -136,6 +144,8 @@ struct BackwardWalk {
         const int64_t active = group.active(k.p.size.steps.active(k.time(d, step)));
         walk(step, carried, active);
         carried = active;
+        recent += active;
+        if (recent >= kRecentRows || step == k.T - 1) keep_bias_sums();
       }
       walk(k.T, carried, 0);
       finish_states();
@@ -173,8 +183,19 @@ struct BackwardWalk {
       }
   }
 
-  A* bias_sums(int64_t block) const {
-    return k.db + ((worker * k.p.size.D + d) * k.Hb + block) * G * kBlock;
+  A* bias_sums(bool all, int64_t block) const { return k.bias_sums(worker, all, d, block); }
+
+  void keep_bias_sums() {
+    for (int64_t v = units.begin; v < units.end; ++v) {
+      const int64_t block = v * lanes / kBlock, lane = v * lanes % kBlock;
+      for (int g = 0; g < G; ++g) {
+        A* recent_sum = bias_sums(false, block) + g * kBlock + lane;
+        A* sum = bias_sums(true, block) + g * kBlock + lane;
+        store(sum, load<V>(sum) + load<V>(recent_sum));
+        store(recent_sum, V{});
+      }
+    }
+    recent = 0;
   }
 
   // Rows [0, carried) receive a gradient through W_hh; those past `active` end here, in dh0. Rows
@@ -270,7 +291,7 @@ struct BackwardWalk {
     const V h = Cell::backward(gate, c_prev, c, dh, dc, d_pre);
     store(dc_row, dc);
     A* to = k.gate_gradients(d, block, s) + lane;
-    A* sums = bias_sums(block) + lane;
+    A* sums = bias_sums(false, block) + lane;
 #pragma GCC unroll 8
     for (int g = 0; g < G; ++g) {
       store(to + g * kBlock, d_pre[g]);

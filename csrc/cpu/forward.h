@@ -6,7 +6,7 @@
 
 #include "activations.h"  // first: the cells name sigmoid and tanh
 
-#include "../cells/lstm.h"
+#include "../cells/cells.h"
 #include "pack.h"
 
 namespace lstm_fused {

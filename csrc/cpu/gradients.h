@@ -199,8 +199,7 @@ struct Gradients : BackwardState<Cell, S> {
           const int64_t u = v * lanes;
           V sum = {};
           for (int from = 0; from < plan.threads; ++from)
-            sum += load<V>(this->db + (((from * p.size.D + d) * Hb + u / kBlock) * G + g) * kBlock +
-                           u % kBlock);
+            sum += load<V>(this->bias_sums(from, true, d, u / kBlock) + g * kBlock + u % kBlock);
           if (dw.b_ih) store_first(static_cast<S*>(dw.b_ih) + g * H + u, sum, H - u);
           if (dw.b_hh) store_first(static_cast<S*>(dw.b_hh) + g * H + u, sum, H - u);
         }
@@ -223,7 +222,7 @@ struct Gradients : BackwardState<Cell, S> {
   };
 
   void clear_bias_sums(int worker) const {
-    const int64_t each = p.size.D * Hb * G * kBlock;
+    const int64_t each = 2 * p.size.D * Hb * G * kBlock;
     __builtin_memset(this->db + worker * each, 0, each * sizeof(A));
   }
 };

@@ -52,12 +52,14 @@ const Kernel* kernel_of_dtype(DType dtype) {
   return nullptr;
 }
 
-// One line for each cell.
 const Kernel* kernel_of(CellKind cell, DType dtype) {
   switch (cell) {
-    case CellKind::kLstm: return kernel_of_dtype<Lstm>(dtype);
+#define LSTM_FUSED_CASE(name, Cell) \
+  case CellKind::k##Cell: return kernel_of_dtype<Cell>(dtype);
+    LSTM_FUSED_CELLS(LSTM_FUSED_CASE)
+#undef LSTM_FUSED_CASE
+    default: return nullptr;
   }
-  return nullptr;
 }
 
 }  // namespace

@@ -1,5 +1,3 @@
-#include "kernels.h"
-
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c")
 #define LSTM_FUSED_VECTOR_BYTES 32
@@ -10,6 +8,8 @@ const lstm_fused::Kernel* lstm_fused::kernels_avx2(CellKind cell, DType dtype) {
   return kernel_of(cell, dtype);
 }
 #else
+#include "kernels.h"
+
 const lstm_fused::Kernel* lstm_fused::kernels_avx2(CellKind, DType) {
   return nullptr;
 }

@@ -1,5 +1,3 @@
-#include "kernels.h"
-
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")
 #define LSTM_FUSED_VECTOR_BYTES 64
@@ -10,6 +8,8 @@ const lstm_fused::Kernel* lstm_fused::kernels_avx512_bf16(CellKind cell, DType d
   return kernel_of(cell, dtype);
 }
 #else
+#include "kernels.h"
+
 const lstm_fused::Kernel* lstm_fused::kernels_avx512_bf16(CellKind, DType) {
   return nullptr;
 }

@@ -9,7 +9,10 @@ namespace {
 constexpr double kBarrierCycles = 700;
 constexpr double kForkCycles = 6000;
 constexpr double kCellCyclesPerVector = 60;
-constexpr double kStreamCyclesPerStep = 6.5;  // 4 vectors of weights from the second-level cache
+// 4 vectors of weights from the second-level cache, and from beyond it.
+constexpr double kNearCyclesPerStep = 6.5;
+constexpr double kFarCyclesPerStep = 11;
+constexpr double kNearBytes = 768 << 10;
 constexpr double kPackCyclesPerVector = 1.5;
 
 // The direct kernel reads every weight once a step, a row of it as one dot product; packing reads
@@ -31,9 +34,17 @@ struct Partition {
   int threads() const { return direction_groups * row_groups * unit_groups; }
 };
 
-double tile_cycles(int64_t rows, const Machine& m) {
+bool hoists(const Problem& p) {
+  const bool storage_is_compute = p.dtype == DType::kFloat32 || p.dtype == DType::kFloat64;
+  return !storage_is_compute || p.N < kHoistBelowRows;
+}
+
+// One step of k for all rows and one vector of units. The thread reads `bytes` of weights in turn,
+// each panel of them once a tile: the first time maybe from afar.
+double tile_cycles(int64_t rows, const Machine& m, double bytes) {
   const int64_t tiles = ceil_div(rows, tile_rows(m.isa));
-  return std::max(2.0 * rows, kStreamCyclesPerStep * tiles);
+  const double first = bytes <= kNearBytes ? kNearCyclesPerStep : kFarCyclesPerStep;
+  return std::max(2.0 * rows, first + kNearCyclesPerStep * (tiles - 1));
 }
 
 double cost(const Problem& p, const Machine& m, const Partition& part) {
@@ -41,8 +52,10 @@ double cost(const Problem& p, const Machine& m, const Partition& part) {
   const double blocks = ceil_div(ceil_div(p.H, kBlock), part.unit_groups) * per_block;
   const double rows = ceil_div(p.N, part.row_groups);
   const double depth = p.I + p.R;
-  double step = blocks * (depth * tile_cycles(rows, m) + rows * kCellCyclesPerVector);
-  if (p.projection) step += blocks * p.R * tile_cycles(rows, m) / 4;
+  const double bytes = blocks * (hoists(p) ? p.R : depth) * 4 * vector_bytes(m.isa);
+  const double tiles = tile_cycles(rows, m, bytes);
+  double step = blocks * (depth * tiles + rows * kCellCyclesPerVector);
+  if (p.projection) step += blocks * p.R * tiles / 4;
   if (part.unit_groups > 1) step += kBarrierCycles * (p.projection ? 2 : 1);
   const double pack = blocks * depth * 4 * kPackCyclesPerVector / part.row_groups;
   const double directions = ceil_div(p.D, part.direction_groups);
@@ -94,9 +107,8 @@ Plan plan_forward(const Problem& p, const Machine& m) {
     if (plan.isa == Isa::kAvx512Bf16) plan.isa = Isa::kAvx512;
     return plan;
   }
-  const bool storage_is_compute = p.dtype == DType::kFloat32 || p.dtype == DType::kFloat64;
   const int64_t rows = std::max<int64_t>(1, ceil_div(p.N, part.row_groups));
-  if (!storage_is_compute || p.N < kHoistBelowRows) {
+  if (hoists(p)) {
     plan.hoist_steps = std::clamp<int64_t>(kHoistRows / rows, 1, std::max<int64_t>(p.T, 1));
   }
   return plan;

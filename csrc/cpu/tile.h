@@ -122,18 +122,12 @@ struct TileProduct {
   int64_t segment_stride;
 };
 
-// out[r][c] = (accumulate ? out : 0) + product, out having kMaxCols vectors a row.
+// out[r][c] = product + (add ? out : 0), out having kMaxCols vectors a row.
 template <class A, int R, int C>
 void tile_product(const TileProduct<A>& p, const A* b, A* out, bool add) {
   using V = Vector<A>;
   constexpr int lanes = VectorOf<A>::lanes;
   V acc[R][C] = {};
-  if (add) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) acc[r][c] = load<V>(out + (r * kMaxCols + c) * lanes);
-  }
   const A* rows[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) rows[r] = p.rows[r];
@@ -150,7 +144,11 @@ void tile_product(const TileProduct<A>& p, const A* b, A* out, bool add) {
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) store(out + (r * kMaxCols + c) * lanes, acc[r][c]);
+    for (int c = 0; c < C; ++c) {
+      A* at = out + (r * kMaxCols + c) * lanes;
+      // Added at the end: a long sum in pieces is more exact than one chain.
+      store(at, add ? load<V>(at) + acc[r][c] : acc[r][c]);
+    }
 }
 
 template <class A>

@@ -1,0 +1,430 @@
+"""What autograd asks of the layer beyond one backward pass: higher orders, parts of the gradients,
+torch.func, and the ways of saving, checking and repeating that torch offers.
+"""
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from oracle import Problem, error_of, values_of
+from tolerance import allowed
+from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.func import functional_call, grad, jacrev, vjp
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.checkpoint import checkpoint
+
+import lstm_fused
+from lstm_fused import ops
+
+SMALL = Problem(3, 2, 3, 4, dtype=torch.float64)
+CHECKED = (
+    SMALL,
+    replace(SMALL, hx=True),
+    replace(SMALL, bias=False, batch_first=True),
+    replace(SMALL, T=1, N=1, hx=True),
+    replace(SMALL, T=2, N=1, H=17),
+    replace(SMALL, proj=2, hx=True),
+    replace(SMALL, directions=2, hx=True),
+    replace(SMALL, directions=2, proj=3, bias=False),
+    replace(SMALL, layers=2, directions=2),
+    replace(SMALL, layers=2, proj=2, hx=True, batch_first=True),
+    replace(SMALL, T=4, N=3, form="sorted"),
+    replace(SMALL, T=4, N=3, form="unsorted", hx=True),
+    replace(SMALL, T=4, N=3, form="unsorted", directions=2, proj=2, hx=True),
+    replace(SMALL, T=4, N=3, form="sorted", layers=2, directions=2, bias=False),
+)
+ALL = replace(SMALL, T=4, N=3, H=6, proj=3, layers=2, directions=2, hx=True)
+
+
+def forget(dtype="float64"):
+    """Make last_run() speak of something else, so that what it says afterwards is news."""
+    other = torch.float32 if dtype == "float64" else torch.float64
+    with torch.no_grad():
+        lstm_fused.LSTM(1, 1, dtype=other)(torch.zeros(1, 1, 1, dtype=other))
+    assert ops.last_run()["dtype"] != dtype
+
+
+def assert_ran(way, dtype="float64"):
+    run = ops.last_run()
+    assert (run["pass"], run["dtype"]) == (way, dtype), run
+
+
+def function_of(problem, kind=lstm_fused.LSTM, exact=False):
+    """f(x, *states, *weights) -> (y, h_n, c_n), and the tensors to call it with.
+
+    exact: the same numbers, in float64.
+    """
+    p, values = problem, values_of(problem)
+    module = p.module(kind)
+
+    def f(x, *tensors):
+        states, weights = (tensors[:2], tensors[2:]) if p.hx else (None, tensors)
+        given = x.transpose(0, 1) if p.batch_first else x
+        if p.packed:
+            given = pack_padded_sequence(x, values.lengths, enforce_sorted=p.form == "sorted")
+        by_name = dict(zip(values.weights, weights, strict=True))
+        y, (h_n, c_n) = functional_call(module, by_name, (given, states))
+        return (y.data if p.packed else y), h_n, c_n
+
+    tensors = (values.x, *(values.state or ()), *values.weights.values())
+    dtype = torch.float64 if exact else p.dtype
+    return f, [t.to(dtype, copy=True).requires_grad_() for t in tensors]
+
+
+def names_of(problem):
+    return ["x", *(("h0", "c0") if problem.hx else ()), *values_of(problem).weights]
+
+
+def total(outputs):
+    """A scalar that every element of every output has its own part in."""
+    return sum(
+        (out * torch.arange(1, out.numel() + 1).view(out.shape).sin()).sum() for out in outputs
+    )
+
+
+def gradients(problem, kind=lstm_fused.LSTM, call=None):
+    f, tensors = function_of(problem, kind)
+    out = f(*tensors) if call is None else call(f, *tensors)
+    return torch.autograd.grad(total(out), tensors)
+
+
+def assert_close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("problem", CHECKED, ids=str)
+def test_gradcheck(problem):
+    f, tensors = function_of(problem)
+    forget()
+    f(*tensors)
+    assert_ran("forward")
+    assert gradcheck(f, tensors, fast_mode=problem.layers > 1 or problem.H > 4)
+    forget()
+    torch.autograd.grad(total(f(*tensors)), tensors)
+    assert_ran("backward")
+
+
+@pytest.mark.parametrize("problem", CHECKED, ids=str)
+def test_gradgradcheck(problem):
+    f, tensors = function_of(problem)
+    forget()
+    assert gradgradcheck(f, tensors, fast_mode=True)
+    assert ops.last_run()["dtype"] == "float64"
+
+
+def test_gradgradcheck_of_every_element():
+    f, tensors = function_of(replace(SMALL, T=2, I=2, H=2, hx=True))
+    assert gradgradcheck(f, tensors)
+
+
+@pytest.mark.parametrize("form", ["dense", "sorted"])
+def test_batched_output_gradients(form):
+    f, tensors = function_of(replace(SMALL, hx=True, form=form))
+    assert gradcheck(f, tensors, fast_mode=True, check_batched_grad=True)
+    y = f(*tensors)[0]
+    every = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
+    forget()
+    batched = torch.autograd.grad(y, tensors, every, retain_graph=True, is_grads_batched=True)
+    assert_ran("backward")
+    rows = [torch.autograd.grad(y, tensors, one, retain_graph=True) for one in every]
+    assert_close(batched, tuple(map(torch.stack, zip(*rows, strict=True))))
+
+
+def test_batched_output_gradients_have_gradients():
+    def second(kind):
+        f, tensors = function_of(replace(SMALL, hx=True, layers=2), kind)
+        y = f(*tensors)[0]
+        every = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
+        grads = torch.autograd.grad(y, tensors, every, create_graph=True, is_grads_batched=True)
+        return torch.autograd.grad(total(grads), tensors)
+
+    assert_close(second(lstm_fused.LSTM), second(torch.nn.LSTM))
+
+
+def test_hessian_vectorized():
+    def hessian(kind):
+        f, tensors = function_of(replace(SMALL, hx=True), kind)
+
+        def loss(x, h0):
+            return total(f(x, h0, *tensors[2:]))
+
+        return torch.autograd.functional.hessian(loss, tuple(tensors[:2]), vectorize=True)
+
+    assert_close(hessian(lstm_fused.LSTM), hessian(torch.nn.LSTM))
+
+
+def penalty_gradients(problem, kind, exact=False):
+    """Of a loss that holds the norm of the gradient of the outputs with respect to the input."""
+    f, tensors = function_of(problem, kind, exact)
+    (dx,) = torch.autograd.grad(total(f(*tensors)), tensors[0], create_graph=True)
+    grads = torch.autograd.grad(dx.square().sum() + total(f(*tensors)), tensors)
+    return {f"d_{name}": g for name, g in zip(names_of(problem), grads, strict=True)}
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(9, 4, 6, 20, hx=True),
+        Problem(9, 4, 6, 20, hx=True, layers=2, directions=2, proj=7),
+        Problem(9, 4, 6, 20, hx=True, form="unsorted"),
+    ],
+    ids=str,
+)
+def test_gradient_penalty(problem):
+    exact = penalty_gradients(problem, torch.nn.LSTM, exact=True)
+    torchs = penalty_gradients(problem, torch.nn.LSTM)
+    forget("float32")
+    ours = penalty_gradients(problem, lstm_fused.LSTM)
+    assert_ran("backward", "float32")
+    for name, truth in exact.items():
+        limit = allowed(
+            name, torch.float32, error_of(torchs[name], truth), truth.abs().max().item()
+        )
+        assert error_of(ours[name], truth) <= limit, name
+
+
+def test_third_order_agrees():
+    def third(kind):
+        f, tensors = function_of(replace(SMALL, hx=True), kind)
+        g = torch.autograd.grad(total(f(*tensors)), tensors, create_graph=True)
+        g = torch.autograd.grad(sum(t.square().sum() for t in g), tensors, create_graph=True)
+        return torch.autograd.grad(sum(t.square().sum() for t in g), tensors)
+
+    assert_close(third(lstm_fused.LSTM), third(torch.nn.LSTM))
+
+
+@pytest.mark.parametrize("problem", [ALL, replace(ALL, form="unsorted")], ids=str)
+def test_runs_repeat_bit_for_bit(problem):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        first, second = (gradients(replace(problem, dtype=dtype, N=9, H=40)) for _ in range(2))
+        assert all(map(torch.equal, first, second))
+
+
+def test_retained_graph():
+    f, tensors = function_of(ALL)
+    loss = total(f(*tensors))
+    first = torch.autograd.grad(loss, tensors, retain_graph=True)
+    second = torch.autograd.grad(loss, tensors)
+    assert all(map(torch.equal, first, second))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, tensors)
+
+
+@pytest.mark.parametrize("used", [(0, 1, 2), (1,)], ids=str)
+@pytest.mark.parametrize("form", ["dense", "sorted"])
+def test_any_part_frozen(form, used):
+    """Each of the 2^8 subsets of one projected layer's tensors that may need a gradient."""
+    f, tensors = function_of(replace(SMALL, T=4, N=3, H=6, proj=3, hx=True, form=form))
+    out = f(*tensors)
+    everything = torch.autograd.grad(total([out[k] for k in used]), tensors)
+    for needs in product((True, False), repeat=len(tensors)):
+        for t, need in zip(tensors, needs, strict=True):
+            t.grad = None
+            t.requires_grad_(need)
+        out = f(*tensors)
+        assert all(o.requires_grad == any(needs) for o in out)
+        if any(needs):
+            total([out[k] for k in used]).backward()
+        for t, need, expected in zip(tensors, needs, everything, strict=True):
+            assert torch.equal(t.grad, expected) if need else t.grad is None
+
+
+def test_frozen_parameters_of_a_deep_module():
+    expected = dict(zip(names_of(ALL), gradients(ALL), strict=True))
+    for frozen in range(0, 2 ** len(expected), 9241):
+        f, tensors = function_of(ALL)
+        for k, t in enumerate(tensors):
+            t.requires_grad_(not frozen >> k & 1)
+        total(f(*tensors)).backward()
+        for t, full in zip(tensors, expected.values(), strict=True):
+            if t.requires_grad:
+                assert_close(t.grad, full)
+            else:
+                assert t.grad is None
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
+@pytest.mark.parametrize("form", ["dense", "unsorted"])
+def test_part_of_the_outputs_used(used, form):
+    problem = replace(ALL, form=form)
+
+    def some(kind):
+        f, tensors = function_of(problem, kind)
+        out = f(*tensors)
+        return torch.autograd.grad(total([out[k] for k in used]), tensors, materialize_grads=True)
+
+    assert_close(some(lstm_fused.LSTM), some(torch.nn.LSTM))
+
+
+@pytest.mark.parametrize(
+    "changed", ["x", "h0", "c0", "y", "h_n", "c_n", "weight_ih_l0", "bias_hh_l0"]
+)
+def test_change_in_place_before_backward(changed):
+    """Refused or allowed just as nn.LSTM does in float32; where allowed, with the same gradient."""
+
+    def outcome(kind):
+        problem = replace(SMALL, dtype=torch.float32, hx=True)
+        f, tensors = function_of(problem, kind)
+        named = dict(zip(names_of(problem), tensors, strict=True))
+        out = f(*tensors)
+        named |= zip(("y", "h_n", "c_n"), out, strict=True)
+        if named[changed].is_leaf:
+            with torch.no_grad():
+                named[changed].mul_(2)
+        else:
+            named[changed].mul_(2)
+        try:
+            return torch.autograd.grad(total(out), tensors)
+        except RuntimeError as error:
+            return str(error).split(":")[0]
+
+    ours, torchs = outcome(lstm_fused.LSTM), outcome(torch.nn.LSTM)
+    if isinstance(torchs, str):
+        assert "modified by an inplace operation" in ours
+    else:
+        torch.testing.assert_close(ours, torchs)
+
+
+def test_func_grad_and_vjp():
+    problem = replace(SMALL, hx=True, layers=2)
+    f, tensors = function_of(problem)
+    where = tuple(range(len(tensors)))
+    tensors = [t.detach() for t in tensors]
+    expected = gradients(problem, torch.nn.LSTM)
+    forget()
+    assert_close(grad(lambda *ts: total(f(*ts)), where)(*tensors), expected)
+    assert_ran("backward")
+    _, pull = vjp(lambda *ts: total(f(*ts)), *tensors)
+    assert_close(pull(torch.tensor(1.0, dtype=torch.float64)), expected)
+
+
+def test_func_grad_of_grad():
+    def second(kind):
+        f, tensors = function_of(replace(SMALL, hx=True), kind)
+        tensors = [t.detach() for t in tensors]
+
+        def slope(*ts):
+            return grad(lambda *us: total(f(*us)))(*ts).square().sum()
+
+        return grad(slope, tuple(range(len(tensors))))(*tensors)
+
+    assert_close(second(lstm_fused.LSTM), second(torch.nn.LSTM))
+
+
+@pytest.mark.parametrize("form", ["dense", "sorted"])
+def test_func_jacrev(form):
+    problem = replace(SMALL, form=form, hx=True)
+
+    def jacobians(kind):
+        f, tensors = function_of(problem, kind)
+        tensors = [t.detach() for t in tensors]
+        return jacrev(lambda *ts: f(*ts)[0], tuple(range(len(tensors))))(*tensors)
+
+    f, tensors = function_of(problem, torch.nn.LSTM)
+    y = f(*tensors)[0]
+    rows = [torch.autograd.grad(v, tensors, retain_graph=True) for v in y.flatten()]
+    expected = tuple(
+        torch.stack(part).view(y.shape + part[0].shape) for part in zip(*rows, strict=True)
+    )
+    forget()
+    assert_close(jacobians(lstm_fused.LSTM), expected)
+    assert_ran("backward")
+
+
+LAYOUTS = {
+    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+    "every second": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "flipped rows": lambda t: t.flip(0).contiguous().flip(0),
+    "offset": lambda t: torch.cat((t[:1], t))[1:],
+    "expanded": lambda t: t[:1].expand_as(t),
+    "one number": lambda t: t.flatten()[0].expand_as(t),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(layout):
+    """Of the input, states and weights, and of the gradients of the outputs."""
+    problem = replace(ALL, layers=1, T=5)
+
+    def run(kind, laid_out):
+        f, tensors = function_of(problem, kind)
+        given = [laid_out(LAYOUTS[layout](t)) for t in tensors]
+        out = f(*given)
+        d_out = [laid_out(LAYOUTS[layout](g)) for g in values_of(problem).cotangents]
+        return torch.autograd.grad(out, tensors, d_out)
+
+    expected = run(torch.nn.LSTM, torch.Tensor.contiguous)
+    forget()
+    assert_close(run(lstm_fused.LSTM, lambda t: t), expected)
+    assert_ran("backward")
+
+
+def test_eval_mode_has_gradients():
+    for dropout in (0.0, 0.5):
+        torch.manual_seed(0)
+        ours = lstm_fused.LSTM(3, 4, 2, dropout=dropout, dtype=torch.float64).eval()
+        theirs = torch.nn.LSTM(3, 4, 2, dropout=dropout, dtype=torch.float64).eval()
+        theirs.load_state_dict(ours.state_dict())
+        x = values_of(SMALL).x
+        grads = []
+        for module in (ours, theirs):
+            y, _ = module(x)
+            grads.append(torch.autograd.grad(total([y]), list(module.parameters())))
+        assert_close(*grads)
+
+
+def saved_elsewhere(f, *tensors):
+    with saved_tensors_hooks(lambda t: t.numpy(force=True).copy(), torch.from_numpy):
+        return f(*tensors)
+
+
+def saved_on_cpu(f, *tensors):
+    with save_on_cpu():
+        return f(*tensors)
+
+
+def under_anomaly_mode(f, *tensors):
+    with torch.autograd.detect_anomaly(check_nan=True):
+        return f(*tensors)
+
+
+def recomputed(f, *tensors):
+    return checkpoint(f, *tensors, use_reentrant=False)
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+@pytest.mark.parametrize("call", [saved_elsewhere, saved_on_cpu, under_anomaly_mode, recomputed])
+@pytest.mark.parametrize("problem", [ALL, replace(ALL, form="unsorted")], ids=str)
+def test_ways_to_save(call, problem):
+    expected = gradients(problem)
+    forget()
+    found = gradients(problem, call=call)
+    assert_ran("backward")
+    assert all(map(torch.equal, found, expected))
+
+
+def test_anomaly_mode_names_a_nan():
+    f, tensors = function_of(replace(SMALL, T=2))
+    with pytest.warns(UserWarning), torch.autograd.set_detect_anomaly(True):
+        y = f(*tensors)[0]
+        with pytest.raises(RuntimeError, match="returned nan values"):
+            (y * 0).sqrt().mul(0).sum().backward()
+
+
+def test_accumulates_into_grad():
+    f, tensors = function_of(ALL)
+    for _ in range(3):
+        total(f(*tensors)).backward()
+    for t, g in zip(tensors, gradients(ALL), strict=True):
+        torch.testing.assert_close(t.grad, 3 * g)
+
+
+def test_no_graph_where_none_is_wanted():
+    f, tensors = function_of(ALL)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert not any(out.requires_grad for out in f(*tensors))
+    detached = [t.detach() for t in tensors]
+    assert not any(out.requires_grad for out in f(*detached))

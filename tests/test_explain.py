@@ -1,0 +1,153 @@
+"""explain says what would run; ops.last_run says what ran."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import lstm_fused
+from lstm_fused import ops
+
+T, N, I, H = 7, 3, 5, 12  # noqa: E741
+
+
+def packed(x):
+    return pack_padded_sequence(x, [7, 4, 2])
+
+
+# Options, how the input is made of (T, N, I), and the T and N to be told.
+CALLS = {
+    "dense": ({}, lambda x: x, (T, N)),
+    "batch_first": ({"batch_first": True}, lambda x: x.transpose(0, 1), (T, N)),
+    "unbatched": ({}, lambda x: x[:, 0], (T, 1)),
+    "packed": ({}, packed, (T, N)),
+    "projection": ({"proj_size": 4}, lambda x: x, (T, N)),
+    "two directions": ({"bidirectional": True}, lambda x: x, (T, N)),
+    "bfloat16": ({"dtype": torch.bfloat16}, lambda x: x.bfloat16(), (T, N)),
+    "float64": ({"dtype": torch.float64}, lambda x: x.double(), (T, N)),
+}
+
+
+@pytest.mark.parametrize("grad", (True, False), ids=("grad", "no_grad"))
+@pytest.mark.parametrize("isa", ops.available_isas())
+@pytest.mark.parametrize("options, form, sizes", CALLS.values(), ids=CALLS)
+def test_agrees_with_what_runs(options, form, sizes, isa, grad):
+    ops.set_isa(isa)
+    lstm = lstm_fused.LSTM(I, H, **options)
+    input = form(torch.randn(T, N, I))
+    with torch.set_grad_enabled(grad):
+        (call,) = lstm_fused.explain(lstm, input).calls
+        lstm(input)
+    ran = ops.last_run()
+    (layer,) = call.layers
+    assert call.reason is None
+    assert (*sizes, I, H) == (layer.T, layer.N, layer.I, layer.H)
+    assert (lstm.proj_size or H) == layer.R
+    assert layer.training is grad
+    assert ran.pop("pass") == "forward"
+    assert {key: getattr(layer.plan, key) for key in ran} == ran
+
+
+def test_text_of_an_lstm():
+    lstm = lstm_fused.LSTM(I, H, num_layers=2, bidirectional=True, proj_size=4)
+    lines = str(lstm_fused.explain(lstm, torch.randn(T, N, I))).splitlines()
+    assert lines[0] == repr(lstm)
+    assert lines[1].startswith("  layer 0: T=7 N=3 I=5 H=12 R=4, two directions, keeps gates")
+    assert lines[2].startswith("  layer 1: T=7 N=3 I=8 H=12 R=4, two directions, keeps gates")
+    assert len(lines) == 3
+    for line in lines[1:]:
+        assert "float32" in line and ops.available_isas()[0][:3]
+
+
+def test_an_lstm_is_not_run():
+    lstm = lstm_fused.LSTM(I, H, num_layers=2, dropout=0.5)
+    lstm.register_forward_hook(lambda *_: pytest.fail("it was called"))
+    state = torch.get_rng_state()
+    lstm_fused.explain(lstm, torch.randn(T, N, I, generator=torch.Generator()))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert lstm.training
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(10, I)
+        self.lstm = lstm_fused.LSTM(I, H, num_layers=2, dropout=0.5)
+        self.head = nn.ModuleDict({"drop": nn.Dropout(), "top": nn.LSTM(H, 4)})
+
+    def forward(self, tokens, scale=1):
+        x = self.head["drop"](self.lstm(self.embed(tokens))[0])
+        return self.head["top"](scale * x)[0]
+
+
+@pytest.mark.parametrize("given", (lambda t: t, lambda t: (t, 2), lambda t: {"tokens": t}))
+def test_model(given):
+    """Its LSTMs are found in call order; mode, random state and hooks are as they were."""
+    model, tokens = Model(), torch.zeros(T, N, dtype=torch.long)
+    model.embed.eval()
+    state = torch.get_rng_state()
+    explanation = lstm_fused.explain(model, given(tokens))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training and model.lstm.training and not model.embed.training
+    assert not model.lstm._forward_pre_hooks
+    fused, plain = explanation.calls
+    assert (fused.name, plain.name) == ("lstm", "head.top")
+    assert [layer.I for layer in fused.layers] == [I, H]
+    assert all(layer.training for layer in fused.layers)
+    assert plain.layers == () and "lstm_fused.replace" in plain.reason
+    lines = str(explanation).splitlines()
+    assert lines[0] == f"lstm: {model.lstm}"
+    assert lines[-2] == f"head.top: {model.head['top']}"
+    assert lines[-1] == ("  runs through torch: it is no lstm_fused.LSTM, see lstm_fused.replace")
+
+
+def test_model_without_gradients():
+    model = Model().requires_grad_(False)
+    fused, _ = lstm_fused.explain(model, torch.zeros(T, N, dtype=torch.long)).calls
+    assert not any(layer.training for layer in fused.layers)
+
+
+def test_model_without_lstm():
+    assert str(lstm_fused.explain(nn.Linear(I, 2), torch.randn(3, I))) == "no LSTM was called"
+
+
+THROUGH_TORCH = {
+    "meta": (lambda m: m.to("meta"), torch.ones(T, N, I, device="meta"), "input is on meta"),
+    "weights": (lambda m: m.to("meta"), torch.ones(T, N, I), "a weight is on meta"),
+    "complex": (lambda m: m, torch.ones(T, N, I, dtype=torch.complex64), "complex64"),
+    "sparse": (lambda m: m, torch.ones(T, N, I).to_sparse(), "layout is torch.sparse_coo"),
+    "nn.LSTM": (lstm_fused.restore, torch.ones(T, N, I), "it is no lstm_fused.LSTM"),
+}
+
+
+@pytest.mark.parametrize("change, input, reason", THROUGH_TORCH.values(), ids=THROUGH_TORCH)
+def test_through_torch(change, input, reason):
+    lstm = change(lstm_fused.LSTM(I, H))
+    explanation = lstm_fused.explain(lstm, input)
+    (call,) = explanation.calls
+    assert reason in call.reason and call.layers == ()
+    assert str(explanation) == f"{lstm}\n  runs through torch: {call.reason}"
+
+
+def test_autocast_dtype():
+    lstm, x = lstm_fused.LSTM(I, H), torch.randn(T, N, I)
+    for input in (x, packed(x)):
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            (call,) = lstm_fused.explain(lstm, input).calls
+            lstm(input)
+        assert call.layers[0].plan.dtype == ops.last_run()["dtype"]
+
+
+def test_state_decides_whether_it_trains():
+    lstm = lstm_fused.LSTM(I, H).requires_grad_(False)
+    x, state = torch.randn(T, N, I), (torch.zeros(1, N, H), torch.zeros(1, N, H))
+    assert not lstm_fused.explain(lstm, x, state).calls[0].layers[0].training
+    state[1].requires_grad_()
+    assert lstm_fused.explain(lstm, x, state).calls[0].layers[0].training
+
+
+def test_refused():
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
+        lstm_fused.explain("lstm", torch.ones(T, N, I))
+    with pytest.raises(TypeError, match="hx goes with an LSTM, model is a Linear"):
+        lstm_fused.explain(nn.Linear(I, 2), torch.ones(3, I), hx=())

@@ -1,0 +1,158 @@
+"""Every way a plan can turn out is run and judged: found by asking the plan, which is pure."""
+
+from itertools import product
+
+import pytest
+import torch
+from oracle import Problem, check, run_module
+from paths import DTYPES, assert_ran, isas_for, planned
+
+import lstm_fused
+from lstm_fused import ops
+
+THREADS = (
+    1,
+    2,
+    5,
+)  # 5 are more than the rows, directions or blocks of units of some, and no divisor
+SHAPES = tuple(
+    product((1, 2, 5, 33, 70), (1, 3, 5, 20, 40), ((3, 5), (20, 40), (33, 100), (24, 260)))
+)
+EXPECTED = {
+    "forward persistent": {"alone", "directions", "rows", "units", "directions+rows"},
+    "backward persistent": {"alone", "directions", "rows", "units", "directions+units"},
+    "forward direct": {"alone", "directions", "units"},
+}
+
+
+def candidates(dtype):
+    """Small problems first, each with how many threads it is run on."""
+    found = []
+    for (T, N, (I, H)), directions, proj, hx in product(SHAPES, (1, 2), (0, 1), (False, True)):  # noqa: E741
+        problem = Problem(
+            T,
+            N,
+            I,
+            H,
+            dtype,
+            directions=directions,
+            proj=proj and H // 2,
+            hx=hx,
+            form=form_of(T, N),
+        )
+        found += [(problem, threads) for threads in THREADS]
+    return sorted(found, key=lambda c: c[0].T * c[0].N * (c[0].H + c[0].I) ** 2 * c[1])
+
+
+def form_of(T, N):
+    """Packed for some, so that both walks are taken in every partition."""
+    return "unsorted" if N > 1 and (T + N) % 2 else "dense"
+
+
+def sharing(plan):
+    """What is shared out to threads."""
+    groups = ("direction_groups", "directions"), ("row_groups", "rows"), ("unit_groups", "units")
+    return "+".join(word for key, word in groups if getattr(plan, key) > 1) or "alone"
+
+
+def path_of(problem, plan, way):
+    """What the kernel's code branches on."""
+    ahead = "none" if not plan.hoist_steps else "some" if plan.hoist_steps < problem.T else "all"
+    return (
+        f"{way} {plan.kernel}",
+        sharing(plan),
+        ahead,
+        problem.packed,
+        problem.proj > 0,
+    )
+
+
+def paths_of(problem, isa, threads):
+    return {
+        path_of(problem, planned(problem, isa, threads, way == "backward"), way)
+        for way in ("forward", "backward")
+    }
+
+
+def chosen():
+    """The smallest problems that take every path, for each ISA and dtype; like problems together."""
+    cases = []
+    for dtype in DTYPES:
+        for isa in isas_for(dtype):
+            seen = set()
+            for problem, threads in candidates(dtype):
+                paths = paths_of(problem, isa, threads)
+                if paths - seen:
+                    seen |= paths
+                    cases.append((problem, threads, isa))
+    return sorted(cases, key=str)
+
+
+CASES = chosen()
+
+
+@pytest.mark.parametrize(
+    ("problem", "threads", "isa"), [pytest.param(*c, id="-".join(map(str, c))) for c in CASES]
+)
+def test_path(problem, threads, isa):
+    torch.set_num_threads(threads)
+    ops.set_isa(isa)
+    assert_ran(problem, isa, check(problem))
+
+
+def test_no_path_is_lost():
+    """The plan did not stop using a partition without anybody noticing."""
+    for dtype in DTYPES:
+        for isa in isas_for(dtype):
+            reached = set()
+            for problem, threads, case_isa in CASES:
+                if problem.dtype is dtype and case_isa == isa:
+                    reached |= {path[:2] for path in paths_of(problem, isa, threads)}
+            for kernel, kinds in EXPECTED.items():
+                assert kinds <= {kind for name, kind in reached if name == kernel}, (dtype, isa)
+
+
+@pytest.mark.parametrize("threads", THREADS)
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(33, 3, 20, 100),
+        Problem(20, 40, 20, 33, form="unsorted", layers=2, directions=2, hx=True),
+        Problem(1, 1, 64, 260, hx=True),
+        Problem(20, 40, 20, 33, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_repeats_to_the_bit(problem, threads):
+    torch.set_num_threads(threads)
+    once, again = (run_module(problem, lstm_fused.LSTM).tensors for _ in range(2))
+    assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+def test_plan_is_pure_and_prints():
+    sizes = ("lstm", torch.float32, 33, 8, 64, 256, 256, 1)
+    plan = ops.plan(*sizes, threads=2)
+    assert str(plan) == str(ops.plan(*sizes, threads=2))
+    for word in (plan.kernel, plan.isa, plan.dtype, "2 threads", f"tile {plan.tile_rows} rows"):
+        assert word in str(plan)
+    torch.set_num_threads(5)
+    assert str(ops.plan(*sizes)) == str(ops.plan(*sizes, threads=5))
+    ops.set_isa("baseline")
+    assert ops.plan(*sizes).isa == "baseline"
+
+
+@pytest.mark.parametrize(("threads", "rows"), [(1, 64), (2, 64), (64, 3), (7, 1), (3, 0)])
+def test_plan_uses_no_more_than_it_has(threads, rows):
+    for directions, hidden in product((1, 2), (1, 16, 17, 300)):
+        plan = ops.plan("lstm", "float32", 9, rows, 5, hidden, hidden, directions, threads=threads)
+        assert plan.threads == plan.direction_groups * plan.row_groups * plan.unit_groups <= threads
+        assert plan.direction_groups <= directions
+        assert plan.row_groups <= max(rows, 1)
+        assert plan.unit_groups <= -(-hidden // 16)
+
+
+def test_unknown_plan_names_the_argument():
+    with pytest.raises(ValueError, match="cell is 'gru'"):
+        ops.plan("gru", "float32", 1, 1, 1, 1, 1, 1)
+    with pytest.raises(ValueError, match="dtype is 'int8'"):
+        ops.plan("lstm", "int8", 1, 1, 1, 1, 1, 1)

@@ -1,0 +1,227 @@
+"""The module as an object: built, copied, changed and moved as torch.nn.LSTM is."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from beside import H, I, N, T, assert_accurate, assert_same, draw, each_option, pair, run, state_for
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+import lstm_fused
+
+
+@pytest.fixture(autouse=True)
+def one_thread(same_start):
+    """Layers as small as these are run faster by one."""
+    torch.set_num_threads(1)
+
+
+ARGUMENTS = [
+    ((3, 4), {}),
+    ((3, 4, 2, False, True, 0.25, True, 2), {}),
+    ((3, 4), {"num_layers": 2, "dropout": 1}),
+    ((3, 4), {"dropout": 0.5}),
+    ((3,), {}),
+    ((3, 4), {"nonlinearity": "relu"}),
+    ((3, 4), {"mode": "GRU"}),
+    ((3.0, 4), {}),
+    ((3, "4"), {}),
+    ((0, 4), {}),
+    ((3, -1), {}),
+    ((3, 4), {"num_layers": 0}),
+    ((3, 4), {"dropout": 1.5}),
+    ((3, 4), {"dropout": True}),
+    ((3, 4), {"proj_size": -1}),
+    ((3, 4), {"proj_size": 4}),
+]
+
+
+@pytest.mark.parametrize("args, options", ARGUMENTS)
+def test_constructor(args, options):
+    """The same module, or the same exception; the same warnings."""
+    made = []
+    for kind in (nn.LSTM, lstm_fused.LSTM):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                result = repr(kind(*args, **options))
+            except Exception as error:
+                result = type(error), str(error)
+        made.append((result, [(w.category, str(w.message), w.filename) for w in caught]))
+    assert made[0] == made[1]
+
+
+def test_dropout_of_one_layer_warns():
+    with pytest.warns(UserWarning, match="dropout option adds dropout after all but last"):
+        lstm_fused.LSTM(I, H, dropout=0.5)
+
+
+@each_option
+def test_same_parameters_and_state_dict(options):
+    theirs, ours = pair(**options)
+    expected, found = theirs.state_dict(), ours.state_dict()
+    assert list(found) == list(expected)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    for source, kind in ((theirs, lstm_fused.LSTM), (ours, nn.LSTM)):
+        other = kind(I, H, dtype=torch.float64, **options)
+        assert str(other.load_state_dict(source.state_dict(), strict=True)) == (
+            "<All keys matched successfully>"
+        )
+    for mine, yours in zip(ours.all_weights, theirs.all_weights, strict=True):
+        assert all(map(torch.equal, mine, yours))
+    assert ours.all_weights[0][0] is ours.weight_ih_l0
+    assert isinstance(ours, nn.LSTM)
+    assert ours.flatten_parameters() is None
+    for module in (theirs, ours):
+        torch.manual_seed(3)
+        module.reset_parameters()
+    assert_same(theirs, ours, draw(T, N, I))
+
+
+def through_torch_save(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "torch.save": through_torch_save,
+}
+
+
+@each_option
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_copies(options, copied):
+    theirs, ours = pair(**options)
+    ours(draw(T, N, I))
+    twin = copied(ours)
+    assert type(twin) is lstm_fused.LSTM
+    assert repr(twin) == repr(ours)
+    assert_same(theirs, twin, draw(T, N, I))
+
+
+class Doubled(nn.Module):
+    def forward(self, w):
+        return 2 * w
+
+
+def step(module, optimizer, input):
+    optimizer(module.parameters(), lr=0.1).zero_grad()
+    module(input)[0].square().sum().backward()
+    optimizer(module.parameters(), lr=0.1).step()
+
+
+def assign(module, name, value):
+    setattr(module, name, value)
+
+
+def under_no_grad(change):
+    def changed(module):
+        with torch.no_grad():
+            change(module)
+
+    return changed
+
+
+def scaled(module):
+    return {name: 2 * w for name, w in module.state_dict().items()}
+
+
+def parametrize_then_write(module):
+    parametrize.register_parametrization(module, "weight_hh_l0", Doubled())
+    module(torch.ones(T, N, I, dtype=torch.float64))
+    module.parametrizations.weight_hh_l0.original.data.mul_(2)
+
+
+def prune_and_settle(module):
+    prune.random_unstructured(module, "weight_ih_l0", amount=0.5)
+    module(torch.ones(T, N, I, dtype=torch.float64))
+    prune.remove(module, "weight_ih_l0")
+
+
+def freeze_and_scale(module):
+    module.weight_hh_l0.requires_grad_(False).mul_(2)
+    module.bias_ih_l1.requires_grad_(False)
+
+
+ONES = torch.ones(T, N, I, dtype=torch.float64)
+CHANGES = {
+    ".data write": lambda m: m.weight_hh_l0.data.mul_(2),
+    ".data assigned": lambda m: assign(m.bias_hh_l1, "data", m.bias_hh_l1.data + 1),
+    ".data transposed": lambda m: assign(m.weight_hh_l0, "data", m.weight_ih_l1.data.mT.clone().mT),
+    "copy_": under_no_grad(lambda m: m.weight_ih_l1.copy_(m.weight_hh_l1)),
+    "new Parameter": lambda m: assign(m, "weight_hh_l0", nn.Parameter(2 * m.weight_hh_l0.detach())),
+    "shared": lambda m: assign(m, "weight_hh_l1", m.weight_hh_l0),
+    "shared in a layer": lambda m: assign(m, "bias_hh_l0", m.bias_ih_l0),
+    "load_state_dict": lambda m: m.load_state_dict(scaled(m)),
+    "load_state_dict assign": lambda m: m.load_state_dict(scaled(m), assign=True),
+    "SGD": lambda m: step(m, torch.optim.SGD, ONES),
+    "Adam": lambda m: step(m, torch.optim.Adam, ONES),
+    "parametrization": parametrize_then_write,
+    "weight_norm": lambda m: (
+        parametrizations.weight_norm(m, "weight_hh_l0")
+        .parametrizations["weight_hh_l0"]
+        .original0.data.mul_(2)
+    ),
+    "orthogonal": lambda m: parametrizations.orthogonal(m, "weight_hh_l1"),
+    "pruned": lambda m: prune.l1_unstructured(m, "weight_hh_l0", amount=0.5),
+    "pruned for good": prune_and_settle,
+    "frozen in part": freeze_and_scale,
+    "double and back": lambda m: m.half().double(),
+    "reset": lambda m: m.reset_parameters(),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_next_call_sees(change):
+    theirs, ours = pair(num_layers=2)
+    x, state = draw(T, N, I), state_for(ours, N)
+    before = assert_same(theirs, ours, x, state)
+    for module in (theirs, ours):
+        torch.manual_seed(4)
+        change(module)
+    after = assert_same(theirs, ours, x, state)
+    assert not torch.equal(after["y"], before["y"])
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_old_weight_norm():
+    theirs, ours = (nn.utils.weight_norm(m, "weight_hh_l0") for m in pair())
+    assert_same(theirs, ours, draw(T, N, I))
+    ours.weight_hh_l0_g.data.mul_(2)
+    theirs.weight_hh_l0_g.data.mul_(2)
+    assert_same(theirs, ours, draw(T, N, I))
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.float16, torch.float32))
+def test_dtype_moves(dtype):
+    theirs, ours = (m.to(dtype) for m in pair(num_layers=2, dtype=torch.float32))
+    x, state = draw(T, N, I, dtype=dtype), state_for(ours, N, dtype)
+    if dtype is torch.float64:
+        assert_same(theirs, ours, x, state)
+        return
+    exact = run(
+        copy.deepcopy(theirs).double(),
+        x.detach().double().requires_grad_(),
+        tuple(s.detach().double().requires_grad_() for s in state),
+    )
+    assert_accurate(run(ours, x, state), run(theirs, x, state), exact, dtype)
+
+
+def test_functional_call():
+    theirs, ours = pair(num_layers=2)
+    weights = {name: (2 * w).detach() for name, w in ours.named_parameters()}
+    x = draw(T, N, I)
+    expected, found = (torch.func.functional_call(m, weights, (x,)) for m in (theirs, ours))
+    torch.testing.assert_close(found, expected)
+    assert not torch.equal(found[0], ours(x)[0])
