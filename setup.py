@@ -39,7 +39,14 @@ if platform.system() != "Linux":
 if shutil.which(os.environ.get("CXX", "g++").split()[0]) is None:
     fail("no C++ compiler. Install g++ 11 or newer (or set CXX).")
 
-COMMON = ["-std=c++20", "-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+COMMON = [
+    "-std=c++20",
+    "-O3",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-psabi",
+    f"-ffile-prefix-map={ROOT.resolve()}/=",  # error messages name csrc/..., not this machine's folders
+]
 # The kernels rely on no trap and no errno, and on a * b + c becoming one instruction; not on any
 # option that would change NaN, infinity or rounding.
 KERNEL = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp"]

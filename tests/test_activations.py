@@ -18,7 +18,7 @@ def isa(request):
 
 
 def activations(values):
-    """(sigmoid, tanh) of a vector as the kernel computes them: gates i and g of a cell with w = 1."""
+    """(sigmoid, tanh) of a vector as the kernel has them: gates i and g of a cell with w = 1."""
     w_ih = torch.ones(4, 1, dtype=values.dtype)
     w_hh = torch.zeros(4, 1, dtype=values.dtype)
     _, _, _, gates, _ = torch.ops.lstm_fused.recurrent_forward(

@@ -42,6 +42,7 @@ CORNERS = (
     Problem(2, 700, 3, 20),
     Problem(2, 2, 2000, 5),
     Problem(2, 2, 3, 600),
+    Problem(6, 8, 64, 1024),
     Problem(2, 3, 4, 300, proj=299),
     # Sums over very many rows.
     Problem(300, 64, 3, 16),

@@ -36,28 +36,42 @@ struct DirectForward : ForwardState<Cell, S, Multiply<A_>> {
     }
   }
 
+  // Vectors summed before the sum joins the total: a long dot product in pieces is more exact.
+  static constexpr int64_t kPiece = 32;
+
   // acc[g][r] += w[g * H * K + k] * a[r][k], lane by lane over k.
   template <int Rows>
   LSTM_FUSED_INLINE void multiply_rows(const S* w, int64_t K, const A* const* a,
                                        V (&acc)[G][Rows]) const {
-    const int64_t gate = H * K;
-    int64_t k = 0;
-    for (; k + lanes <= K; k += lanes) {
+    const int64_t whole = K / lanes * lanes;
+    for (int64_t k = 0; k < whole; k += kPiece * lanes)
+      multiply_piece<Rows>(w, K, k, min64(k + kPiece * lanes, whole), a, acc);
+    if (whole == K) return;
+    for (int g = 0; g < G; ++g) {
+      const V row = load_first<V>(w + g * H * K + whole, K - whole);
+      for (int r = 0; r < Rows; ++r) acc[g][r] += row * load_first<V>(a[r] + whole, K - whole);
+    }
+  }
+
+  template <int Rows>
+  LSTM_FUSED_INLINE void multiply_piece(const S* w, int64_t K, int64_t begin, int64_t end,
+                                        const A* const* a, V (&acc)[G][Rows]) const {
+    V piece[G][Rows] = {};
+    for (int64_t k = begin; k < end; k += lanes) {
       V x[Rows];
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) x[r] = load<V>(a[r] + k);
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) {
-        const V row = load<V>(w + g * gate + k);
+        const V row = load<V>(w + g * H * K + k);
 #pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r) acc[g][r] += row * x[r];
+        for (int r = 0; r < Rows; ++r) piece[g][r] += row * x[r];
       }
     }
-    if (k == K) return;
-    for (int g = 0; g < G; ++g) {
-      const V row = load_first<V>(w + g * gate + k, K - k);
-      for (int r = 0; r < Rows; ++r) acc[g][r] += row * load_first<V>(a[r] + k, K - k);
-    }
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g)
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) acc[g][r] += piece[g][r];
   }
 
   // One vector of units of `Rows` batch rows, from the dot products to the stored state.

@@ -1,0 +1,277 @@
+"""torch.compile and torch.export: one opaque operator a layer, whatever the batch and the length."""
+
+import pytest
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.export import Dim
+from torch.library import opcheck
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import lstm_fused
+
+FORWARD = torch.ops.lstm_fused.recurrent_forward.default
+BACKWARD = torch.ops.lstm_fused.recurrent_backward.default
+
+MODULES = {
+    "plain": {},
+    "nobias-batch_first": {"bias": False, "batch_first": True},
+    "proj": {"proj_size": 2},
+    "both": {"bidirectional": True},
+    "deep": {"num_layers": 2, "bidirectional": True, "proj_size": 2},
+    "float64": {"dtype": torch.float64},
+    "bfloat16": {"dtype": torch.bfloat16},
+}
+SIZES = ((6, 5), (9, 4), (33, 2), (11, 17))  # T, N; none is a size of the modules
+LENGTHS = ((4, 6, 2, 5, 1), (9, 3, 7), (8, 8, 8, 8), (1, 2, 3, 5, 4, 2, 12))
+
+
+class Graphs:
+    """A torch.compile backend that runs graphs as they are and counts the operators in them."""
+
+    def __init__(self):
+        self.forward, self.backward = [], []
+        self.compile = aot_autograd(
+            fw_compiler=self.keep(self.forward), bw_compiler=self.keep(self.backward)
+        )
+
+    @staticmethod
+    def keep(graphs):
+        def compiler(module, _inputs):
+            graphs.append([n.target for n in module.graph.nodes if n.op == "call_function"])
+            run = torch.fx.Interpreter(module).boxed_run
+            run._boxed_call = True
+            return run
+
+        return compiler
+
+    def __call__(self, module, inputs):
+        return self.compile(module, inputs)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def make(name):
+    return lstm_fused.LSTM(3, 7, **MODULES[name])
+
+
+def input_of(module, T, N):
+    shape = (N, T, 3) if module.batch_first else (T, N, 3)
+    return torch.randn(shape, dtype=module.weight_ih_l0.dtype)
+
+
+def state_of(module, N):
+    count = module.num_layers * (2 if module.bidirectional else 1)
+    dtype = module.weight_ih_l0.dtype
+    width = module.proj_size or module.hidden_size
+    return (
+        torch.randn(count, N, width, dtype=dtype),
+        torch.randn(count, N, module.hidden_size, dtype=dtype),
+    )
+
+
+def leaves(*tensors):
+    return [t.clone().requires_grad_() for t in tensors]
+
+
+def flat(out):
+    y, (h_n, c_n) = out
+    return [y.data if isinstance(y, PackedSequence) else y, h_n, c_n]
+
+
+def gradients(call, module, inputs):
+    out = flat(call(*inputs))
+    loss = sum((o * torch.arange(o.numel()).view(o.shape).cos()).sum() for o in out)
+    return out, torch.autograd.grad(loss, [*inputs, *module.parameters()])
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_compiles_to_one_operator_a_layer(name):
+    module, graphs = make(name), Graphs()
+
+    def call(x, h, c):
+        return module(x * 2, (h, c))
+
+    compiled = torch.compile(call, backend=graphs, fullgraph=True, dynamic=True)
+    for T, N in SIZES:
+        inputs = leaves(input_of(module, T, N), *state_of(module, N))
+        torch.testing.assert_close(
+            gradients(compiled, module, inputs), gradients(call, module, inputs)
+        )
+    assert [graph.count(FORWARD) for graph in graphs.forward] == [module.num_layers]
+    assert [graph.count(BACKWARD) for graph in graphs.backward] == [module.num_layers]
+    assert len(graphs.forward[0]) < 40  # the length of the sequence is nowhere in it
+
+
+@pytest.mark.parametrize("name", ["plain", "deep"])
+def test_compiles_without_gradients(name):
+    module, graphs = make(name).requires_grad_(False), Graphs()
+    compiled = torch.compile(module, backend=graphs, fullgraph=True, dynamic=True)
+    for T, N in SIZES:
+        x = input_of(module, T, N)
+        torch.testing.assert_close(compiled(x), module(x))
+    assert [graph.count(FORWARD) for graph in graphs.forward] == [module.num_layers]
+
+
+def test_turns_dynamic_by_itself():
+    """Without dynamic=True torch compiles once for the first size and once for all others."""
+    module = make("both")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, backend=counter, fullgraph=True)
+    for N in (5, 4, 11, 2):
+        for T in (6, 9, 33, 12):
+            x = input_of(module, T, N)
+            torch.testing.assert_close(compiled(x), module(x))
+    assert counter.frame_count <= 3  # sizes as they were, another T, another N
+
+
+@pytest.mark.parametrize("name", ["plain", "proj", "deep"])
+@pytest.mark.parametrize("hx", [True, False])
+def test_compiles_packed(name, hx):
+    module, graphs = make(name), Graphs()
+
+    def call(data, *states):
+        rows = PackedSequence(data, *packed[1:])
+        return module(rows, states or None)
+
+    def compiled_call(data, *states):
+        return compiled(PackedSequence(data, *packed[1:]), states or None)
+
+    compiled = torch.compile(module, backend=graphs, fullgraph=True, dynamic=True)
+    for lengths in LENGTHS:
+        x = input_of(module, max(lengths), len(lengths))
+        packed = pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=False)
+        inputs = leaves(packed.data, *(state_of(module, len(lengths)) if hx else ()))
+        torch.testing.assert_close(
+            gradients(compiled_call, module, inputs), gradients(call, module, inputs)
+        )
+    assert {graph.count(FORWARD) for graph in graphs.forward} == {module.num_layers}
+    assert {graph.count(BACKWARD) for graph in graphs.backward} == {module.num_layers}
+    assert len(graphs.forward) == 1
+
+
+def test_compiles_with_inductor():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), make("deep"))
+
+    def call(x):
+        y, (h_n, c_n) = model(x.sin())
+        return y.relu(), (h_n, c_n)
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True)
+    for T, N in SIZES[:2]:
+        inputs = leaves(torch.randn(T, N, 3))
+        torch.testing.assert_close(
+            gradients(compiled, model, inputs), gradients(call, model, inputs)
+        )
+
+
+def test_compiles_a_replaced_model():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Embedding(10, 3)
+            self.lstm = torch.nn.LSTM(3, 7, 2)
+            self.out = torch.nn.Linear(7, 10)
+
+        def forward(self, words):
+            return self.out(self.lstm(self.embed(words))[0])
+
+    model, graphs = Model(), Graphs()
+    words = torch.randint(10, (6, 4))
+    expected = model(words)
+    compiled = torch.compile(lstm_fused.replace(model), backend=graphs, fullgraph=True)
+    torch.testing.assert_close(compiled(words), expected)
+    assert graphs.forward[0].count(FORWARD) == 2
+
+
+def test_torch_keeps_its_own_rule():
+    """Compiling ours leaves Dynamo's treatment of torch.nn.LSTM alone."""
+    torch.compile(make("plain"), backend="eager", fullgraph=True)(torch.randn(2, 2, 3))
+    assert not torch._dynamo.config.allow_rnn
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(torch.nn.LSTM(3, 4), backend="eager", fullgraph=True)(torch.randn(2, 2, 3))
+
+
+@pytest.mark.parametrize("name", ["plain", "nobias-batch_first", "deep"])
+@pytest.mark.parametrize("hx", [True, False])
+def test_exports(name, hx):
+    module = make(name)
+    at = 0 if module.batch_first else 1
+    N, T = Dim("N"), Dim("T")
+
+    def arguments(t, n):
+        x = input_of(module, t, n)
+        return (x, state_of(module, n)) if hx else (x,)
+
+    shapes = ({at: N, 1 - at: T}, *([({1: N}, {1: N})] if hx else []))
+    program = torch.export.export(module, arguments(6, 5), dynamic_shapes=shapes)
+    for exported in (program, program.run_decompositions()):
+        targets = [n.target for n in exported.graph.nodes if n.op == "call_function"]
+        assert targets.count(FORWARD) == module.num_layers
+        for t, n in (*SIZES, (1, 1)):
+            given = arguments(t, n)
+            torch.testing.assert_close(exported.module()(*given), module(*given))
+
+
+def test_export_survives_saving(tmp_path):
+    module, x = make("deep"), torch.randn(6, 5, 3)
+    path = tmp_path / "lstm.pt2"
+    torch.export.save(torch.export.export(module, (x,)), path)
+    torch.testing.assert_close(torch.export.load(path).module()(x), module(x))
+
+
+SAMPLES = {  # T, N, or lengths; directions, bias, projection, states, dtype
+    "dense": ((6, 5), 1, True, 0, True, torch.float32),
+    "no states": ((6, 5), 1, True, 0, False, torch.float32),
+    "no bias": ((6, 5), 2, False, 0, True, torch.float32),
+    "projected": ((6, 5), 1, True, 3, True, torch.float64),
+    "both directions": ((6, 5), 2, True, 2, False, torch.float64),
+    "one step": ((1, 1), 1, True, 0, True, torch.float32),
+    "no rows": ((4, 0), 1, True, 0, True, torch.float32),
+    "packed": ([7, 4, 2], 1, True, 0, True, torch.float32),
+    "packed projected": ([7, 4, 4, 1], 2, True, 3, True, torch.float64),
+    "bfloat16": ((6, 5), 2, True, 2, True, torch.bfloat16),
+    "float16": ([5, 3], 1, True, 0, True, torch.float16),
+}
+
+
+def sample(name):
+    """x, batch_sizes, state0, weights and the number of directions."""
+    shape, D, bias, proj, states, dtype = SAMPLES[name]
+    module = lstm_fused.LSTM(3, 17, 1, bias, proj_size=proj, bidirectional=D == 2, dtype=dtype)
+    if isinstance(shape, list):
+        padded = torch.randn(shape[0], len(shape), 3, dtype=dtype)
+        x, batch_sizes, *_ = pack_padded_sequence(padded, torch.tensor(shape))
+        N = len(shape)
+    else:
+        x, batch_sizes, N = torch.randn(*shape, 3, dtype=dtype), None, shape[1]
+    state0 = state_of(module, N) if states else ()
+    return x, batch_sizes, list(state0), [w.detach() for w in module.parameters()], D
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck_forward(name, training):
+    x, batch_sizes, state0, weights, D = sample(name)
+    opcheck(FORWARD, (x, batch_sizes, state0, weights, 0, D, training))
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck_backward(name):
+    x, batch_sizes, state0, weights, D = sample(name)
+    y, h_n, c_n, gates, cells = FORWARD(x, batch_sizes, state0, weights, 0, D, True)
+    count = len(weights)
+    d_out = [torch.randn_like(t) for t in (y, h_n, c_n)]
+    masks = {
+        "all": (d_out, [True] * (3 + count)),
+        "weights only": ([d_out[0], None, None], [False] * 3 + [True] * count),
+        "inputs only": ([None, *d_out[1:]], [True] * 3 + [False] * count),
+    }
+    for (dy, dh_n, dc_n), mask in masks.values():
+        given = (x, batch_sizes, state0, weights, y, gates, cells, dy, dh_n, dc_n, 0, D, mask)
+        opcheck(BACKWARD, given)

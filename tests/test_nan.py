@@ -1,0 +1,112 @@
+"""NaN: none from memory that a kernel forgot to write, and all that nn.LSTM would return."""
+
+from itertools import product
+
+import pytest
+import torch
+from oracle import Problem, run_module, values_of
+from paths import DTYPES, isas_for
+
+import lstm_fused
+from lstm_fused import ops
+
+SMALL = Problem(5, 4, 6, 21, hx=True)
+PROBLEMS = {
+    "dense": SMALL,
+    "direct": Problem(2, 3, 6, 21, hx=True),
+    "packed": Problem(5, 4, 6, 21, hx=True, form="unsorted", directions=2),
+    "projection": Problem(5, 4, 6, 21, hx=True, proj=9),
+    "rows": Problem(5, 20, 6, 21, hx=True),
+}
+# Of the tensor at the first name, the element at the index becomes one of the values below.
+PLACES = {
+    "x first step": ("x", (0, 1, 2)),
+    "x last step": ("x", (-1, 0, 0)),
+    "h0": ("h0", (0, 2, 3)),
+    "c0": ("c0", (0, 2, -1)),
+    "w_ih": ("weight_ih_l0", (25, 3)),
+    "w_hh": ("weight_hh_l0", (-1, 0)),
+    "b_ih": ("bias_ih_l0", (30,)),
+    "dy": ("dy", 0),
+    "dc_n": ("dc_n", (0, 1, 2)),
+}
+VALUES = {"nan": float("nan"), "inf": float("inf"), "-inf": -float("inf")}
+
+
+def test_poison_is_on():
+    """What no kernel has a reason to write, units beyond H in what is saved for backward, is NaN."""
+    ops.set_isa("baseline")
+    x, w_ih, w_hh = torch.randn(3, 2, 4), torch.randn(20, 4), torch.randn(20, 5)
+    _, _, _, gates, cells = torch.ops.lstm_fused.recurrent_forward(
+        x, None, [], [w_ih, w_hh], ops.CELL_IDS["lstm"], 1, True
+    )
+    for saved in (gates, cells):  # lanes of a block of units come last
+        assert saved[..., :5].isfinite().all()
+        assert saved[..., -1].isnan().all()
+
+
+def with_value(problem, name, index, value):
+    """The problem's own tensors, one element of which is changed until the end of the test."""
+    values = values_of(problem)
+    dy, _, dc_n = values.cotangents
+    named = {"x": values.x, "dy": dy, "dc_n": dc_n, **values.weights}
+    named |= dict(zip(("h0", "c0"), values.state, strict=True))
+    named[name][index] = value
+
+
+def kinds(t):
+    """0 for a finite number, 1 for NaN, 2 and 3 for the infinities."""
+    return t.isnan().int() + 2 * t.isposinf().int() + 3 * t.isneginf().int()
+
+
+@pytest.fixture
+def spoiled():
+    yield with_value
+    values_of.cache_clear()
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+def test_goes_where_it_goes_in_torch(problem, place, value, spoiled):
+    """Into the rows, units and gradients that nn.LSTM's goes into, and no further."""
+    spoiled(problem, *PLACES[place], VALUES[value])
+    expected = {k: kinds(t) for k, t in run_module(problem, torch.nn.LSTM).tensors.items()}
+    if not (place == "c0" and value != "nan"):
+        assert any(t.any() for t in expected.values())
+    for isa in isas_for(problem.dtype):
+        ops.set_isa(isa)
+        for name, t in run_module(problem, lstm_fused.LSTM).tensors.items():
+            assert torch.equal(kinds(t), expected[name]), (isa, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_stays_in_its_row(dtype):
+    """In every dtype and ISA: the row that has it, from the step that has it on."""
+    for isa, rows in product(isas_for(dtype), (2, 7)):
+        ops.set_isa(isa)
+        module = lstm_fused.LSTM(6, 21, dtype=dtype).requires_grad_(False)
+        x = torch.randn(6, rows, 6).to(dtype)
+        x[3, 1, 5] = float("nan")
+        y, (h_n, c_n) = module(x)
+        where = torch.zeros(6, rows, dtype=torch.bool)
+        where[3:, 1] = True
+        assert torch.equal(y.isnan(), where[..., None].expand_as(y))
+        assert torch.equal(h_n.isnan(), where[-1][None, :, None].expand_as(h_n))
+        assert torch.equal(c_n.isnan(), where[-1][None, :, None].expand_as(c_n))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_saturation_is_exact(dtype):
+    """Pre-activations beyond every exponent give gates of exactly 0 and 1."""
+    for isa in isas_for(dtype):
+        ops.set_isa(isa)
+        module = lstm_fused.LSTM(1, 1, bias=False, dtype=dtype).requires_grad_(False)
+        module.weight_hh_l0.zero_()
+        large = torch.finfo(dtype).max ** 0.5
+        module.weight_ih_l0[:] = torch.tensor([[large], [-large], [large], [large]], dtype=dtype)
+        x = torch.full((6, 1, 1), large, dtype=dtype)
+        y, (_, c_n) = module(x)
+        assert c_n.item() == 1  # i = 1, f = 0, g = 1
+        expected = torch.tanh(torch.ones((), dtype=torch.float64)).item()
+        assert abs(y[-1].item() - expected) <= 2 * torch.finfo(dtype).eps
