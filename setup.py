@@ -45,7 +45,7 @@ COMMON = [
     "-fvisibility=hidden",
     "-Wall",
     "-Wno-psabi",
-    f"-ffile-prefix-map={ROOT.resolve()}/=",  # error messages name csrc/..., not this machine's folders
+    f"-ffile-prefix-map={ROOT.resolve()}/=",  # messages name csrc/, not our folders
 ]
 # The kernels rely on no trap and no errno, and on a * b + c becoming one instruction; not on any
 # option that would change NaN, infinity or rounding.

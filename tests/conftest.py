@@ -28,8 +28,11 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def same_start():
-    """Each test starts from one seed, two threads, and the ISA that the machine would choose."""
+    """Each test starts from one seed, one thread, and the ISA that the machine would choose.
+
+    Small layers are run faster by one thread; tests of sharing work out ask for more.
+    """
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     ops.set_isa(None)
     lstm_fused.nn._warned.clear()

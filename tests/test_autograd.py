@@ -231,20 +231,6 @@ def test_any_part_frozen(form, used):
             assert torch.equal(t.grad, expected) if need else t.grad is None
 
 
-def test_frozen_parameters_of_a_deep_module():
-    expected = dict(zip(names_of(ALL), gradients(ALL), strict=True))
-    for frozen in range(0, 2 ** len(expected), 9241):
-        f, tensors = function_of(ALL)
-        for k, t in enumerate(tensors):
-            t.requires_grad_(not frozen >> k & 1)
-        total(f(*tensors)).backward()
-        for t, full in zip(tensors, expected.values(), strict=True):
-            if t.requires_grad:
-                assert_close(t.grad, full)
-            else:
-                assert t.grad is None
-
-
 @pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
 @pytest.mark.parametrize("form", ["dense", "unsorted"])
 def test_part_of_the_outputs_used(used, form):
@@ -411,20 +397,3 @@ def test_anomaly_mode_names_a_nan():
         y = f(*tensors)[0]
         with pytest.raises(RuntimeError, match="returned nan values"):
             (y * 0).sqrt().mul(0).sum().backward()
-
-
-def test_accumulates_into_grad():
-    f, tensors = function_of(ALL)
-    for _ in range(3):
-        total(f(*tensors)).backward()
-    for t, g in zip(tensors, gradients(ALL), strict=True):
-        torch.testing.assert_close(t.grad, 3 * g)
-
-
-def test_no_graph_where_none_is_wanted():
-    f, tensors = function_of(ALL)
-    for mode in (torch.no_grad, torch.inference_mode):
-        with mode():
-            assert not any(out.requires_grad for out in f(*tensors))
-    detached = [t.detach() for t in tensors]
-    assert not any(out.requires_grad for out in f(*detached))

@@ -127,32 +127,3 @@ def test_repeats_to_the_bit(problem, threads):
     torch.set_num_threads(threads)
     once, again = (run_module(problem, lstm_fused.LSTM).tensors for _ in range(2))
     assert all(torch.equal(once[name], again[name]) for name in once)
-
-
-def test_plan_is_pure_and_prints():
-    sizes = ("lstm", torch.float32, 33, 8, 64, 256, 256, 1)
-    plan = ops.plan(*sizes, threads=2)
-    assert str(plan) == str(ops.plan(*sizes, threads=2))
-    for word in (plan.kernel, plan.isa, plan.dtype, "2 threads", f"tile {plan.tile_rows} rows"):
-        assert word in str(plan)
-    torch.set_num_threads(5)
-    assert str(ops.plan(*sizes)) == str(ops.plan(*sizes, threads=5))
-    ops.set_isa("baseline")
-    assert ops.plan(*sizes).isa == "baseline"
-
-
-@pytest.mark.parametrize(("threads", "rows"), [(1, 64), (2, 64), (64, 3), (7, 1), (3, 0)])
-def test_plan_uses_no_more_than_it_has(threads, rows):
-    for directions, hidden in product((1, 2), (1, 16, 17, 300)):
-        plan = ops.plan("lstm", "float32", 9, rows, 5, hidden, hidden, directions, threads=threads)
-        assert plan.threads == plan.direction_groups * plan.row_groups * plan.unit_groups <= threads
-        assert plan.direction_groups <= directions
-        assert plan.row_groups <= max(rows, 1)
-        assert plan.unit_groups <= -(-hidden // 16)
-
-
-def test_unknown_plan_names_the_argument():
-    with pytest.raises(ValueError, match="cell is 'gru'"):
-        ops.plan("gru", "float32", 1, 1, 1, 1, 1, 1)
-    with pytest.raises(ValueError, match="dtype is 'int8'"):
-        ops.plan("lstm", "int8", 1, 1, 1, 1, 1, 1)

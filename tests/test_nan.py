@@ -21,7 +21,7 @@ PROBLEMS = {
 # Of the tensor at the first name, the element at the index becomes one of the values below.
 PLACES = {
     "x first step": ("x", (0, 1, 2)),
-    "x last step": ("x", (-1, 0, 0)),
+    "x later step": ("x", (1, 0, 0)),
     "h0": ("h0", (0, 2, 3)),
     "c0": ("c0", (0, 2, -1)),
     "w_ih": ("weight_ih_l0", (25, 3)),
@@ -47,7 +47,7 @@ def test_poison_is_on():
 
 def with_value(problem, name, index, value):
     """The problem's own tensors, one element of which is changed until the end of the test."""
-    values = values_of(problem)
+    values = values_of(problem, 0)
     dy, _, dc_n = values.cotangents
     named = {"x": values.x, "dy": dy, "dc_n": dc_n, **values.weights}
     named |= dict(zip(("h0", "c0"), values.state, strict=True))
@@ -72,12 +72,14 @@ def test_goes_where_it_goes_in_torch(problem, place, value, spoiled):
     """Into the rows, units and gradients that nn.LSTM's goes into, and no further."""
     spoiled(problem, *PLACES[place], VALUES[value])
     expected = {k: kinds(t) for k, t in run_module(problem, torch.nn.LSTM).tensors.items()}
-    if not (place == "c0" and value != "nan"):
+    if value == "nan":
         assert any(t.any() for t in expected.values())
+    differ = []
     for isa in isas_for(problem.dtype):
         ops.set_isa(isa)
-        for name, t in run_module(problem, lstm_fused.LSTM).tensors.items():
-            assert torch.equal(kinds(t), expected[name]), (isa, name)
+        found = run_module(problem, lstm_fused.LSTM).tensors
+        differ += [(isa, name) for name in found if (kinds(found[name]) != expected[name]).any()]
+    assert differ == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

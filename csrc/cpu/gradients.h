@@ -145,8 +145,11 @@ struct Gradients : BackwardState<Cell, S> {
     const Panels<A> panels{vectors, kDepth,
                            b + worker * kDepth * round_up(max64(max64(I, R), H), kBlock)};
     A* own_sums = sums + column_group * shares.group_panels * w.blocks * w.width * kMaxCols * lanes;
+    // With one pass there is nothing to keep: one block's room, hot in the cache, does for all.
+    const bool once = S_rows <= kDepth;
     const auto sums_of = [&](int64_t panel, int64_t j) {
-      return own_sums + (panel * w.blocks + j) * w.width * kMaxCols * lanes;
+      const int64_t at = once ? blocks.begin : panel * w.blocks + j;
+      return own_sums + at * w.width * kMaxCols * lanes;
     };
     for (int64_t s0 = 0; s0 < S_rows; s0 += kDepth) {
       const int64_t depth = min64(kDepth, S_rows - s0);
@@ -154,13 +157,12 @@ struct Gradients : BackwardState<Cell, S> {
         pack_panel_row<A, B>(panels, s - s0, row_of(s, t, n), w.columns);
       });
       for (int64_t j = blocks.begin; j < blocks.end; ++j)
-        for (int64_t panel = 0; panel < panels.count(); ++panel)
-          add_block(w, w.a + (j * S_rows + s0) * w.width, panels, panel, depth, s0 > 0,
-                    sums_of(panel, j));
+        for (int64_t panel = 0; panel < panels.count(); ++panel) {
+          A* to = sums_of(panel, j);
+          add_block(w, w.a + (j * S_rows + s0) * w.width, panels, panel, depth, s0 > 0, to);
+          if (s0 + depth == S_rows) put_rows(w, j, panels, panel, to);
+        }
     }
-    for (int64_t panel = 0; panel < panels.count(); ++panel)
-      for (int64_t j = blocks.begin; j < blocks.end; ++j)
-        put_rows(w, j, panels, panel, sums_of(panel, j));
   }
 
   // to (width, kMaxCols, lanes) = (add ? to : 0) + the product of one block and one panel.

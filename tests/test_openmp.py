@@ -1,0 +1,83 @@
+"""The OpenMP runtime underneath: one for torch and for us, nested regions, fewer threads granted."""
+
+import ctypes
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import lstm_fused
+from lstm_fused import ops
+
+
+def runtimes():
+    """The OpenMP runtimes that this process has loaded."""
+    return set(re.findall(r"\S*/lib[gi]?omp\d*[-.]\S*", Path("/proc/self/maps").read_text()))
+
+
+def test_one_runtime():
+    """A second pool of threads would compete with torch's, and not follow its settings."""
+    assert len(runtimes()) == 1, runtimes()
+
+
+def test_threads_follow_torch():
+    lstm = lstm_fused.LSTM(64, 256).requires_grad_(False)
+    x = torch.randn(100, 32, 64)
+    seen = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        lstm(x)
+        seen.append(ops.last_run()["threads"])
+    assert seen == [1, 2, 5]
+
+
+def test_inside_a_parallel_region():
+    """Called by the threads of somebody else's region, a layer uses the one thread it is on."""
+    lstm = lstm_fused.LSTM(20, 100).requires_grad_(False)
+    x = torch.randn(33, 30, 20)
+    expected = lstm(x)[0]
+    torch.set_num_threads(3)
+    lstm(x)
+    assert ops.last_run()["threads"] == 3
+    results = []
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    def region(_):
+        y = lstm(x)[0]
+        results.append((y, ops.last_run()["threads"]))
+
+    ctypes.CDLL(next(iter(runtimes()))).GOMP_parallel(region, None, 3, 0)
+    assert [threads for _, threads in results] == [1, 1, 1]
+    assert all(torch.equal(y, expected) for y, _ in results)
+
+
+LIMITED = """
+import torch, lstm_fused
+from lstm_fused import ops, reference
+lstm = lstm_fused.LSTM(20, 100)
+x = torch.randn(33, 30, 20)
+torch.set_num_threads(2)
+y = lstm(x)[0]
+assert ops.last_run()["threads"] == 1, ops.last_run()
+y.sum().backward()
+assert ops.last_run()["threads"] == 1, ops.last_run()
+# Not nn.LSTM: oneDNN gives wrong numbers under such a limit.
+expected = reference.lstm_layer(x, None, (), lstm.all_weights[0])[0]
+assert (expected - y).abs().max() < 1e-6
+assert lstm.weight_hh_l0.grad.isfinite().all()
+"""
+
+
+def test_fewer_threads_granted():
+    """With a limit on OpenMP's threads the team is smaller than asked for, and the result right."""
+    run = subprocess.run(
+        [sys.executable, "-c", LIMITED],
+        env=dict(os.environ, OMP_THREAD_LIMIT="1"),
+        timeout=120,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
