@@ -1,4 +1,4 @@
-"""One problem computed three ways: by us, by nn.LSTM in the same dtype, by the reference in float64.
+"""One problem computed three ways: by us, by nn.LSTM in its dtype, by the reference in float64.
 
 The reference is driven from here, layer by layer, so that nothing of lstm_fused.nn is taken for
 granted. It sees features and hidden units in reverse order: its sums then round differently from
@@ -107,7 +107,7 @@ class Outcome:
 
 @lru_cache(maxsize=MOST_DRAWS)
 def values_of(problem, draw=0):
-    """Weights as nn.LSTM draws them; the rest is normal. Drawn on the CPU in the problem's dtype."""
+    """Weights drawn as nn.LSTM does, the rest normal; on the CPU, then in the problem's dtype."""
     p = problem
     generator = torch.Generator().manual_seed(zlib.crc32(f"{p} {draw}".encode()))
 
@@ -185,7 +185,7 @@ def reversed_layer(x, batch_sizes, state0, weights, directions):
 
 
 def run_reference(problem, draw=0):
-    """The problem in float64 through lstm_fused.reference, which shares nothing with the kernels."""
+    """The problem in float64 by lstm_fused.reference, which shares nothing with the kernels."""
 
     def exact(t):
         return t.to(torch.float64, copy=True).requires_grad_()

@@ -75,7 +75,7 @@ def paths_of(problem, isa, threads):
 
 
 def chosen():
-    """The smallest problems that take every path, for each ISA and dtype; like problems together."""
+    """The smallest problems that take every path, for each ISA and dtype; alike ones together."""
     cases = []
     for dtype in DTYPES:
         for isa in isas_for(dtype):

@@ -34,7 +34,7 @@ VALUES = {"nan": float("nan"), "inf": float("inf"), "-inf": -float("inf")}
 
 
 def test_poison_is_on():
-    """What no kernel has a reason to write, units beyond H in what is saved for backward, is NaN."""
+    """What no kernel has a reason to write, units beyond H in what is saved, is NaN."""
     ops.set_isa("baseline")
     x, w_ih, w_hh = torch.randn(3, 2, 4), torch.randn(20, 4), torch.randn(20, 5)
     _, _, _, gates, cells = torch.ops.lstm_fused.recurrent_forward(

@@ -1,4 +1,4 @@
-"""The OpenMP runtime underneath: one for torch and for us, nested regions, fewer threads granted."""
+"""The OpenMP runtime underneath: one for torch and us, nested regions, fewer threads granted."""
 
 import ctypes
 import os

@@ -11,7 +11,7 @@ WIDE = {
     # o * tanh(c), two such functions and a product, after c.
     "y": 8,
     "h_n": 8,
-    # f * c + i * g: three such functions, two products, a sum, and what is left of the steps before.
+    # f * c + i * g: three such functions, two products, a sum, and the steps before.
     "c_n": 8,
     # Products of the gates' slopes with weights: the errors of the states, and no long sum.
     "d_x": 8,

@@ -102,7 +102,15 @@ struct ForwardState {
       A* saved = static_cast<A*>(p.gates) + at * G * kBlock + u % kBlock;
 #pragma GCC unroll 8
       for (int g = 0; g < G; ++g) store(saved + g * kBlock, gate[g]);
-      store(static_cast<A*>(p.cells) + at * kBlock + u % kBlock, c_new);
+      A* saved_cell = static_cast<A*>(p.cells) + at * kBlock + u % kBlock;
+      store(saved_cell, c_new);
+      // Vectors of the last block that hold no unit: nobody computes them, so they are cleared
+      // here.
+      if (vec == vectors - 1)
+        for (int64_t l = lanes; l < kBlock - u % kBlock; ++l) {
+          saved_cell[l] = 0;
+          for (int g = 0; g < G; ++g) saved[g * kBlock + l] = 0;
+        }
     }
     if (full) {
       store(full + (d * N + n) * Hp + u, h_new);
