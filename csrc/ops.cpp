@@ -155,6 +155,20 @@ const void* read_state(Layer& layer, const Tensor& x, const Tensors& state, size
   return layer.keep(state[i]).const_data_ptr();
 }
 
+// Params with what forward and backward are both given.
+template <class Params>
+Params given(Layer& layer, const Tensor& x, const Tensors& state0) {
+  STD_TORCH_CHECK(state0.empty() || state0.size() == 2, "state0 must hold h0 and c0 or nothing");
+  Params params{};
+  params.size = layer.size;
+  params.x = layer.x;
+  params.weights[0] = layer.weights[0];
+  params.weights[1] = layer.weights[1];
+  params.h0 = read_state(layer, x, state0, 0, layer.size.R, "h0");
+  params.c0 = read_state(layer, x, state0, 1, layer.size.H, "c0");
+  return params;
+}
+
 Problem problem_of(const Layer& layer, bool training) {
   const LayerSizes& s = layer.size;
   return {layer.dtype, s.steps.T, s.steps.N, s.I, s.H, s.R, s.D, layer.projection, training};
@@ -183,22 +197,27 @@ std::vector<int64_t> saved_shape(const LayerSizes& s, int gates) {
   return shape;
 }
 
+// That of x, with D * R for I.
+std::vector<int64_t> output_shape(const Layer& layer, const Tensor& x) {
+  std::vector<int64_t> shape = shape_of(x);
+  shape.back() = layer.size.D * layer.size.R;
+  return shape;
+}
+
+void check_saved(const Tensor& t, const Layer& layer, int gates, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == compute_dtype(layer.dtype),
+                  name, " must be as saved by recurrent_forward in training");
+  check_shape(t, saved_shape(layer.size, gates), name);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrent_forward(
     Tensor x, MaybeTensor batch_sizes, Tensors state0, Tensors weights, int64_t cell,
     int64_t directions, bool training) {
   Layer layer = read_layer(x, batch_sizes, weights, cell, directions);
   const LayerSizes& s = layer.size;
-  STD_TORCH_CHECK(state0.empty() || state0.size() == 2, "state0 must hold h0 and c0 or nothing");
-  ForwardParams params{};
-  params.size = s;
-  params.x = layer.x;
-  params.weights[0] = layer.weights[0];
-  params.weights[1] = layer.weights[1];
-  params.h0 = read_state(layer, x, state0, 0, s.R, "h0");
-  params.c0 = read_state(layer, x, state0, 1, s.H, "c0");
+  ForwardParams params = given<ForwardParams>(layer, x, state0);
   const ScalarType dtype = x.scalar_type();
-  Tensor y = batch_sizes ? empty({x.size(0), s.D * s.R}, dtype)
-                         : empty({s.steps.T, s.steps.N, s.D * s.R}, dtype);
+  Tensor y = empty(output_shape(layer, x), dtype);
   Tensor h_n = empty({s.D, s.steps.N, s.R}, dtype);
   Tensor c_n = empty({s.D, s.steps.N, s.H}, dtype);
   const ScalarType saved = compute_dtype(layer.dtype);
@@ -220,8 +239,7 @@ const void* read_gradient(Layer& layer, const MaybeTensor& gradient, const Tenso
                           const char* name) {
   if (!gradient) return nullptr;
   check_like(*gradient, like, name);
-  STD_TORCH_CHECK(gradient->numel() == like.numel(), name, " has shape ", describe(*gradient),
-                  " but must be ", describe(like));
+  check_shape(*gradient, shape_of(like), name);
   return layer.keep(*gradient).const_data_ptr();
 }
 
@@ -233,16 +251,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> recurrent_backward(
   const LayerSizes& s = layer.size;
   STD_TORCH_CHECK(mask.size() == 3 + weights.size(),
                   "mask must have one entry each for x, h0, c0 and every weight");
-  STD_TORCH_CHECK(
-      gates.is_contiguous() && cells.is_contiguous() && (gates.numel() > 0) == (s.steps.rows() > 0),
-      "gates and cells must be as saved by recurrent_forward in training");
-  BackwardParams params{};
-  params.size = s;
-  params.x = layer.x;
-  params.weights[0] = layer.weights[0];
-  params.weights[1] = layer.weights[1];
-  params.h0 = read_state(layer, x, state0, 0, s.R, "h0");
-  params.c0 = read_state(layer, x, state0, 1, s.H, "c0");
+  check_like(y, x, "y");
+  check_shape(y, output_shape(layer, x), "y");
+  check_saved(gates, layer, kCellGates[cell], "gates");
+  check_saved(cells, layer, 0, "cells");
+  BackwardParams params = given<BackwardParams>(layer, x, state0);
   params.y = layer.keep(y).const_data_ptr();
   params.gates = gates.const_data_ptr();
   params.cells = cells.const_data_ptr();
@@ -251,8 +264,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> recurrent_backward(
     return empty(want ? shape : std::vector<int64_t>{0}, dtype);
   };
   const auto data = [](const Tensor& t, bool want) { return want ? t.data_ptr() : nullptr; };
-  const std::vector<int64_t> x_shape(x.sizes().begin(), x.sizes().end());
-  Tensor dx = wanted(mask[0], x_shape);
+  Tensor dx = wanted(mask[0], shape_of(x));
   Tensor dh0 = wanted(mask[1], {s.D, s.steps.N, s.R});
   Tensor dc0 = wanted(mask[2], {s.D, s.steps.N, s.H});
   params.dx = data(dx, mask[0]);
@@ -265,8 +277,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> recurrent_backward(
   Tensors dweights;
   const size_t each = weights.size() / s.D;
   for (size_t i = 0; i < weights.size(); ++i) {
-    const std::vector<int64_t> shape(weights[i].sizes().begin(), weights[i].sizes().end());
-    dweights.push_back(wanted(mask[3 + i], shape));
+    dweights.push_back(wanted(mask[3 + i], shape_of(weights[i])));
     WeightGradients& g = params.dweights[i / each];
     void** slots[] = {&g.w_ih, &g.w_hh, &g.b_ih, &g.b_hh, &g.w_hr};
     const size_t at = i % each;

@@ -3,6 +3,10 @@
 
 #include <cstdint>
 
+// For whatever the ISA files include: a function that was emitted out of line in one of them, for
+// its instructions, must not be the copy that the linker keeps for all.
+#define LSTM_FUSED_INLINE inline __attribute__((always_inline))
+
 namespace lstm_fused {
 
 enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
@@ -12,10 +16,10 @@ inline constexpr int kDTypeCount = 4;
 // that shapes do not depend on the ISA. The last block is zero-padded.
 inline constexpr int kBlock = 16;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) {
+LSTM_FUSED_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
-constexpr int64_t round_up(int64_t a, int64_t b) {
+LSTM_FUSED_INLINE constexpr int64_t round_up(int64_t a, int64_t b) {
   return ceil_div(a, b) * b;
 }
 
@@ -28,9 +32,9 @@ struct Steps {
   const int64_t* sizes;    // (T,) or null
   const int64_t* offsets;  // (T + 1,) or null
 
-  int64_t active(int64_t t) const { return sizes ? sizes[t] : N; }
-  int64_t offset(int64_t t) const { return offsets ? offsets[t] : t * N; }
-  int64_t rows() const { return offset(T); }
+  LSTM_FUSED_INLINE int64_t active(int64_t t) const { return sizes ? sizes[t] : N; }
+  LSTM_FUSED_INLINE int64_t offset(int64_t t) const { return offsets ? offsets[t] : t * N; }
+  LSTM_FUSED_INLINE int64_t rows() const { return offset(T); }
 };
 
 // Element (t, n, i) of a sequence lies at data[t * stride_t + n * stride_n + i] when dense, at
@@ -40,7 +44,7 @@ struct Sequence {
   int64_t stride_t;
   int64_t stride_n;
 
-  int64_t row(const Steps& s, int64_t t, int64_t n) const {
+  LSTM_FUSED_INLINE int64_t row(const Steps& s, int64_t t, int64_t n) const {
     return s.sizes ? (s.offsets[t] + n) * stride_n : t * stride_t + n * stride_n;
   }
 };
@@ -59,7 +63,7 @@ struct LayerSizes {
   int64_t I, H, R;
   int D;  // directions
 
-  int64_t blocks() const { return ceil_div(H, kBlock); }
+  LSTM_FUSED_INLINE int64_t blocks() const { return ceil_div(H, kBlock); }
 };
 
 struct ForwardParams {

@@ -12,7 +12,6 @@
 #include <array>
 #include <cstdlib>
 #include <cstring>
-#include <initializer_list>
 #include <memory>
 #include <optional>
 #include <string>
@@ -24,7 +23,6 @@ namespace lstm_fused {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Shape = std::initializer_list<int64_t>;
 
 inline DType dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
@@ -70,7 +68,7 @@ inline std::string describe(const Tensor& t) {
   return s + ")";
 }
 
-inline void check_shape(const Tensor& t, Shape shape, const char* name) {
+inline void check_shape(const Tensor& t, const std::vector<int64_t>& shape, const char* name) {
   bool same = t.dim() == static_cast<int64_t>(shape.size());
   std::string wanted = "(";
   int64_t i = 0;
@@ -80,6 +78,10 @@ inline void check_shape(const Tensor& t, Shape shape, const char* name) {
     ++i;
   }
   STD_TORCH_CHECK(same, name, " has shape ", describe(t), " but must be ", wanted + ")");
+}
+
+inline std::vector<int64_t> shape_of(const Tensor& t) {
+  return {t.sizes().begin(), t.sizes().end()};
 }
 
 inline void check_like(const Tensor& t, const Tensor& x, const char* name) {

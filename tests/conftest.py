@@ -12,7 +12,9 @@ import lstm_fused.nn
 from lstm_fused import ops
 
 # `--hypothesis-profile=search` looks further than the examples that everybody runs.
-settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, database=None, max_examples=150
+)
 settings.register_profile("search", deadline=None, max_examples=2000)
 settings.load_profile("repeatable")
 

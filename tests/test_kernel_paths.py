@@ -16,7 +16,7 @@ THREADS = (
     5,
 )  # 5 are more than the rows, directions or blocks of units of some, and no divisor
 SHAPES = tuple(
-    product((1, 2, 5, 33, 70), (1, 3, 5, 20, 40), ((3, 5), (20, 40), (33, 100), (24, 260)))
+    product((1, 2, 5, 33, 70), (1, 3, 5, 20, 40), ((25, 20), (20, 40), (33, 100), (24, 260)))
 )
 EXPECTED = {
     "forward persistent": {"alone", "directions", "rows", "units", "directions+rows"},

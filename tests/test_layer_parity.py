@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from covering import pairs_of, pairwise
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from oracle import Problem, check
 from paths import DEVICES, DTYPES, assert_ran, isas_for
@@ -94,7 +94,6 @@ def any_problem(draw):
     )
 
 
-@settings(max_examples=150)
 @given(problem=any_problem(), data=st.data(), threads=st.integers(1, 5))
 def test_agrees_anywhere(problem, data, threads):
     isa = data.draw(st.sampled_from(isas_for(problem.dtype)))

@@ -3,9 +3,7 @@
 // sigmoid(V) and tanh(V) must be declared before this header is included.
 #pragma once
 
-#ifndef LSTM_FUSED_INLINE
-#define LSTM_FUSED_INLINE inline __attribute__((always_inline))
-#endif
+#include "../params.h"
 
 namespace lstm_fused {
 namespace {

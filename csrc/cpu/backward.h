@@ -66,10 +66,8 @@ struct BackwardState {
   }
 
   void init_barriers() {
-    for (int i = 0; i <= groups(); ++i) {
-      barriers[i] = Barrier();
-      barriers[i].init(i < groups() ? plan.unit_groups : plan.threads);
-    }
+    for (int i = 0; i < groups(); ++i) barriers[i].init(plan.unit_groups);
+    barriers[groups()].init(plan.threads);
   }
 
   A* gate_gradients(int d, int64_t block, int64_t s) const {

@@ -30,10 +30,7 @@ struct DirectForward : ForwardState<Cell, S, Multiply<A_>> {
   }
 
   void init_barriers() {
-    for (int i = 0; i < groups(); ++i) {
-      barriers[i] = Barrier();
-      barriers[i].init(plan.unit_groups);
-    }
+    for (int i = 0; i < groups(); ++i) barriers[i].init(plan.unit_groups);
   }
 
   // Vectors summed before the sum joins the total: a long dot product in pieces is more exact.

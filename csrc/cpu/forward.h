@@ -191,12 +191,8 @@ struct PersistentForward : ForwardState<Cell, S, M> {
   }
 
   void init_barriers() {
-    for (int i = 0; i < groups(); ++i) (new_barrier(barriers + i))->init(plan.unit_groups);
-    (new_barrier(barriers + groups()))->init(plan.threads);
-  }
-  static Barrier* new_barrier(Barrier* at) {
-    *at = Barrier();
-    return at;
+    for (int i = 0; i < groups(); ++i) barriers[i].init(plan.unit_groups);
+    barriers[groups()].init(plan.threads);
   }
 
   int64_t panel_size() const { return (depth_x + depth_h) * G * lanes * M::kPair; }
@@ -404,23 +400,6 @@ struct PersistentForward : ForwardState<Cell, S, M> {
     }
   };
 };
-
-template <class Kernel>
-bool run_forward(const ForwardParams& params, const Plan& plan) {
-  Arena arena(params.scratch);
-  Kernel kernel(params, plan, arena);
-  kernel.init_barriers();
-  return run_team(
-      plan.threads,
-      [](void* k, int i) { typename Kernel::Worker(*static_cast<Kernel*>(k), i).run(); }, &kernel);
-}
-
-template <class Kernel>
-int64_t scratch_of_forward(const ForwardParams& params, const Plan& plan) {
-  Arena arena(nullptr);
-  Kernel kernel(params, plan, arena);
-  return arena.used();
-}
 
 }  // namespace
 }  // namespace lstm_fused

@@ -229,23 +229,5 @@ struct Gradients : BackwardState<Cell, S> {
   }
 };
 
-template <class Cell, class S>
-bool run_backward(const BackwardParams& params, const Plan& plan) {
-  using Kernel = Gradients<Cell, S>;
-  Arena arena(params.scratch);
-  Kernel kernel(params, plan, arena);
-  kernel.init_barriers();
-  return run_team(
-      plan.threads,
-      [](void* k, int i) { typename Kernel::Worker(*static_cast<Kernel*>(k), i).run(); }, &kernel);
-}
-
-template <class Cell, class S>
-int64_t scratch_of_backward(const BackwardParams& params, const Plan& plan) {
-  Arena arena(nullptr);
-  Gradients<Cell, S> kernel(params, plan, arena);
-  return arena.used();
-}
-
 }  // namespace
 }  // namespace lstm_fused

@@ -25,21 +25,40 @@ using Persistent = PersistentForward<Cell, S, typename ForwardMultiply<S>::type>
 template <class Cell, class S>
 using Direct = DirectForward<Cell, S, typename ComputeOf<S>::type>;
 
+// A kernel lays out its scratch memory when it is made; its Worker is one thread's part.
+template <class Kernel, class Params>
+bool run(const Params& params, const Plan& plan) {
+  Arena arena(params.scratch);
+  Kernel kernel(params, plan, arena);
+  kernel.init_barriers();
+  return run_team(
+      plan.threads,
+      [](void* k, int i) { typename Kernel::Worker(*static_cast<Kernel*>(k), i).run(); }, &kernel);
+}
+
+template <class Kernel, class Params>
+int64_t scratch_bytes(const Params& params, const Plan& plan) {
+  Arena arena(nullptr);
+  Kernel kernel(params, plan, arena);
+  return arena.used();
+}
+
 template <class Cell, class S>
 bool forward(const ForwardParams& p, const Plan& plan) {
-  return plan.kernel == KernelKind::kDirect ? run_forward<Direct<Cell, S>>(p, plan)
-                                            : run_forward<Persistent<Cell, S>>(p, plan);
+  return plan.kernel == KernelKind::kDirect ? run<Direct<Cell, S>>(p, plan)
+                                            : run<Persistent<Cell, S>>(p, plan);
 }
 
 template <class Cell, class S>
 int64_t forward_scratch(const ForwardParams& p, const Plan& plan) {
-  return plan.kernel == KernelKind::kDirect ? scratch_of_forward<Direct<Cell, S>>(p, plan)
-                                            : scratch_of_forward<Persistent<Cell, S>>(p, plan);
+  return plan.kernel == KernelKind::kDirect ? scratch_bytes<Direct<Cell, S>>(p, plan)
+                                            : scratch_bytes<Persistent<Cell, S>>(p, plan);
 }
 
 template <class Cell, class S>
 inline constexpr Kernel kKernel = {forward_scratch<Cell, S>, forward<Cell, S>,
-                                   scratch_of_backward<Cell, S>, run_backward<Cell, S>};
+                                   scratch_bytes<Gradients<Cell, S>, BackwardParams>,
+                                   run<Gradients<Cell, S>, BackwardParams>};
 
 template <class Cell>
 const Kernel* kernel_of_dtype(DType dtype) {

@@ -11,8 +11,6 @@
 #include <immintrin.h>
 #endif
 
-#define LSTM_FUSED_INLINE inline __attribute__((always_inline))
-
 namespace lstm_fused {
 namespace {
 

@@ -60,6 +60,8 @@ bool run_team(int threads, void (*work)(void*, int), void* context) {
 
 void Barrier::init(int size) {
   static const int cores = allowed_cores();
+  arrived_ = 0;
+  generation_ = 0;
   size_ = size;
   spins_ = size <= cores ? 4000 : 50;
 }

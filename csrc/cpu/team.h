@@ -15,18 +15,19 @@ int usable_threads();
 bool run_team(int threads, void (*work)(void*, int), void* context);
 
 // A barrier for `size` threads that spins briefly and then sleeps, so that a busy neighbour on the
-// same core costs a context switch rather than a time slice. Plain words, made atomic in team.cpp:
-// this header reaches the ISA files, which must not emit shared inline functions.
+// same core costs a context switch rather than a time slice. Lies in scratch memory and is nothing
+// before init(). Plain words, made atomic in team.cpp: the ISA files include this and must not emit
+// shared inline functions.
 class alignas(64) Barrier {
  public:
   void init(int size);
   void wait();
 
  private:
-  uint32_t arrived_ = 0;
-  int size_ = 1;
-  int spins_ = 0;
-  alignas(64) uint32_t generation_ = 0;
+  uint32_t arrived_;
+  int size_;
+  int spins_;
+  alignas(64) uint32_t generation_;
 };
 
 }  // namespace lstm_fused
