@@ -337,6 +337,7 @@ STABLE_TORCH_LIBRARY(lstm_fused, m) {
   m.def("active_isa() -> str");
   m.def("available_isas() -> str");
   m.def("last_run() -> str");
+  m.def("poisoning() -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lstm_fused, CPU, m) {
@@ -349,4 +350,5 @@ STABLE_TORCH_LIBRARY_IMPL(lstm_fused, CompositeExplicitAutograd, m) {
   m.impl("active_isa", TORCH_BOX(&lstm_fused::active_isa));
   m.impl("available_isas", TORCH_BOX(&lstm_fused::available_isas));
   m.impl("last_run", TORCH_BOX(&lstm_fused::last_run));
+  m.impl("poisoning", TORCH_BOX(&lstm_fused::poisoning));
 }

@@ -260,8 +260,8 @@ def _fake_backward(
     if batch_sizes is None:
         n = x.shape[1]
     else:
-        known = next((t for t in (*state0, dh_n, dc_n) if t is not None), None)
-        n = torch.library.get_ctx().new_dynamic_size() if known is None else known.shape[1]
+        states = [t for t in (*state0, dh_n, dc_n) if t is not None]
+        n = _batch_of(batch_sizes, states) if mask[1] or mask[2] else None
 
     def wanted(want, shape):
         return x.new_empty(shape if want else (0,))

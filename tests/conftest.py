@@ -20,7 +20,6 @@ settings.load_profile("repeatable")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "cuda: needs a CUDA device")
     config.addinivalue_line(
         "filterwarnings", "ignore:LSTM with projections is not supported with oneDNN"
     )

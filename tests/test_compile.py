@@ -233,6 +233,7 @@ SAMPLES = {  # T, N, or lengths; directions, bias, projection, states, dtype
     "one step": ((1, 1), 1, True, 0, True, torch.float32),
     "no rows": ((4, 0), 1, True, 0, True, torch.float32),
     "packed": ([7, 4, 2], 1, True, 0, True, torch.float32),
+    "packed, no states": ([7, 4, 2], 1, True, 0, False, torch.float32),
     "packed projected": ([7, 4, 4, 1], 2, True, 3, True, torch.float64),
     "bfloat16": ((6, 5), 2, True, 2, True, torch.bfloat16),
     "float16": ([5, 3], 1, True, 0, True, torch.float16),
@@ -271,6 +272,7 @@ def test_opcheck_backward(name):
         "all": (d_out, [True] * (3 + count)),
         "weights only": ([d_out[0], None, None], [False] * 3 + [True] * count),
         "inputs only": ([None, *d_out[1:]], [True] * 3 + [False] * count),
+        "x only": ([d_out[0], None, None], [True] + [False] * (2 + count)),
     }
     for (dy, dh_n, dc_n), mask in masks.values():
         given = (x, batch_sizes, state0, weights, y, gates, cells, dy, dh_n, dc_n, 0, D, mask)

@@ -287,6 +287,8 @@ struct BackwardWalk {
     V dc = load<V>(dc_row);
     const V c = load<V>(k.saved_cell(d, block, s) + lane);
     const V h = Cell::backward(gate, c_prev, c, dh, dc, d_pre);
+    if (k.H - u < lanes)
+      for (int g = 0; g < G; ++g) d_pre[g] = keep_first(d_pre[g], k.H - u);
     store(dc_row, dc);
     A* to = k.gate_gradients(d, block, s) + lane;
     A* sums = bias_sums(false, block) + lane;

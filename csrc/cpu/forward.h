@@ -92,6 +92,8 @@ struct ForwardState {
   // From the gates' pre-activations of one vector of units of one row to the stored states.
   LSTM_FUSED_INLINE void finish(int d, int64_t step, int64_t n, int64_t vec, V (&gate)[G]) const {
     const int64_t u = vec * lanes;
+    if (H - u < lanes)
+      for (int g = 0; g < G; ++g) gate[g] = keep_first(gate[g], H - u);
     A* c_row = cell(d, n) + u;
     V c_new;
     const V h_new = Cell::forward(gate, load<V>(c_row), c_new);

@@ -159,6 +159,15 @@ LSTM_FUSED_INLINE void store_first(S* p, V v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = part[i];
 }
 
+// v with lanes from n on zero. A lane without a unit has zero weights, but zero times an infinite
+// input is NaN, which later products over all lanes would spread.
+template <class V>
+LSTM_FUSED_INLINE V keep_first(V v, int64_t n) {
+  constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
+  for (int64_t l = n; l < lanes; ++l) v[l] = 0;
+  return v;
+}
+
 // v rounded to the storage type, still in the compute type: what a later step may read back.
 LSTM_FUSED_INLINE VFloat round_to(VFloat v, float) {
   return v;

@@ -82,9 +82,9 @@ LSTM_FUSED_INLINE void accumulate_once(typename M::V (&acc)[R][C],
 }
 
 template <class M, int R, int C>
-LSTM_FUSED_INLINE void accumulate(typename M::V (&acc)[R][C],
-                                  const typename M::Element* const* rows_in, int64_t stride,
-                                  const typename M::Element* b, int64_t steps) {
+LSTM_FUSED_INLINE void accumulate_piece(typename M::V (&acc)[R][C],
+                                        const typename M::Element* const* rows_in, int64_t stride,
+                                        const typename M::Element* b, int64_t steps) {
   using E = typename M::Element;
   constexpr int width = C * VectorOf<typename M::Compute>::lanes * M::kPair;
   const E* rows[R];
@@ -111,6 +111,42 @@ LSTM_FUSED_INLINE void accumulate(typename M::V (&acc)[R][C],
   for (; k < steps; ++k) accumulate_once<M, R, C>(acc, rows, stride, b + k * width, k);
 }
 
+// Steps summed before the sum joins the total: one chain of a thousand products has several times
+// the error of four of 256.
+constexpr int64_t kPieceSteps = 256;
+
+template <class M, int R, int C>
+LSTM_FUSED_INLINE void accumulate(typename M::V (&acc)[R][C],
+                                  const typename M::Element* const* rows_in, int64_t stride,
+                                  const typename M::Element* b, int64_t steps) {
+  constexpr int width = C * VectorOf<typename M::Compute>::lanes * M::kPair;
+  const typename M::Element* rows[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) rows[r] = rows_in[r];
+  typename M::V total[R][C];
+  for (int64_t first = 0;;) {
+    const int64_t count = steps - first < kPieceSteps ? steps - first : kPieceSteps;
+    accumulate_piece<M, R, C>(acc, rows, stride, b + first * width, count);
+    const bool only = count == steps;
+    if (only) return;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      rows[r] += count * stride;
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) {
+        total[r][c] = first == 0 ? acc[r][c] : total[r][c] + acc[r][c];
+        acc[r][c] = typename M::V{};
+      }
+    }
+    first += count;
+    if (first == steps) break;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) acc[r][c] = total[r][c];
+}
+
 // A product of any R <= kMaxRows, C <= kMaxCols. A comes in segments: step k of segment s of row r
 // is rows[r] + s * segment_stride + k * stride; B is contiguous over all of them.
 template <class A>
@@ -131,6 +167,7 @@ void tile_product(const TileProduct<A>& p, const A* b, A* out, bool add) {
   const A* rows[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) rows[r] = p.rows[r];
+  int64_t summed = 0;
   for (int64_t s = 0; s < p.segments; ++s) {
     if (p.stride == 1) {
       accumulate<Multiply<A>, R, C>(acc, rows, 1, b, p.steps);
@@ -138,17 +175,21 @@ void tile_product(const TileProduct<A>& p, const A* b, A* out, bool add) {
       accumulate<Multiply<A>, R, C>(acc, rows, p.stride, b, p.steps);
     }
     b += p.steps * C * lanes;
+    summed += p.steps;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) rows[r] += p.segment_stride;
+    if (summed < kPieceSteps && s + 1 < p.segments) continue;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) {
+        A* at = out + (r * kMaxCols + c) * lanes;
+        store(at, add ? load<V>(at) + acc[r][c] : acc[r][c]);
+        acc[r][c] = V{};
+      }
+    add = true;
+    summed = 0;
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) {
-      A* at = out + (r * kMaxCols + c) * lanes;
-      // Added at the end: a long sum in pieces is more exact than one chain.
-      store(at, add ? load<V>(at) + acc[r][c] : acc[r][c]);
-    }
 }
 
 template <class A>
