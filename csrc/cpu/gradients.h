@@ -16,7 +16,7 @@ struct Gradients : BackwardState<Cell, S> {
   using typename Base::V;
   // Rows of B packed at a time: the sums, which may exceed the second-level cache, are read and
   // written once for that many.
-  static constexpr int64_t kDepth = 256;
+  static constexpr int64_t kDepth = 128;
   // Rows of dx between two passes over W_ih, whose panels stream from the second-level cache.
   static constexpr int64_t kRowsPerPass = 96;
 
