@@ -1,6 +1,5 @@
 """The gate before the clock: a provider that is wrong gets no time."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -22,24 +21,16 @@ class Verdict:
         return self.error <= self.allowed
 
 
-def max_error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """The largest absolute difference; infinite where the shape differs or a NaN is involved."""
-    if found.shape != exact.shape:
-        return float("inf")
-    if not found.numel():
-        return 0.0
-    error = (found.double() - exact).abs().max().item()
-    return float("inf") if math.isnan(error) else error
-
-
 def compare(found: dict, baseline: dict, exact: dict, row_of=str) -> list[Verdict]:
     """Each tensor by the tests' own rule; row_of gives the name their table knows it by."""
     verdicts = []
     for name, truth in exact.items():
         largest = truth.abs().max().item() if truth.numel() else 0.0
-        baseline_error = max_error(baseline[name], truth)
+        baseline_error = tolerance.error_of(baseline[name], truth)
         allowed = tolerance.allowed(row_of(name), baseline[name].dtype, baseline_error, largest)
-        verdicts.append(Verdict(name, max_error(found[name], truth), allowed, baseline_error))
+        verdicts.append(
+            Verdict(name, tolerance.error_of(found[name], truth), allowed, baseline_error)
+        )
     return verdicts
 
 

@@ -10,7 +10,6 @@ all their draws are judged as one.
 Sizes are T, N, I, H; R is proj or else H, D directions, L layers, S rows of packed data.
 """
 
-import math
 import zlib
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -247,14 +246,6 @@ def judges(problem):
         torch.set_num_threads(threads)
 
 
-def error_of(found, exact):
-    """The largest absolute difference; infinite if a shape differs or anything is not finite."""
-    if found is None or found.shape != exact.shape:
-        return math.inf
-    error = (found.double() - exact).abs().max().item() if exact.numel() else 0.0
-    return error if error < math.inf else math.inf
-
-
 def misses(found, problem):
     """A line for each tensor that is further off than its tolerance; found: one dict a draw."""
     torchs, exact = judges(problem)
@@ -263,8 +254,8 @@ def misses(found, problem):
         ours, theirs, truth = ([draw[name] for draw in draws] for draws in (found, torchs, exact))
         if wrong := {t.dtype for t in ours if t is not None} - {problem.dtype}:
             lines.append(f"{name} is {wrong}")
-        error = max(map(error_of, ours, truth))
-        torch_error = max(map(error_of, theirs, truth))
+        error = max(map(tolerance.error_of, ours, truth))
+        torch_error = max(map(tolerance.error_of, theirs, truth))
         largest = max(t.abs().max().item() if t.numel() else 0.0 for t in truth)
         limit = tolerance.allowed(name, problem.dtype, torch_error, largest)
         if not error <= limit:

@@ -7,8 +7,8 @@ from itertools import product
 
 import pytest
 import torch
-from oracle import Problem, error_of, values_of
-from tolerance import allowed
+from oracle import Problem, values_of
+from tolerance import allowed, error_of
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.func import functional_call, grad, jacrev, vjp

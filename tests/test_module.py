@@ -13,13 +13,6 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import lstm_fused
 
-
-@pytest.fixture(autouse=True)
-def one_thread(same_start):
-    """Layers as small as these are run faster by one."""
-    torch.set_num_threads(1)
-
-
 ARGUMENTS = [
     ((3, 4), {}),
     ((3, 4, 2, False, True, 0.25, True, 2), {}),

@@ -11,12 +11,6 @@ import lstm_fused
 from lstm_fused import ops
 
 
-@pytest.fixture(autouse=True)
-def one_thread(same_start):
-    """Layers as small as these are run faster by one."""
-    torch.set_num_threads(1)
-
-
 class Model(nn.Module):
     def __init__(self):
         super().__init__()

@@ -30,12 +30,6 @@ each_mode = pytest.mark.parametrize("training", MODES, ids=("train", "eval"))
 each_dtype = pytest.mark.parametrize("dtype", INFO.dtypes, ids=str)
 
 
-@pytest.fixture(autouse=True)
-def one_thread(same_start):
-    """Layers as small as these are run faster by one."""
-    torch.set_num_threads(1)
-
-
 def samples(dtype, training=True, requires_grad=False):
     """A module, its inputs and upstream's reference, for each of upstream's samples."""
     for sample in INFO.module_inputs_func(

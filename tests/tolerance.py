@@ -5,6 +5,8 @@ nn.LSTM's error cannot: functions of 2.5 ulp where torch's have 1, and tensors s
 happens to round to the right side.
 """
 
+import math
+
 import torch
 
 WIDE = {
@@ -39,3 +41,11 @@ def allowed(name, dtype, torch_error, largest):
     table = FLOOR[dtype]
     kind = name if name in table else "_".join(name.split("_")[:2])
     return 2 * torch_error + table[kind] * torch.finfo(dtype).eps * largest
+
+
+def error_of(found, exact):
+    """The largest absolute difference; infinite if a shape differs or anything is not finite."""
+    if found is None or found.shape != exact.shape:
+        return math.inf
+    error = (found.double() - exact).abs().max().item() if exact.numel() else 0.0
+    return error if error < math.inf else math.inf

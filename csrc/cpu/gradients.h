@@ -14,8 +14,8 @@ struct Gradients : BackwardState<Cell, S> {
       Base::S_rows, Base::Hb, Base::Hp;
   using typename Base::A;
   using typename Base::V;
-  // Rows of B packed at a time: the sums, which may exceed the second-level cache, are read and
-  // written once for that many.
+  // Rows of B packed at a time: a panel of them stays in the first-level cache, and the sums, which
+  // may exceed the second-level one, are read and written once for that many.
   static constexpr int64_t kDepth = 128;
   // Rows of dx between two passes over W_ih, whose panels stream from the second-level cache.
   static constexpr int64_t kRowsPerPass = 96;
@@ -23,13 +23,15 @@ struct Gradients : BackwardState<Cell, S> {
   A* sums;  // of one matrix at a time: (column groups, panels, rows, kMaxCols, lanes)
   A* b;     // (threads, columns, kDepth)
 
+  int64_t packed_rows_size() const { return kDepth * round_up(max64(max64(I, R), H), kBlock); }
+
   Gradients(const BackwardParams& params, const Plan& the_plan, Arena& arena)
       : Base(params, the_plan, arena) {
     const int64_t gate_panels = max64(Split(plan, Hb, I).panels(), Split(plan, Hb, R).panels());
     const int64_t sum_rows =
         max64(G * Hp * gate_panels, this->Rp * Split(plan, this->Rb, H).panels());
     sums = arena.take<A>(sum_rows * kMaxCols * lanes);
-    b = arena.take<A>(plan.threads * kDepth * round_up(max64(max64(I, R), H), kBlock));
+    b = arena.take<A>(plan.threads * packed_rows_size());
   }
 
   Panels<A> input_panels(int d) const {
@@ -142,8 +144,7 @@ struct Gradients : BackwardState<Cell, S> {
     const int64_t column_group = worker / shares.block_groups;
     const Range blocks = split(w.blocks, shares.block_groups, worker % shares.block_groups);
     const Range vectors = split(ceil_div(w.columns, lanes), shares.column_groups, column_group);
-    const Panels<A> panels{vectors, kDepth,
-                           b + worker * kDepth * round_up(max64(max64(I, R), H), kBlock)};
+    const Panels<A> panels{vectors, kDepth, b + worker * packed_rows_size()};
     A* own_sums = sums + column_group * shares.group_panels * w.blocks * w.width * kMaxCols * lanes;
     // With one pass there is nothing to keep: one block's room, hot in the cache, does for all.
     const bool once = S_rows <= kDepth;
