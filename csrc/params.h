@@ -12,6 +12,13 @@ namespace lstm_fused {
 enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 inline constexpr int kDTypeCount = 4;
 
+// What a cell carries from step to step beside h, in the compute dtype.
+enum class Memory : int {
+  kNone,    // nothing
+  kCell,    // a state of its own, c
+  kHidden,  // h before it is rounded to the storage dtype: c_0 is h_0
+};
+
 // Hidden units come in blocks of 16 in every packed or saved buffer, whatever the vector length, so
 // that shapes do not depend on the ISA. The last block is zero-padded.
 inline constexpr int kBlock = 16;

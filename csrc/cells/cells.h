@@ -1,5 +1,20 @@
 // Every cell there is: an include and a line in the list for each. The list's order is the number
 // the operators know a cell by.
+//
+// A cell is a struct of static members. V is the value a kernel computes with, SIMD lanes on a CPU
+// and a scalar on a GPU; sigmoid(V) and tanh(V) are declared before this header is included.
+//   kGates            blocks of H rows in w_ih, w_hh and the biases
+//   kSums             pre-activations of a unit: gate g of w_ih (and b_ih) adds to sum g, gate g of
+//                     w_hh (and b_hh) to sum hidden_sum(g). A unit saves as many values for
+//                     backward, and backward gives as many gradients.
+//   kMemory           what is carried from step to step beside the rounded h (params.h)
+//   forward(sum, c_prev, c) -> h
+//                     sum (kSums): pre-activations, replaced by what backward needs of them
+//                     c_prev, c: the carried value, read and written
+//   backward(saved, c_prev, c, dh, dc, d_sum) -> h
+//                     saved (kSums), c_prev, c: as forward left them
+//                     dh: gradient of h; dc: gradient of c from the step after, replaced by the one
+//                     for the step before; d_sum (kSums): gradients of the pre-activations
 #pragma once
 
 #include "lstm.h"

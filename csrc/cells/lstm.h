@@ -10,10 +10,12 @@ namespace {
 
 struct Lstm {
   static constexpr int kGates = 4;
+  static constexpr int kSums = 4;
+  static constexpr Memory kMemory = Memory::kCell;
+  static constexpr int hidden_sum(int gate) { return gate; }
 
-  // pre: the gates' pre-activations, replaced by the gates. Returns h.
   template <class V>
-  static LSTM_FUSED_INLINE V forward(V (&gate)[kGates], const V& c_prev, V& c) {
+  static LSTM_FUSED_INLINE V forward(V (&gate)[kSums], const V& c_prev, V& c) {
     gate[0] = sigmoid(gate[0]);
     gate[1] = sigmoid(gate[1]);
     gate[2] = tanh(gate[2]);
@@ -22,18 +24,16 @@ struct Lstm {
     return gate[3] * tanh(c);
   }
 
-  // dh: gradient of h. dc: gradient of c arriving from the next step, replaced by the one for the
-  // previous step. d_pre: gradients of the pre-activations. Returns h, recomputed.
   template <class V>
-  static LSTM_FUSED_INLINE V backward(const V (&gate)[kGates], const V& c_prev, const V& c,
-                                      const V& dh, V& dc, V (&d_pre)[kGates]) {
+  static LSTM_FUSED_INLINE V backward(const V (&gate)[kSums], const V& c_prev, const V& c,
+                                      const V& dh, V& dc, V (&d_sum)[kSums]) {
     const V i = gate[0], f = gate[1], g = gate[2], o = gate[3];
     const V tanh_c = tanh(c);
     const V dc_total = dc + dh * o * (1 - tanh_c * tanh_c);
-    d_pre[0] = dc_total * g * i * (1 - i);
-    d_pre[1] = dc_total * c_prev * f * (1 - f);
-    d_pre[2] = dc_total * i * (1 - g * g);
-    d_pre[3] = dh * tanh_c * o * (1 - o);
+    d_sum[0] = dc_total * g * i * (1 - i);
+    d_sum[1] = dc_total * c_prev * f * (1 - f);
+    d_sum[2] = dc_total * i * (1 - g * g);
+    d_sum[3] = dh * tanh_c * o * (1 - o);
     dc = dc_total * f;
     return o * tanh_c;
   }

@@ -1,0 +1,42 @@
+// The GRU cell (Cho et al. 2014) as torch.nn.GRU has it, gates r, z, n: the reset gate multiplies
+// what W_hh gives the candidate n, bias included, so that this part is summed apart.
+#pragma once
+
+#include "../params.h"
+
+namespace lstm_fused {
+namespace {
+
+struct Gru {
+  static constexpr int kGates = 3;
+  static constexpr int kSums = 4;  // r, z, n from the input, n from the hidden state
+  static constexpr Memory kMemory = Memory::kHidden;
+  static constexpr int hidden_sum(int gate) { return gate == 2 ? 3 : gate; }
+
+  template <class V>
+  static LSTM_FUSED_INLINE V forward(V (&sum)[kSums], const V& c_prev, V& c) {
+    const V r = sigmoid(sum[0]), z = sigmoid(sum[1]), n = tanh(sum[2] + r * sum[3]);
+    c = n + z * (c_prev - n);
+    sum[0] = r;
+    sum[1] = z;
+    sum[2] = n;
+    return c;
+  }
+
+  template <class V>
+  static LSTM_FUSED_INLINE V backward(const V (&saved)[kSums], const V& c_prev, const V& c,
+                                      const V& dh, V& dc, V (&d_sum)[kSums]) {
+    const V r = saved[0], z = saved[1], n = saved[2];
+    const V total = dh + dc;
+    const V d_n = total * (1 - z) * (1 - n * n);
+    d_sum[0] = d_n * saved[3] * r * (1 - r);
+    d_sum[1] = total * (c_prev - n) * z * (1 - z);
+    d_sum[2] = d_n;
+    d_sum[3] = d_n * r;
+    dc = total * z;
+    return c;
+  }
+};
+
+}  // namespace
+}  // namespace lstm_fused
