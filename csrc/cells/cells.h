@@ -4,9 +4,11 @@
 // A cell is a struct of static members. V is the value a kernel computes with, SIMD lanes on a CPU
 // and a scalar on a GPU; sigmoid(V) and tanh(V) are declared before this header is included.
 //   kGates            blocks of H rows in w_ih, w_hh and the biases
-//   kSums             pre-activations of a unit: gate g of w_ih (and b_ih) adds to sum g, gate g of
-//                     w_hh (and b_hh) to sum hidden_sum(g). A unit saves as many values for
-//                     backward, and backward gives as many gradients.
+//   kSums             pre-activations of a unit, kGates or more. The input's part of gate
+//                     input_gate(j) adds to sum j, the hidden state's part of hidden_gate(j) to sum
+//                     kSums - kGates + j: the first and the last sums, so that each part is one run
+//                     of them. A unit saves as many values for backward, which gives as many
+//                     gradients.
 //   kMemory           what is carried from step to step beside the rounded h (params.h)
 //   forward(sum, c_prev, c) -> h
 //                     sum (kSums): pre-activations, replaced by what backward needs of them
