@@ -44,6 +44,7 @@ COMMON = [
     "-O3",
     "-fvisibility=hidden",
     "-Wall",
+    "-g0",  # setuptools asks for debugging information: five times the object files
     "-Wno-psabi",
     f"-ffile-prefix-map={ROOT.resolve()}/=",  # messages name csrc/, not our folders
 ]

@@ -46,7 +46,7 @@ def test_saved_tensors_are_written_to_the_end(dtype):
         x = torch.ones(3, 2, 6, dtype=dtype)
         weights = [w.detach() for w in lstm_fused.LSTM(6, hidden, dtype=dtype).parameters()]
         _, _, _, gates, cells = torch.ops.lstm_fused.recurrent_forward(
-            x, None, [], weights, ops.CELL_IDS["lstm"], 1, True
+            x, None, [], weights, ops.CELLS["lstm"]["id"], 1, True
         )
         assert gates.isfinite().all() and cells.isfinite().all()
 
@@ -77,13 +77,13 @@ def spoiled():
 def test_goes_where_it_goes_in_torch(problem, place, value, spoiled):
     """Into the rows, units and gradients that nn.LSTM's goes into, and no further."""
     spoiled(problem, *PLACES[place], VALUES[value])
-    expected = {k: kinds(t) for k, t in run_module(problem, torch.nn.LSTM).tensors.items()}
+    expected = {k: kinds(t) for k, t in run_module(problem, torch.nn).tensors.items()}
     if value == "nan":
         assert any(t.any() for t in expected.values())
     differ = []
     for isa in isas_for(problem.dtype):
         ops.set_isa(isa)
-        found = run_module(problem, lstm_fused.LSTM).tensors
+        found = run_module(problem, lstm_fused).tensors
         differ += [(isa, name) for name in found if (kinds(found[name]) != expected[name]).any()]
     assert differ == []
 

@@ -19,9 +19,15 @@
 //                     for the step before; d_sum (kSums): gradients of the pre-activations
 #pragma once
 
+#include "gru.h"
 #include "lstm.h"
+#include "rnn.h"
 
-#define LSTM_FUSED_CELLS(CELL) CELL(lstm, Lstm)
+#define LSTM_FUSED_CELLS(CELL) \
+  CELL(lstm, Lstm)             \
+  CELL(gru, Gru)               \
+  CELL(rnn_tanh, RnnTanh)      \
+  CELL(rnn_relu, RnnRelu)
 
 namespace lstm_fused {
 
@@ -34,16 +40,20 @@ enum class CellKind : int {
 
 inline constexpr int kCellCount = static_cast<int>(CellKind::kCount);
 
-inline constexpr const char* kCellNames[] = {
-#define LSTM_FUSED_NAME(name, Cell) #name,
-    LSTM_FUSED_CELLS(LSTM_FUSED_NAME)
-#undef LSTM_FUSED_NAME
+struct CellInfo {
+  const char* name;
+  int gates, sums;
+  Memory memory;
 };
 
-inline constexpr int kCellGates[] = {
-#define LSTM_FUSED_GATES(name, Cell) Cell::kGates,
-    LSTM_FUSED_CELLS(LSTM_FUSED_GATES)
-#undef LSTM_FUSED_GATES
+inline constexpr CellInfo kCells[] = {
+#define LSTM_FUSED_INFO(name, Cell) {#name, Cell::kGates, Cell::kSums, Cell::kMemory},
+    LSTM_FUSED_CELLS(LSTM_FUSED_INFO)
+#undef LSTM_FUSED_INFO
 };
+
+LSTM_FUSED_INLINE constexpr const CellInfo& info(CellKind cell) {
+  return kCells[static_cast<int>(cell)];
+}
 
 }  // namespace lstm_fused
