@@ -1,9 +1,5 @@
 // The operators: schemas, checks, allocation, and the call of the planned kernel. Arithmetic is
 // below (cpu/), autograd and fakes above (lstm_fused/ops.py).
-#include <atomic>
-
-#include "cpu/kernels.h"
-#include "cpu/team.h"
 #include "stable.h"
 
 namespace lstm_fused {
@@ -11,45 +7,6 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 using MaybeTensor = std::optional<Tensor>;
-
-// What ran last on this thread, for tests and for the curious.
-struct Run {
-  Plan plan;
-  bool backward;
-  bool happened = false;
-};
-thread_local Run last;
-
-std::optional<Isa> isa_from_name(const std::string& wanted) {
-  for (int i = 0; i < kIsaCount; ++i)
-    if (wanted == name(static_cast<Isa>(i))) return static_cast<Isa>(i);
-  return std::nullopt;
-}
-
-Isa checked_isa(const std::string& wanted, const char* where) {
-  const std::optional<Isa> isa = isa_from_name(wanted);
-  STD_TORCH_CHECK(isa.has_value(), where, " is '", wanted,
-                  "' but must be one of baseline, avx2, avx512, avx512_bf16");
-  STD_TORCH_CHECK(runs(*isa), where, " is '", wanted, "', which this machine cannot run");
-  return *isa;
-}
-
-Isa isa_of_environment() {
-  const char* wanted = std::getenv("LSTM_FUSED_ISA");
-  return wanted && *wanted ? checked_isa(wanted, "LSTM_FUSED_ISA") : best_isa();
-}
-
-std::atomic<int> forced_isa{-1};
-
-Isa current_isa() {
-  static const Isa automatic = isa_of_environment();
-  const int forced = forced_isa.load(std::memory_order_relaxed);
-  return forced >= 0 ? static_cast<Isa>(forced) : automatic;
-}
-
-void force_isa(std::string wanted) {
-  forced_isa.store(wanted.empty() ? -1 : static_cast<int>(checked_isa(wanted, "isa")));
-}
 
 // A layer's tensors as kernels see them. Copies made to get there are kept alive in `kept`.
 struct Layer {
@@ -178,26 +135,7 @@ Params given(Layer& layer, const Tensor& x, const Tensors& state0) {
 }
 
 Problem problem_of(const Layer& layer, bool training) {
-  const LayerSizes& s = layer.size;
-  return {layer.cell, layer.dtype, s.steps.T, s.steps.N,        s.I,
-          s.H,        s.R,         s.D,       layer.projection, training};
-}
-
-// Runs the plan, on one thread if the OpenMP runtime grants no more.
-template <class Params, class MakePlan, class Scratch_, class Call>
-void run(const Layer& layer, Params& params, bool backward, const MakePlan& make_plan,
-         Scratch_ scratch_bytes, Call call) {
-  const Problem problem = problem_of(layer, backward);
-  for (int threads = usable_threads();; threads = 1) {
-    const Plan plan = make_plan(problem, Machine{current_isa(), threads});
-    const Kernel& kernel = kernel_for(plan.isa, layer.cell, layer.dtype);
-    const Scratch scratch = allocate_scratch((kernel.*scratch_bytes)(params, plan));
-    params.scratch = scratch.get();
-    if ((kernel.*call)(params, plan)) {
-      last = {plan, backward, true};
-      return;
-    }
-  }
+  return problem_of(layer.cell, layer.dtype, layer.size, layer.projection, training);
 }
 
 // Shapes of what is saved for backward: values of the sums, and what the cell carries.
@@ -246,8 +184,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrent_forward(
   params.gates = training ? gates.data_ptr() : nullptr;
   params.cells = training ? cells.data_ptr() : nullptr;
   STD_TORCH_CHECK(s.steps.T > 0, "x must have at least one time step");
-  if (s.steps.N > 0)
-    run(layer, params, false, plan_forward, &Kernel::forward_scratch, &Kernel::forward);
+  if (s.steps.N > 0) launch(problem_of(layer, training), params);
   return {y, h_n, c_n, gates, cells};
 }
 
@@ -303,7 +240,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> recurrent_backward(
     *slots[is_projection ? 4 : at] = data(dweights[i], mask[3 + i]);
   }
   if (s.steps.N > 0) {
-    run(layer, params, true, plan_backward, &Kernel::backward_scratch, &Kernel::backward);
+    launch(problem_of(layer, true), params);
   } else {
     for (size_t i = 0; i < dweights.size(); ++i)
       if (mask[3 + i]) torch::stable::zero_(dweights[i]);
@@ -312,7 +249,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> recurrent_backward(
 }
 
 // "key=value" words describing the last call on this thread; empty before the first.
-std::string last_run() {
+std::string describe_last_run() {
+  const Run& last = last_run();
   if (!last.happened) return "";
   const Plan& p = last.plan;
   const auto number = [](const char* key, int64_t value) {
@@ -324,6 +262,10 @@ std::string last_run() {
          number("row_groups", p.row_groups) + number("unit_groups", p.unit_groups) +
          number("tile_rows", p.tile_rows) + number("tile_cols", p.tile_cols) +
          number("hoist_steps", p.hoist_steps);
+}
+
+void force_isa_by_name(std::string name) {
+  force_isa(name);
 }
 
 std::string available_isas() {
@@ -365,9 +307,9 @@ STABLE_TORCH_LIBRARY_IMPL(lstm_fused, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lstm_fused, CompositeExplicitAutograd, m) {
-  m.impl("force_isa", TORCH_BOX(&lstm_fused::force_isa));
+  m.impl("force_isa", TORCH_BOX(&lstm_fused::force_isa_by_name));
   m.impl("active_isa", TORCH_BOX(&lstm_fused::active_isa));
   m.impl("available_isas", TORCH_BOX(&lstm_fused::available_isas));
-  m.impl("last_run", TORCH_BOX(&lstm_fused::last_run));
+  m.impl("last_run", TORCH_BOX(&lstm_fused::describe_last_run));
   m.impl("poisoning", TORCH_BOX(&lstm_fused::poisoning));
 }

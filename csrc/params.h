@@ -85,6 +85,7 @@ struct ForwardParams {
   // Saved for backward, in the compute dtype; null without gradients. Sixteen lanes a block.
   void* gates;    // (D, H/16, S, P, 16) what forward left of the P sums: the activated gates
   void* cells;    // (D, H/16, S, 16) what the cell carries, if anything
+  int64_t calls;  // of this thread until now
   void* scratch;  // forward_scratch() bytes, 64-byte aligned
 };
 

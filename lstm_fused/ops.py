@@ -12,13 +12,14 @@ from torch.library import register_fake, register_vmap
 from torch.utils._pytree import tree_map
 
 from lstm_fused import (
-    _C,  # noqa: F401  loads the operators
+    _C,  # loads the operators, too
     _plan,
     reference,
 )
 
 CELLS = _plan.cells()  # by name: id, gates, sums, memory; csrc/cells/cells.h
 _IDS = {name: cell["id"] for name, cell in CELLS.items()}
+_IDS_BY_MODE = {name.upper(): number for name, number in _IDS.items()}
 _BY_ID = {cell["id"]: cell for cell in CELLS.values()}
 _BLOCK = 16  # units to a block of the saved gates, csrc/params.h
 
@@ -59,6 +60,33 @@ def layer(x, batch_sizes, state0, weights, cell="lstm", directions=1):
             x, batch_sizes, state0, weights, _IDS[cell], directions, False
         )
     return y, ((h_n, c_n) if cell == "lstm" else (h_n,))
+
+
+def infer(module, input, hx):
+    """The result of a recurrent module without gradients, past torch's dispatcher, or None.
+
+    None whenever something is not plain: gradients are recorded, a mode of torch's is on that wants
+    to see operators, weights are parametrized, anything is not a contiguous CPU tensor of the
+    expected shape and one of the four dtypes. It checks that anew at each call and raises nothing:
+    what is wrong is for the usual way to say.
+
+    module: an LSTM, GRU or RNN of torch.nn's attributes. input: (T, N, I), or (N, T, I) if
+    ``batch_first``. hx: None, or the states in the form the module takes them.
+    """
+    layers = module.num_layers
+    if layers > 1 and module.dropout and module.training:
+        return None
+    first = module.batch_first and type(input) is torch.Tensor and input.dim() == 3
+    found = _C.infer(
+        module._flat_weights_names,
+        module._parameters,
+        input.transpose(0, 1) if first else input,
+        hx,
+        _IDS_BY_MODE[module.mode],
+        2 if module.bidirectional else 1,
+        layers,
+    )
+    return (found[0].transpose(0, 1), found[1]) if first and found is not None else found
 
 
 class _Layer(torch.autograd.Function):

@@ -94,6 +94,10 @@ class Recurrent:
     def forward(self, input, hx=None, *, lengths=None):
         if lengths is not None:
             return self._forward_padded(input, hx, lengths)
+        if not torch.compiler.is_compiling():
+            result = ops.infer(self, input, hx)
+            if result is not None:
+                return result
         if type(input) is not Tensor:
             if isinstance(input, PackedSequence):
                 return self._forward_packed(input, hx)

@@ -211,7 +211,9 @@ struct BackwardWalk {
   // [carried, active) start here, from dh_n.
   void walk(int64_t step, int64_t carried, int64_t active) const {
     const Panels<A> panels = k.hidden_panels(d, place.unit_group);
-    for (int64_t panel = 0; panel < panels.count(); ++panel) {
+    for (int64_t i = 0; i < panels.count(); ++i) {
+      // To and fro, as forward walks its weights.
+      const int64_t panel = step % 2 ? panels.count() - 1 - i : i;
       const auto each = [&](int64_t begin, int64_t end, bool recurrent) {
         for_each_tile(begin, end, [&](int64_t first, int n) {
           A out[kMaxRows * kMaxCols * lanes];

@@ -33,6 +33,9 @@ struct DirectForward : ForwardState<Cell, S, Multiply<A_>> {
     for (int i = 0; i < groups(); ++i) barriers[i].init(plan.unit_groups);
   }
 
+  // Weights are asked for so many elements before they are used: rows follow each other.
+  static constexpr int64_t kAhead = 2048 / sizeof(S);
+
   // Vectors summed before the sum joins the total: a long dot product in pieces is more exact.
   static constexpr int64_t kPiece = 32;
 
@@ -65,6 +68,7 @@ struct DirectForward : ForwardState<Cell, S, Multiply<A_>> {
       for (int r = 0; r < Rows; ++r) x[r] = load<V>(a[r] + k);
 #pragma GCC unroll 4
       for (int i = 0; i < kDots; ++i) {
+        __builtin_prefetch(w[i] + k + kAhead);
         const V row = load<V>(w[i] + k);
 #pragma GCC unroll 4
         for (int r = 0; r < Rows; ++r) piece[i][r] += row * x[r];
@@ -160,7 +164,9 @@ struct DirectForward : ForwardState<Cell, S, Multiply<A_>> {
           n[r] = group.row(first + r);
           x[r] = input_row(t, n[r]);
         }
-        for (int64_t v = units.begin; v < units.end; ++v) {
+        for (int64_t i = 0; i < units.size(); ++i) {
+          // To and fro from call to call, to find in the cache what was read last.
+          const int64_t v = (k.p.calls + step) % 2 ? units.end - 1 - i : units.begin + i;
           with_constant<kRows>(
               count, [&](auto rows) { k.template cell<decltype(rows)::value>(d, step, v, n, x); });
         }

@@ -291,7 +291,7 @@ struct PersistentForward : ForwardState<Cell, S, M> {
     // Row groups share the packed weights of their units, so they share out the packing too.
     void prepare() const {
       int64_t tile = 0;
-      for_each_tile_of_units([&](int64_t vec, int cols) {
+      for_each_tile_of_units(false, [&](int64_t vec, int cols) {
         if (tile++ % k.plan.row_groups == place.row_group) k.pack(d, vec, cols);
       });
       if (k.packed_hr && place.row_group == 0)
@@ -323,16 +323,21 @@ struct PersistentForward : ForwardState<Cell, S, M> {
       return pre + ((vec - units.begin) / kTileVectors * k.chunk_rows + row) * kTileSize;
     }
 
+    // f(vector of units, how many of them) for each tile of the slice. The weights may not fit the
+    // cache; walking them to and fro finds those that were read last still in it.
     template <class F>
-    void for_each_tile_of_units(const F& f) const {
-      for (int64_t v = units.begin; v < units.end; v += kTileVectors)
-        f(v, static_cast<int>(min64(kTileVectors, units.end - v)));
+    void for_each_tile_of_units(bool backwards, const F& f) const {
+      const int64_t count = ceil_div(units.size(), kTileVectors);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t vec = units.begin + (backwards ? count - 1 - i : i) * kTileVectors;
+        f(vec, static_cast<int>(min64(kTileVectors, units.end - vec)));
+      }
     }
 
     // f(vector of units, how many of them, first row, how many) for every tile of `count` rows.
     template <class F>
     void for_tiles(int64_t count, const F& f) const {
-      for_each_tile_of_units([&](int64_t vec, int cols) {
+      for_each_tile_of_units(step % 2, [&](int64_t vec, int cols) {
         for_each_tile(0, count, [&](int64_t first, int rows) { f(vec, cols, first, rows); });
       });
     }
