@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from tests import tolerance
+from tests.tolerance import error_of as max_error
+
+__all__ = ["Verdict", "compare", "max_error", "worst"]
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,9 @@ def compare(found: dict, baseline: dict, exact: dict, row_of=str) -> list[Verdic
     verdicts = []
     for name, truth in exact.items():
         largest = truth.abs().max().item() if truth.numel() else 0.0
-        baseline_error = tolerance.error_of(baseline[name], truth)
+        baseline_error = max_error(baseline[name], truth)
         allowed = tolerance.allowed(row_of(name), baseline[name].dtype, baseline_error, largest)
-        verdicts.append(
-            Verdict(name, tolerance.error_of(found[name], truth), allowed, baseline_error)
-        )
+        verdicts.append(Verdict(name, max_error(found[name], truth), allowed, baseline_error))
     return verdicts
 
 
