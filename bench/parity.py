@@ -1,5 +1,6 @@
 """The gate before the clock: a provider that is wrong gets no time."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,8 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
-        return self.error <= self.allowed
+        """Infinite errors, of NaN or of another shape, are never allowed."""
+        return self.error <= self.allowed < math.inf
 
 
 def compare(found: dict, baseline: dict, exact: dict, row_of=str) -> list[Verdict]:

@@ -1,0 +1,121 @@
+"""Measuring rows: the gate, then the clock for whoever passed it."""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+
+import torch
+
+from bench import machine, parity, problem, progress, timing
+from bench.providers import BASELINE, PROVIDERS, Provider
+from bench.timing import Effort
+from bench.workloads import Workload
+
+SCHEMA = 2
+
+
+def chosen(names: Iterable[str] | None = None) -> dict[str, Provider]:
+    """The providers of these names, or those that are measured unless others are named."""
+    if names is None:
+        return {name: p for name, p in PROVIDERS.items() if p.default}
+    return {name: PROVIDERS[name] for name in names}
+
+
+def set_precision(work: Workload) -> None:
+    """TF32 is allowed in the rows that say so and nowhere else."""
+    torch.backends.cudnn.allow_tf32 = work.dtype == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = work.dtype == "tf32"
+
+
+def admit(name: str, provider: Provider, task, exact, baseline, entry: dict):
+    """The run of a provider that passed the gate; else None, and entry says why.
+
+    The baseline is held to twice its own error, that is to finite values.
+    """
+    if why := provider.why_not(task.workload, task.device):
+        entry["absent"] = why
+        return None
+    try:
+        run = provider.build(task)
+        found = run.results()
+    except Exception as error:  # whatever a peer raises is a fact about that peer
+        entry["failed"] = f"{type(error).__name__}: {error}".split("\n")[0]
+        return None
+    baseline.setdefault("found", found)
+    # A peer without a tensor (the gradient of a weight it keeps in another form) is not asked for.
+    judged = {tensor: truth for tensor, truth in exact.items() if tensor in found}
+    verdict = parity.worst(parity.compare(found, baseline["found"], judged))
+    entry["parity" if verdict.ok else "wrong"] = asdict(verdict)
+    return run if verdict.ok else None
+
+
+def measure_row(
+    work: Workload,
+    effort: Effort,
+    providers: dict[str, Provider],
+    device: str = "cpu",
+    part=lambda fraction: None,
+    clock=None,
+) -> dict:
+    """One row of the results: per provider its verdict and time, or why there is none."""
+    set_precision(work)
+    entries = {name: {} for name in providers}
+    row = {"workload": asdict(work), "providers": entries}
+    if why := problem.why_absent(work):
+        row["absent"] = why
+        return row
+    task = problem.build(work, device)
+    exact = problem.oracle(task)
+    runs, baseline = {}, {}
+    order = sorted(providers, key=lambda name: name != BASELINE)  # its errors judge the others
+    for name in order:
+        if run := admit(name, providers[name], task, exact, baseline, entries[name]):
+            runs[name] = run
+    with torch.set_grad_enabled(work.training):
+        timings = timing.interleaved(
+            {name: runs[name].step for name in providers if name in runs},
+            effort,
+            clock or timing.clock_for(device),
+            lambda done, of: part(done / of),
+        )
+    for name, measured in timings.items():
+        entries[name]["timing"] = {**asdict(measured), "noisy": measured.noisy}
+        if hasattr(runs[name], "kernels"):
+            entries[name]["kernels"] = runs[name].kernels()
+    return row
+
+
+def measure(
+    name: str,
+    works: list[Workload],
+    effort: Effort,
+    providers: dict[str, Provider] | None = None,
+    device: str = "cpu",
+    display=None,
+    clock=None,
+) -> dict:
+    """All rows, or those that were done when Ctrl-C came."""
+    providers = providers or chosen()
+    display = display or progress.Silent()
+    others = machine.Others()
+    result = {
+        "schema": SCHEMA,
+        "set": name,
+        "machine": machine.describe(device),
+        "providers": list(providers),
+        "rows": [],
+        "others": 0.0,
+        "interrupted": False,
+    }
+    try:
+        for index, work in enumerate(works):
+            display.row(index, work.name)
+            row = measure_row(work, effort, providers, device, display.part, clock)
+            result["rows"].append(row)
+    except KeyboardInterrupt:
+        result["interrupted"] = True
+    result["others"] = others.cpus()
+    shown = {
+        p for row in result["rows"] for p, e in row["providers"].items() if e.keys() - {"absent"}
+    }
+    result["providers"] = [p for p in result["providers"] if p in shown or p == BASELINE]
+    return result
