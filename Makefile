@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu*')
+CPP_FILES = $(shell find csrc bench tests -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu*')
 
 .PHONY: help demo test lint format bench build clean distclean
 help:

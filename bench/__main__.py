@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from bench import machine, measure, progress, readme, report
+from bench import machine, measure, progress, readme, report, roofline
 from bench.providers import PROVIDERS
 from bench.sets import SETS
 from bench.timing import Effort
@@ -76,6 +76,10 @@ def add_measuring(parser):
         help=f"who is measured beside torch.nn, by commas, of: {', '.join(PROVIDERS)}",
     )
     parser.add_argument(
+        "--roofline", action="store_true", help="only print the machine's own limits"
+    )
+    parser.add_argument("--no-roofline", action="store_true", help="leave those limits out")
+    parser.add_argument(
         "--json",
         metavar="OUT",
         nargs="?",
@@ -121,6 +125,27 @@ def show_report(args) -> int:
     return 0
 
 
+def roof_finder(args):
+    """What measures this machine's limits; None, after saying why, where that cannot be."""
+    if args.no_roofline:
+        return None
+    try:
+        if args.device == "cpu":
+            roofline.library()
+    except roofline.NotMeasured as error:
+        print(f"without the machine's limits: {error}", file=sys.stderr)
+        return None
+    return lambda: roofline.measure(args.device, args.threads)
+
+
+def show_roofline(args) -> int:
+    find_roof = roof_finder(args)
+    if find_roof is None:
+        return 2
+    print("\n".join(roofline.lines(find_roof())))
+    return 0
+
+
 def run_set(args) -> int:
     works = [w for w in SETS[args.set] if args.only is None or args.only in w.name]
     if not works:
@@ -128,14 +153,24 @@ def run_set(args) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         return fail("torch finds no CUDA device here")
     torch.set_num_threads(args.threads)
+    if args.roofline:
+        return show_roofline(args)
     warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
     warnings.filterwarnings("ignore", message="RNN module weights are not part of single contig")
     warnings.filterwarnings("error", message="lstm_fused.* ran through torch")
     effort = EFFORTS.get(args.set, THOROUGH)
     screen = console()
+    find_roof = roof_finder(args)
     with progress.shown(len(works), screen) as display:
-        providers = measure.chosen(args.providers)
-        result = measure.measure(args.set, works, effort, providers, args.device, display)
+        result = measure.measure(
+            args.set,
+            works,
+            effort,
+            measure.chosen(args.providers),
+            args.device,
+            display,
+            find_roof=find_roof,
+        )
     print_table(result, screen)
     if args.json is not None and result["rows"]:
         path = Path(args.json) if args.json else default_path(result)

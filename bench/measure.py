@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import torch
 
-from bench import machine, parity, problem, progress, timing
+from bench import machine, parity, problem, progress, roofline, timing
 from bench.providers import BASELINE, PROVIDERS, Provider
 from bench.timing import Effort
 from bench.workloads import Workload
@@ -84,6 +84,16 @@ def measure_row(
     return row
 
 
+def add_limits(result: dict, roofs: list[roofline.Roof]) -> None:
+    """The machine's rates, and in each row the seconds it takes at them."""
+    if not roofs:
+        return
+    roof = roofline.best(roofs)
+    result["roofline"] = asdict(roof)
+    for row in result["rows"]:
+        row["limit"] = float(f"{roofline.limit(Workload(**row['workload']), roof):.4g}")
+
+
 def measure(
     name: str,
     works: list[Workload],
@@ -92,8 +102,12 @@ def measure(
     device: str = "cpu",
     display=None,
     clock=None,
+    find_roof=None,
 ) -> dict:
-    """All rows, or those that were done when Ctrl-C came."""
+    """All rows, or those that were done when Ctrl-C came.
+
+    find_roof measures the machine's limits; it is called before and after the rows.
+    """
     providers = providers or chosen()
     display = display or progress.Silent()
     others = machine.Others()
@@ -106,14 +120,18 @@ def measure(
         "others": 0.0,
         "interrupted": False,
     }
+    roofs = []
     try:
+        roofs += [find_roof()] if find_roof else []
         for index, work in enumerate(works):
             display.row(index, work.name)
             row = measure_row(work, effort, providers, device, display.part, clock)
             result["rows"].append(row)
+        roofs += [find_roof()] if find_roof else []
     except KeyboardInterrupt:
         result["interrupted"] = True
     result["others"] = others.cpus()
+    add_limits(result, roofs)
     shown = {
         p for row in result["rows"] for p, e in row["providers"].items() if e.keys() - {"absent"}
     }
