@@ -12,7 +12,7 @@ CPP_FILES = $(shell find csrc bench tests -name '*.h' -o -name '*.inc' -o -name 
 help:
 	@echo "make demo       train a character model with nn.LSTM and with lstm_fused, side by side"
 	@echo "make test       lint and tests"
-	@echo "make bench      the speed table; ARGS='--json' keeps it under bench/results"
+	@echo "make bench      the speed table, kept with its chart and page under bench/results"
 	@echo "make lint       ruff and clang-format, checking only"
 	@echo "make format     ruff and clang-format, rewriting files"
 	@echo "make build      set-up and build alone"
@@ -36,7 +36,7 @@ format: $(STAMPS)/dev
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 bench: build
-	@$(BIN)/python -m bench $(ARGS)
+	@$(BIN)/python -m bench --save $(ARGS)
 
 build: $(STAMPS)/build
 

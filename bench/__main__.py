@@ -1,4 +1,4 @@
-"""`python -m bench` measures a set of workloads; `report` prints what was measured."""
+"""`python -m bench` measures a set of workloads; `report` and `compare` show what was measured."""
 
 import argparse
 import json
@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from bench import machine, measure, progress, readme, report, roofline
+from bench import chart, compare, machine, measure, page, progress, readme, report, roofline
 from bench.providers import PROVIDERS
 from bench.sets import SETS
 from bench.timing import Effort
 
 RESULTS = Path(__file__).parent / "results"
-WIDTH = 160  # of a table that is written to a file
+WIDTH = 200  # of a table that is written to a file
 EFFORTS = {
     "quick": Effort(rounds=9, seconds=0.02, row_seconds=2.5),
     "sweep": Effort(rounds=9, seconds=0.02, row_seconds=3.0),
@@ -38,7 +38,8 @@ def print_table(result: dict, console) -> None:
     heading, groups = report.cells(result)
     table = progress.Table()
     for name in heading:
-        table.add_column(name, justify="left" if name == "case" else "right", no_wrap=True)
+        case = name == "case"
+        table.add_column(name, justify="left" if case else "right", no_wrap=case)
     for name, rows in groups:
         table.add_row(name, style="bold", end_section=False)
         for row in rows:
@@ -91,10 +92,21 @@ def add_measuring(parser):
 def parse(argv):
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     add_measuring(parser)
-    commands = parser.add_subparsers(dest="command", metavar="report")
+    parser.add_argument(
+        "--save", action="store_true", help="write the results, their table, charts and page too"
+    )
+    commands = parser.add_subparsers(dest="command", metavar="report|compare")
     shown = commands.add_parser("report", help="print results files as markdown tables")
     shown.add_argument("files", type=Path, nargs="+")
-    shown.add_argument("--readme", action="store_true", help="put them into README.md instead")
+    shown.add_argument(
+        "--write",
+        action="store_true",
+        help="write tables and charts beside the files, and one HTML page beside the first",
+    )
+    shown.add_argument("--readme", action="store_true", help="put tables and charts into README.md")
+    compared = commands.add_parser("compare", help="what changed from one result to another")
+    compared.add_argument("before", type=Path)
+    compared.add_argument("after", type=Path)
     args = parser.parse_args(argv)
     if args.threads < 1:
         parser.error("--threads must be at least 1")
@@ -112,17 +124,63 @@ def fail(message) -> int:
     return 2
 
 
-def show_report(args) -> int:
-    for path in args.files:
+def load_all(paths: list[Path]) -> list[dict]:
+    """Results files; ValueError names the one that cannot be read."""
+    results = []
+    for path in paths:
         try:
-            result = report.load(path)
-        except (OSError, ValueError, KeyError) as error:
-            return fail(f"{path}: {error}")
-        if not args.readme:
-            print(report.markdown(result))
-    if args.readme:
-        readme.update(args.files)
+            results.append(report.load(path))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
+    return results
+
+
+def write_reports(paths: list[Path], results: list[dict]) -> list[Path]:
+    """Per result its .md, .svg and .png, and one .html of all; without charts if need be."""
+    written, svgs = [], []
+    for path, result in zip(paths, results, strict=True):
+        written.append(path.with_suffix(".md"))
+        written[-1].write_text(report.markdown(result) + "\n")
+        try:
+            drawn = chart.save(result, path.with_suffix(""))
+        except chart.NoCharts as error:
+            print(error, file=sys.stderr)
+            drawn = []
+        svgs.append(drawn[0] if drawn else None)
+        written += drawn
+    written.append(paths[0].with_suffix(".html"))
+    written[-1].write_text(page.page(results, svgs))
+    return written
+
+
+def show_report(args) -> int:
+    try:
+        results = load_all(args.files)
+        if args.write:
+            for path in write_reports(args.files, results):
+                print(f"written to {path}")
+        if args.readme:
+            readme.update(args.files)
+    except (ValueError, chart.NoCharts) as error:
+        return fail(error)
+    if not (args.write or args.readme):
+        print("\n\n".join(report.markdown(result) for result in results))
     return 0
+
+
+def show_comparison(args) -> int:
+    """1 if a row became slower than the spreads explain, 2 if nothing can be compared."""
+    try:
+        before, after = load_all([args.before, args.after])
+        found = compare.changes(before, after)
+    except ValueError as error:
+        return fail(error)
+    print(compare.table(found))
+    for note in compare.notes(before, after):
+        print(note)
+    slower = [c.name for c in found if c.regressed]
+    print(f"Slower beyond the spread: {', '.join(slower) or 'no row'}.")
+    return 1 if slower else 0
 
 
 def roof_finder(args):
@@ -144,6 +202,16 @@ def show_roofline(args) -> int:
         return 2
     print("\n".join(roofline.lines(find_roof())))
     return 0
+
+
+def keep(args, result: dict) -> None:
+    """Writes what the options ask to be written."""
+    if args.json is None and not args.save:
+        return
+    path = Path(args.json) if args.json else default_path(result)
+    save(result, path)
+    for written in [path, *(write_reports([path], [result]) if args.save else ())]:
+        print(f"written to {written}")
 
 
 def run_set(args) -> int:
@@ -172,10 +240,8 @@ def run_set(args) -> int:
             find_roof=find_roof,
         )
     print_table(result, screen)
-    if args.json is not None and result["rows"]:
-        path = Path(args.json) if args.json else default_path(result)
-        save(result, path)
-        print(f"written to {path}")
+    if result["rows"]:
+        keep(args, result)
     if result["interrupted"]:
         return 130
     return 1 if any(map(report.is_red, result["rows"])) else 0
@@ -183,7 +249,8 @@ def run_set(args) -> int:
 
 def main(argv=None) -> int:
     args = parse(argv)
-    return show_report(args) if args.command == "report" else run_set(args)
+    commands = {"report": show_report, "compare": show_comparison}
+    return commands.get(args.command, run_set)(args)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from bench import report
+from bench import chart, machine, report
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -11,13 +11,15 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
 def block(paths: list[Path]) -> str:
-    """Per results file its table, its caption and its name."""
+    """Per results file its chart, its table, its caption and its name."""
     parts = []
     for path in paths:
         name = path.resolve()
         shown = name.relative_to(ROOT) if name.is_relative_to(ROOT) else name
-        text = report.markdown(report.load(path)) + f" From [{shown}]({shown})."
-        parts.append(text)
+        result = report.load(path)
+        title = machine.title(result["machine"])
+        parts.append(f"![{title}: speed-up by regime]({shown.with_suffix('.svg')})")
+        parts.append(f"{report.markdown(result)} From [{shown}]({shown}).")
     return "\n\n".join(parts)
 
 
@@ -36,4 +38,7 @@ def between_markers(text: str, block: str) -> str:
 
 
 def update(paths: list[Path], readme: Path = README) -> None:
+    """Draws the files' charts and puts the block into the README; NoCharts without matplotlib."""
+    for path in paths:
+        chart.save(report.load(path), path.with_suffix(""))
     readme.write_text(between_markers(readme.read_text(), block(paths)))

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import subprocess
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -178,8 +178,14 @@ def best(roofs: list[Roof]) -> Roof:
     )
 
 
-def as_json(roof: Roof | None) -> dict | None:
-    return roof and asdict(roof)
+def from_json(found: dict) -> Roof:
+    """The inverse of dataclasses.asdict."""
+
+    def rates(one):
+        levels = tuple(Level(**level) for level in one["levels"])
+        return Rates(one["threads"], one["peak"], levels)
+
+    return Roof(**found | {"one": rates(found["one"]), "team": rates(found["team"])})
 
 
 class NotMeasured(Exception):

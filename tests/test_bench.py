@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from bench import __main__ as cli
-from bench import machine, measure, parity, problem, progress, providers, readme, report, timing
+from bench import machine, measure, parity, problem, progress, providers, report, timing
 from bench.sets import SETS
 from bench.timing import Effort
 from bench.workloads import CELLS, DTYPES, MODES, Workload, batch_sizes_of, lengths_of, regime
@@ -309,25 +309,3 @@ def test_one_line_errors(arguments, capsys):
     message = capsys.readouterr().err
     assert message.startswith("error: ")
     assert message.count("\n") == 1
-
-
-def test_markers(tmp_path):
-    result, text = tmp_path / "result.json", tmp_path / "README.md"
-    cli.save(measured(SMALL), result)
-    text.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
-    readme.update([result], text)
-    found = text.read_text()
-    assert found.startswith("before\n")
-    assert found.endswith("\nafter\n")
-    assert "old" not in found
-    assert "| small |" in found
-    text.write_text("no markers")
-    with pytest.raises(ValueError, match="markers"):
-        readme.update([result], text)
-
-
-def test_readme_shows_what_its_files_say():
-    shown = readme.README.read_text().partition(readme.BEGIN)[2].partition(readme.END)[0]
-    paths = readme.paths_in(shown)
-    assert paths
-    assert shown.strip() == readme.block(paths)
