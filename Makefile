@@ -36,7 +36,7 @@ format: $(STAMPS)/dev
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 bench: build
-	@$(BIN)/python -m bench --save $(ARGS)
+	@$(BIN)/python -m bench --memory --save $(ARGS)
 
 build: $(STAMPS)/build
 

@@ -8,7 +8,20 @@ from pathlib import Path
 
 import torch
 
-from bench import chart, compare, machine, measure, page, progress, readme, report, roofline
+from bench import (
+    chart,
+    compare,
+    machine,
+    measure,
+    memory,
+    model,
+    page,
+    progress,
+    readme,
+    report,
+    roofline,
+    selfcheck,
+)
 from bench.providers import PROVIDERS
 from bench.sets import SETS
 from bench.timing import Effort
@@ -78,6 +91,17 @@ def add_measuring(parser):
     )
     parser.add_argument(
         "--roofline", action="store_true", help="only print the machine's own limits"
+    )
+    parser.add_argument(
+        "--self", action="store_true", help="measure torch.nn against itself: is 1.0x reported?"
+    )
+    parser.add_argument(
+        "--model",
+        metavar="PATH.py:FACTORY",
+        help="measure your own model; FACTORY() returns (module, inputs)",
+    )
+    parser.add_argument(
+        "--memory", action="store_true", help="the peak memory of each training row as well"
     )
     parser.add_argument("--no-roofline", action="store_true", help="leave those limits out")
     parser.add_argument(
@@ -214,18 +238,66 @@ def keep(args, result: dict) -> None:
         print(f"written to {written}")
 
 
+def run_model(args) -> int:
+    """1 if the fused model disagrees with the original."""
+    screen = console()
+    try:
+        with progress.shown(2, screen) as display:
+            result = model.measure(args.model, args.device, display)
+    except model.ModelError as error:
+        return fail(error)
+    except KeyboardInterrupt:
+        return 130
+    print("\n".join(model.lines(result)))
+    if args.json:
+        save(result, Path(args.json))
+        print(f"written to {args.json}")
+    return 1 if any("wrong" in row for row in result["rows"].values()) else 0
+
+
+def run_self(args, works) -> int:
+    """1 if a row of torch.nn against itself is not 1.0x within its own spread."""
+    effort = EFFORTS.get(args.set, THOROUGH)
+    with progress.shown(len(works), console()) as display:
+        result = measure.measure(
+            args.set, works, effort, selfcheck.providers(), args.device, display
+        )
+    print("\n".join(selfcheck.lines(result)))
+    if args.json:
+        save(result, Path(args.json))
+    if result["interrupted"]:
+        return 130
+    rows = [row for row in result["rows"] if "absent" not in row]
+    return 0 if all(map(selfcheck.is_even, rows)) else 1
+
+
+def add_memory(args, works, result) -> None:
+    if not args.memory or result["interrupted"]:
+        return
+    try:
+        memory.add(result, works, (report.BASELINE, report.OURS))
+    except memory.NotMeasured as error:
+        print(f"without memory: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        result["interrupted"] = True
+
+
 def run_set(args) -> int:
-    works = [w for w in SETS[args.set] if args.only is None or args.only in w.name]
-    if not works:
-        return fail(f"no row of the set {args.set} contains {args.only!r}")
     if args.device == "cuda" and not torch.cuda.is_available():
         return fail("torch finds no CUDA device here")
     torch.set_num_threads(args.threads)
     if args.roofline:
         return show_roofline(args)
+    if args.model:
+        return run_model(args)
+    works = [w for w in SETS[args.set] if args.only is None or args.only in w.name]
+    if not works:
+        return fail(f"no row of the set {args.set} contains {args.only!r}")
     warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
     warnings.filterwarnings("ignore", message="RNN module weights are not part of single contig")
     warnings.filterwarnings("error", message="lstm_fused.* ran through torch")
+    if args.self:
+        return run_self(args, works)
     effort = EFFORTS.get(args.set, THOROUGH)
     screen = console()
     find_roof = roof_finder(args)
@@ -239,12 +311,13 @@ def run_set(args) -> int:
             display,
             find_roof=find_roof,
         )
+    add_memory(args, works, result)
     print_table(result, screen)
     if result["rows"]:
         keep(args, result)
     if result["interrupted"]:
         return 130
-    return 1 if any(map(report.is_red, result["rows"])) else 0
+    return 1 if any(map(report.is_ours_wrong, result["rows"])) else 0
 
 
 def main(argv=None) -> int:

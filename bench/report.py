@@ -73,9 +73,10 @@ def missed(row: dict, opponent: str) -> bool:
     return ratio is None or ratio < goal
 
 
-def is_red(row: dict) -> bool:
-    """Whether a provider of the row was wrong or failed."""
-    return any(entry.keys() & {"wrong", "failed"} for entry in row["providers"].values())
+def is_ours_wrong(row: dict) -> bool:
+    """Whether we were wrong or failed; a peer that does so is shown, and is no error of ours."""
+    entries = row["providers"].items()
+    return any(e.keys() & {"wrong", "failed"} for p, e in entries if p.startswith(OURS))
 
 
 def time_cell(entry: dict | None) -> str:

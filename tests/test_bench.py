@@ -1,6 +1,8 @@
 """What is measured and by whom: workloads, problems, providers, the gate and the clock's turns."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -155,7 +157,7 @@ def test_a_wrong_provider_gets_no_time(amount):
     entry = row["providers"]["lstm_fused"]
     assert "timing" not in entry
     assert entry["wrong"]["tensor"] == "d_x"
-    assert report.is_red(row)
+    assert report.is_ours_wrong(row)
     heading, [(_, [line])] = report.cells(result)
     assert line[heading.index("lstm_fused")].startswith("wrong: d_x off by")
     assert line[heading.index("over torch.nn")] == "(goal 1x, missed)"
@@ -168,6 +170,7 @@ def test_a_provider_that_raises_costs_its_own_time_only():
 
     result = measured(SMALL, providers=PAIR | {"peer": providers.Provider(refuse)})
     entries = result["rows"][0]["providers"]
+    assert not report.is_ours_wrong(result["rows"][0])
     assert entries["peer"] == {"failed": "RuntimeError: not today"}
     assert "timing" in entries["lstm_fused"]
 
@@ -309,3 +312,26 @@ def test_one_line_errors(arguments, capsys):
     message = capsys.readouterr().err
     assert message.startswith("error: ")
     assert message.count("\n") == 1
+
+
+BARE = """
+import sys
+for name in ("rich", "matplotlib", "onnx", "onnxruntime"):
+    sys.modules[name] = None
+from bench import __main__ as cli
+from bench.timing import Effort
+cli.EFFORTS["quick"] = Effort(1, 0.0)
+sys.exit(cli.main(["--set", "quick", "--only", "T1 B1 H64", "--no-roofline", "--json", sys.argv[1]]))
+"""
+
+
+def test_torch_alone_is_enough_for_times_and_json(tmp_path):
+    out = tmp_path / "bare.json"
+    command = [sys.executable, "-c", BARE, str(out)]
+    done = subprocess.run(command, cwd=cli.RESULTS.parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "1/1 T1 B1 H64 step" in done.stderr
+    assert "| T1 B1 H64 step |" in done.stdout
+    (row,) = report.load(out)["rows"]
+    assert row["providers"]["ONNX Runtime"] == {"absent": "onnx is not installed"}
+    assert "timing" in row["providers"]["lstm_fused"]
