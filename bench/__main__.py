@@ -29,10 +29,10 @@ from bench.timing import Effort
 RESULTS = Path(__file__).parent / "results"
 WIDTH = 200  # of a table that is written to a file
 EFFORTS = {
-    "quick": Effort(rounds=9, seconds=0.02, row_seconds=2.5),
-    "sweep": Effort(rounds=9, seconds=0.02, row_seconds=3.0),
+    "quick": Effort(rounds=11, seconds=0.02, row_seconds=1.5, attempts=2),
+    "sweep": Effort(rounds=9, seconds=0.02, row_seconds=2.0, attempts=2),
 }
-THOROUGH = Effort(rounds=31, seconds=0.05, row_seconds=10.0)
+THOROUGH = Effort(rounds=31, seconds=0.05, row_seconds=8.0, attempts=3)
 
 
 def console():
@@ -262,7 +262,7 @@ def run_self(args, works) -> int:
         result = measure.measure(
             args.set, works, effort, selfcheck.providers(), args.device, display
         )
-    print("\n".join(selfcheck.lines(result)))
+    print("\n".join([*selfcheck.lines(result), "", report.caption(result)]))
     if args.json:
         save(result, Path(args.json))
     if result["interrupted"]:

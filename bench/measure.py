@@ -70,12 +70,12 @@ def measure_row(
     for name in order:
         if run := admit(name, providers[name], task, exact, baseline, entries[name]):
             runs[name] = run
+    steps = {name: runs[name].step for name in providers if name in runs}
+    clock = clock or timing.clock_for(device)
     with torch.set_grad_enabled(work.training):
-        timings = timing.interleaved(
-            {name: runs[name].step for name in providers if name in runs},
-            effort,
-            clock or timing.clock_for(device),
-            lambda done, of: part(done / of),
+        timings = timing.quietest(
+            lambda: timing.interleaved(steps, effort, clock, lambda done, of: part(done / of)),
+            effort.attempts,
         )
     for name, measured in timings.items():
         entries[name]["timing"] = {**asdict(measured), "noisy": measured.noisy}

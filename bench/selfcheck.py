@@ -33,5 +33,7 @@ def lines(result: dict) -> list[str]:
             continue
         ratio, spread = finding(row)
         verdict = "even" if is_even(row) else "UNEVEN"
+        if any(entry["timing"]["noisy"] for entry in row["providers"].values()):
+            verdict += ", too noisy to say much"
         found.append(f"| {row['workload']['name']} | {ratio:.3f}x | ±{spread:.1%} | {verdict} |")
     return found

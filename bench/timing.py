@@ -15,12 +15,17 @@ FEWEST_ROUNDS = 5
 
 @dataclass(frozen=True)
 class Effort:
-    """Samples of each provider for one row at most, the seconds a sample lasts at least, and the
-    seconds a row may take before its rounds are cut, to five at the fewest."""
+    """How long a row is measured.
+
+    rounds: samples of each provider at most. seconds: what a sample lasts at least. row_seconds:
+    what a row may take before its rounds are cut, to five at the fewest. attempts: how often a row
+    is measured in the hope that no provider's samples are noisy.
+    """
 
     rounds: int
     seconds: float
     row_seconds: float = 10.0
+    attempts: int = 1
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,25 @@ def summary(samples: list[float], loops: int) -> Timing:
     tenths = statistics.quantiles(each, n=10, method="inclusive") if len(each) > 1 else each * 9
     median, p10, p90 = (float(f"{t:.4g}") for t in (statistics.median(each), tenths[0], tenths[-1]))
     return Timing(median, p10, p90, len(each), loops)
+
+
+def quietest(attempt: Callable[[], dict[str, Timing]], attempts: int) -> dict[str, Timing]:
+    """The first attempt without a noisy provider, else the one whose widest spread is least.
+
+    All providers' times are of the same attempt, so that the choice favours none of them.
+    """
+    best = None
+    for _ in range(attempts):
+        found = attempt()
+        if best is None or widest(found) < widest(best):
+            best = found
+        if not any(t.noisy for t in found.values()):
+            break
+    return best
+
+
+def widest(found: dict[str, Timing]) -> float:
+    return max((t.spread for t in found.values()), default=0.0)
 
 
 def interleaved(

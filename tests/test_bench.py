@@ -264,6 +264,17 @@ def test_median_and_tenths():
     assert not timing.summary([2.0, 2.0, 2.1], loops=2).noisy
 
 
+def test_the_quietest_attempt_counts():
+    quiet, loud, louder = (timing.Timing(1.0, 1.0 - d, 1.0 + d, 9, 1) for d in (0.01, 0.2, 0.3))
+    for attempts, expected, used in (
+        ([{"A": loud, "B": quiet}, {"A": quiet, "B": quiet}, {"A": quiet}], 1, 2),
+        ([{"A": louder}, {"A": loud}, {"A": louder}], 1, 3),
+    ):
+        left = iter(attempts)
+        assert timing.quietest(lambda left=left: next(left), 3) is attempts[expected]
+        assert len(list(left)) == 3 - used
+
+
 def test_settling_waits_for_busy_threads(monkeypatch):
     now, used = [0.0], [0.0]
 
@@ -321,7 +332,8 @@ for name in ("rich", "matplotlib", "onnx", "onnxruntime"):
 from bench import __main__ as cli
 from bench.timing import Effort
 cli.EFFORTS["quick"] = Effort(1, 0.0)
-sys.exit(cli.main(["--set", "quick", "--only", "T1 B1 H64", "--no-roofline", "--json", sys.argv[1]]))
+options = ["--set", "quick", "--only", "T1 B1 H64", "--no-roofline"]
+sys.exit(cli.main([*options, "--json", sys.argv[1]]))
 """
 
 
