@@ -6,5 +6,5 @@ providers.py, peers.py  who is measured
 parity.py, timing.py    the gate, and the clock behind it
 roofline.py             the machine's limits, and a workload's time at them
 measure.py, memory.py   rows; model.py: a user's model; selfcheck.py: torch.nn against itself
-report.py               tables; chart.py, page.py, readme.py, compare.py: what else is made of results
+report.py               tables; chart.py, page.py, readme.py, compare.py: the rest made of results
 """

@@ -10,6 +10,7 @@ import torch
 
 from bench import (
     chart,
+    circumstances,
     compare,
     machine,
     measure,
@@ -72,6 +73,7 @@ def save(result: dict, path: Path) -> None:
 def default_path(result: dict) -> Path:
     """bench/results/<machine>.json, and the set's name in it where that is not plain."""
     which = "" if result["set"] in ("cpu", "gpu") else f"-{result['set']}"
+    which += f"-beside-{result['busy']}" if result.get("busy") else ""
     return RESULTS / f"{machine.slug(result['machine'])}{which}.json"
 
 
@@ -82,6 +84,12 @@ def add_measuring(parser):
         "--device",
         choices=("cpu", "cuda"),
         help="default: cuda for the set gpu, else cpu",
+    )
+    parser.add_argument(
+        "--isa", choices=circumstances.LIMITS, help="hold us and torch to an instruction set"
+    )
+    parser.add_argument(
+        "--busy", type=int, default=0, metavar="N", help="measure beside N busy processes"
     )
     parser.add_argument("--only", metavar="TEXT", help="only rows whose name contains TEXT")
     parser.add_argument(
@@ -209,7 +217,7 @@ def show_comparison(args) -> int:
 
 def roof_finder(args):
     """What measures this machine's limits; None, after saying why, where that cannot be."""
-    if args.no_roofline:
+    if args.no_roofline or args.busy:  # a limit is what the machine can do undisturbed
         return None
     try:
         if args.device == "cpu":
@@ -301,7 +309,10 @@ def run_set(args) -> int:
     effort = EFFORTS.get(args.set, THOROUGH)
     screen = console()
     find_roof = roof_finder(args)
-    with progress.shown(len(works), screen) as display:
+    with (
+        circumstances.neighbours(args.busy),
+        progress.shown(len(works), screen) as display,
+    ):
         result = measure.measure(
             args.set,
             works,
@@ -311,6 +322,7 @@ def run_set(args) -> int:
             display,
             find_roof=find_roof,
         )
+    result["busy"] = args.busy
     add_memory(args, works, result)
     print_table(result, screen)
     if result["rows"]:
@@ -322,6 +334,8 @@ def run_set(args) -> int:
 
 def main(argv=None) -> int:
     args = parse(argv)
+    if args.isa and circumstances.isa() != args.isa:
+        return circumstances.restart_with(args.isa, sys.argv[1:] if argv is None else argv)
     commands = {"report": show_report, "compare": show_comparison}
     return commands.get(args.command, run_set)(args)
 

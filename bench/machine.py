@@ -106,6 +106,7 @@ def describe(device: str = "cpu") -> dict:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "versions": versions(),
         "build": ops.build_info(),
         "revision": revision(),
@@ -125,4 +126,7 @@ def slug(machine: dict) -> str:
     """A file name for the results of a machine."""
     name = machine["gpu"]["name"] if machine.get("gpu") else machine["cpu"]
     words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    return words if machine.get("gpu") else f"{words}-{machine['threads']}t"
+    if machine.get("gpu"):
+        return words
+    forced = machine.get("forced_isa")
+    return f"{words}-{machine['threads']}t" + (f"-{forced}" if forced else "")

@@ -60,7 +60,7 @@ def measure_row(
     set_precision(work)
     entries = {name: {} for name in providers}
     row = {"workload": asdict(work), "providers": entries}
-    if why := problem.why_absent(work):
+    if why := problem.why_absent(work, device):
         row["absent"] = why
         return row
     task = problem.build(work, device)
@@ -132,8 +132,20 @@ def measure(
         result["interrupted"] = True
     result["others"] = others.cpus()
     add_limits(result, roofs)
-    shown = {
-        p for row in result["rows"] for p, e in row["providers"].items() if e.keys() - {"absent"}
-    }
-    result["providers"] = [p for p in result["providers"] if p in shown or p == BASELINE]
+    leave_out(result)
     return result
+
+
+def leave_out(result: dict) -> None:
+    """Takes providers that no row asked for out of the rows; left_out keeps their reasons."""
+    asked, reasons = {BASELINE}, {}
+    for row in result["rows"]:
+        for name, entry in row["providers"].items():
+            if entry.keys() - {"absent"}:
+                asked.add(name)
+            elif entry:
+                reasons.setdefault(name, {})[entry["absent"]] = None
+    result["providers"] = [name for name in result["providers"] if name in asked]
+    result["left_out"] = {n: list(found) for n, found in reasons.items() if n not in asked}
+    for row in result["rows"]:
+        row["providers"] = {n: e for n, e in row["providers"].items() if n in asked}

@@ -4,6 +4,7 @@ import importlib.util
 
 import torch
 
+from bench import circumstances
 from bench.problem import ModuleRun, Problem, named
 from bench.workloads import DTYPES, Workload
 
@@ -33,6 +34,8 @@ def why_not_onnx(work: Workload, device: str) -> str | None:
         return "measured for one dense LSTM layer without projection only"
     if work.batch_first or not work.bias:
         return "measured time first and with biases only"
+    if circumstances.isa():
+        return "cannot be held to an instruction set"
     return next((f"{m} is not installed" for m in ("onnx", "onnxruntime") if missing(m)), None)
 
 

@@ -28,9 +28,11 @@ class Problem:
     device: str
 
 
-def why_absent(work: Workload) -> str | None:
-    """Why lstm_fused cannot be asked for a workload's cell, None where it can."""
+def why_absent(work: Workload, device: str = "cpu") -> str | None:
+    """Why a workload is not measured at all, None where it is."""
     name = CELLS[work.cell]
+    if work.dropout and device == "cuda":
+        return "cuDNN's dropout masks are its own, so that nothing can be compared"
     if hasattr(lstm_fused, name) and work.cell in reference.CELLS:
         return None
     return f"lstm_fused has no {name} yet"

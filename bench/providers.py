@@ -64,13 +64,15 @@ def without_cudnn(task: Problem):
 
 def one_chunk(task: Problem):
     """16-bit weights laid into one buffer beforehand, which flatten_parameters leaves undone."""
+    from torch.backends.cudnn import rnn
+
     module = copy.deepcopy(task.module)
     with torch.no_grad():
         torch._cudnn_rnn_flatten_weight(
             module._flat_weights,
             len(module._flat_weights) // (module.num_layers * task.workload.directions),
             module.input_size,
-            torch.backends.cudnn.rnn.get_cudnn_mode(module.mode),
+            rnn.get_cudnn_mode(module.mode),
             module.hidden_size,
             module.proj_size,
             module.num_layers,
@@ -121,7 +123,7 @@ def first(*reasons):
 
 
 def no_fused_cell(work, device):
-    return problem.why_absent(work)
+    return problem.why_absent(work, device)
 
 
 def no_cuda(work, device):

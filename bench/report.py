@@ -171,7 +171,9 @@ def caption(result: dict) -> str:
         sentences.append(f"Goals reached: {met} of {len(goals)}.")
     absent = {row["absent"] for row in rows if "absent" in row}
     sentences += [f"Left out: {', '.join(sorted(absent))}."] if absent else []
-    if result["others"] > QUIET_CPUS:
+    if result.get("busy"):
+        sentences.append(f"Measured beside {result['busy']} busy process(es).")
+    elif result["others"] > QUIET_CPUS:
         sentences.append(f"Other programs used {result['others']:.1f} CPUs meanwhile.")
     if result["interrupted"]:
         sentences.append("Interrupted: later rows are missing.")

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 
+from bench import circumstances
 from bench.timing import CudaClock
 from bench.workloads import DTYPES, GATES, Workload, batch_sizes_of
 from lstm_fused import ops
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 BUILD = Path(__file__).parent.parent / "build"
-FLAGS = ["-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared"]
+FLAGS = ["-O3", "-std=c++17", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared"]
 TRIES, SECONDS = 3, 0.05
 MEMORY_BYTES = 64 << 20  # of each thread, when the level measured is no cache
 
@@ -196,13 +197,14 @@ def library() -> ctypes.CDLL:
     """roofline.cpp for this very processor, compiled where it is not yet."""
     model = Path("/proc/cpuinfo")
     processor = re.findall(r"^flags.*$", model.read_text(), re.M)[:1] if model.exists() else []
-    key = hashlib.sha256(repr((SOURCE.read_text(), FLAGS, processor)).encode()).hexdigest()[:12]
+    flags = [f"-march={circumstances.march()}", *FLAGS]
+    key = hashlib.sha256(repr((SOURCE.read_text(), flags, processor)).encode()).hexdigest()[:12]
     path = BUILD / f"roofline-{key}.so"
     if not path.exists():
         BUILD.mkdir(exist_ok=True)
         half_made = path.with_suffix(f".{os.getpid()}")
         compiler = os.environ.get("CXX", "g++").split()
-        command = [*compiler, *FLAGS, str(SOURCE), "-o", str(half_made)]
+        command = [*compiler, *flags, str(SOURCE), "-o", str(half_made)]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
         except (OSError, subprocess.CalledProcessError) as error:

@@ -1,6 +1,7 @@
 """What is measured and by whom: workloads, problems, providers, the gate and the clock's turns."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -9,7 +10,17 @@ import torch
 from rich.console import Console
 
 from bench import __main__ as cli
-from bench import machine, measure, parity, problem, progress, providers, report, timing
+from bench import (
+    circumstances,
+    machine,
+    measure,
+    parity,
+    problem,
+    progress,
+    providers,
+    report,
+    timing,
+)
 from bench.sets import SETS
 from bench.timing import Effort
 from bench.workloads import CELLS, DTYPES, MODES, Workload, batch_sizes_of, lengths_of, regime
@@ -345,5 +356,28 @@ def test_torch_alone_is_enough_for_times_and_json(tmp_path):
     assert "1/1 T1 B1 H64 step" in done.stderr
     assert "| T1 B1 H64 step |" in done.stdout
     (row,) = report.load(out)["rows"]
-    assert row["providers"]["ONNX Runtime"] == {"absent": "onnx is not installed"}
+    assert report.load(out)["left_out"]["ONNX Runtime"] == ["onnx is not installed"]
     assert "timing" in row["providers"]["lstm_fused"]
+
+
+def test_held_to_an_instruction_set(tmp_path):
+    out = tmp_path / "avx2.json"
+    options = ["--set", "quick", "--only", "B4 H64 forward", "--no-roofline", "--threads", "1"]
+    assert cli.main([*options, "--isa", "avx2", "--json", str(out)]) == 0
+    result = report.load(out)
+    assert result["machine"]["forced_isa"] == "avx2"
+    assert "AVX2" in result["machine"]["torch_isa"].upper()
+    for row in result["rows"]:
+        assert {run["isa"] for run in row["providers"]["lstm_fused"]["kernels"]} == {"avx2"}
+    assert "cannot be held to an instruction set" in result["left_out"]["ONNX Runtime"]
+
+
+def test_busy_neighbours_are_there_and_go():
+    def children():
+        with open(f"/proc/self/task/{os.getpid()}/children") as file:
+            return set(file.read().split())
+
+    before = children()
+    with circumstances.neighbours(2):
+        assert len(children() - before) == 2
+    assert children() == before
