@@ -58,7 +58,7 @@ def layer(x, batch_sizes, state0, weights, cell="lstm", directions=1):
         y, h_n, c_n, _, _ = _forward_op(
             x, batch_sizes, state0, weights, _IDS[cell], directions, False
         )
-    return y, ((h_n, c_n) if cell == "lstm" else (h_n,))
+    return y, ((h_n, c_n) if CELLS[cell]["memory"] == "cell" else (h_n,))
 
 
 class _Layer(torch.autograd.Function):

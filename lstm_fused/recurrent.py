@@ -101,8 +101,7 @@ class Recurrent:
                 return self._fx_leaf(input, hx)
         dim = input.dim()
         if dim != 3 and dim != 2:
-            name = type(self).__name__
-            raise ValueError(f"{name}: Expected input to be 2D or 3D, got {dim}D instead")
+            return super().forward(input, hx)  # torch.nn's refusal, in its words
         weights = self._weights()
         if reason := why_torch(input, hx, weights):
             return self._through_torch(reason, input, hx)

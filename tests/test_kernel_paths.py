@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from oracle import CELLS, Problem, check, run_module
+from oracle import CELLS, Problem, check, has_cell_state, run_module
 from paths import DTYPES, assert_ran, isas_for, planned
 
 import lstm_fused
@@ -29,7 +29,7 @@ def candidates(cell, dtype):
     """Small problems first, each with how many threads it is run on."""
     found = []
     for (T, N, (I, H)), directions, proj, hx in product(  # noqa: E741
-        SHAPES, (1, 2), (0, 1) if cell == "lstm" else (0,), (False, True)
+        SHAPES, (1, 2), (0, 1) if has_cell_state(cell) else (0,), (False, True)
     ):
         problem = Problem(
             T,
