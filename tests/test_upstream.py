@@ -24,7 +24,7 @@ from torch.testing._internal import common_modules
 import lstm_fused
 from lstm_fused import ops
 
-NAMES = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
+NAMES = [kind.__name__ for kind in (*lstm_fused.nn.MODULES, *lstm_fused.cells.MODULES)]
 INFOS = {i.module_cls.__name__: copy.copy(i) for i in common_modules.module_db}
 for each in NAMES:
     INFOS[each].module_cls = getattr(lstm_fused, each)
