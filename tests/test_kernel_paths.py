@@ -124,6 +124,8 @@ def test_no_path_is_lost():
         Problem(20, 40, 20, 33, form="unsorted", layers=2, directions=2, hx=True),
         Problem(1, 1, 64, 260, hx=True),
         Problem(20, 40, 20, 33, torch.bfloat16),
+        Problem(33, 3, 20, 100, cell="gru"),
+        Problem(20, 40, 20, 33, form="unsorted", layers=2, hx=True, cell="rnn_tanh"),
     ],
     ids=str,
 )
