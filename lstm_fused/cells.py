@@ -4,29 +4,29 @@ import torch
 from torch import Tensor
 
 from lstm_fused import ops
-from lstm_fused.recurrent import through_torch, why_torch
+from lstm_fused.recurrent import Fused, why_torch
 
 
-class Cell:
+class Cell(Fused):
     """The fused forward of one step, before torch.nn's own class in the order of bases.
 
     What does not fit exactly, mistakes included, goes to torch.nn's own forward: it decides what is
     an error, and words it.
     """
 
-    _original = None
-
     def _cell(self):
         """The name the op knows the cell by."""
         raise NotImplementedError
 
     def _state(self, hx):
-        """hx as a tuple of states."""
+        """hx as a tuple of states, or None if it is of no such kind."""
         return (hx,)
 
     def forward(self, input, hx=None):
+        if type(input) is not Tensor and isinstance(input, torch.fx.Proxy):
+            return self._fx_leaf(input, hx)
         state = () if hx is None else self._state(hx)
-        if not self._fits(input, state):
+        if state is None or not self._fits(input, state):
             return super().forward(input, hx)
         weights = [self.weight_ih, self.weight_hh]
         if self.bias:
@@ -35,7 +35,7 @@ class Cell:
         if torch.is_autocast_enabled("cpu"):
             reason = reason or "the fused step does not run under autocast"
         if reason:
-            return through_torch(self, super().forward, reason, input, hx)
+            return self._through_torch(reason, input, hx)
         single = input.dim() == 1
         x = input.view(1, 1, -1) if single else input.unsqueeze(0)
         state = tuple([s.view(1, 1, -1) if single else s.unsqueeze(0) for s in state])
@@ -79,7 +79,7 @@ class LSTMCell(Cell, torch.nn.LSTMCell):
         return "lstm"
 
     def _state(self, hx):
-        return tuple(hx)
+        return tuple(hx) if isinstance(hx, (tuple, list)) and len(hx) == 2 else None
 
 
 class GRUCell(Cell, torch.nn.GRUCell):

@@ -16,8 +16,9 @@ def check_input(module, x, batch_sizes):
     try:
         module.check_input(x, batch_sizes)
     except ValueError as error:
-        if batch_sizes is None:
+        if batch_sizes is None or not isinstance(module, torch.nn.LSTM):
             raise
+        # torch.nn.LSTM does not check packed input: the product refuses it, by a RuntimeError.
         raise RuntimeError(str(error)) from None
     if x.shape[0] == 0:
         raise RuntimeError(

@@ -32,7 +32,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an LSTM, GRU or RNN: the layers that would run fused, or else the reason why torch would."""
+    """One call of an LSTM, GRU or RNN: the layers that would run fused, or why torch would."""
 
     name: str
     module: str

@@ -59,7 +59,7 @@ def layer(x, batch_sizes, state0, weights, cell="lstm", directions=1):
         y, h_n, c_n, _, _ = _forward_op(
             x, batch_sizes, state0, weights, _IDS[cell], directions, False
         )
-    return y, ((h_n, c_n) if cell == "lstm" else (h_n,))
+    return y, ((h_n, c_n) if CELLS[cell]["memory"] == "cell" else (h_n,))
 
 
 def infer(module, input, hx):
@@ -118,6 +118,8 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n, _gates, _cells):
         x, batch_sizes, y, gates, cells, *tensors = ctx.saved_tensors
+        if CELLS[ctx.cell]["memory"] != "cell":
+            dc_n = None  # torch.compile gives zeros for the c_n that there is not
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * len(ctx.needs_input_grad)
         needs = ctx.needs_input_grad[3:4] + ctx.needs_input_grad[5:]

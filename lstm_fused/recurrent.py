@@ -62,14 +62,49 @@ def _has_tangent(t):
     return isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None
 
 
-class Recurrent:
-    """The fused forward of a recurrent layer, before torch.nn's own class in the order of bases.
+class Fused:
+    """What every module of ours has, before torch.nn's own class: the ways around the fused op.
 
-    A subclass names that class as ``_original`` and the number of its final states as ``_states``.
-    Inside, the states of a call are always a tuple, (h,) or (h, c), and () if none were given.
+    A subclass names that class as ``_original``.
     """
 
     _original = None
+
+    def _through_torch(self, reason, input, hx):
+        """torch.nn's own forward, and a warning that says why the first time."""
+        result = super().forward(input, hx)
+        if not torch.compiler.is_compiling():
+            warn_once(self, reason)
+        return result
+
+    def _fx_leaf(self, input, hx):
+        """torch.fx keeps torch.nn's own modules whole; this one asks for the same."""
+        tracer = input.tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, hx), {})
+
+    def __prepare_scriptable__(self):
+        """What torch.jit.script compiles for this module: torch.nn's own of the same state.
+
+        torch.jit.script also puts it into the model in this module's place.
+        """
+        warn_once(
+            self,
+            "torch.jit.script cannot call the fused op, and leaves "
+            f"torch.nn.{self._original.__name__} in the model "
+            "(lstm_fused.replace brings the fused module back)",
+        )
+        twin = self._original.__new__(self._original)
+        twin.__dict__ = self.__dict__
+        return twin
+
+
+class Recurrent(Fused):
+    """The fused forward of a recurrent layer, before torch.nn's own class in the order of bases.
+
+    A subclass names the number of its final states as ``_states``. Inside, the states of a call
+    are always a tuple, (h,) or (h, c), and () if none were given.
+    """
+
     _states = 1
 
     def _cell(self):
@@ -105,8 +140,7 @@ class Recurrent:
                 return self._fx_leaf(input, hx)
         dim = input.dim()
         if dim != 3 and dim != 2:
-            name = type(self).__name__
-            raise ValueError(f"{name}: Expected input to be 2D or 3D, got {dim}D instead")
+            return super().forward(input, hx)  # torch.nn's refusal, in its words
         weights = self._weights()
         if reason := why_torch(input, hx, weights):
             return self._through_torch(reason, input, hx)
@@ -247,40 +281,9 @@ class Recurrent:
             )
         return self._promoted_dtypes(x, batch_sizes, state, torch.get_autocast_dtype("cpu"))
 
-    def _through_torch(self, reason, input, hx):
-        return through_torch(self, super().forward, reason, input, hx)
-
-    def _fx_leaf(self, input, hx):
-        """torch.fx keeps torch.nn's own modules whole; this one asks for the same."""
-        tracer = input.tracer
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, hx), {})
-
-    def __prepare_scriptable__(self):
-        """What torch.jit.script compiles for this module: torch.nn's own of the same state.
-
-        torch.jit.script also puts it into the model in this module's place.
-        """
-        warn_once(
-            self,
-            "torch.jit.script cannot call the fused op, and leaves "
-            f"torch.nn.{self._original.__name__} in the model "
-            "(lstm_fused.replace brings the fused module back)",
-        )
-        twin = self._original.__new__(self._original)
-        twin.__dict__ = self.__dict__
-        return twin
-
 
 def _permuted(state, permutation):
     return state if permutation is None else tuple(s.index_select(1, permutation) for s in state)
-
-
-def through_torch(module, forward, reason, *args):
-    """torch.nn's own forward, and a warning that says why the first time."""
-    result = forward(*args)
-    if not torch.compiler.is_compiling():
-        warn_once(module, reason)
-    return result
 
 
 def warn_once(module, reason):
@@ -288,4 +291,4 @@ def warn_once(module, reason):
     message = f"lstm_fused.{original.__name__} ran through torch.nn.{original.__name__}: {reason}"
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(message, stacklevel=7)
+        warnings.warn(message, stacklevel=6)

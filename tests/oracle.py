@@ -33,6 +33,11 @@ ELEMENTS_JUDGED = 64
 MOST_DRAWS = 16
 
 
+def has_cell_state(cell):
+    """Whether there is a c beside h; such cells have projections too."""
+    return ops.CELLS[cell]["memory"] == "cell"
+
+
 @dataclass(frozen=True)
 class Problem:
     """A module, its input and the gradients of its outputs; the same fields, the same numbers."""
@@ -84,7 +89,7 @@ class Problem:
     @property
     def states(self):
         """Widths of the states."""
-        return (self.R, self.H) if self.cell == "lstm" else (self.H,)
+        return (self.R, self.H) if has_cell_state(self.cell) else (self.H,)
 
     def module(self, library=torch.nn):
         name, more = CELLS[self.cell]
@@ -197,10 +202,10 @@ def run_module(problem, library, draw=0, gradients=True):
         given_state = tuple(s.squeeze(1) for s in state)
     elif p.batch_first:
         given = x.transpose(0, 1)
-    if p.cell != "lstm":
+    if not has_cell_state(p.cell):
         given_state = given_state and given_state[0]
     y, ends = module(given, given_state if p.hx else None)
-    ends = ends if p.cell == "lstm" else (ends,)
+    ends = ends if has_cell_state(p.cell) else (ends,)
     forward_run = ops.last_run()
     if p.packed:
         y = y.data

@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from oracle import CELLS, Problem, check, run_module
+from oracle import CELLS, Problem, check, has_cell_state, run_module
 from paths import DTYPES, assert_ran, isas_for, planned
 
 import lstm_fused
@@ -29,7 +29,7 @@ def candidates(cell, dtype):
     """Small problems first, each with how many threads it is run on."""
     found = []
     for (T, N, (I, H)), directions, proj, hx in product(  # noqa: E741
-        SHAPES, (1, 2), (0, 1) if cell == "lstm" else (0,), (False, True)
+        SHAPES, (1, 2), (0, 1) if has_cell_state(cell) else (0,), (False, True)
     ):
         problem = Problem(
             T,
@@ -124,6 +124,8 @@ def test_no_path_is_lost():
         Problem(20, 40, 20, 33, form="unsorted", layers=2, directions=2, hx=True),
         Problem(1, 1, 64, 260, hx=True),
         Problem(20, 40, 20, 33, torch.bfloat16),
+        Problem(33, 3, 20, 100, cell="gru"),
+        Problem(20, 40, 20, 33, form="unsorted", layers=2, hx=True, cell="rnn_tanh"),
     ],
     ids=str,
 )

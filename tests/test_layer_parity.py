@@ -7,7 +7,7 @@ import torch
 from covering import pairs_of, pairwise
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import CELLS, Problem, check
+from oracle import CELLS, Problem, check, has_cell_state
 from paths import DEVICES, DTYPES, assert_ran, isas_for
 
 from lstm_fused import ops
@@ -94,7 +94,7 @@ def any_problem(draw):
         layers=draw(st.integers(1, 3)),
         directions=draw(st.integers(1, 2)),
         bias=draw(st.booleans()),
-        proj=draw(st.integers(0, hidden - 1 if cell == "lstm" else 0)),
+        proj=draw(st.integers(0, hidden - 1 if has_cell_state(cell) else 0)),
         batch_first=draw(st.booleans()),
         form=draw(st.sampled_from(("dense", "sorted", "unsorted"))),
         hx=draw(st.booleans()),

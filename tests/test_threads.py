@@ -25,6 +25,10 @@ PROBLEMS = (
     Problem(8, 11, 5, 50, form="unsorted", hx=True),
     Problem(8, 6, 5, 40, form="sorted", proj=17, directions=2),
     Problem(2, 2, 5, 40),
+    Problem(20, 3, 6, 100, cell="gru"),
+    Problem(8, 11, 5, 50, form="unsorted", hx=True, directions=2, cell="gru"),
+    Problem(9, 40, 6, 33, hx=True, cell="rnn_tanh"),
+    Problem(20, 3, 6, 100, cell="rnn_relu"),
 )
 
 
@@ -272,6 +276,8 @@ POISON_SHAPES = (
     replace(POISONED, proj=5, directions=2),
     replace(POISONED, form="unsorted", hx=True),
     replace(POISONED, form="sorted", proj=20, directions=2, bias=False),
+    replace(POISONED, form="unsorted", hx=True, directions=2, cell="gru"),
+    replace(POISONED, N=33, hx=True, cell="rnn_tanh"),
 )
 
 

@@ -3,7 +3,7 @@
 //
 // A cell is a struct of static members. V is the value a kernel computes with, SIMD lanes on a CPU
 // and a scalar on a GPU; sigmoid(V) and tanh(V) are declared before this header is included.
-//   kGates            blocks of H rows in w_ih, w_hh and the biases
+//   kGates            blocks of H rows in w_ih, w_hh and the biases, 4 at most
 //   kSums             pre-activations of a unit, kGates or more. The input's part of gate
 //                     input_gate(j) adds to sum j, the hidden state's part of hidden_gate(j) to sum
 //                     kSums - kGates + j: the first and the last sums, so that each part is one run

@@ -172,8 +172,9 @@ struct PersistentForward : ForwardState<Cell, S, M> {
   using typename Base::A;
   using typename Base::E;
   using typename Base::V;
-  // Vectors of units to a tile: a cell of one gate needs several for a tile's four columns.
-  static constexpr int kTileVectors = kMaxCols / G;
+  static_assert(G <= kMaxCols, "a register tile holds all gates of a unit");
+  // Vectors of units to a tile: a cell of one sum needs several for a tile's four columns.
+  static constexpr int kTileVectors = P == 1 ? kMaxCols : 1;
   static constexpr int kTileSize = kMaxCols * lanes;  // a row of a tile, in memory
   // A row of x that tiles cannot read where it lies is copied (converted, padded) first.
   static constexpr bool kStaged = !Same<S, E>::value || M::kPair > 1;

@@ -98,8 +98,7 @@ Plan with_partition(const Problem& p, const Machine& m, const Partition& part) {
   // Rows are dealt out evenly to the fewest tiles.
   const int64_t rows = std::max<int64_t>(1, ceil_div(p.N, part.row_groups));
   plan.tile_rows = static_cast<int>(ceil_div(rows, ceil_div(rows, tile_rows(m.isa))));
-  const int gates = info(p.cell).gates;
-  plan.tile_cols = kTileCols / gates * gates;
+  plan.tile_cols = info(p.cell).sums == 1 ? kTileCols : info(p.cell).gates;
   return plan;
 }
 
