@@ -67,7 +67,7 @@ def of_workload(work, provider: str, device: str) -> int:
     from bench import measure, problem
     from bench.providers import PROVIDERS
 
-    measure.set_precision(work)
+    measure.set_precision(work, device)
     PROVIDERS[provider].build(problem.build(replace(work, T=2, N=1), device)).step()
     run = PROVIDERS[provider].build(problem.build(work, device))
     return growth(device, run.step)
