@@ -2,6 +2,9 @@
 PYTHON ?= python3
 ARGS ?=
 
+# Of the CUDA kernels, where nvcc is: what CI builds. `pip install` by itself builds them all.
+export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0a
+
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
@@ -17,7 +20,7 @@ help:
 	@echo "make format     ruff and clang-format, rewriting files"
 	@echo "make build      set-up and build alone"
 	@echo "make clean      remove build products; make distclean removes $(VENV) too"
-	@echo "options: PYTHON=python3.12, CXX=clang++, ARGS='...' for the command that demo, test, bench run"
+	@echo "options: PYTHON=python3.12, CXX=clang++, TORCH_CUDA_ARCH_LIST='8.6;12.0+PTX', ARGS='...' for the command that demo, test, bench run"
 
 demo: build
 	@$(BIN)/python -m examples.char_lm $(ARGS)

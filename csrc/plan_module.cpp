@@ -8,6 +8,7 @@
 
 #include "cells/cells.h"
 #include "cpu/plan.h"
+#include "cuda/plan_module.h"
 
 namespace py = pybind11;
 using namespace lstm_fused;
@@ -105,4 +106,5 @@ PYBIND11_MODULE(_plan, m) {
         py::arg("projection") = false, py::arg("training") = false, py::arg("backward") = false);
   m.def("cells", &cells);
   m.def("build_info", &build_info);
+  lstm_fused::cuda::define_plans(m);
 }

@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from lstm_fused import checks, dynamo, ops
+from lstm_fused import checks, cuda, dynamo, ops
 
 _FUSED_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _PLAIN_TYPES = frozenset((Tensor, Parameter))
@@ -22,8 +22,8 @@ def why_torch(x, hx, weights):
     x: the input's data (T, N, I), (N, T, I), (T, I) or packed (S, I); hx: what was given as such,
     not yet checked; weights: every weight of the module.
     """
-    if not x.is_cpu:
-        return f"the input is on {x.device}, the fused kernels run on cpu"
+    if not x.is_cpu and (reason := _why_not_on(x.device)):
+        return reason
     if x.dtype not in _FUSED_DTYPES:
         return f"the fused kernels have no {x.dtype}"
     if x.layout is not torch.strided:
@@ -33,7 +33,8 @@ def why_torch(x, hx, weights):
     if torch.jit.is_tracing():
         return "torch.jit.trace records torch's op, for programs without lstm_fused"
     for t in (x, *weights):
-        if (type(t) not in _PLAIN_TYPES or not t.is_cpu) and (reason := _why_not_plain(t)):
+        same = t.is_cpu if x.is_cpu else isinstance(t, Tensor) and t.device == x.device
+        if (type(t) not in _PLAIN_TYPES or not same) and (reason := _why_not_plain(t, x)):
             return reason
     if torch._C._functorch.peek_interpreter_stack() is not None:
         for level in torch._C._functorch.get_interpreter_stack():
@@ -47,13 +48,21 @@ def why_torch(x, hx, weights):
     return None
 
 
-def _why_not_plain(t):
+def _why_not_on(device):
+    if device.type != "cuda":
+        return f"the input is on {device}, the fused kernels run on cpu and cuda"
+    # While compiling, an old device is left to the operator to refuse.
+    reason = None if torch.compiler.is_compiling() else cuda.why_not(device)
+    return reason and f"the input is on {device}: {reason}"
+
+
+def _why_not_plain(t, x):
     from torch._subclasses.fake_tensor import FakeTensor
 
     if not isinstance(t, Tensor):
         return f"a weight is {t}"
-    if not t.is_cpu:
-        return f"a weight is on {t.device}, the fused kernels run on cpu"
+    if t.device != x.device:
+        return f"a weight is on {t.device}, the input on {x.device}"
     if type(t) in _PLAIN_TYPES or isinstance(t, FakeTensor):
         return None
     return f"{type(t).__name__} is a Tensor subclass"
@@ -95,9 +104,9 @@ class LSTM(torch.nn.LSTM):
             ``hx`` has another dtype.
         TypeError, IndexError, AttributeError: an argument is of the wrong kind.
 
-    Inputs without a fused path (another device than cpu, other dtypes, Tensor subclasses, vmap,
-    forward-mode derivatives, ``torch.jit.trace``) run through ``torch.nn.LSTM`` itself, with one
-    warning for each reason. ``torch.jit.script`` compiles ``torch.nn.LSTM``'s own forward, with
+    Inputs without a fused path (another device than cpu and cuda, other dtypes, Tensor subclasses,
+    vmap, forward-mode derivatives, ``torch.jit.trace``) run through ``torch.nn.LSTM`` itself, with
+    one warning for each reason. ``torch.jit.script`` compiles ``torch.nn.LSTM``'s own forward, with
     the same warning. ``lstm_fused.explain`` tells beforehand.
 
     The equations and the options are those of ``torch.nn.LSTM``'s documentation; Hochreiter and
@@ -202,11 +211,12 @@ class LSTM(torch.nn.LSTM):
 
     def _run(self, x, batch_sizes, hx, weights):
         """All layers: x (T, N, I) or packed (S, I), hx None or (L*D, N, R), (L*D, N, H)."""
-        if torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled(x.device.type):
             return self._run_autocast(x, batch_sizes, hx, weights)
         if hx is not None:
             h_0, c_0 = hx
-            if not (h_0.dtype is x.dtype is c_0.dtype and h_0.is_cpu and c_0.is_cpu):
+            same = h_0.dtype is x.dtype is c_0.dtype
+            if not (same and h_0.device == x.device == c_0.device):
                 checks.check_state_kind(x, hx)
         try:
             if self.num_layers == 1:
@@ -237,17 +247,17 @@ class LSTM(torch.nn.LSTM):
     def _run_autocast(self, x, batch_sizes, hx, weights):
         dtype, h_dtype = self._autocast_dtypes(x, batch_sizes, hx, weights)
         hx = hx and tuple(s.to(dtype) for s in hx)
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             weights = [w.to(dtype) for w in weights]
             y, (h_n, c_n) = self._run(x.to(dtype), batch_sizes, hx, weights)
         return y.to(h_dtype), (h_n.to(h_dtype), c_n)
 
     def _autocast_dtypes(self, x, batch_sizes, hx, weights):
-        """The dtypes of (c_n and everything computed, output and h_n) under autocast on the CPU.
+        """The dtypes of (c_n and everything computed, output and h_n) under autocast.
 
-        torch.nn.LSTM runs wholly in autocast's dtype where oneDNN has the layer. Elsewhere it only
-        narrows matrix products, and its cell state keeps the wider of autocast's and c_0's dtype:
-        that is the one everything runs in here.
+        torch.nn.LSTM runs wholly in autocast's dtype where oneDNN or cuDNN has the layer. Elsewhere
+        it only narrows matrix products, and its cell state keeps the wider of autocast's and c_0's
+        dtype: that is the one everything runs in here.
         """
         tensors = (x, *(hx or ()), *weights)
         double = [t.dtype is torch.float64 for t in tensors]
@@ -258,7 +268,9 @@ class LSTM(torch.nn.LSTM):
                 "autocast leaves float64 as it is, so that input, hx and weights must be float64 "
                 f"all or none, got {sorted({str(t.dtype) for t in tensors})}"
             )
-        narrow = torch.get_autocast_dtype("cpu")
+        narrow = torch.get_autocast_dtype(x.device.type)
+        if x.is_cuda:
+            return narrow, narrow
         onednn = _HAS_ONEDNN and torch.backends.mkldnn.enabled
         dense = batch_sizes is None and not self.proj_size
         if onednn and dense and x.dtype in (torch.float32, torch.bfloat16):

@@ -14,12 +14,16 @@ from torch.utils._pytree import tree_map
 from lstm_fused import (
     _C,  # noqa: F401  loads the operators
     _plan,
+    cuda,
     reference,
 )
 
 CELL_IDS = {name: number for name, (number, _) in _plan.cells().items()}
 _GATES = {number: gates for number, gates in _plan.cells().values()}
-_BLOCK = 16  # units to a block of the saved gates, csrc/params.h
+_SUMS = {CELL_IDS[name]: sums for name, (sums, *_) in _plan.cell_sums().items()}
+_BLOCK = 16  # units to a block of the gates saved on the CPU, csrc/params.h
+
+cuda.load()
 
 _forward_op = torch.ops.lstm_fused.recurrent_forward.default
 _backward_op = torch.ops.lstm_fused.recurrent_backward.default
@@ -40,8 +44,9 @@ def layer(x, batch_sizes, state0, weights, cell="lstm", directions=1):
     Returns:
         y (T, N, D * R) or (S, D * R), and the final states (h_n (D, N, R), c_n (D, N, H)).
 
-    Everything is of one dtype, float32, float64, bfloat16 or float16, and on the CPU. Gradients of
-    any order are given. Raises RuntimeError on shapes, dtypes or devices that do not fit.
+    Everything is of one dtype, float32, float64, bfloat16 or float16, and on the CPU or one CUDA
+    device. Gradients of any order are given. Raises RuntimeError on shapes, dtypes or devices that
+    do not fit.
     """
     cell_id = CELL_IDS[cell]
     if torch.is_grad_enabled() and (
@@ -229,20 +234,18 @@ def _fake_forward(x, batch_sizes, state0, weights, cell, directions, training):
     hidden, width = weights[1].shape[0] // gates, weights[1].shape[1]
     n = x.shape[1] if batch_sizes is None else _batch_of(batch_sizes, state0)
     rows = x.shape[0] * x.shape[1] if batch_sizes is None else x.shape[0]
-    blocks = (hidden + _BLOCK - 1) // _BLOCK
     saved = torch.float64 if x.dtype is torch.float64 else torch.float32
     y = x.new_empty(*x.shape[:-1], directions * width)
     h_n = x.new_empty(directions, n, width)
     c_n = x.new_empty(directions, n, hidden)
     if not training:
         return y, h_n, c_n, x.new_empty(0, dtype=saved), x.new_empty(0, dtype=saved)
-    return (
-        y,
-        h_n,
-        c_n,
-        x.new_empty(directions, blocks, rows, gates, _BLOCK, dtype=saved),
-        x.new_empty(directions, blocks, rows, _BLOCK, dtype=saved),
-    )
+    if x.device.type == "cuda":
+        shapes = (rows, directions, _SUMS[cell], hidden), (rows, directions, hidden)
+    else:
+        blocks = (hidden + _BLOCK - 1) // _BLOCK
+        shapes = (directions, blocks, rows, gates, _BLOCK), (directions, blocks, rows, _BLOCK)
+    return y, h_n, c_n, *(x.new_empty(shape, dtype=saved) for shape in shapes)
 
 
 def _batch_of(batch_sizes, state0):
@@ -288,19 +291,39 @@ def available_isas():
     return tuple(torch.ops.lstm_fused.available_isas().split())
 
 
-def last_run():
-    """What the newest forward or backward call on this thread ran, as a dict; empty before any."""
+def last_run(device="cpu"):
+    """What the newest forward or backward call ran, as a dict; empty before any.
+
+    On the CPU that is this thread's; on "cuda" any thread's, as autograd has its own there.
+    """
+    if device == "cuda":
+        return cuda.last_run()
     words = (word.split("=") for word in torch.ops.lstm_fused.last_run().split())
     return {key: int(value) if value.isdigit() else value for key, value in words}
 
 
-def plan(cell, dtype, T, N, I, H, R, directions, threads=None, training=False):  # noqa: E741
-    """The plan a forward call on the CPU with these sizes would run, as a printable object.
+def plan(
+    cell,
+    dtype,
+    T,
+    N,
+    I,  # noqa: E741
+    H,
+    R,
+    directions,
+    threads=None,
+    training=False,
+    device=None,
+):
+    """The plan a forward call with these sizes would run, as a printable object.
 
-    dtype is a torch.dtype or its name; threads is torch.get_num_threads() unless given.
+    dtype is a torch.dtype or its name; threads is torch.get_num_threads() unless given; device is
+    a torch.device, the CPU unless given.
     """
     if cell not in CELL_IDS:
         raise ValueError(f"cell is {cell!r} but must be one of {sorted(CELL_IDS)}")
+    if device is not None and device.type == "cuda":
+        return cuda.plan_on(device, CELL_IDS[cell], dtype, T, N, H, R, directions)
     return _plan.plan(
         str(dtype).removeprefix("torch."),
         torch.ops.lstm_fused.active_isa(),
