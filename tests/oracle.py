@@ -157,7 +157,7 @@ def run_module(problem, kind, draw=0, gradients=True):
     elif p.batch_first:
         given = x.transpose(0, 1)
     y, (h_n, c_n) = module(given, given_state)
-    forward_run = ops.last_run()
+    forward_run = ops.last_run(p.device)
     if p.packed:
         y = y.data
     elif p.form == "single":
@@ -170,7 +170,7 @@ def run_module(problem, kind, draw=0, gradients=True):
     leaves = {"x": x, **dict(module.named_parameters())}
     if state:
         leaves |= {"h0": state[0], "c0": state[1]}
-    return Outcome(named(y, h_n, c_n, leaves), forward_run, ops.last_run())
+    return Outcome(named(y, h_n, c_n, leaves), forward_run, ops.last_run(p.device))
 
 
 def reversed_layer(x, batch_sizes, state0, weights, directions):
@@ -194,7 +194,7 @@ def run_reference(problem, draw=0):
     """The problem in float64 by lstm_fused.reference, which shares nothing with the kernels."""
 
     def exact(t):
-        return t.to(torch.float64, copy=True).requires_grad_()
+        return t.to("cpu", torch.float64, copy=True).requires_grad_()
 
     p, values = problem, values_of(problem, draw)
     x = exact(values.x)
@@ -217,7 +217,7 @@ def run_reference(problem, draw=0):
         h_n.append(h if back is None else h[:, back])
         c_n.append(c if back is None else c[:, back])
     h_n, c_n = torch.cat(h_n), torch.cat(c_n)
-    torch.autograd.backward([rows, h_n, c_n], [g.double() for g in values.cotangents])
+    torch.autograd.backward([rows, h_n, c_n], [g.cpu().double() for g in values.cotangents])
     leaves = {"x": x, **weights}
     if state:
         leaves |= {"h0": state[0], "c0": state[1]}
@@ -226,9 +226,9 @@ def run_reference(problem, draw=0):
 
 def named(y, h_n, c_n, leaves):
     outputs = {"y": y, "h_n": h_n, "c_n": c_n}
-    return {k: v.detach() for k, v in outputs.items()} | {
-        f"d_{name}": leaf.grad for name, leaf in leaves.items()
-    }
+    found = {k: v.detach() for k, v in outputs.items()}
+    found |= {f"d_{name}": leaf.grad for name, leaf in leaves.items()}
+    return {k: None if v is None else v.cpu() for k, v in found.items()}
 
 
 @lru_cache(maxsize=8)

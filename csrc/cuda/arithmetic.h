@@ -161,7 +161,7 @@ struct Plain {
   static LSTM_FUSED_DEVICE void multiply(Acc (&acc)[kM][kN][4], const char* a, int64_t a_tile,
                                          int64_t a_row, const char* b, int64_t b_row) {
     const int lane = thread_index() % 32;
-    LSTM_FUSED_UNROLL
+    LSTM_FUSED_ROLLED  // twice the loads under way would spill in a cluster's 128 registers
     for (int at = 0; at < kKBytes; at += 16) {
       Vector right[kN][2];
       LSTM_FUSED_UNROLL

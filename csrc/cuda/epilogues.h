@@ -164,7 +164,7 @@ struct BackwardCell {
     if constexpr (Cell::kMemory != Memory::kNone) {
       if (n < rows.before)
         f.dc = as<C>(p.carry)[state];
-      else if (p.dc_n)
+      else if (Cell::kMemory == Memory::kCell && p.dc_n)
         f.dc = load(as<S>(p.dc_n)[state]);
     }
     if (n >= rows.active) return;

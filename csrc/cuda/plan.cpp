@@ -63,13 +63,14 @@ std::optional<Plan> plan_grid(const Problem& p, const Device& device, bool backw
   return best;
 }
 
-// The largest cluster that leaves no CTA without units: more SMs to a tile of the batch.
+// The largest cluster of use: more SMs to a tile of the batch. Sizes are powers of two, so that some
+// CTAs may be left without units, but never half of them.
 std::optional<Plan> plan_cluster(const Problem& p, const Device& device, bool backward) {
   if (!fits_a_sequence(p) || device.major < 9) return std::nullopt;
   constexpr int64_t most_tiles = kMaxClusterThreads / (32 * kClusterSplit);
   for (int64_t size = device.cluster_ctas; size >= 2; size /= 2) {
     const int64_t tiles = ceil_div(unit_tiles(p), size);
-    if (tiles > most_tiles || tiles * (size - 1) >= unit_tiles(p)) continue;
+    if (tiles > most_tiles || ceil_div(unit_tiles(p), size / 2) == tiles) continue;
     std::optional<Plan> best;
     for (const int64_t rows : {8, 16}) {
       const int64_t clusters = std::max<int64_t>(1, ceil_div(p.N, rows));

@@ -16,6 +16,7 @@
 #define LSTM_FUSED_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 #define LSTM_FUSED_CONSTANT __grid_constant__
 #define LSTM_FUSED_UNROLL _Pragma("unroll")
+#define LSTM_FUSED_ROLLED _Pragma("unroll 1")
 
 namespace lstm_fused::cuda {
 

@@ -14,22 +14,18 @@
 
 #include "primitives_host.h"
 
-#if defined(__SANITIZE_THREAD__)
+// This file itself is not instrumented: what it does is not what is watched. Its memcpy and memset
+// are, being calls.
+#if defined(LSTM_FUSED_WATCHED)
 #include <sanitizer/tsan_interface.h>
-#define UNSEEN __attribute__((no_sanitize("thread"), noinline))
-#else
-#define UNSEEN
 #endif
 
 namespace lstm_fused::cuda::fibers {
 namespace {
 
-#if defined(__SANITIZE_THREAD__)
+#if defined(LSTM_FUSED_WATCHED)
 void* new_thread() {
   return __tsan_create_fiber(0);
-}
-void end_thread(void* t) {
-  __tsan_destroy_fiber(t);
 }
 void* this_thread() {
   return __tsan_get_current_fiber();
@@ -47,7 +43,6 @@ void acquire(void* p) {
 void* new_thread() {
   return nullptr;
 }
-void end_thread(void*) {}
 void* this_thread() {
   return nullptr;
 }
@@ -93,12 +88,14 @@ struct Cluster {
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // how it begins
+  bool begun = false;
+  void* place[5];  // where it waits
   Block* block;
   int thread;
   bool done = false;
   std::vector<std::vector<Copy>> groups{1};  // the last is not committed yet
-  void* sanitized;
+  void* watched;
 };
 
 struct Grid {
@@ -109,23 +106,40 @@ struct Grid {
 
 Grid grid;
 Fiber* current;
-ucontext_t home;
+void* home[5];
 void* home_thread;
 bool progress;
+// Kept from launch to launch.
 std::vector<char*> stacks;
+std::vector<void*> watched;
 
 bool leaves_out(const char* what) {
   static const char* wanted = std::getenv("LSTM_FUSED_EMULATION_WITHOUT");
   return wanted && std::string(wanted) == what;
 }
 
-UNSEEN void yield() {
-  Fiber* self = current;
-  become(home_thread, false);
-  swapcontext(&self->context, &home);
+// The compiler's own, since swapcontext asks the kernel each time. noipa: to their callers they must
+// look as if they changed every register that a call may.
+__attribute__((noipa, noreturn)) void jump(void** place) {
+  __builtin_longjmp(place, 1);
 }
 
-UNSEEN unsigned arrive(Meeting& m) {
+__attribute__((noipa)) void yield() {
+  Fiber* self = current;
+  become(home_thread, false);
+  if (!__builtin_setjmp(self->place)) jump(home);
+}
+
+__attribute__((noipa)) void resume(Fiber* f, bool ordered) {
+  current = f;
+  become(f->watched, ordered);
+  if (__builtin_setjmp(home)) return;
+  if (f->begun) jump(f->place);
+  f->begun = true;
+  setcontext(&f->context);
+}
+
+unsigned arrive(Meeting& m) {
   const unsigned mine = m.generation;
   if (++m.arrived == m.wanted) {
     m.arrived = 0;
@@ -134,10 +148,10 @@ UNSEEN unsigned arrive(Meeting& m) {
   progress = true;
   return mine;
 }
-UNSEEN bool waiting(const Meeting& m, unsigned mine) {
+bool waiting(const Meeting& m, unsigned mine) {
   return m.generation == mine;
 }
-UNSEEN char* order_of(Meeting& m) {
+char* order_of(Meeting& m) {
   return &m.order[m.generation & 1];
 }
 
@@ -149,7 +163,7 @@ void meet(Meeting& m, bool ordered) {
   if (ordered) acquire(order);
 }
 
-UNSEEN void finish() {
+void finish() {
   current->done = true;
   progress = true;
 }
@@ -158,7 +172,7 @@ void begin() {
   (*grid.kernel)();
   finish();
   become(home_thread, true);
-  setcontext(&home);
+  jump(home);
 }
 
 char* stack(size_t i) {
@@ -176,7 +190,8 @@ void start(Fiber& f, size_t i) {
   f.context.uc_stack.ss_size = kStack;
   f.context.uc_link = nullptr;
   makecontext(&f.context, begin, 0);
-  f.sanitized = new_thread();
+  while (watched.size() <= i) watched.push_back(new_thread());
+  f.watched = watched[i];
 }
 
 // In turns until all are done; false if a whole round brings nobody further.
@@ -190,18 +205,13 @@ bool run_all(std::vector<Fiber>& fibers) {
   while (!left.empty()) {
     if (seed) std::shuffle(left.begin(), left.end(), random);
     progress = false;
-    for (Fiber* f : left) {
-      current = f;
-      // What the host wrote before the launch is seen by all; nothing that fibers write.
-      become(f->sanitized, first);
-      swapcontext(&home, &f->context);
-    }
+    // What the host wrote before the launch is seen by all; nothing that fibers write.
+    for (Fiber* f : left) resume(f, first);
     first = false;
     left.erase(std::remove_if(left.begin(), left.end(), [](Fiber* f) { return f->done; }),
                left.end());
     if (!progress) return false;
   }
-  for (Fiber& f : fibers) end_thread(f.sanitized);
   return true;
 }
 
@@ -239,25 +249,25 @@ bool run_together(std::list<Cluster>& clusters) {
 
 }  // namespace
 
-UNSEEN int thread() {
+int thread() {
   return current->thread;
 }
-UNSEEN int threads() {
+int threads() {
   return grid.threads;
 }
-UNSEEN dim3 block() {
+dim3 block() {
   return current->block->index;
 }
-UNSEEN dim3 blocks() {
+dim3 blocks() {
   return grid.blocks;
 }
-UNSEEN int rank() {
+int rank() {
   return current->block->rank;
 }
-UNSEEN int cluster() {
+int cluster() {
   return static_cast<int>(current->block->cluster->blocks.size());
 }
-UNSEEN char* shared(int rank) {
+char* shared(int rank) {
   return current->block->cluster->blocks[rank].shared;
 }
 
@@ -268,11 +278,11 @@ void sync_cluster() {
   if (!leaves_out("cluster")) meet(current->block->cluster->meeting, true);
 }
 
-UNSEEN static void add(unsigned long long* counter) {
+static void add(unsigned long long* counter) {
   ++*counter;
   progress = true;
 }
-UNSEEN static bool below(const unsigned long long* counter, unsigned long long target) {
+static bool below(const unsigned long long* counter, unsigned long long target) {
   return *counter < target;
 }
 
@@ -284,13 +294,13 @@ void sync_counter(unsigned long long* counter, unsigned long long target) {
   acquire(counter);
 }
 
-UNSEEN void queue_copy(void* to, const void* from, bool valid) {
+void queue_copy(void* to, const void* from, bool valid) {
   current->groups.back().push_back({to, from, valid});
 }
-UNSEEN void commit() {
+void commit() {
   current->groups.emplace_back();
 }
-UNSEEN static bool take(int pending, std::vector<Copy>& group) {
+static bool take(int pending, std::vector<Copy>& group) {
   auto& groups = current->groups;
   if (static_cast<int>(groups.size()) - 1 <= pending) return false;
   group = std::move(groups.front());
@@ -308,7 +318,7 @@ void wait(int pending) {
         std::memset(c.to, 0, 16);
 }
 
-UNSEEN static uint32_t (&deposit(const uint32_t (&mine)[8]))[32][8] {
+static uint32_t (&deposit(const uint32_t (&mine)[8]))[32][8] {
   Warp& warp = current->block->warps[current->thread / 32];
   auto& words = warp.words[warp.meeting.generation & 1];
   for (int i = 0; i < 8; ++i) words[current->thread % 32][i] = mine[i];

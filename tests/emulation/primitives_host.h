@@ -20,6 +20,7 @@
 #define LSTM_FUSED_KERNEL(threads) void
 #define LSTM_FUSED_CONSTANT
 #define LSTM_FUSED_UNROLL
+#define LSTM_FUSED_ROLLED
 
 struct dim3 {
   unsigned x, y, z;
