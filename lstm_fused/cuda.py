@@ -11,7 +11,7 @@ import torch
 from lstm_fused import _plan
 
 _LIBRARY = next(Path(__file__).parent.glob("_C_cuda*.so"), None)
-_GATES = dict(_plan.cells().values())
+CELLS = _plan.cuda_cells()  # by id: gates, sums, memory, input gates, hidden gates
 
 kernels = torch.ops.lstm_fused_cuda  # tests put the emulation's here
 _forced_kind = ""
@@ -91,7 +91,7 @@ def plan_on(device, cell, dtype, T, N, H, R, directions):
     """The forward plan of a layer on a CUDA device now; dtype: a torch.dtype or its name."""
     name = str(dtype).removeprefix("torch.")
     tf32 = name == "float32" and tf32_allowed()
-    return choose(device, name, T, N, H, R, directions, _GATES[cell], R != H, tf32, False)
+    return choose(device, name, T, N, H, R, directions, CELLS[cell][0], R != H, tf32, False)
 
 
 def choose(device, *sizes_to_backward, step=False):

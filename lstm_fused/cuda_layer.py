@@ -16,9 +16,6 @@ import torch
 from lstm_fused import _plan, cuda
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_CELLS = {
-    number: (gates, *_plan.cell_sums()[name]) for name, (number, gates) in _plan.cells().items()
-}
 
 
 def _check(fits, message):
@@ -42,7 +39,7 @@ class _Layer:
     D: int
 
     def __post_init__(self):
-        self.G, self.sums, self.memory, self.input_gates, self.hidden_gates = _CELLS[self.cell]
+        self.G, self.sums, self.memory, self.input_gates, self.hidden_gates = cuda.CELLS[self.cell]
         each = len(self.weights) // self.D
         _check(
             self.D in (1, 2) and each * self.D == len(self.weights) and 2 <= each <= 5,

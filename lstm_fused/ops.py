@@ -20,7 +20,6 @@ from lstm_fused import (
 
 CELL_IDS = {name: number for name, (number, _) in _plan.cells().items()}
 _GATES = {number: gates for number, gates in _plan.cells().values()}
-_SUMS = {CELL_IDS[name]: sums for name, (sums, *_) in _plan.cell_sums().items()}
 _BLOCK = 16  # units to a block of the gates saved on the CPU, csrc/params.h
 
 cuda.load()
@@ -241,7 +240,7 @@ def _fake_forward(x, batch_sizes, state0, weights, cell, directions, training):
     if not training:
         return y, h_n, c_n, x.new_empty(0, dtype=saved), x.new_empty(0, dtype=saved)
     if x.device.type == "cuda":
-        shapes = (rows, directions, _SUMS[cell], hidden), (rows, directions, hidden)
+        shapes = (rows, directions, cuda.CELLS[cell][1], hidden), (rows, directions, hidden)
     else:
         blocks = (hidden + _BLOCK - 1) // _BLOCK
         shapes = (directions, blocks, rows, gates, _BLOCK), (directions, blocks, rows, _BLOCK)

@@ -162,7 +162,7 @@ struct Plain {
                                          int64_t a_row, const char* b, int64_t b_row) {
     const int lane = thread_index() % 32;
     LSTM_FUSED_ROLLED  // twice the loads under way would spill in a cluster's 128 registers
-    for (int at = 0; at < kKBytes; at += 16) {
+        for (int at = 0; at < kKBytes; at += 16) {
       Vector right[kN][2];
       LSTM_FUSED_UNROLL
       for (int j = 0; j < kN; ++j) LSTM_FUSED_UNROLL

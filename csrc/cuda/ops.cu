@@ -143,8 +143,8 @@ void forward(Tensor pre, Tensors w_hh, Tensors bias, Tensors w_hr, Tensors state
              MaybeTensor barrier, int64_t cell, int64_t sums, std::vector<int64_t> planned) {
   check_cell(cell);
   STD_TORCH_CHECK(h_n.dim() == 3 && carry.dim() == 3 && y.dim() == 2, "h_n, carry and y");
-  const Sizes z{y.size(0),   h_n.size(1),      carry.size(2), h_n.size(2),
-                h_n.size(0), kCellGates[cell], sums};
+  const Sizes z{y.size(0),   h_n.size(1),    carry.size(2), h_n.size(2),
+                h_n.size(0), kGatesOf[cell], sums};
   const Plan plan = read_plan(planned, false);
   std::vector<int64_t> offsets;
   const Steps host = read_steps(batch_sizes, z.S, z.N, offsets);
@@ -181,8 +181,8 @@ void backward(Tensors w_hh_t, Tensors w_hr_t, Tensors state0, MaybeTensor batch_
               int64_t R, int64_t cell, std::vector<int64_t> planned) {
   check_cell(cell);
   STD_TORCH_CHECK(d_gates.dim() == 4 && carry.dim() == 3, "d_gates and carry");
-  const Sizes z{d_gates.size(0), carry.size(1),    carry.size(2),  R,
-                carry.size(0),   kCellGates[cell], d_gates.size(2)};
+  const Sizes z{d_gates.size(0), carry.size(1),  carry.size(2),  R,
+                carry.size(0),   kGatesOf[cell], d_gates.size(2)};
   const Plan plan = read_plan(planned, true);
   std::vector<int64_t> offsets;
   const Steps host = read_steps(batch_sizes, z.S, z.N, offsets);

@@ -63,8 +63,8 @@ std::optional<Plan> plan_grid(const Problem& p, const Device& device, bool backw
   return best;
 }
 
-// The largest cluster of use: more SMs to a tile of the batch. Sizes are powers of two, so that some
-// CTAs may be left without units, but never half of them.
+// The largest cluster of use: more SMs to a tile of the batch. Sizes are powers of two, so that
+// some CTAs may be left without units, but never half of them.
 std::optional<Plan> plan_cluster(const Problem& p, const Device& device, bool backward) {
   if (!fits_a_sequence(p) || device.major < 9) return std::nullopt;
   constexpr int64_t most_tiles = kMaxClusterThreads / (32 * kClusterSplit);

@@ -90,10 +90,11 @@ void define_plans(py::module_& m) {
   m.def("cuda_row_bytes", [](const std::string& dtype, int64_t values) {
     return row_bytes(from_name<DType>(dtype, kDTypeCount, "dtype"), values);
   });
-  // Name to (sums, memory, input gates, hidden gates): the cell contract of csrc/cells/cells.h.
-  m.def("cell_sums", [] {
-    py::dict all;
-    const auto add = [&](const char* name, auto type) {
+  // By the number the operators know a cell by, (gates, sums, memory, input gates, hidden gates):
+  // the contract of csrc/cells/cells.h.
+  m.def("cuda_cells", [] {
+    py::list all;
+    const auto add = [&](auto type) {
       using Cell = decltype(type);
       std::vector<int> input, hidden;
       for (int j = 0; j < Cell::kGates; ++j) {
@@ -101,10 +102,10 @@ void define_plans(py::module_& m) {
         hidden.push_back(Cell::hidden_gate(j));
       }
       constexpr const char* memories[] = {"none", "cell", "hidden"};
-      all[name] =
-          py::make_tuple(+Cell::kSums, memories[static_cast<int>(Cell::kMemory)], input, hidden);
+      all.append(py::make_tuple(+Cell::kGates, +Cell::kSums,
+                                memories[static_cast<int>(Cell::kMemory)], input, hidden));
     };
-#define LSTM_FUSED_ADD(name, Cell) add(#name, Cell{});
+#define LSTM_FUSED_ADD(name, Cell) add(Cell{});
     LSTM_FUSED_CELLS(LSTM_FUSED_ADD)
 #undef LSTM_FUSED_ADD
     return all;
