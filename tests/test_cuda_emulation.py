@@ -8,34 +8,17 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import replace
-from itertools import product
 
 import emulated
 import oracle
 import pytest
 import tolerance
 import torch
+from cuda_cases import KINDS, PROJECTED, SMALL, cases, expected
 from oracle import Problem, check, judges, run_module
-from paths import DTYPES
 
 import lstm_fused
 from lstm_fused import cuda, ops
-
-KINDS = ("step", "grid", "cluster")
-PROBLEMS = (
-    Problem(5, 19, 6, 40, hx=True),  # ragged tiles of units and rows
-    Problem(6, 21, 5, 100, form="unsorted", directions=2, hx=True),
-    Problem(4, 9, 6, 48, form="sorted", directions=2, bias=False),
-    Problem(3, 5, 4, 140, layers=2, batch_first=True),  # more chunks of k than the ring has stages
-    Problem(3, 140, 2, 40, directions=2),  # more tiles of rows than groups of CTAs
-    Problem(1, 3, 4, 40, hx=True),
-)
-PROJECTED = (
-    Problem(5, 19, 6, 40, proj=11, directions=2, hx=True),
-    Problem(6, 19, 6, 33, proj=17, directions=2, form="unsorted", hx=True),
-    Problem(4, 3, 6, 20, proj=19, bias=False),
-)
 
 
 @pytest.fixture(autouse=True)
@@ -49,11 +32,6 @@ def emulation(monkeypatch):
     cuda.device_properties.cache_clear()
 
 
-def expected(kind, problem):
-    persistent = problem.dtype is not torch.float64 and not problem.proj
-    return kind if persistent else "step"
-
-
 def assert_ran(kind, problem, outcome):
     for way, run in (("forward", outcome.forward_run), ("backward", outcome.backward_run)):
         wanted = (way, str(problem.dtype).removeprefix("torch."), expected(kind, problem))
@@ -62,12 +40,7 @@ def assert_ran(kind, problem, outcome):
 
 @pytest.mark.parametrize(
     ("kind", "problem"),
-    [
-        pytest.param(kind, replace(p, dtype=dtype), id=f"{kind}-{replace(p, dtype=dtype)}")
-        for dtype in DTYPES
-        for kind, p in (*product(KINDS, PROBLEMS), *product(("step",), PROJECTED))
-        if kind == "step" or dtype is not torch.float64
-    ],
+    [pytest.param(k, p, id=f"{k}-{p}") for k, p in cases(SMALL, PROJECTED)],
 )
 def test_agrees(kind, problem):
     cuda.set_plan(kind)

@@ -24,7 +24,8 @@ const char* launch(const Plan& plan, const RecurrenceParams& p, int64_t units, i
   how.cluster = kKind == PlanKind::kCluster ? plan.unit_ctas : 0;
   how.cooperative = kKind == PlanKind::kGrid;
   how.stream = stream;
-  return launch_kernel(recurrence_kernel<Math, Epilogue, kTiles, kKind>, how, p);
+  static Prepared prepared;
+  return launch_kernel(recurrence_kernel<Math, Epilogue, kTiles, kKind>, how, p, prepared);
 }
 
 // One launch of one step's product, its rows shared out anew: a packed batch shrinks or grows.

@@ -8,6 +8,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 
 #include "plan.h"
@@ -40,6 +41,11 @@ LSTM_FUSED_DEVICE char* shared_memory() {
 
 LSTM_FUSED_DEVICE void sync_block() {
   __syncthreads();
+}
+
+// Lanes that went different ways are together again: instructions of a whole warp want that.
+LSTM_FUSED_DEVICE void sync_warp() {
+  __syncwarp();
 }
 
 LSTM_FUSED_DEVICE uint32_t shared_address(const void* p) {
@@ -155,8 +161,8 @@ LSTM_FUSED_DEVICE int cluster_size() {
 }
 // All threads of all CTAs of the cluster; orders their accesses to each other's shared memory.
 LSTM_FUSED_DEVICE void sync_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 // 16 bytes from this CTA's shared memory into the same place of another CTA's.
 LSTM_FUSED_DEVICE void send_shared(void* place, int rank) {
@@ -224,20 +230,40 @@ struct Launch {
   void* stream;
 };
 
+// What was asked of the driver for one kernel already, a bit for each device.
+struct Prepared {
+  std::atomic<uint64_t> devices{0};
+};
+
+// All the shared memory there is, and clusters of more than 8.
+inline const char* prepare(const void* function, Prepared& prepared, bool clusters) {
+  int device = 0, bytes = 0;
+  if (const char* error = error_of(cudaGetDevice(&device))) return error;
+  const uint64_t bit = uint64_t{1} << (device & 63);
+  if (device < 64 && prepared.devices.load(std::memory_order_acquire) & bit) return nullptr;
+  if (const char* error =
+          error_of(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)))
+    return error;
+  if (const char* error = error_of(
+          cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)))
+    return error;
+  if (clusters)
+    if (const char* error = error_of(
+            cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)))
+      return error;
+  prepared.devices.fetch_or(bit, std::memory_order_release);
+  return nullptr;
+}
+
 // Null, or what went wrong.
 template <class Params>
-const char* launch_kernel(void (*kernel)(Params), const Launch& launch, const Params& params) {
+const char* launch_kernel(void (*kernel)(Params), const Launch& launch, const Params& params,
+                          Prepared& prepared) {
   const void* function = reinterpret_cast<const void*>(kernel);
-  const auto set = [&](cudaFuncAttribute attribute, int value) {
-    return error_of(cudaFuncSetAttribute(function, attribute, value));
-  };
-  const int bytes = static_cast<int>(launch.shared_bytes);
-  if (const char* error = set(cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;
+  if (const char* error = prepare(function, prepared, launch.cluster > 0)) return error;
   cudaLaunchAttribute attributes[2] = {};
   int count = 0;
   if (launch.cluster) {
-    if (launch.cluster > 8)
-      if (const char* error = set(cudaFuncAttributeNonPortableClusterSizeAllowed, 1)) return error;
     attributes[count].id = cudaLaunchAttributeClusterDimension;
     attributes[count].val.clusterDim.x = launch.cluster;
     attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;

@@ -100,6 +100,7 @@ struct Recurrence {
   LSTM_FUSED_DEVICE void multiply(Part& part, const char* a_at, int64_t a_stride, const char* b_at,
                                   int64_t b_stride, int64_t bytes) const {
     const int warp = thread_index() / 32;
+    sync_warp();
     a_at += warp / kSplit * kM * kUnitTile * a_stride;
     for (int64_t k = warp % kSplit * kKBytes; k < bytes; k += kSplit * kKBytes)
       Math::template multiply<kM, kTiles>(part.acc, a_at + k, kUnitTile * a_stride, a_stride,

@@ -86,8 +86,8 @@ bool close(float a, float b) {
 
 // A unit's sums at one step, from h before it.
 template <class Cell>
-void sum(const Layer<Cell>& l, const std::vector<float>& h, int64_t row, int d, int64_t n, int64_t u,
-         float (&sums)[Cell::kSums]) {
+void sum(const Layer<Cell>& l, const std::vector<float>& h, int64_t row, int d, int64_t n,
+         int64_t u, float (&sums)[Cell::kSums]) {
   constexpr int G = Cell::kGates, first = Cell::kSums - G;
   const int64_t H = l.c.H;
   for (float& s : sums) s = 0;

@@ -118,8 +118,8 @@ bool leaves_out(const char* what) {
   return wanted && std::string(wanted) == what;
 }
 
-// The compiler's own, since swapcontext asks the kernel each time. noipa: to their callers they must
-// look as if they changed every register that a call may.
+// The compiler's own, since swapcontext asks the kernel each time. noipa: to their callers they
+// must look as if they changed every register that a call may.
 __attribute__((noipa, noreturn)) void jump(void** place) {
   __builtin_longjmp(place, 1);
 }
@@ -273,6 +273,9 @@ char* shared(int rank) {
 
 void sync_block() {
   if (!leaves_out("block")) meet(current->block->meeting, true);
+}
+void sync_warp() {
+  meet(current->block->warps[current->thread / 32].meeting, true);
 }
 void sync_cluster() {
   if (!leaves_out("cluster")) meet(current->block->cluster->meeting, true);

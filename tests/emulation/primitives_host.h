@@ -39,6 +39,7 @@ int rank();     // in the cluster
 int cluster();  // CTAs of it
 char* shared(int rank);
 void sync_block();
+void sync_warp();
 void sync_cluster();
 void sync_counter(unsigned long long* counter, unsigned long long target);
 void queue_copy(void* to, const void* from, bool valid);
@@ -68,6 +69,9 @@ inline char* shared_memory() {
 }
 inline void sync_block() {
   fibers::sync_block();
+}
+inline void sync_warp() {
+  fibers::sync_warp();
 }
 inline void copy_async(void* to, const void* from, bool valid) {
   fibers::queue_copy(to, from, valid);
@@ -207,8 +211,11 @@ struct Launch {
   void* stream;
 };
 
+struct Prepared {};
+
 template <class Params>
-const char* launch_kernel(void (*kernel)(Params), const Launch& launch, const Params& params) {
+const char* launch_kernel(void (*kernel)(Params), const Launch& launch, const Params& params,
+                          Prepared&) {
   return fibers::run([&] { kernel(params); }, launch.grid, launch.threads, launch.shared_bytes,
                      launch.cluster, launch.cooperative);
 }
