@@ -168,12 +168,27 @@ class _Layer:
 
 @contextmanager
 def _ieee_products():
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    """No TF32 in torch's products, by whichever of torch's two kinds of switch is in use.
+
+    Torch refuses to answer when both kinds contradict each other.
+    """
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        older = matmul.allow_tf32
+    except RuntimeError:
+        older = False
+    if older:
+        matmul.allow_tf32 = False
+    else:
+        matmul.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+        if older:
+            matmul.allow_tf32 = True
+        else:
+            matmul.fp32_precision = before
 
 
 def _products(layer):

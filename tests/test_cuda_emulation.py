@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 
 import emulated
 import oracle
@@ -61,6 +62,35 @@ def test_tf32(kind):
         error, largest = tolerance.error_of(found.tensors[name], truth), truth.abs().max().item()
         assert error <= torch.finfo(torch.float16).eps * largest, name
         assert error > torch.finfo(torch.float32).eps * largest, name
+
+
+SWITCHES = """
+import sys
+import torch
+from lstm_fused import cuda_layer
+matmul = torch.backends.cuda.matmul
+exec(sys.argv[1])
+before = matmul.fp32_precision
+with cuda_layer._ieee_products():
+    assert matmul.fp32_precision == "ieee" and matmul.allow_tf32 is False
+assert matmul.fp32_precision == before == "tf32"
+exec(sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize(
+    ("switch", "after"),
+    [
+        ("matmul.allow_tf32 = True", "assert matmul.allow_tf32"),
+        ("matmul.fp32_precision = 'tf32'", ""),
+        ("torch.set_float32_matmul_precision('high')", "assert matmul.allow_tf32"),
+    ],
+)
+def test_products_without_tf32(switch, after):
+    """Each of torch's switches is found and left as it was; in a process of its own."""
+    command = [sys.executable, "-c", SWITCHES, switch, after]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=emulated.ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("kind", KINDS)
