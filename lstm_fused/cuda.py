@@ -3,6 +3,7 @@
 Sizes: T steps, N rows, H hidden units, R recurrent width, D directions.
 """
 
+import warnings
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,6 +13,12 @@ from lstm_fused import _plan
 
 _LIBRARY = next(Path(__file__).parent.glob("_C_cuda*.so"), None)
 CELLS = _plan.cuda_cells()  # by id: gates, sums, memory, input gates, hidden gates
+
+# To be taken out when docs/cuda.md's first line is.
+_NEVER_RUN = (
+    "lstm_fused's CUDA kernels have been checked in an emulation only, never on a GPU: run "
+    "`make gpu-check` before you rely on them (docs/cuda.md)"
+)
 
 kernels = torch.ops.lstm_fused_cuda  # tests put the emulation's here
 _forced_kind = ""
@@ -65,6 +72,8 @@ def last_run():
 @lru_cache
 def device_properties(index):
     """(major, minor, SMs, bytes of shared memory a block may have, CTAs of a cluster)."""
+    if torch.version.cuda is not None:
+        warnings.warn(_NEVER_RUN, stacklevel=2)
     return tuple(kernels.device_properties(index))
 
 

@@ -220,6 +220,7 @@ void backward(Tensors w_hh_t, Tensors w_hr_t, Tensors state0, MaybeTensor batch_
 // (major, minor, SMs, shared bytes of a block, CTAs of a cluster).
 std::vector<int64_t> device_properties(int64_t index) {
   Device device{};
+  const DeviceGuard guard(static_cast<int>(index));
   const char* error = read_device(static_cast<int>(index), device);
   STD_TORCH_CHECK(error == nullptr, "device ", index, ": ", error);
   return {device.major, device.minor, device.sms, device.shared_bytes, device.cluster_ctas};

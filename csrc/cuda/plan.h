@@ -67,11 +67,6 @@ int64_t shared_bytes(PlanKind kind, DType dtype, int gates, int unit_tiles, int 
 // Whether the kernels run there at all.
 bool supported(const Device& device);
 
-// CTAs of the largest cluster: 8 are portable, 16 are there on the large chips of 9.0 and 10.x.
-constexpr int largest_cluster(int major) {
-  return major < 9 ? 1 : major <= 10 ? 16 : 8;
-}
-
 // The plan of one kind, if the device has the room for it.
 std::optional<Plan> plan_as(PlanKind kind, const Problem& problem, const Device& device,
                             bool backward);

@@ -208,6 +208,34 @@ class DeviceGuard {
   int before_ = 0;
 };
 
+static __global__ void probe_kernel() {}
+
+// Whether clusters of this many CTAs, each with all the shared memory of its SM, have room: 16 of
+// them may not, where a chip has too few SMs together.
+inline bool has_clusters_of(int ctas, int shared_bytes) {
+  const void* function = reinterpret_cast<const void*>(probe_kernel);
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = ctas;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(ctas);
+  config.blockDim = dim3(kMaxClusterThreads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int clusters = 0;
+  const bool answered =
+      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes) ==
+          cudaSuccess &&
+      cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ==
+          cudaSuccess &&
+      cudaOccupancyMaxActiveClusters(&clusters, function, &config) == cudaSuccess;
+  if (!answered) cudaGetLastError();  // it is nobody else's
+  return answered && clusters > 0;
+}
+
+// The device must be current.
 inline const char* read_device(int index, Device& device) {
   const auto read = [&](cudaDeviceAttr attribute, int& value) {
     return error_of(cudaDeviceGetAttribute(&value, attribute, index));
@@ -217,7 +245,10 @@ inline const char* read_device(int index, Device& device) {
   if (const char* error = read(cudaDevAttrMultiProcessorCount, device.sms)) return error;
   if (const char* error = read(cudaDevAttrMaxSharedMemoryPerBlockOptin, device.shared_bytes))
     return error;
-  device.cluster_ctas = largest_cluster(device.major);
+  device.cluster_ctas = 1;
+  if (device.major >= 9)
+    for (int ctas = 16; ctas > 1 && device.cluster_ctas == 1; ctas /= 2)
+      if (has_clusters_of(ctas, device.shared_bytes)) device.cluster_ctas = ctas;
   return nullptr;
 }
 
