@@ -13,9 +13,12 @@ SMALL = (
     Problem(6, 21, 5, 100, form="unsorted", directions=2, hx=True),
     Problem(4, 9, 6, 48, form="sorted", directions=2, bias=False),
     Problem(3, 5, 4, 140, layers=2, batch_first=True),  # more chunks of k than the ring has stages
-    Problem(3, 140, 2, 40, directions=2),  # more tiles of rows than groups of CTAs, if emulated
+    # More tiles of rows than groups of CTAs, on the emulated device.
+    Problem(3, 200, 2, 40, directions=2),
     Problem(1, 3, 4, 40, hx=True),
 )
+# Weights of 16 bits both in registers and in shared memory, and several tiles of rows in turn.
+HELD = (Problem(2, 40, 3, 300),)
 PROJECTED = (
     Problem(5, 19, 6, 40, proj=11, directions=2, hx=True),
     Problem(6, 19, 6, 33, proj=17, directions=2, form="unsorted", hx=True),
@@ -31,10 +34,11 @@ LARGE = (
 )
 
 
-def cases(small, projected=()):
+def cases(small, projected=(), held=()):
     """(kind, problem) for every dtype that has the plan."""
+    some = *product(("step",), projected), *product(("grid",), held)
     for dtype in DTYPES:
-        for kind, problem in (*product(KINDS, small), *product(("step",), projected)):
+        for kind, problem in (*product(KINDS, small), *some):
             if kind == "step" or dtype is not torch.float64:
                 yield kind, replace(problem, dtype=dtype)
 

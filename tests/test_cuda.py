@@ -6,7 +6,7 @@ import oracle
 import pytest
 import tolerance
 import torch
-from cuda_cases import KINDS, LARGE, PROJECTED, SMALL, cases, expected
+from cuda_cases import HELD, KINDS, LARGE, PROJECTED, SMALL, cases, expected
 from oracle import Problem, check, run_module
 from paths import DEVICES
 
@@ -34,7 +34,7 @@ def on_device(kind, problem):
 
 
 @pytest.mark.parametrize(
-    ("kind", "problem"), [on_device(*case) for case in cases(SMALL, PROJECTED)]
+    ("kind", "problem"), [on_device(*case) for case in cases(SMALL, PROJECTED, HELD)]
 )
 def test_agrees(kind, problem):
     cuda.set_plan(kind)

@@ -81,12 +81,54 @@ struct TensorCores {
   using Storage = typename Instruction::Storage;
   using Acc = float;
 
+  static constexpr bool kTensorCores = true;
+
   template <int kM, int kN>
   static LSTM_FUSED_DEVICE void multiply(Acc (&acc)[kM][kN][4], const char* a, int64_t a_tile,
                                          int64_t a_row, const char* b, int64_t b_row) {
     const int lane = thread_index() % 32;
     const int matrix = lane / 8, row = lane % 8;
     uint32_t right[kN][2];
+    load_right(right, b, b_row);
+    LSTM_FUSED_UNROLL
+    for (int m = 0; m < kM; ++m) {
+      uint32_t left[4];
+      load_matrices(left, a + m * a_tile + ((matrix & 1) * 8 + row) * a_row + (matrix >> 1) * 16);
+      Instruction::prepare(left);
+      LSTM_FUSED_UNROLL
+      for (int j = 0; j < kN; ++j) Instruction::multiply(acc[m][j], left, right[j]);
+    }
+  }
+
+  // The same with A in registers, as load_held left it.
+  template <int kM, int kN>
+  static LSTM_FUSED_DEVICE void multiply_held(Acc (&acc)[kM][kN][4], const uint32_t (&left)[kM][4],
+                                              const char* b, int64_t b_row) {
+    uint32_t right[kN][2];
+    load_right(right, b, b_row);
+    LSTM_FUSED_UNROLL
+    for (int m = 0; m < kM; ++m) LSTM_FUSED_UNROLL
+    for (int j = 0; j < kN; ++j) Instruction::multiply(acc[m][j], left[m], right[j]);
+  }
+
+  // This lane's part of a tile of A in global memory, of which the first `rows` rows are there.
+  static LSTM_FUSED_DEVICE void load_held(uint32_t (&left)[4], const char* a, int64_t a_row,
+                                          int64_t rows) {
+    const int lane = thread_index() % 32;
+    LSTM_FUSED_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + (i & 1) * 8;
+      const char* from = a + row * a_row + (i >> 1) * 16 + lane % 4 * 4;
+      left[i] = row < rows ? *reinterpret_cast<const uint32_t*>(from) : 0;
+    }
+    Instruction::prepare(left);
+  }
+
+ private:
+  template <int kN>
+  static LSTM_FUSED_DEVICE void load_right(uint32_t (&right)[kN][2], const char* b, int64_t b_row) {
+    const int lane = thread_index() % 32;
+    const int matrix = lane / 8, row = lane % 8;
     if constexpr (kN == 1) {
       load_matrices(right[0], b + row * b_row + (matrix & 1) * 16);
     } else {
@@ -102,14 +144,6 @@ struct TensorCores {
     }
     LSTM_FUSED_UNROLL
     for (int j = 0; j < kN; ++j) Instruction::prepare(right[j]);
-    LSTM_FUSED_UNROLL
-    for (int m = 0; m < kM; ++m) {
-      uint32_t left[4];
-      load_matrices(left, a + m * a_tile + ((matrix & 1) * 8 + row) * a_row + (matrix >> 1) * 16);
-      Instruction::prepare(left);
-      LSTM_FUSED_UNROLL
-      for (int j = 0; j < kN; ++j) Instruction::multiply(acc[m][j], left, right[j]);
-    }
   }
 };
 
@@ -152,6 +186,7 @@ template <class T>
 struct Plain {
   using Storage = T;
   using Acc = T;
+  static constexpr bool kTensorCores = false;
   static constexpr int kVector = 16 / sizeof(T);
   struct alignas(16) Vector {
     T v[kVector];

@@ -41,8 +41,8 @@ const char* launch_step(const Plan& plan, const RecurrenceParams& p, void* strea
   if (reach == 0) return nullptr;
   const int64_t groups = std::min<int64_t>(ceil_div(reach, kStepRows), kMostBlocks);
   const DType dtype = sizeof(typename Math::Acc) == 8 ? DType::kFloat64 : DType::kFloat32;
-  const int64_t shared =
-      shared_bytes(PlanKind::kStep, dtype, Epilogue::kGates, 1, kStepRows, p.product.in.bytes);
+  const int64_t shared = shared_bytes(PlanKind::kStep, dtype, false, Epilogue::kGates, 1, kStepRows,
+                                      p.product.in.bytes);
   return launch<Math, Epilogue, kTiles, PlanKind::kStep>(plan, p, p.product.units, groups, shared,
                                                          stream);
 }

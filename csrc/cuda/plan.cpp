@@ -36,8 +36,9 @@ Plan with_tiles(PlanKind kind, const Problem& p, bool backward, int64_t tile_row
   plan.row_groups = static_cast<int>(groups);
   plan.threads = static_cast<int>(
       32 * (kind == PlanKind::kCluster ? tiles * kClusterSplit : int64_t{kStepSplit}));
-  plan.shared_bytes = shared_bytes(kind, p.dtype, backward ? 1 : p.gates, plan.unit_tiles,
-                                   plan.tile_rows, k_bytes(p, backward));
+  const bool tensor_cores = p.dtype != DType::kFloat64 && (p.dtype != DType::kFloat32 || p.tf32);
+  plan.shared_bytes = shared_bytes(kind, p.dtype, tensor_cores, backward ? 1 : p.gates,
+                                   plan.unit_tiles, plan.tile_rows, k_bytes(p, backward));
   return plan;
 }
 
@@ -98,8 +99,8 @@ int64_t row_bytes(DType dtype, int64_t values) {
   return round_up(values * element_bytes(dtype), kKBytes);
 }
 
-int64_t shared_bytes(PlanKind kind, DType dtype, int gates, int unit_tiles, int tile_rows,
-                     int64_t k_bytes) {
+int64_t shared_bytes(PlanKind kind, DType dtype, bool tensor_cores, int gates, int unit_tiles,
+                     int tile_rows, int64_t k_bytes) {
   const bool streamed = kind == PlanKind::kStep;
   const int split = kind == PlanKind::kCluster ? kClusterSplit : kStepSplit;
   const int64_t a_rows = int64_t{unit_tiles} * gates * kUnitTile;
@@ -107,7 +108,9 @@ int64_t shared_bytes(PlanKind kind, DType dtype, int gates, int unit_tiles, int 
   if (kind == PlanKind::kCluster) return (a_rows + 2 * tile_rows) * (k_bytes + kPadBytes) + sums;
   const int64_t stage =
       (tile_rows + (streamed ? a_rows : 0)) * ((streamed ? kStepChunk : kGridChunk) + kPadBytes);
-  return (streamed ? 0 : a_rows * (k_bytes + kPadBytes)) + std::max(kStages * stage, sums);
+  const int64_t held = int64_t{held_steps(tensor_cores, gates, tile_rows)} * split * kKBytes;
+  const int64_t a_row = std::max<int64_t>(0, k_bytes - held) + kPadBytes;
+  return (streamed ? 0 : a_rows * a_row) + std::max(kStages * stage, sums);
 }
 
 bool supported(const Device& device) {

@@ -57,12 +57,22 @@ inline constexpr int kStepRows = 16;            // the one tile the step plan is
 inline constexpr int kMostBlocks = 65535;       // of a grid, along y
 inline constexpr int kKBytes = 32;              // of k that one matrix instruction takes
 
+inline constexpr int kHeldRegisters = 96;  // of a thread, for weights of the grid plan
+
+// Steps of k whose weights a warp of the grid plan keeps in registers, an even number of them: two
+// are a stage of the ring. gates: m-tiles of a unit tile, 4 registers each. Tiles of 32 rows leave
+// fewer; plain multiply-adds want the weights in another layout.
+constexpr int held_steps(bool tensor_cores, int gates, int tile_rows) {
+  const int registers = tile_rows < 32 ? kHeldRegisters : kHeldRegisters / 3;
+  return tensor_cores ? registers / (8 * gates) * 2 : 0;
+}
+
 // Bytes of a row of `values` operands, padded to whole instructions.
 int64_t row_bytes(DType dtype, int64_t values);
 
 // Shared memory of a CTA. gates: m-tiles of a unit tile; k_bytes: of a row of A and B.
-int64_t shared_bytes(PlanKind kind, DType dtype, int gates, int unit_tiles, int tile_rows,
-                     int64_t k_bytes);
+int64_t shared_bytes(PlanKind kind, DType dtype, bool tensor_cores, int gates, int unit_tiles,
+                     int tile_rows, int64_t k_bytes);
 
 // Whether the kernels run there at all.
 bool supported(const Device& device);

@@ -33,6 +33,13 @@ struct Recurrence {
   // Units x rows of a tile over its threads.
   static constexpr int kOwn = kRows <= 2 * kSplit ? 1 : kRows / (2 * kSplit);
 
+  // Weights in registers: the first steps of k of each warp's.
+  static constexpr int kHeld =
+      kKind == PlanKind::kGrid ? held_steps(Math::kTensorCores, kM, kRows) : 0;
+  static constexpr int kHeldBytes = kHeld * kSplit * kKBytes;
+  static constexpr int kStepsOfStage = kChunk / (kSplit * kKBytes);  // of each warp
+  static_assert(kHeld % kStepsOfStage == 0);
+
   const RecurrenceParams& p;
   const int unit_tiles;  // of this CTA
   const int d;
@@ -40,7 +47,8 @@ struct Recurrence {
   const int64_t k_bytes;
   const int64_t a_row;  // bytes between rows of A in shared memory
   char* a;
-  char* b;    // the ring, or both halves of B
+  char* b;  // the ring, or both halves of B
+  uint32_t held[kHeld ? kHeld : 1][kM][4];
   Acc* sums;  // (kSplit, unit_tiles, kM * 16, kSumRow)
 
   LSTM_FUSED_DEVICE explicit Recurrence(const RecurrenceParams& params)
@@ -49,13 +57,17 @@ struct Recurrence {
         d(block_index().z),
         unit0(static_cast<int64_t>(block_index().x) * unit_tiles * kUnitTile),
         k_bytes(p.product.in.bytes),
-        a_row((kKind == PlanKind::kStep ? kChunk : k_bytes) + kPadBytes) {
+        a_row((kKind == PlanKind::kStep ? kChunk : shared_k()) + kPadBytes) {
     char* memory = shared_memory();
     a = memory;
     b = memory + (kKind == PlanKind::kStep ? 0 : a_rows() * a_row);
     sums = reinterpret_cast<Acc*>(kKind == PlanKind::kCluster ? b + 2 * half_bytes() : b);
   }
 
+  // Bytes of k of the weights that lie in shared memory.
+  LSTM_FUSED_DEVICE int64_t shared_k() const {
+    return k_bytes > kHeldBytes ? k_bytes - kHeldBytes : 0;
+  }
   LSTM_FUSED_DEVICE int a_rows() const { return unit_tiles * kM * kUnitTile; }
   LSTM_FUSED_DEVICE int64_t half_bytes() const { return kRows * (k_bytes + kPadBytes); }
 
@@ -83,7 +95,19 @@ struct Recurrence {
   }
 
   LSTM_FUSED_DEVICE void load_stationary(int64_t n0) {
-    fetch_a(a, a_row, 0, k_bytes);
+    fetch_a(a, a_row, kHeldBytes, shared_k());
+    if constexpr (kHeld > 0) {
+      const int64_t units = p.product.units;
+      LSTM_FUSED_UNROLL
+      for (int j = 0; j < kHeld; ++j) {
+        const int64_t k = (j * kSplit + thread_index() / 32 % kSplit) * kKBytes;
+        LSTM_FUSED_UNROLL
+        for (int m = 0; m < kM; ++m)
+          Math::load_held(held[j][m],
+                          p.product.a[d] + (Epilogue::gate(m) * units + unit0) * k_bytes + k,
+                          k_bytes, k < k_bytes ? units - unit0 : 0);
+      }
+    }
     if constexpr (kKind == PlanKind::kCluster)
       for (int half = 0; half < 2; ++half)
         fetch_b(b + half * half_bytes(), k_bytes + kPadBytes, half, n0, 0, k_bytes);
@@ -129,19 +153,39 @@ struct Recurrence {
     commit_copies();
   }
 
+  // Until everybody's copies of this chunk are there, and everybody is done with the stage that the
+  // next fetch overwrites.
+  LSTM_FUSED_DEVICE void advance(int64_t chunk, int64_t chunks, int64_t s, int64_t n0) const {
+    wait_copies<kStages - 2>();
+    sync_block();
+    fetch_chunk(chunk + kStages - 1, chunks, s, n0);
+    sync_warp();
+  }
+
   LSTM_FUSED_DEVICE void stream(Part& part, int64_t s, int64_t n0) const {
     const int64_t chunks = ceil_div(k_bytes, kChunk);
     for (int64_t c = 0; c < kStages - 1; ++c) fetch_chunk(c, chunks, s, n0);
-    for (int64_t c = 0; c < chunks; ++c) {
-      wait_copies<kStages - 2>();
-      // Everybody's copies of this chunk are there, and everybody is done with the stage that the
-      // next fetch overwrites.
-      sync_block();
-      fetch_chunk(c + kStages - 1, chunks, s, n0);
+    if constexpr (kHeld > 0) {
+      LSTM_FUSED_UNROLL
+      for (int c = 0; c < kHeld / kStepsOfStage; ++c)
+        if (c < chunks) {
+          advance(c, chunks, s, n0);
+          const int64_t bytes = chunk_bytes(c);
+          LSTM_FUSED_UNROLL
+          for (int i = 0; i < kStepsOfStage; ++i) {
+            const int64_t k = (i * kSplit + thread_index() / 32 % kSplit) * kKBytes;
+            if (k < bytes)
+              Math::multiply_held(part.acc, held[c * kStepsOfStage + i], stage(c) + k,
+                                  kChunk + kPadBytes);
+          }
+        }
+    }
+    for (int64_t c = kHeld / kStepsOfStage; c < chunks; ++c) {
+      advance(c, chunks, s, n0);
       const char* at = stage(c);
       const bool streamed = kKind == PlanKind::kStep;
-      multiply(part, streamed ? at + kRows * (kChunk + kPadBytes) : a + c * kChunk, a_row, at,
-               kChunk + kPadBytes, chunk_bytes(c));
+      multiply(part, streamed ? at + kRows * (kChunk + kPadBytes) : a + c * kChunk - kHeldBytes,
+               a_row, at, kChunk + kPadBytes, chunk_bytes(c));
     }
     wait_copies<0>();
     sync_block();  // the ring becomes the room for sums
