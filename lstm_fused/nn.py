@@ -62,14 +62,14 @@ class LSTM(Recurrent, torch.nn.LSTM):
     def _as_state(self, given):
         return given
 
-
-class LSTM(Recurrent, torch.nn.LSTM):
-    onednn = _HAS_ONEDNN and torch.backends.mkldnn.enabled
-    dense = batch_sizes is None and not self.proj_size
-    if onednn and dense and x.dtype in (torch.float32, torch.bfloat16):
-        return narrow, narrow
-    wide, _ = super()._promoted_dtypes(x, batch_sizes, state, narrow)
-    return wide, narrow if self.proj_size else wide
+    def _promoted_dtypes(self, x, batch_sizes, state, narrow):
+        """oneDNN's layer runs wholly in autocast's dtype; elsewhere c_n keeps a wider c_0's."""
+        onednn = _HAS_ONEDNN and torch.backends.mkldnn.enabled
+        dense = batch_sizes is None and not self.proj_size
+        if onednn and dense and x.dtype in (torch.float32, torch.bfloat16):
+            return narrow, narrow
+        wide, _ = super()._promoted_dtypes(x, batch_sizes, state, narrow)
+        return wide, narrow if self.proj_size else wide
 
 
 class GRU(Recurrent, torch.nn.GRU):
