@@ -20,8 +20,10 @@ def chosen(names: Iterable[str] | None = None) -> dict[str, Provider]:
     return {name: PROVIDERS[name] for name in names}
 
 
-def set_precision(work: Workload) -> None:
-    """TF32 is allowed in the rows that say so and nowhere else."""
+def set_precision(work: Workload, device: str) -> None:
+    """TF32 is allowed in the rows that say so and nowhere else; the CPU has none."""
+    if device == "cpu":
+        return
     torch.backends.cudnn.allow_tf32 = work.dtype == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = work.dtype == "tf32"
 
@@ -57,7 +59,7 @@ def measure_row(
     clock=None,
 ) -> dict:
     """One row of the results: per provider its verdict and time, or why there is none."""
-    set_precision(work)
+    set_precision(work, device)
     entries = {name: {} for name in providers}
     row = {"workload": asdict(work), "providers": entries}
     if why := problem.why_absent(work, device):

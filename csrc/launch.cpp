@@ -59,9 +59,9 @@ Isa checked_isa(const std::string& wanted, const std::string& where) {
     const Isa isa = static_cast<Isa>(i);
     if (wanted != name(isa)) continue;
     if (runs(isa)) return isa;
-    throw std::invalid_argument(where + " is '" + wanted + "', which this machine cannot run");
+    throw std::runtime_error(where + " is '" + wanted + "', which this machine cannot run");
   }
-  throw std::invalid_argument(where + " is '" + wanted +
+  throw std::runtime_error(where + " is '" + wanted +
                               "' but must be one of baseline, avx2, avx512, avx512_bf16");
 }
 

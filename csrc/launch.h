@@ -27,7 +27,7 @@ struct Run {
 const Run& last_run();
 
 // The ISA of coming calls: the forced one, or the best this machine has. Both throw
-// std::invalid_argument for a name that is unknown or that this machine cannot run, which
+// std::runtime_error for a name that is unknown or that this machine cannot run, which
 // LSTM_FUSED_ISA may hold too.
 Isa current_isa();
 void force_isa(const std::string& name);  // empty: the best one again
