@@ -21,7 +21,7 @@ help:
 	@echo "make format     ruff and clang-format, rewriting files"
 	@echo "make build      set-up and build alone"
 	@echo "make clean      remove build products; make distclean removes $(VENV) too"
-	@echo "options: PYTHON=python3.12, CXX=clang++, TORCH_CUDA_ARCH_LIST='8.6;12.0+PTX', ARGS='...' for the command that demo, test, bench run"
+	@echo "options: PYTHON=python3.12, CXX=clang++, ARGS='...' for the command that demo, test, bench run"
 
 demo: build
 	@$(BIN)/python -m examples.char_lm $(ARGS)

@@ -148,8 +148,7 @@ def _layers(module, device, dtype, T, N, training):
     layers = []
     for k in range(module.num_layers):
         I = directions * R if k else module.input_size  # noqa: E741
-        plan = ops.plan(
-            module._cell(), dtype, T, N, I, H, R, directions, training=training, device=device
-        )
+        sizes = (T, N, I, H, R, directions)
+        plan = ops.plan(module._cell(), dtype, *sizes, training=training, device=device)
         layers.append(Layer(T, N, I, H, R, directions, training, plan))
     return tuple(layers)

@@ -22,7 +22,7 @@ CELLS = _plan.cells()  # by name: id, gates, sums, memory; csrc/cells/cells.h
 _IDS = {name: cell["id"] for name, cell in CELLS.items()}
 _IDS_BY_MODE = {name.upper(): number for name, number in _IDS.items()}
 _BY_ID = {cell["id"]: cell for cell in CELLS.values()}
-_BLOCK = 16  # units to a block of the values saved on the CPU, csrc/params.h
+_BLOCK = 16  # units to a block of the gates saved on the CPU, csrc/params.h
 
 cuda.load()
 
@@ -267,23 +267,22 @@ def _fake_forward(x, batch_sizes, state0, weights, cell, directions, training):
     hidden, width = weights[1].shape[0] // info["gates"], weights[1].shape[1]
     n = x.shape[1] if batch_sizes is None else _batch_of(batch_sizes, state0)
     rows = x.shape[0] * x.shape[1] if batch_sizes is None else x.shape[0]
-    memory, sums = info["memory"], info["sums"]
+    saved_dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
     if x.device.type == "cuda":
-        gates, cells = (rows, directions, sums, hidden), (rows, directions, hidden)
+        gates, cells = (rows, directions, info["sums"], hidden), (rows, directions, hidden)
     else:
-        blocks = (directions, (hidden + _BLOCK - 1) // _BLOCK, rows)
-        gates, cells = (*blocks, sums, _BLOCK), (*blocks, _BLOCK)
-    saved = torch.float64 if x.dtype is torch.float64 else torch.float32
+        saved = (directions, (hidden + _BLOCK - 1) // _BLOCK, rows)
+        gates, cells = (*saved, info["sums"], _BLOCK), (*saved, _BLOCK)
 
-    def maybe(wanted, shape, dtype=x.dtype):
+    def maybe(wanted, *shape, dtype=x.dtype):
         return x.new_empty(shape if wanted else (0,), dtype=dtype)
 
     return (
         x.new_empty(*x.shape[:-1], directions * width),
         x.new_empty(directions, n, width),
-        maybe(memory == "cell", (directions, n, hidden)),
-        maybe(training, gates, saved),
-        maybe(training and memory != "none", cells, saved),
+        maybe(info["memory"] == "cell", directions, n, hidden),
+        maybe(training, *gates, dtype=saved_dtype),
+        maybe(training and info["memory"] != "none", *cells, dtype=saved_dtype),
     )
 
 

@@ -276,8 +276,9 @@ class Recurrent(Fused):
     def _autocast_dtypes(self, x, batch_sizes, state, weights):
         """The dtypes of (c_n and everything computed, output and h_n) under autocast.
 
-        autocast leaves float64 alone. Everywhere else it narrows matrix products only, so that what
-        torch.nn's modules compute in depends on what they add to those: see _promoted_dtypes.
+        cuDNN's layers run wholly in autocast's dtype. On the CPU autocast leaves float64 alone, and
+        elsewhere narrows matrix products only, so that what torch.nn computes in depends on what it
+        adds to those: see _promoted_dtypes.
         """
         tensors = (x, *state, *weights)
         double = [t.dtype is torch.float64 for t in tensors]
@@ -289,7 +290,7 @@ class Recurrent(Fused):
                 f"all or none, got {sorted({str(t.dtype) for t in tensors})}"
             )
         narrow = torch.get_autocast_dtype(x.device.type)
-        if x.is_cuda:  # cuDNN's layer runs wholly in autocast's dtype
+        if x.is_cuda:
             return narrow, narrow
         return self._promoted_dtypes(x, batch_sizes, state, narrow)
 

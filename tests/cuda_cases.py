@@ -16,6 +16,10 @@ SMALL = (
     # More tiles of rows than groups of CTAs, on the emulated device.
     Problem(3, 200, 2, 40, directions=2),
     Problem(1, 3, 4, 40, hx=True),
+    *(
+        Problem(5, 19, 6, 40, cell=cell, form="unsorted", directions=2, hx=True)
+        for cell in ("gru", "rnn_tanh", "rnn_relu")
+    ),
 )
 # Weights of 16 bits both in registers and in shared memory, and several tiles of rows in turn.
 HELD = (Problem(2, 40, 3, 300),)

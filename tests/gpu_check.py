@@ -45,7 +45,7 @@ def commands(part, out):
     if part == "parity":
         parallel = ["-n", "8"] if has("xdist") else []
         paths = ["tests"] if has("hypothesis") else ["tests/test_cuda.py"]
-        return [[PYTHON, "-m", "pytest", "-m", "cuda", "-x", "--maxfail=20", *parallel, *paths]]
+        return [[PYTHON, "-m", "pytest", "-m", "cuda", "--maxfail=20", *parallel, *paths]]
     if part == "sanitizer":
         tool = shutil.which("compute-sanitizer")
         inside = [*check, "--inside", "tiny"]

@@ -61,7 +61,7 @@ def test_tf32(kind, problem):
     cuda.set_plan(kind)
     oracle.judges.cache_clear()
     theirs, exact = (tensors[0] for tensors in oracle.judges(problem))
-    found = run_module(problem, lstm_fused.LSTM)
+    found = run_module(problem, lstm_fused)
     assert found.forward_run["tf32"] == found.backward_run["tf32"] == 1
     for name, truth in exact.items():
         error, largest = tolerance.error_of(found.tensors[name], truth), truth.abs().max().item()
@@ -75,7 +75,7 @@ def test_repeats_to_the_bit(kind, dtype):
     """Twenty times: a race between SMs does not show each time."""
     problem = Problem(50, 19, 6, 300, dtype, form="unsorted", directions=2, hx=True, device="cuda")
     cuda.set_plan(kind)
-    first, *others = (run_module(problem, lstm_fused.LSTM).tensors for _ in range(20))
+    first, *others = (run_module(problem, lstm_fused).tensors for _ in range(20))
     for again in others:
         assert all(torch.equal(first[name], again[name]) for name in first)
 

@@ -79,3 +79,10 @@ def test_architectures():
     assert gencode("8.6 8.9") == gencode("8.6;8.9")
     with pytest.raises(SystemExit, match="'Hopper', which is not like 9.0"):
         gencode("Hopper")
+
+
+def test_kernels_include_no_torch():
+    headers = re.compile(r"#\s*include\s*[<\"](torch|ATen|c10|pybind11|Python|\.\./stable)")
+    folder = ROOT / "csrc" / "cuda"
+    found = {f.name for f in folder.iterdir() if headers.search(f.read_text())}
+    assert found == {"ops.cu", "plan_module.cpp", "plan_module.h"}

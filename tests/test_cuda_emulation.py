@@ -60,7 +60,7 @@ def test_tf32(kind, problem):
     """Off by no more than its ten bits of mantissa, float16's, and by more than float32's."""
     torch.backends.cudnn.allow_tf32 = True
     cuda.set_plan(kind)
-    found = run_module(problem, lstm_fused.LSTM)
+    found = run_module(problem, lstm_fused)
     assert_ran(kind, problem, found)
     assert found.forward_run["tf32"] == found.backward_run["tf32"] == 1
     exact = judges(problem)[1][0]
@@ -104,7 +104,7 @@ def test_products_without_tf32(switch, after):
 def test_repeats_to_the_bit(kind, dtype):
     problem = Problem(4, 19, 6, 40, dtype, form="unsorted", directions=2, hx=True)
     cuda.set_plan(kind)
-    once, again = (run_module(problem, lstm_fused.LSTM).tensors for _ in range(2))
+    once, again = (run_module(problem, lstm_fused).tensors for _ in range(2))
     assert all(torch.equal(once[name], again[name]) for name in once)
 
 
@@ -116,7 +116,7 @@ def test_gradients_of_some(kind):
     values = oracle.values_of(problem)
 
     def gradients(frozen, c_n_too):
-        module = problem.module(lstm_fused.LSTM)
+        module = problem.module(lstm_fused)
         module.load_state_dict(values.weights)
         leaves = dict(module.named_parameters())
         leaves |= {"x": values.x.clone(), "h0": values.state[0].clone()}

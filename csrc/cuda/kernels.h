@@ -1,4 +1,4 @@
-// What each dtype's file offers.
+// What the files offer, one for each dtype and one for float32 in TF32.
 #pragma once
 
 #include "../cells/cells.h"
@@ -19,6 +19,6 @@ inline constexpr int kGatesOf[] = {
 using Run = const char*(CellKind cell, const Plan& plan, const RecurrenceParams& params,
                         const Product* second, const Steps& steps, void* stream);
 
-Run run_float32, run_float64, run_bfloat16, run_float16;
+Run run_float32, run_tf32, run_float64, run_bfloat16, run_float16;
 
 }  // namespace lstm_fused::cuda

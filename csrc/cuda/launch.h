@@ -1,4 +1,4 @@
-// From a plan to launches: the body of every dtype's file.
+// From a plan to launches: the body of every file of one arithmetic.
 #pragma once
 
 #include <algorithm>
@@ -100,19 +100,12 @@ const char* run_with(const Plan& plan, const RecurrenceParams& p, const Product*
   return "no persistent kernel was compiled for this dtype";
 }
 
-// Math: for the dtype; Narrow: for float32 where TF32 is allowed.
-template <class Math, class Narrow = Math>
-const char* run_cell(CellKind cell, const Plan& plan, const RecurrenceParams& p,
+template <class Math>
+const char* run_cell(CellKind cell, const Plan& plan, const RecurrenceParams& params,
                      const Product* second, const Steps& steps, void* stream) {
-  const auto run = [&](auto type) {
-    using Cell = decltype(type);
-    if constexpr (!std::is_same_v<Math, Narrow>)
-      if (plan.tf32) return run_with<Cell, Narrow>(plan, p, second, steps, stream);
-    return run_with<Cell, Math>(plan, p, second, steps, stream);
-  };
   switch (cell) {
 #define LSTM_FUSED_CASE(name, Cell) \
-  case CellKind::k##Cell: return run(Cell{});
+  case CellKind::k##Cell: return run_with<Cell, Math>(plan, params, second, steps, stream);
     LSTM_FUSED_CELLS(LSTM_FUSED_CASE)
 #undef LSTM_FUSED_CASE
     default: return "no kernel was compiled for this cell";

@@ -46,9 +46,9 @@ Plan read_plan(const std::vector<int64_t>& v, bool backward) {
   return plan;
 }
 
-Run* run_of(DType dtype) {
+Run* run_of(DType dtype, bool tf32) {
   switch (dtype) {
-    case DType::kFloat32: return run_float32;
+    case DType::kFloat32: return tf32 ? run_tf32 : run_float32;
     case DType::kFloat64: return run_float64;
     case DType::kBFloat16: return run_bfloat16;
     case DType::kFloat16: return run_float16;
@@ -111,8 +111,8 @@ void launch(const Tensor& like, int64_t cell, const Plan& plan, const Recurrence
       aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
 #endif
   const DeviceGuard guard(like.get_device_index());
-  const char* error =
-      run_of(dtype_of(like, "y"))(static_cast<CellKind>(cell), plan, params, second, steps, stream);
+  const char* error = run_of(dtype_of(like, "y"), plan.tf32)(static_cast<CellKind>(cell), plan,
+                                                             params, second, steps, stream);
   STD_TORCH_CHECK(error == nullptr, "lstm_fused, ", name(plan.kind), " plan: ", error);
 }
 
