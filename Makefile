@@ -2,17 +2,21 @@
 PYTHON ?= python3
 ARGS ?=
 
+# Of the CUDA kernels, where nvcc is: what CI builds. `pip install` by itself builds them all.
+export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0a
+
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP_FILES = $(shell find csrc bench tests -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu*')
 
-.PHONY: help demo test lint format bench build clean distclean
+.PHONY: help demo test lint format bench build gpu-check clean distclean
 help:
 	@echo "make demo       train a character model with nn.LSTM and with lstm_fused, side by side"
 	@echo "make test       lint and tests"
 	@echo "make bench      the speed table, kept with its chart and page under bench/results"
+	@echo "make gpu-check  what needs a CUDA device, with the python that is PYTHON; emulation without one"
 	@echo "make lint       ruff and clang-format, checking only"
 	@echo "make format     ruff and clang-format, rewriting files"
 	@echo "make build      set-up and build alone"
@@ -39,6 +43,10 @@ bench: build
 	@$(BIN)/python -m bench --memory --save $(ARGS)
 
 build: $(STAMPS)/build
+
+# With PYTHON as it is, no set-up: such a machine has its own torch, and may have no network.
+gpu-check:
+	$(PYTHON) tests/gpu_check.py $(ARGS)
 
 clean:
 	rm -rf build *.egg-info lstm_fused/*.so $(STAMPS)/build .pytest_cache .ruff_cache .hypothesis

@@ -4,17 +4,20 @@
 
 `lstm_fused._C`     operators and CPU kernels, on torch's stable ABI (any torch >= 2.10 loads it)
 `lstm_fused._plan`  plans and build information, on pybind11 alone
-`lstm_fused._C_cuda` will be built here too, where nvcc is found; the CPU part never depends on it.
+`lstm_fused._C_cuda` operators and CUDA kernels, on the stable ABI too, where nvcc is found; also
+                    beside a torch without CUDA. TORCH_CUDA_ARCH_LIST chooses the architectures.
 """
 
 import os
 import platform
 import re
+import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "lstm_fused" / "__init__.py").read_text())[1]
@@ -39,6 +42,23 @@ if platform.system() != "Linux":
 if shutil.which(os.environ.get("CXX", "g++").split()[0]) is None:
     fail("no C++ compiler. Install g++ 11 or newer (or set CXX).")
 
+
+def find_nvcc():
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return next(
+        filter(
+            None,
+            map(
+                shutil.which,
+                [*([f"{home}/bin/nvcc"] if home else []), "nvcc", "/usr/local/cuda/bin/nvcc"],
+            ),
+        ),
+        None,
+    )
+
+
+NVCC = find_nvcc()
+
 COMMON = [
     "-std=c++20",
     "-O3",
@@ -51,6 +71,34 @@ COMMON = [
 # The kernels rely on no trap and no errno, and on a * b + c becoming one instruction; not on any
 # option that would change NaN, infinity or rounding.
 KERNEL = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp"]
+
+
+# The cells' constexpr functions are called from
+# kernels.
+CUDA = [
+    "-std=c++20",
+    "-O3",
+    "--expt-relaxed-constexpr",
+    "-DUSE_CUDA",  # torch's shims for streams
+    f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+]
+CUDA_ARCHS = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
+
+
+def gencode(archs):
+    """nvcc's options for a list as TORCH_CUDA_ARCH_LIST has it, such as "8.0;9.0a;12.0+PTX"."""
+    options = []
+    for arch in archs.replace(" ", ";").split(";"):
+        found = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
+        if arch and not found:
+            fail(f"TORCH_CUDA_ARCH_LIST holds {arch!r}, which is not like 9.0, 9.0a or 12.0+PTX.")
+        if found:
+            number = found[1] + found[2]
+            options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+            if found[3]:
+                options.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return options
 
 
 def extensions():
@@ -66,26 +114,77 @@ def extensions():
     operators.libraries = ["torch", "torch_cpu"]
     plan = CppExtension(
         "lstm_fused._plan",
-        ["csrc/plan_module.cpp", "csrc/cpu/plan.cpp"],
+        [
+            "csrc/plan_module.cpp",
+            "csrc/cpu/plan.cpp",
+            "csrc/cuda/plan.cpp",
+            "csrc/cuda/plan_module.cpp",
+        ],
         extra_compile_args=[
             *COMMON,
             f'-DLSTM_FUSED_VERSION="{VERSION}"',
             f'-DLSTM_FUSED_BUILT_WITH_TORCH="{torch.__version__}"',
-            "-DLSTM_FUSED_CUDA=0",
+            f"-DLSTM_FUSED_CUDA={int(NVCC is not None)}",
         ],
     )
     plan.include_dirs = [pybind11.get_include()]
     plan.libraries = []
-    return [operators, plan]
+    # Compiled by Build below: setuptools knows no nvcc, and torch's own rules want a CUDA torch.
+    return [operators, plan, *([Extension("lstm_fused._C_cuda", sources=[])] if NVCC else [])]
+
+
+NINJA = """\
+rule compile
+  command = {nvcc} {flags} -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = {nvcc} -shared -cudart static $in -o $out {libraries}
+"""
+
+
+def build_cuda(folder, target):
+    """Compile csrc/cuda into the library `target`, with what is to be kept between builds in
+    `folder`."""
+    folder, target = Path(folder).resolve(), Path(target).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    torch_folder = Path(torch.__file__).parent
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHS
+    includes = [torch_folder / "include", torch_folder / "include/torch/csrc/api/include"]
+    libraries = ["-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+    rules = NINJA.format(
+        nvcc=shlex.quote(NVCC),
+        flags=shlex.join([*CUDA, *gencode(archs), *(f"-I{path}" for path in includes)]),
+        libraries=shlex.join([f"-L{torch_folder / 'lib'}", *libraries]),
+    )
+    objects = []
+    sources = ROOT.resolve() / "csrc" / "cuda"
+    for source in (*sorted(sources.glob("*.cu")), sources / "plan.cpp"):
+        objects.append(f"{source.stem}.o")
+        rules += f"build {source.stem}.o: compile {escaped(source)}\n"
+    rules += f"build {escaped(target)}: link {' '.join(objects)}\n"
+    (folder / "build.ninja").write_text(rules)
+    jobs = os.environ.get("MAX_JOBS")
+    subprocess.run(["ninja", "-C", str(folder), *(["-j", jobs] if jobs else [])], check=True)
+
+
+def escaped(path):
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
 class Build(BuildExtension):
     """ninja for compiling in parallel; says what is left out."""
 
     def build_extensions(self):
-        if shutil.which("nvcc") is None:
+        if NVCC is None:
             print("lstm_fused: nvcc not found, building the CPU part only")
         super().build_extensions()
+
+    def build_extension(self, ext):
+        if ext.name != "lstm_fused._C_cuda":
+            return super().build_extension(ext)
+        build_cuda(Path(self.build_temp) / "cuda", self.get_ext_fullpath(ext.name))
 
 
 setup(version=VERSION, ext_modules=extensions(), cmdclass={"build_ext": Build})

@@ -5,7 +5,11 @@
 
 // For whatever the ISA files include: a function that was emitted out of line in one of them, for
 // its instructions, must not be the copy that the linker keeps for all.
+#if defined(__CUDACC__)
+#define LSTM_FUSED_INLINE __host__ __device__ __forceinline__
+#else
 #define LSTM_FUSED_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace lstm_fused {
 

@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "cpu/plan.h"
+#include "cuda/plan_module.h"
 
 namespace py = pybind11;
 using namespace lstm_fused;
@@ -120,4 +121,5 @@ PYBIND11_MODULE(_plan, m) {
         py::arg("cell") = "lstm");
   m.def("cells", &cells);
   m.def("build_info", &build_info);
+  lstm_fused::cuda::define_plans(m);
 }

@@ -32,8 +32,8 @@ class Cell(Fused):
         if self.bias:
             weights += [self.bias_ih, self.bias_hh]
         reason = why_torch(input, hx if len(state) > 1 else state, weights)
-        if torch.is_autocast_enabled("cpu"):
-            reason = reason or "the fused step does not run under autocast"
+        if reason is None and _is_autocast_enabled(input):
+            reason = "the fused step does not run under autocast"
         if reason:
             return self._through_torch(reason, input, hx)
         single = input.dim() == 1
@@ -50,12 +50,19 @@ class Cell(Fused):
             return False
         shape = (*input.shape[:-1], self.hidden_size)
         dtype = self.weight_ih.dtype
-        if input.dtype is not dtype and not torch.is_autocast_enabled("cpu"):
+        if input.dtype is not dtype and not _is_autocast_enabled(input):
             return False
         return all(
-            isinstance(s, Tensor) and s.shape == shape and s.dtype is dtype and s.is_cpu
+            isinstance(s, Tensor)
+            and s.shape == shape
+            and s.dtype is dtype
+            and s.device == input.device
             for s in state
         )
+
+
+def _is_autocast_enabled(t):
+    return t.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(t.device.type)
 
 
 class LSTMCell(Cell, torch.nn.LSTMCell):

@@ -131,23 +131,24 @@ def _explain_call(name, grad, module, args, kwargs):
     else:
         T, N = x.shape[:2] if not module.batch_first else (x.shape[1], x.shape[0])
     dtype = x.dtype
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled(x.device.type):
         padded = batch_sizes if lengths is None else lengths
         dtype, _ = module._autocast_dtypes(x, padded, state, weights)
     training = grad and any(t.requires_grad for t in (x, *state, *weights))
-    return Call(name, text, None, _layers(module, dtype, T, N, training))
+    return Call(name, text, None, _layers(module, x.device, dtype, T, N, training))
 
 
 def _arguments(input, hx=None, *, lengths=None):
     return input, hx, lengths
 
 
-def _layers(module, dtype, T, N, training):
+def _layers(module, device, dtype, T, N, training):
     directions = 2 if module.bidirectional else 1
     H, R = module.hidden_size, module.proj_size or module.hidden_size
     layers = []
     for k in range(module.num_layers):
         I = directions * R if k else module.input_size  # noqa: E741
-        plan = ops.plan(module._cell(), dtype, T, N, I, H, R, directions, training=training)
+        sizes = (T, N, I, H, R, directions)
+        plan = ops.plan(module._cell(), dtype, *sizes, training=training, device=device)
         layers.append(Layer(T, N, I, H, R, directions, training, plan))
     return tuple(layers)

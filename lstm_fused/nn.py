@@ -40,9 +40,9 @@ class LSTM(Recurrent, torch.nn.LSTM):
             ``hx`` has another dtype.
         TypeError, IndexError, AttributeError: an argument is of the wrong kind.
 
-    Inputs without a fused path (another device than cpu, other dtypes, Tensor subclasses, vmap,
-    forward-mode derivatives, ``torch.jit.trace``) run through ``torch.nn.LSTM`` itself, with one
-    warning for each reason. ``torch.jit.script`` compiles ``torch.nn.LSTM``'s own forward, with
+    Inputs without a fused path (another device than cpu and cuda, other dtypes, Tensor subclasses,
+    vmap, forward-mode derivatives, ``torch.jit.trace``) run through ``torch.nn.LSTM`` itself, with
+    one warning for each reason. ``torch.jit.script`` compiles ``torch.nn.LSTM``'s own forward, with
     the same warning. ``lstm_fused.explain`` tells beforehand.
 
     The equations and the options are those of ``torch.nn.LSTM``'s documentation; Hochreiter and

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from lstm_fused import (
     _C,  # loads the operators, too
     _plan,
+    cuda,
     reference,
 )
 
@@ -21,7 +22,9 @@ CELLS = _plan.cells()  # by name: id, gates, sums, memory; csrc/cells/cells.h
 _IDS = {name: cell["id"] for name, cell in CELLS.items()}
 _IDS_BY_MODE = {name.upper(): number for name, number in _IDS.items()}
 _BY_ID = {cell["id"]: cell for cell in CELLS.values()}
-_BLOCK = 16  # units to a block of the saved gates, csrc/params.h
+_BLOCK = 16  # units to a block of the gates saved on the CPU, csrc/params.h
+
+cuda.load()
 
 _forward_op = torch.ops.lstm_fused.recurrent_forward.default
 _backward_op = torch.ops.lstm_fused.recurrent_backward.default
@@ -44,8 +47,9 @@ def layer(x, batch_sizes, state0, weights, cell="lstm", directions=1):
         y (T, N, D * R) or (S, D * R), and the final states (h_n (D, N, R),), with c_n (D, N, H)
         after it for "lstm".
 
-    Everything is of one dtype, float32, float64, bfloat16 or float16, and on the CPU. Gradients of
-    any order are given. Raises RuntimeError on shapes, dtypes or devices that do not fit.
+    Everything is of one dtype, float32, float64, bfloat16 or float16, and on the CPU or one CUDA
+    device. Gradients of any order are given. Raises RuntimeError on shapes, dtypes or devices that
+    do not fit.
     """
     if torch.is_grad_enabled() and (
         x.requires_grad
@@ -264,7 +268,11 @@ def _fake_forward(x, batch_sizes, state0, weights, cell, directions, training):
     n = x.shape[1] if batch_sizes is None else _batch_of(batch_sizes, state0)
     rows = x.shape[0] * x.shape[1] if batch_sizes is None else x.shape[0]
     saved_dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-    saved = (directions, (hidden + _BLOCK - 1) // _BLOCK, rows)
+    if x.device.type == "cuda":
+        gates, cells = (rows, directions, info["sums"], hidden), (rows, directions, hidden)
+    else:
+        saved = (directions, (hidden + _BLOCK - 1) // _BLOCK, rows)
+        gates, cells = (*saved, info["sums"], _BLOCK), (*saved, _BLOCK)
 
     def maybe(wanted, *shape, dtype=x.dtype):
         return x.new_empty(shape if wanted else (0,), dtype=dtype)
@@ -273,8 +281,8 @@ def _fake_forward(x, batch_sizes, state0, weights, cell, directions, training):
         x.new_empty(*x.shape[:-1], directions * width),
         x.new_empty(directions, n, width),
         maybe(info["memory"] == "cell", directions, n, hidden),
-        maybe(training, *saved, info["sums"], _BLOCK, dtype=saved_dtype),
-        maybe(training and info["memory"] != "none", *saved, _BLOCK, dtype=saved_dtype),
+        maybe(training, *gates, dtype=saved_dtype),
+        maybe(training and info["memory"] != "none", *cells, dtype=saved_dtype),
     )
 
 
@@ -321,18 +329,38 @@ def available_isas():
     return tuple(torch.ops.lstm_fused.available_isas().split())
 
 
-def last_run():
-    """What the newest forward or backward call on this thread ran, as a dict; empty before any."""
+def last_run(device="cpu"):
+    """What the newest forward or backward call ran, as a dict; empty before any.
+
+    On the CPU that is this thread's; on "cuda" any thread's, as autograd has its own there.
+    """
+    if device == "cuda":
+        return cuda.last_run()
     words = (word.split("=") for word in torch.ops.lstm_fused.last_run().split())
     return {key: int(value) if value.isdigit() else value for key, value in words}
 
 
-def plan(cell, dtype, T, N, I, H, R, directions, threads=None, training=False):  # noqa: E741
-    """The plan a forward call on the CPU with these sizes would run, as a printable object.
+def plan(
+    cell,
+    dtype,
+    T,
+    N,
+    I,  # noqa: E741
+    H,
+    R,
+    directions,
+    threads=None,
+    training=False,
+    device=None,
+):
+    """The plan a forward call with these sizes would run, as a printable object.
 
     cell is as for ``layer``; dtype is a torch.dtype or its name; threads is
-    torch.get_num_threads() unless given. Raises ValueError for a name that is unknown.
+    torch.get_num_threads() unless given; device is a torch.device, the CPU unless given. Raises
+    ValueError for a name that is unknown.
     """
+    if device is not None and device.type == "cuda":
+        return cuda.plan_on(device, _IDS[cell], dtype, T, N, H, R, directions)
     return _plan.plan(
         str(dtype).removeprefix("torch."),
         torch.ops.lstm_fused.active_isa(),

@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from lstm_fused import checks, ops
+from lstm_fused import checks, cuda, ops
 
 _FUSED_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _PLAIN_TYPES = frozenset((Tensor, Parameter))
@@ -21,8 +21,8 @@ def why_torch(x, hx, weights):
     x: the input's data (T, N, I), (N, T, I), (T, I) or packed (S, I); hx: what was given as such,
     not yet checked; weights: every weight of the module.
     """
-    if not x.is_cpu:
-        return f"the input is on {x.device}, the fused kernels run on cpu"
+    if not x.is_cpu and (reason := _why_not_on(x.device)):
+        return reason
     if x.dtype not in _FUSED_DTYPES:
         return f"the fused kernels have no {x.dtype}"
     if x.layout is not torch.strided:
@@ -32,7 +32,8 @@ def why_torch(x, hx, weights):
     if torch.jit.is_tracing():
         return "torch.jit.trace records torch's op, for programs without lstm_fused"
     for t in (x, *weights):
-        if (type(t) not in _PLAIN_TYPES or not t.is_cpu) and (reason := _why_not_plain(t)):
+        same = t.is_cpu if x.is_cpu else isinstance(t, Tensor) and t.device == x.device
+        if (type(t) not in _PLAIN_TYPES or not same) and (reason := _why_not_plain(t, x)):
             return reason
     if torch._C._functorch.peek_interpreter_stack() is not None:
         for level in torch._C._functorch.get_interpreter_stack():
@@ -46,13 +47,21 @@ def why_torch(x, hx, weights):
     return None
 
 
-def _why_not_plain(t):
+def _why_not_on(device):
+    if device.type != "cuda":
+        return f"the input is on {device}, the fused kernels run on cpu and cuda"
+    # While compiling, an old device is left to the operator to refuse.
+    reason = None if torch.compiler.is_compiling() else cuda.why_not(device)
+    return reason and f"the input is on {device}: {reason}"
+
+
+def _why_not_plain(t, x):
     from torch._subclasses.fake_tensor import FakeTensor
 
     if not isinstance(t, Tensor):
         return f"a weight is {t}"
-    if not t.is_cpu:
-        return f"a weight is on {t.device}, the fused kernels run on cpu"
+    if t.device != x.device:
+        return f"a weight is on {t.device}, the input on {x.device}"
     if type(t) in _PLAIN_TYPES or isinstance(t, FakeTensor):
         return None
     return f"{type(t).__name__} is a Tensor subclass"
@@ -226,10 +235,10 @@ class Recurrent(Fused):
 
     def _run(self, x, batch_sizes, state, weights):
         """All layers: x (T, N, I) or packed (S, I), state () or each (L*D, N, R or H)."""
-        if torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled(x.device.type):
             return self._run_autocast(x, batch_sizes, state, weights)
         for s in state:
-            if s.dtype is not x.dtype or not s.is_cpu:
+            if s.dtype is not x.dtype or s.device != x.device:
                 checks.check_state_kind(x, state)
         try:
             if self.num_layers == 1:
@@ -259,16 +268,17 @@ class Recurrent(Fused):
     def _run_autocast(self, x, batch_sizes, state, weights):
         dtype, h_dtype = self._autocast_dtypes(x, batch_sizes, state, weights)
         state = tuple(s.to(dtype) for s in state)
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             weights = [w.to(dtype) for w in weights]
             y, (h_n, *c_n) = self._run(x.to(dtype), batch_sizes, state, weights)
         return y.to(h_dtype), (h_n.to(h_dtype), *c_n)
 
     def _autocast_dtypes(self, x, batch_sizes, state, weights):
-        """The dtypes of (c_n and everything computed, output and h_n) under autocast on the CPU.
+        """The dtypes of (c_n and everything computed, output and h_n) under autocast.
 
-        autocast leaves float64 alone. Everywhere else it narrows matrix products only, so that what
-        torch.nn's modules compute in depends on what they add to those: see _promoted_dtypes.
+        cuDNN's layers run wholly in autocast's dtype. On the CPU autocast leaves float64 alone, and
+        elsewhere narrows matrix products only, so that what torch.nn computes in depends on what it
+        adds to those: see _promoted_dtypes.
         """
         tensors = (x, *state, *weights)
         double = [t.dtype is torch.float64 for t in tensors]
@@ -279,7 +289,10 @@ class Recurrent(Fused):
                 "autocast leaves float64 as it is, so that input, hx and weights must be float64 "
                 f"all or none, got {sorted({str(t.dtype) for t in tensors})}"
             )
-        return self._promoted_dtypes(x, batch_sizes, state, torch.get_autocast_dtype("cpu"))
+        narrow = torch.get_autocast_dtype(x.device.type)
+        if x.is_cuda:
+            return narrow, narrow
+        return self._promoted_dtypes(x, batch_sizes, state, narrow)
 
 
 def _permuted(state, permutation):

@@ -206,7 +206,7 @@ def run_module(problem, library, draw=0, gradients=True):
         given_state = given_state and given_state[0]
     y, ends = module(given, given_state if p.hx else None)
     ends = ends if has_cell_state(p.cell) else (ends,)
-    forward_run = ops.last_run()
+    forward_run = ops.last_run(p.device)
     if p.packed:
         y = y.data
     elif p.form == "single":
@@ -217,7 +217,7 @@ def run_module(problem, library, draw=0, gradients=True):
         return Outcome(named(y, ends, {}), forward_run)
     torch.autograd.backward([y, *ends], values.cotangents)
     leaves = {"x": x, **dict(module.named_parameters()), **initial(state)}
-    return Outcome(named(y, ends, leaves), forward_run, ops.last_run())
+    return Outcome(named(y, ends, leaves), forward_run, ops.last_run(p.device))
 
 
 def initial(state):
@@ -247,7 +247,7 @@ def run_reference(problem, draw=0):
     """The problem in float64 by lstm_fused.reference, which shares nothing with the kernels."""
 
     def exact(t):
-        return t.to(torch.float64, copy=True).requires_grad_()
+        return t.to("cpu", torch.float64, copy=True).requires_grad_()
 
     p, values = problem, values_of(problem, draw)
     x = exact(values.x)
@@ -269,15 +269,15 @@ def run_reference(problem, draw=0):
         )
         ends.append(tuple(s if back is None else s[:, back] for s in end))
     ends = tuple(torch.cat(s) for s in zip(*ends, strict=True))
-    torch.autograd.backward([rows, *ends], [g.double() for g in values.cotangents])
+    torch.autograd.backward([rows, *ends], [g.cpu().double() for g in values.cotangents])
     return Outcome(named(rows, ends, {"x": x, **weights, **initial(state)}))
 
 
 def named(y, ends, leaves):
     outputs = {"y": y, **dict(zip(("h_n", "c_n"), ends, strict=False))}
-    return {k: v.detach() for k, v in outputs.items()} | {
-        f"d_{name}": leaf.grad for name, leaf in leaves.items()
-    }
+    found = {k: v.detach() for k, v in outputs.items()}
+    found |= {f"d_{name}": leaf.grad for name, leaf in leaves.items()}
+    return {k: None if v is None else v.cpu() for k, v in found.items()}
 
 
 @lru_cache(maxsize=8)

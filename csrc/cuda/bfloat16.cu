@@ -1,0 +1,10 @@
+#include "launch.h"
+
+namespace lstm_fused::cuda {
+
+const char* run_bfloat16(CellKind cell, const Plan& plan, const RecurrenceParams& params,
+                         const Product* second, const Steps& steps, void* stream) {
+  return run_cell<TensorCores<BFloat16Cores>>(cell, plan, params, second, steps, stream);
+}
+
+}  // namespace lstm_fused::cuda

@@ -1,0 +1,245 @@
+// What is done with a unit's sums, for each product of params.h. An epilogue has
+//   kGates     m-tiles of a unit: rows gate(m) * units + unit of A
+//   kOut       values a unit publishes for the next product
+//   kBackward  whether the walk is the backward one
+//   reach      rows the product is wanted for
+//   fetch      what can be read before the product is known
+//   apply      the rest; false where nothing is published
+// n: row, u: unit, d: direction.
+#pragma once
+
+#include "arithmetic.h"
+// The cells need sigmoid and tanh declared before them.
+#include "../cells/cells.h"
+
+namespace lstm_fused::cuda {
+
+template <class T>
+LSTM_FUSED_DEVICE T* as(void* p) {
+  return static_cast<T*>(p);
+}
+template <class T>
+LSTM_FUSED_DEVICE const T* as(const void* p) {
+  return static_cast<const T*>(p);
+}
+
+// Row n of this step in what lies as (S, D, ...).
+LSTM_FUSED_DEVICE int64_t data_row(const RecurrenceParams& p, const StepRows& rows, int d,
+                                   int64_t n) {
+  return (rows.offset + n) * p.D + d;
+}
+
+template <class Cell, class S>
+struct ForwardCell {
+  using C = Compute<S>;
+  static constexpr int kGates = Cell::kGates;
+  static constexpr int kOut = 1;
+  static constexpr bool kBackward = false;
+  static constexpr int kFirstHidden = Cell::kSums - Cell::kGates;
+
+  struct Fetched {
+    C sum[Cell::kSums];
+    C c_prev;
+  };
+
+  static LSTM_FUSED_DEVICE int64_t gate(int m) { return Cell::hidden_gate(m); }
+  static LSTM_FUSED_DEVICE int64_t reach(const StepRows& rows) { return rows.active; }
+
+  static LSTM_FUSED_DEVICE void fetch(const RecurrenceParams& p, const StepRows& rows, int d,
+                                      int64_t n, int64_t u, Fetched& f) {
+    const C* pre = as<C>(p.pre) + data_row(p, rows, d, n) * kGates * p.H + u;
+    LSTM_FUSED_UNROLL
+    for (int j = 0; j < Cell::kSums; ++j) f.sum[j] = 0;
+    LSTM_FUSED_UNROLL
+    for (int j = 0; j < kGates; ++j) f.sum[j] = pre[Cell::input_gate(j) * p.H];
+    if (p.b_ih[d]) {
+      const S* b_ih = as<S>(p.b_ih[d]) + u;
+      const S* b_hh = as<S>(p.b_hh[d]) + u;
+      LSTM_FUSED_UNROLL
+      for (int j = 0; j < kGates; ++j) {
+        f.sum[j] += load(b_ih[Cell::input_gate(j) * p.H]);
+        f.sum[kFirstHidden + j] += load(b_hh[Cell::hidden_gate(j) * p.H]);
+      }
+    }
+    f.c_prev = 0;
+    if constexpr (Cell::kMemory != Memory::kNone) {
+      const void* start = Cell::kMemory == Memory::kCell ? p.c0 : p.h0;
+      const int64_t at = (d * p.N + n) * p.H + u;
+      if (n < rows.before)
+        f.c_prev = as<C>(p.carry)[at];
+      else if (start)
+        f.c_prev = load(as<S>(start)[at]);
+    }
+  }
+
+  static LSTM_FUSED_DEVICE bool apply(const RecurrenceParams& p, const StepRows& rows, int d,
+                                      int64_t n, int64_t u, Fetched& f, const C (&total)[kGates],
+                                      S (&out)[kOut]) {
+    LSTM_FUSED_UNROLL
+    for (int j = 0; j < kGates; ++j) f.sum[kFirstHidden + j] += total[j];
+    C c = 0;
+    const S h = round_to<S>(Cell::forward(f.sum, f.c_prev, c));
+    const int64_t state = (d * p.N + n) * p.H + u, row = data_row(p, rows, d, n);
+    const bool ends = n >= rows.after;
+    if constexpr (Cell::kMemory != Memory::kNone) {
+      as<C>(p.carry)[state] = c;
+      if (p.cells) as<C>(p.cells)[row * p.H + u] = c;
+    }
+    if constexpr (Cell::kMemory == Memory::kCell)
+      if (ends) as<S>(p.c_n)[state] = round_to<S>(c);
+    if (!p.projection) {
+      as<S>(p.y)[row * p.R + u] = h;
+      if (ends) as<S>(p.h_n)[state] = h;
+    }
+    if (p.gates) {
+      C* gates = as<C>(p.gates) + row * Cell::kSums * p.H + u;
+      LSTM_FUSED_UNROLL
+      for (int j = 0; j < Cell::kSums; ++j) gates[j * p.H] = f.sum[j];
+    }
+    out[0] = h;
+    return true;
+  }
+};
+
+// h after the projection: a unit is one of R.
+template <class S>
+struct Project {
+  using C = Compute<S>;
+  static constexpr int kGates = 1;
+  static constexpr int kOut = 1;
+  static constexpr bool kBackward = false;
+  struct Fetched {};
+
+  static LSTM_FUSED_DEVICE int64_t gate(int) { return 0; }
+  static LSTM_FUSED_DEVICE int64_t reach(const StepRows& rows) { return rows.active; }
+  static LSTM_FUSED_DEVICE void fetch(const RecurrenceParams&, const StepRows&, int, int64_t,
+                                      int64_t, Fetched&) {}
+
+  static LSTM_FUSED_DEVICE bool apply(const RecurrenceParams& p, const StepRows& rows, int d,
+                                      int64_t n, int64_t u, Fetched&, const C (&total)[1],
+                                      S (&out)[1]) {
+    out[0] = round_to<S>(total[0]);
+    as<S>(p.y)[data_row(p, rows, d, n) * p.R + u] = out[0];
+    if (n >= rows.after) as<S>(p.h_n)[(d * p.N + n) * p.R + u] = out[0];
+    return true;
+  }
+};
+
+// The gradient of h from outside: that of y, and of h_n where a row begins its walk back.
+template <class S>
+LSTM_FUSED_DEVICE Compute<S> outer_gradient(const RecurrenceParams& p, const StepRows& rows, int d,
+                                            int64_t n, int64_t u) {
+  Compute<S> dh = 0;
+  if (p.dy) dh += load(as<S>(p.dy)[data_row(p, rows, d, n) * p.R + u]);
+  if (p.dh_n && n >= rows.before) dh += load(as<S>(p.dh_n)[(d * p.N + n) * p.R + u]);
+  return dh;
+}
+
+// Rows alive, and those whose walk back ended with the step before: what d_gates pass on to them is
+// the gradient of h0.
+LSTM_FUSED_DEVICE int64_t backward_reach(const StepRows& rows) {
+  return rows.active > rows.before ? rows.active : rows.before;
+}
+
+template <class Cell, class S>
+struct BackwardCell {
+  using C = Compute<S>;
+  static constexpr int kGates = 1;
+  static constexpr int kOut = Cell::kGates;
+  static constexpr bool kBackward = true;
+  static constexpr int kFirstHidden = Cell::kSums - Cell::kGates;
+
+  struct Fetched {
+    C saved[Cell::kSums];
+    C c_prev, c, dh, dc;
+  };
+
+  static LSTM_FUSED_DEVICE int64_t gate(int) { return 0; }
+  static LSTM_FUSED_DEVICE int64_t reach(const StepRows& rows) { return backward_reach(rows); }
+
+  static LSTM_FUSED_DEVICE void fetch(const RecurrenceParams& p, const StepRows& rows, int d,
+                                      int64_t n, int64_t u, Fetched& f) {
+    const int64_t state = (d * p.N + n) * p.H + u;
+    f.dc = 0;
+    if constexpr (Cell::kMemory != Memory::kNone) {
+      if (n < rows.before)
+        f.dc = as<C>(p.carry)[state];
+      else if (Cell::kMemory == Memory::kCell && p.dc_n)
+        f.dc = load(as<S>(p.dc_n)[state]);
+    }
+    if (n >= rows.active) return;
+    const C* saved = as<C>(p.gates) + data_row(p, rows, d, n) * Cell::kSums * p.H + u;
+    LSTM_FUSED_UNROLL
+    for (int j = 0; j < Cell::kSums; ++j) f.saved[j] = saved[j * p.H];
+    f.c = f.c_prev = 0;
+    if constexpr (Cell::kMemory != Memory::kNone) {
+      const C* cells = as<C>(p.cells) + u;
+      const void* start = Cell::kMemory == Memory::kCell ? p.c0 : p.h0;
+      f.c = cells[data_row(p, rows, d, n) * p.H];
+      if (n < rows.after)
+        f.c_prev = cells[((rows.offset_after + n) * p.D + d) * p.H];
+      else if (start)
+        f.c_prev = load(as<S>(start)[state]);
+    }
+    f.dh = p.projection ? C(0) : outer_gradient<S>(p, rows, d, n, u);
+  }
+
+  static LSTM_FUSED_DEVICE bool apply(const RecurrenceParams& p, const StepRows& rows, int d,
+                                      int64_t n, int64_t u, Fetched& f, const C (&total)[1],
+                                      S (&out)[kOut]) {
+    const int64_t state = (d * p.N + n) * p.H + u;
+    if (n >= rows.active) {
+      const bool of_h = Cell::kMemory == Memory::kHidden;
+      if (p.dh0 && !p.projection)
+        as<S>(p.dh0)[state] = round_to<S>(of_h ? total[0] + f.dc : total[0]);
+      if (p.dc0) as<S>(p.dc0)[state] = round_to<S>(f.dc);
+      return false;
+    }
+    C d_sum[Cell::kSums];
+    const C h = Cell::backward(f.saved, f.c_prev, f.c, f.dh + total[0], f.dc, d_sum);
+    if constexpr (Cell::kMemory != Memory::kNone) as<C>(p.carry)[state] = f.dc;
+    const int64_t row = data_row(p, rows, d, n);
+    if (p.hidden) as<S>(p.hidden)[row * p.H + u] = round_to<S>(h);
+    S* d_gates = as<S>(p.d_gates) + row * Cell::kSums * p.H + u;
+    LSTM_FUSED_UNROLL
+    for (int j = 0; j < Cell::kSums; ++j) d_gates[j * p.H] = round_to<S>(d_sum[j]);
+    LSTM_FUSED_UNROLL
+    for (int j = 0; j < kOut; ++j) out[Cell::hidden_gate(j)] = round_to<S>(d_sum[kFirstHidden + j]);
+    return true;
+  }
+};
+
+// The gradient of h after the projection, a unit is one of R: the next product takes it back
+// through the projection.
+template <class S>
+struct JoinGradients {
+  using C = Compute<S>;
+  static constexpr int kGates = 1;
+  static constexpr int kOut = 1;
+  static constexpr bool kBackward = true;
+  struct Fetched {
+    C dh;
+  };
+
+  static LSTM_FUSED_DEVICE int64_t gate(int) { return 0; }
+  static LSTM_FUSED_DEVICE int64_t reach(const StepRows& rows) { return backward_reach(rows); }
+
+  static LSTM_FUSED_DEVICE void fetch(const RecurrenceParams& p, const StepRows& rows, int d,
+                                      int64_t n, int64_t u, Fetched& f) {
+    if (n < rows.active) f.dh = outer_gradient<S>(p, rows, d, n, u);
+  }
+
+  static LSTM_FUSED_DEVICE bool apply(const RecurrenceParams& p, const StepRows& rows, int d,
+                                      int64_t n, int64_t u, Fetched& f, const C (&total)[1],
+                                      S (&out)[1]) {
+    if (n >= rows.active) {
+      if (p.dh0) as<S>(p.dh0)[(d * p.N + n) * p.R + u] = round_to<S>(total[0]);
+      return false;
+    }
+    out[0] = round_to<S>(f.dh + total[0]);
+    as<S>(p.d_hidden)[data_row(p, rows, d, n) * p.R + u] = out[0];
+    return true;
+  }
+};
+
+}  // namespace lstm_fused::cuda

@@ -1,0 +1,139 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace lstm_fused::cuda {
+namespace {
+
+// A sequence of fewer steps does not pay for loading the weights into shared memory once.
+constexpr int64_t kFewSteps = 3;
+// Beyond so many waves of clusters, or tiles of the batch one after another in each step, a product
+// over the whole batch uses the device better.
+constexpr int64_t kMostWaves = 2;
+constexpr int64_t kMostTilesInTurn = 4;
+
+int element_bytes(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+int64_t k_bytes(const Problem& p, bool backward) {
+  return backward ? p.gates * row_bytes(p.dtype, p.H) : row_bytes(p.dtype, p.R);
+}
+
+int64_t unit_tiles(const Problem& p) {
+  return ceil_div(p.H, kUnitTile);
+}
+
+Plan with_tiles(PlanKind kind, const Problem& p, bool backward, int64_t tile_rows, int64_t tiles,
+                int64_t ctas, int64_t groups) {
+  Plan plan{};
+  plan.kind = kind;
+  plan.backward = backward;
+  plan.tf32 = p.tf32 && p.dtype == DType::kFloat32;
+  plan.tile_rows = static_cast<int>(tile_rows);
+  plan.unit_tiles = static_cast<int>(tiles);
+  plan.unit_ctas = static_cast<int>(ctas);
+  plan.row_groups = static_cast<int>(groups);
+  plan.threads = static_cast<int>(
+      32 * (kind == PlanKind::kCluster ? tiles * kClusterSplit : int64_t{kStepSplit}));
+  const bool tensor_cores = p.dtype != DType::kFloat64 && (p.dtype != DType::kFloat32 || p.tf32);
+  plan.shared_bytes = shared_bytes(kind, p.dtype, tensor_cores, backward ? 1 : p.gates,
+                                   plan.unit_tiles, plan.tile_rows, k_bytes(p, backward));
+  return plan;
+}
+
+bool fits_a_sequence(const Problem& p) {
+  return !p.projection && p.dtype != DType::kFloat64;
+}
+
+// As many row groups as there are SMs for, and the smallest tile that then takes the batch in one
+// go: the fewer rows a CTA waits for, the sooner it begins.
+std::optional<Plan> plan_grid(const Problem& p, const Device& device, bool backward) {
+  const int64_t ctas = unit_tiles(p);
+  const int64_t room = device.sms / (ctas * p.D);
+  if (!fits_a_sequence(p) || room == 0) return std::nullopt;
+  std::optional<Plan> best;
+  for (const int64_t rows : {8, 16, 32}) {
+    const int64_t tiles = std::max<int64_t>(1, ceil_div(p.N, rows));
+    const Plan plan =
+        with_tiles(PlanKind::kGrid, p, backward, rows, 1, ctas, std::min(room, tiles));
+    if (plan.shared_bytes > device.shared_bytes) break;
+    best = plan;
+    if (tiles <= room) break;
+  }
+  return best;
+}
+
+// The largest cluster of use: more SMs to a tile of the batch. Sizes are powers of two, so that
+// some CTAs may be left without units, but never half of them.
+std::optional<Plan> plan_cluster(const Problem& p, const Device& device, bool backward) {
+  if (!fits_a_sequence(p) || device.major < 9) return std::nullopt;
+  constexpr int64_t most_tiles = kMaxClusterThreads / (32 * kClusterSplit);
+  for (int64_t size = device.cluster_ctas; size >= 2; size /= 2) {
+    const int64_t tiles = ceil_div(unit_tiles(p), size);
+    if (tiles > most_tiles || ceil_div(unit_tiles(p), size / 2) == tiles) continue;
+    std::optional<Plan> best;
+    for (const int64_t rows : {8, 16}) {
+      const int64_t clusters = std::max<int64_t>(1, ceil_div(p.N, rows));
+      if (clusters > kMostBlocks) continue;
+      const Plan plan = with_tiles(PlanKind::kCluster, p, backward, rows, tiles, size, clusters);
+      if (plan.shared_bytes > device.shared_bytes) break;
+      best = plan;
+      if (clusters * p.D * size <= device.sms) break;
+    }
+    if (best) return best;
+  }
+  return std::nullopt;
+}
+
+bool pays(const Plan& plan, const Problem& p, const Device& device) {
+  if (p.T <= kFewSteps) return false;
+  if (plan.kind == PlanKind::kCluster)
+    return int64_t{plan.unit_ctas} * plan.row_groups * p.D <= kMostWaves * device.sms;
+  return ceil_div(ceil_div(p.N, plan.tile_rows), plan.row_groups) <= kMostTilesInTurn;
+}
+
+}  // namespace
+
+int64_t row_bytes(DType dtype, int64_t values) {
+  return round_up(values * element_bytes(dtype), kKBytes);
+}
+
+int64_t shared_bytes(PlanKind kind, DType dtype, bool tensor_cores, int gates, int unit_tiles,
+                     int tile_rows, int64_t k_bytes) {
+  const bool streamed = kind == PlanKind::kStep;
+  const int split = kind == PlanKind::kCluster ? kClusterSplit : kStepSplit;
+  const int64_t a_rows = int64_t{unit_tiles} * gates * kUnitTile;
+  const int64_t sums = split * a_rows * (tile_rows + 1) * (dtype == DType::kFloat64 ? 8 : 4);
+  if (kind == PlanKind::kCluster) return (a_rows + 2 * tile_rows) * (k_bytes + kPadBytes) + sums;
+  const int64_t stage =
+      (tile_rows + (streamed ? a_rows : 0)) * ((streamed ? kStepChunk : kGridChunk) + kPadBytes);
+  const int64_t held = int64_t{held_steps(tensor_cores, gates, tile_rows)} * split * kKBytes;
+  const int64_t a_row = std::max<int64_t>(0, k_bytes - held) + kPadBytes;
+  return (streamed ? 0 : a_rows * a_row) + std::max(kStages * stage, sums);
+}
+
+bool supported(const Device& device) {
+  return device.major >= 8;
+}
+
+std::optional<Plan> plan_as(PlanKind kind, const Problem& p, const Device& device, bool backward) {
+  if (kind == PlanKind::kCluster) return plan_cluster(p, device, backward);
+  if (kind == PlanKind::kGrid) return plan_grid(p, device, backward);
+  const int64_t groups = std::clamp<int64_t>(ceil_div(p.N, kStepRows), 1, kMostBlocks);
+  return with_tiles(kind, p, backward, kStepRows, 1, unit_tiles(p), groups);
+}
+
+Plan make_plan(const Problem& p, const Device& device, bool backward) {
+  for (const PlanKind kind : {PlanKind::kCluster, PlanKind::kGrid})
+    if (const std::optional<Plan> plan = plan_as(kind, p, device, backward))
+      if (pays(*plan, p, device)) return *plan;
+  return *plan_as(PlanKind::kStep, p, device, backward);
+}
+
+const char* name(PlanKind kind) {
+  constexpr const char* names[kPlanKinds] = {"step", "grid", "cluster"};
+  return names[static_cast<int>(kind)];
+}
+
+}  // namespace lstm_fused::cuda

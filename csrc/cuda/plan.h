@@ -1,0 +1,89 @@
+// Which CUDA kernel runs, in which tiles, on how many CTAs: a pure function of the problem and the
+// device's properties, so that it can be printed and tested without a GPU.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include "../params.h"
+
+namespace lstm_fused::cuda {
+
+enum class PlanKind : int {
+  kStep = 0,     // a launch each step, weights streamed: any size, any dtype, capturable
+  kGrid = 1,     // one cooperative launch, weights stationary, h through L2
+  kCluster = 2,  // one launch, weights stationary in a cluster, h through distributed shared memory
+};
+inline constexpr int kPlanKinds = 3;
+
+struct Device {
+  int major, minor;
+  int sms;
+  int shared_bytes;  // that a block may opt in to
+  int cluster_ctas;  // of the largest cluster, 1 where there are none
+};
+
+struct Problem {
+  DType dtype;
+  int64_t T, N, H, R;
+  int D;
+  int gates;  // blocks of rows of w_hh
+  bool projection;
+  bool tf32;  // products of float32 may be taken in TF32
+};
+
+struct Plan {
+  PlanKind kind;
+  bool backward;
+  bool tf32;
+  int tile_rows;         // batch rows of a tile
+  int unit_tiles;        // tiles of 16 units a CTA has
+  int unit_ctas;         // CTAs that share the units; those of a cluster
+  int row_groups;        // that share the tiles of the batch
+  int threads;           // of a CTA
+  int64_t shared_bytes;  // of a CTA
+};
+
+// Facts the kernels are compiled with.
+inline constexpr int kUnitTile = 16;     // units of a tile: M of the matrix instructions
+inline constexpr int kStages = 4;        // of the ring that streams B, and A in a step
+inline constexpr int kStepChunk = 256;   // bytes of k in a stage when A is streamed too
+inline constexpr int kGridChunk = 512;   // when it is not
+inline constexpr int kPadBytes = 16;     // keeps rows of shared memory off each other's banks
+inline constexpr int kStepSplit = 8;     // warps that share the k of a unit tile
+inline constexpr int kClusterSplit = 4;  // the same in a cluster
+inline constexpr int kMaxClusterThreads = 512;  // the registers of an SM leave each 128
+inline constexpr int kStepRows = 16;            // the one tile the step plan is compiled for
+inline constexpr int kMostBlocks = 65535;       // of a grid, along y
+inline constexpr int kKBytes = 32;              // of k that one matrix instruction takes
+
+inline constexpr int kHeldRegisters = 96;  // of a thread, for weights of the grid plan
+
+// Steps of k whose weights a warp of the grid plan keeps in registers, an even number of them: two
+// are a stage of the ring. gates: m-tiles of a unit tile, 4 registers each. Tiles of 32 rows leave
+// fewer; plain multiply-adds want the weights in another layout.
+constexpr int held_steps(bool tensor_cores, int gates, int tile_rows) {
+  const int registers = tile_rows < 32 ? kHeldRegisters : kHeldRegisters / 3;
+  return tensor_cores ? registers / (8 * gates) * 2 : 0;
+}
+
+// Bytes of a row of `values` operands, padded to whole instructions.
+int64_t row_bytes(DType dtype, int64_t values);
+
+// Shared memory of a CTA. gates: m-tiles of a unit tile; k_bytes: of a row of A and B.
+int64_t shared_bytes(PlanKind kind, DType dtype, bool tensor_cores, int gates, int unit_tiles,
+                     int tile_rows, int64_t k_bytes);
+
+// Whether the kernels run there at all.
+bool supported(const Device& device);
+
+// The plan of one kind, if the device has the room for it.
+std::optional<Plan> plan_as(PlanKind kind, const Problem& problem, const Device& device,
+                            bool backward);
+
+// The best plan for a device that is supported.
+Plan make_plan(const Problem& problem, const Device& device, bool backward);
+
+const char* name(PlanKind kind);
+
+}  // namespace lstm_fused::cuda

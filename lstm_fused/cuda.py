@@ -1,0 +1,116 @@
+"""Whether there are CUDA kernels, which plan a layer runs there, and what ran last.
+
+Sizes: T steps, N rows, H hidden units, R recurrent width, D directions.
+"""
+
+import warnings
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from lstm_fused import _plan
+
+_LIBRARY = next(Path(__file__).parent.glob("_C_cuda*.so"), None)
+CELLS = _plan.cuda_cells()  # by id: gates, sums, memory, input gates, hidden gates
+
+# To be taken out when docs/cuda.md's first line is.
+_NEVER_RUN = (
+    "lstm_fused's CUDA kernels have been checked in an emulation only, never on a GPU: run "
+    "`make gpu-check` before you rely on them (docs/cuda.md)"
+)
+
+kernels = torch.ops.lstm_fused_cuda  # tests put the emulation's here
+_forced_kind = ""
+_last_run = {}
+
+
+def available():
+    """Whether the CUDA kernels were built, and this torch has CUDA to run them with."""
+    return torch.version.cuda is not None and _LIBRARY is not None
+
+
+def load():
+    """Make the kernels the operators' CUDA implementation; nothing where they are not available."""
+    global _registration
+    if not available():
+        return
+    from lstm_fused import cuda_layer
+
+    torch.ops.load_library(_LIBRARY)
+    _registration = torch.library.Library("lstm_fused", "IMPL", "CUDA")
+    _registration.impl("recurrent_forward", cuda_layer.forward)
+    _registration.impl("recurrent_backward", cuda_layer.backward)
+
+
+def why_not(device):
+    """Why the kernels do not run on a CUDA device, or None where they do."""
+    if not available():
+        return "the CUDA kernels were not built" if torch.version.cuda else "torch has no CUDA"
+    major, minor = device_properties(index_of(device))[:2]
+    if major < 8:
+        return f"the fused kernels need compute capability 8.0 or later, not {major}.{minor}"
+    return None
+
+
+def set_plan(kind=None):
+    """Force a plan, "step", "grid" or "cluster", wherever it has room; None takes the best again.
+
+    A layer the plan has no room for runs the step plan. For tests and measurements.
+    """
+    global _forced_kind
+    if kind not in (None, "step", "grid", "cluster"):
+        raise ValueError(f"kind is {kind!r} but must be 'step', 'grid', 'cluster' or None")
+    _forced_kind = kind or ""
+
+
+def last_run():
+    """What the newest forward or backward call ran, as a dict; empty before any."""
+    return dict(_last_run)
+
+
+@lru_cache
+def device_properties(index):
+    """(major, minor, SMs, bytes of shared memory a block may have, CTAs of a cluster)."""
+    if torch.version.cuda is not None:
+        warnings.warn(_NEVER_RUN, stacklevel=2)
+    return tuple(kernels.device_properties(index))
+
+
+def index_of(device):
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def tf32_allowed():
+    """Torch's switch for TF32 in recurrent layers, that of nn.LSTM on cuDNN."""
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32"
+
+
+@lru_cache(maxsize=4096)
+def plan(dtype, T, N, H, R, D, gates, projection, tf32, device, backward, kind=""):
+    """The plan of one layer's forward or backward pass, as a printable object.
+
+    dtype: a torch.dtype's name; device: as device_properties gives it; kind: "" for the best.
+    """
+    sizes = (dtype, T, N, H, R, D, gates, projection, tf32, device, backward)
+    return _plan.cuda_plan(*sizes, kind) or _plan.cuda_plan(*sizes, "step")
+
+
+def plan_on(device, cell, dtype, T, N, H, R, directions):
+    """The forward plan of a layer on a CUDA device now; dtype: a torch.dtype or its name."""
+    name = str(dtype).removeprefix("torch.")
+    tf32 = name == "float32" and tf32_allowed()
+    return choose(device, name, T, N, H, R, directions, CELLS[cell][0], R != H, tf32, False)
+
+
+def choose(device, *sizes_to_backward, step=False):
+    """plan, for a torch.device; step: no other kind will do."""
+    *sizes, backward = sizes_to_backward
+    kind = "step" if step else _forced_kind
+    return plan(*sizes, device_properties(index_of(device)), backward, kind)
+
+
+def note(**ran):
+    """Keep what ran for last_run."""
+    _last_run.clear()
+    _last_run.update(ran)

@@ -1,0 +1,53 @@
+"""Problems for the CUDA kernels: small ones for emulation too, large ones for a device alone."""
+
+from dataclasses import replace
+from itertools import product
+
+import torch
+from oracle import Problem
+from paths import DTYPES
+
+KINDS = ("step", "grid", "cluster")
+SMALL = (
+    Problem(5, 19, 6, 40, hx=True),  # ragged tiles of units and rows
+    Problem(6, 21, 5, 100, form="unsorted", directions=2, hx=True),
+    Problem(4, 9, 6, 48, form="sorted", directions=2, bias=False),
+    Problem(3, 5, 4, 140, layers=2, batch_first=True),  # more chunks of k than the ring has stages
+    # More tiles of rows than groups of CTAs, on the emulated device.
+    Problem(3, 200, 2, 40, directions=2),
+    Problem(1, 3, 4, 40, hx=True),
+    *(
+        Problem(5, 19, 6, 40, cell=cell, form="unsorted", directions=2, hx=True)
+        for cell in ("gru", "rnn_tanh", "rnn_relu")
+    ),
+)
+# Weights of 16 bits both in registers and in shared memory, and several tiles of rows in turn.
+HELD = (Problem(2, 40, 3, 300),)
+PROJECTED = (
+    Problem(5, 19, 6, 40, proj=11, directions=2, hx=True),
+    Problem(6, 19, 6, 33, proj=17, directions=2, form="unsorted", hx=True),
+    Problem(4, 3, 6, 20, proj=19, bias=False),
+)
+LARGE = (
+    Problem(20, 16, 64, 256, directions=2, hx=True),
+    Problem(20, 33, 64, 512, form="unsorted", hx=True),
+    Problem(12, 20, 100, 800),
+    Problem(12, 16, 64, 1024, directions=2),
+    Problem(6, 300, 64, 640),
+    Problem(4, 5, 64, 1900),
+)
+
+
+def cases(small, projected=(), held=()):
+    """(kind, problem) for every dtype that has the plan."""
+    some = *product(("step",), projected), *product(("grid",), held)
+    for dtype in DTYPES:
+        for kind, problem in (*product(KINDS, small), *some):
+            if kind == "step" or dtype is not torch.float64:
+                yield kind, replace(problem, dtype=dtype)
+
+
+def expected(kind, problem):
+    """The plan that runs when `kind` is forced and the device has room for it."""
+    persistent = problem.dtype is not torch.float64 and not problem.proj
+    return kind if persistent else "step"

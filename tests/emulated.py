@@ -1,0 +1,47 @@
+"""The CUDA kernels on the host: builds tests/emulation and puts it in the kernels' place."""
+
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from lstm_fused import cuda, cuda_layer, ops
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "build" / "emulation"
+
+
+def ninja(*targets):
+    """Build what build.ninja names; its paths are relative to tests/emulation."""
+    torch_folder = Path(torch.__file__).parent
+    includes = (torch_folder / "include", torch_folder / "include/torch/csrc/api/include")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    text = (
+        f"torch = -DTORCH_TARGET_VERSION=0x020a000000000000 -I{includes[0]} -I{includes[1]}\n"
+        f"torch_link = -Wl,--no-as-needed -L{torch_folder / 'lib'} -ltorch -ltorch_cpu\n"
+    )
+    settings = FOLDER / "torch.ninja"
+    if not settings.exists() or settings.read_text() != text:
+        settings.write_text(text)
+    command = ["ninja", "-C", str(ROOT / "tests" / "emulation"), *targets]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@lru_cache
+def library():
+    ninja()
+    torch.ops.load_library(FOLDER / "emulation.so")
+    return torch.ops.lstm_fused_emulation
+
+
+def use(monkeypatch):
+    """Until monkeypatch is undone every layer on the CPU runs the CUDA kernels, emulated."""
+    monkeypatch.setattr(cuda, "kernels", library())
+    monkeypatch.setattr(cuda, "index_of", lambda device: 0)
+    monkeypatch.setattr(ops, "_forward_op", cuda_layer.forward)
+    monkeypatch.setattr(ops, "_backward_op", cuda_layer.backward)
+    monkeypatch.setattr(ops, "infer", lambda module, input, hx: None)
+    monkeypatch.setattr(ops, "last_run", lambda device=None: cuda.last_run())
+    cuda.device_properties.cache_clear()

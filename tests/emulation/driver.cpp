@@ -1,0 +1,283 @@
+// Runs every plan forward and backward for the thread sanitizer to watch, for all cells, also those
+// that no module has yet, and compares with a plain loop over time. Arguments: the plans to run.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "launch.h"
+// After launch.h, which declares what the cells need.
+#include "../../csrc/cells/gru.h"
+#include "../../csrc/cells/rnn.h"
+
+using namespace lstm_fused;
+namespace gpu = lstm_fused::cuda;
+
+namespace {
+
+struct Case {
+  int64_t T, N, H;
+  int D;
+  bool state, packed;
+};
+
+uint32_t state = 1;
+float next() {
+  state = state * 1664525u + 1013904223u;
+  return static_cast<float>(static_cast<int>(state >> 20) - 2048) / 2048;
+}
+std::vector<float> random(int64_t count, float scale = 1) {
+  std::vector<float> v(count);
+  for (float& x : v) x = next() * scale;
+  return v;
+}
+
+// One layer's data, forward and backward; (S, D, ...) and (D, N, H) as params.h has them.
+template <class Cell>
+struct Layer {
+  static constexpr int G = Cell::kGates, sums = Cell::kSums;
+  Case c;
+  int64_t S = 0;
+  std::vector<int64_t> sizes, offsets{0};
+  std::vector<float> pre, b_ih[2], b_hh[2], w[2], h0, c0, dy, dh_n, dc_n;
+  std::vector<float> y, h_n, c_n, gates, cells, d_gates, dh0, dc0;
+
+  explicit Layer(const Case& given) : c(given) {
+    for (int64_t t = 0; t < c.T; ++t) {
+      sizes.push_back(c.packed ? std::max<int64_t>(1, c.N - 3 * t) : c.N);
+      offsets.push_back(offsets.back() + sizes.back());
+    }
+    S = offsets.back();
+    pre = random(S * c.D * G * c.H);
+    for (int d = 0; d < c.D; ++d) {
+      w[d] = random(G * c.H * c.H, 0.3f);
+      b_ih[d] = random(G * c.H);
+      b_hh[d] = random(G * c.H);
+    }
+    const int64_t states = c.D * c.N * c.H;
+    h0 = random(states);
+    c0 = random(states);
+    dy = random(S * c.D * c.H);
+    dh_n = random(states);
+    dc_n = random(states);
+    y.assign(S * c.D * c.H, NAN);
+    h_n.assign(states, NAN);
+    c_n = dh0 = dc0 = h_n;
+    gates.assign(S * c.D * sums * c.H, NAN);
+    cells.assign(S * c.D * c.H, NAN);
+    d_gates = gates;
+  }
+
+  Steps steps() const {
+    return {c.T, c.N, c.packed ? sizes.data() : nullptr, c.packed ? offsets.data() : nullptr};
+  }
+  int64_t at(int64_t s, int d, bool backward, int64_t n) const {
+    return (offset_of(s, d, backward) + n) * c.D + d;
+  }
+  int64_t offset_of(int64_t s, int d, bool backward) const {
+    return gpu::rows_at(steps(), s, backward != (d == 1)).offset;
+  }
+};
+
+bool close(float a, float b) {
+  return std::fabs(a - b) <= 2e-4f * (1 + std::fabs(b));
+}
+
+// A unit's sums at one step, from h before it.
+template <class Cell>
+void sum(const Layer<Cell>& l, const std::vector<float>& h, int64_t row, int d, int64_t n,
+         int64_t u, float (&sums)[Cell::kSums]) {
+  constexpr int G = Cell::kGates, first = Cell::kSums - G;
+  const int64_t H = l.c.H;
+  for (float& s : sums) s = 0;
+  for (int j = 0; j < G; ++j) {
+    const int in = Cell::input_gate(j), hidden = Cell::hidden_gate(j);
+    sums[j] += l.pre[(row * G + in) * H + u] + l.b_ih[d][in * H + u];
+    sums[first + j] += l.b_hh[d][hidden * H + u];
+    for (int64_t k = 0; k < H; ++k)
+      sums[first + j] += l.w[d][(hidden * H + u) * H + k] * h[(d * l.c.N + n) * H + k];
+  }
+}
+
+template <class Cell>
+bool check_forward(const Layer<Cell>& l) {
+  const Case& c = l.c;
+  std::vector<float> h = c.state ? l.h0 : std::vector<float>(l.h0.size(), 0.0f);
+  std::vector<float> memory = h;
+  if (Cell::kMemory == Memory::kCell)
+    memory = c.state ? l.c0 : std::vector<float>(l.c0.size(), 0.0f);
+  bool good = true;
+  for (int64_t s = 0; s < c.T; ++s)
+    for (int d = 0; d < c.D; ++d) {
+      const std::vector<float> before = h;
+      const int64_t active = gpu::rows_at(l.steps(), s, d == 1).active;
+      for (int64_t n = 0; n < active; ++n)
+        for (int64_t u = 0; u < c.H; ++u) {
+          const int64_t row = l.at(s, d, false, n), at = (d * c.N + n) * c.H + u;
+          float sums[Cell::kSums], cell = 0;
+          sum(l, before, row, d, n, u, sums);
+          h[at] = Cell::forward(sums, memory[at], cell);
+          memory[at] = cell;
+          good = good && close(l.y[row * c.H + u], h[at]);
+        }
+    }
+  for (size_t i = 0; i < h.size(); ++i) {
+    good = good && close(l.h_n[i], h[i]);
+    if (Cell::kMemory == Memory::kCell) good = good && close(l.c_n[i], memory[i]);
+  }
+  return good;
+}
+
+// From what forward saved, which check_forward has judged by its outputs.
+template <class Cell>
+bool check_backward(const Layer<Cell>& l) {
+  constexpr int G = Cell::kGates, kSums = Cell::kSums;
+  const Case& c = l.c;
+  const int64_t H = c.H;
+  bool good = true;
+  for (int d = 0; d < c.D; ++d)
+    for (int64_t n = 0; n < c.N; ++n) {
+      std::vector<float> dh(H), dc(H);
+      for (int64_t u = 0; u < H; ++u) {
+        dh[u] = l.dh_n[(d * c.N + n) * H + u];
+        dc[u] = Cell::kMemory == Memory::kCell ? l.dc_n[(d * c.N + n) * H + u] : 0;
+      }
+      for (int64_t s = 0; s < c.T; ++s) {
+        const gpu::StepRows rows = gpu::rows_at(l.steps(), s, d == 0);
+        if (n >= rows.active) continue;
+        const int64_t row = (rows.offset + n) * c.D + d;
+        std::vector<float> through(H, 0.0f);
+        for (int64_t u = 0; u < H; ++u) {
+          float saved[kSums], d_sum[kSums], prev = 0, cell = 0;
+          for (int j = 0; j < kSums; ++j) saved[j] = l.gates[(row * kSums + j) * H + u];
+          if (Cell::kMemory != Memory::kNone) {
+            const std::vector<float>& start = Cell::kMemory == Memory::kCell ? l.c0 : l.h0;
+            cell = l.cells[row * H + u];
+            if (n < rows.after)
+              prev = l.cells[((rows.offset_after + n) * c.D + d) * H + u];
+            else if (c.state)
+              prev = start[(d * c.N + n) * H + u];
+          }
+          Cell::backward(saved, prev, cell, dh[u] + l.dy[row * H + u], dc[u], d_sum);
+          for (int j = 0; j < kSums; ++j)
+            good = good && close(l.d_gates[(row * kSums + j) * H + u], d_sum[j]);
+          for (int j = 0; j < G; ++j)
+            for (int64_t k = 0; k < H; ++k)
+              through[k] += d_sum[kSums - G + j] * l.w[d][(Cell::hidden_gate(j) * H + u) * H + k];
+        }
+        dh = through;
+      }
+      for (int64_t u = 0; u < H; ++u) {
+        const float more = Cell::kMemory == Memory::kHidden ? dc[u] : 0;
+        good = good && close(l.dh0[(d * c.N + n) * H + u], dh[u] + more);
+        if (Cell::kMemory == Memory::kCell)
+          good = good && close(l.dc0[(d * c.N + n) * H + u], dc[u]);
+      }
+    }
+  return good;
+}
+
+// (G * H, H) in rows of `bytes` bytes, or transposed (H, G, ...) for backward.
+template <class Cell>
+std::vector<float> operand(const Layer<Cell>& l, int d, bool backward, int64_t bytes) {
+  constexpr int G = Cell::kGates;
+  const int64_t H = l.c.H, columns = bytes / 4, each = columns / G;
+  std::vector<float> a((backward ? H : G * H) * columns, 0.0f);
+  for (int g = 0; g < G; ++g)
+    for (int64_t u = 0; u < H; ++u)
+      for (int64_t k = 0; k < H; ++k)
+        a[backward ? k * columns + g * each + u : (g * H + u) * columns + k] =
+            l.w[d][(g * H + u) * H + k];
+  return a;
+}
+
+template <class Cell, class Math>
+const char* run(Layer<Cell>& l, gpu::PlanKind kind, bool backward) {
+  const Case& c = l.c;
+  gpu::Device device{};
+  gpu::read_device(0, device);
+  const gpu::Problem problem{DType::kFloat32, c.T, c.N, c.H, c.H, c.D, Cell::kGates, false, false};
+  const std::optional<gpu::Plan> plan = gpu::plan_as(kind, problem, device, backward);
+  if (!plan) return "no room for the plan";
+  const int64_t bytes =
+      gpu::row_bytes(DType::kFloat32, c.H) * (backward ? int64_t{Cell::kGates} : 1);
+  const int64_t rows = round_up(c.N, plan->tile_rows);
+  std::vector<float> exchange(2 * c.D * rows * bytes / 4, 0.0f), carry(c.D * c.N * c.H, NAN);
+  if (!backward && c.state)
+    for (int half = 0; half < 2; ++half)
+      for (int64_t i = 0; i < c.D * c.N; ++i)
+        std::memcpy(&exchange[((half * c.D + i / c.N) * rows + i % c.N) * bytes / 4],
+                    &l.h0[i * c.H], c.H * 4);
+  std::vector<unsigned long long> barrier(c.D * plan->row_groups, 0);
+  std::vector<float> a[2];
+  gpu::RecurrenceParams p{};
+  p.steps = l.steps();
+  p.s_end = c.T + backward;
+  p.S = l.S;
+  p.N = c.N;
+  p.H = p.R = c.H;
+  p.D = c.D;
+  const gpu::Exchange e{reinterpret_cast<char*>(exchange.data()), c.D * rows * bytes, rows, bytes};
+  p.product = {{nullptr, nullptr}, c.H, e, e};
+  for (int d = 0; d < c.D; ++d) {
+    a[d] = operand(l, d, backward, bytes);
+    p.product.a[d] = reinterpret_cast<const char*>(a[d].data());
+    p.b_ih[d] = l.b_ih[d].data();
+    p.b_hh[d] = l.b_hh[d].data();
+  }
+  p.barrier = barrier.data();
+  p.pre = l.pre.data();
+  p.h0 = c.state ? l.h0.data() : nullptr;
+  p.c0 = c.state ? l.c0.data() : nullptr;
+  p.y = l.y.data();
+  p.h_n = l.h_n.data();
+  p.c_n = l.c_n.data();
+  p.carry = carry.data();
+  p.gates = l.gates.data();
+  p.cells = l.cells.data();
+  p.dy = l.dy.data();
+  p.dh_n = l.dh_n.data();
+  p.dc_n = l.dc_n.data();
+  p.d_gates = l.d_gates.data();
+  p.dh0 = l.dh0.data();
+  p.dc0 = l.dc0.data();
+  const Steps steps = l.steps();
+  return gpu::run_with<Cell, Math>(*plan, p, nullptr, steps, nullptr);
+}
+
+template <class Cell>
+bool passes(const Case& c, gpu::PlanKind kind) {
+  Layer<Cell> l(c);
+  const char* error = run<Cell, gpu::Plain<float>>(l, kind, false);
+  bool good = !error && check_forward(l);
+  if (!error) error = run<Cell, gpu::Plain<float>>(l, kind, true);
+  good = good && !error && check_backward(l);
+  if (!good)
+    std::printf("wrong: %s plan, %d gates, %d sums, T%ld N%ld H%ld D%d%s%s: %s\n", gpu::name(kind),
+                Cell::kGates, Cell::kSums, c.T, c.N, c.H, c.D, c.state ? " state" : "",
+                c.packed ? " packed" : "", error ? error : "numbers");
+  return good;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const Case cases[] = {{4, 11, 40, 2, true, true}, {3, 9, 36, 1, false, false}};
+  int ran = 0, failed = 0;
+  for (int kind = 0; kind < gpu::kPlanKinds; ++kind) {
+    const gpu::PlanKind k = static_cast<gpu::PlanKind>(kind);
+    bool wanted = count == 1;
+    for (int i = 1; i < count; ++i) wanted = wanted || std::string(gpu::name(k)) == arguments[i];
+    if (!wanted) continue;
+    for (const Case& c : cases) {
+      ran += 4;
+      failed += !passes<Lstm>(c, k);
+      failed += !passes<Gru>(c, k);
+      failed += !passes<RnnTanh>(c, k);
+      failed += !passes<RnnRelu>(c, k);
+    }
+  }
+  std::printf("%d runs, %d failed\n", ran, failed);
+  return failed != 0;
+}
