@@ -70,7 +70,14 @@ COMMON = [
 ]
 # The kernels rely on no trap and no errno, and on a * b + c becoming one instruction; not on any
 # option that would change NaN, infinity or rounding.
-KERNEL = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp"]
+# -Wno-maybe-uninitialized: of the headers that g++ 12 itself brings.
+KERNEL = [
+    "-Wno-maybe-uninitialized",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-fopenmp",
+]
 
 
 # The cells' constexpr functions are called from

@@ -13,7 +13,7 @@ template <class S>
 struct ForwardMultiply {
   using type = Multiply<typename ComputeOf<S>::type>;
 };
-#if defined(__AVX512BF16__)
+#if defined(LSTM_FUSED_BF16_PAIRS)
 template <>
 struct ForwardMultiply<BFloat16> {
   using type = MultiplyPairs;

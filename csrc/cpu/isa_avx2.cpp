@@ -2,6 +2,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #define LSTM_FUSED_VECTOR_BYTES 32
 #define LSTM_FUSED_TILE_ROWS 3
+#define LSTM_FUSED_F16C
 #include "instantiate.h"
 
 const lstm_fused::Kernel* lstm_fused::kernels_avx2(CellKind cell, DType dtype) {

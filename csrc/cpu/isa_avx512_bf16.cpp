@@ -2,6 +2,8 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")
 #define LSTM_FUSED_VECTOR_BYTES 64
 #define LSTM_FUSED_TILE_ROWS 6
+#define LSTM_FUSED_F16C
+#define LSTM_FUSED_BF16_PAIRS
 #include "instantiate.h"
 
 const lstm_fused::Kernel* lstm_fused::kernels_avx512_bf16(CellKind cell, DType dtype) {

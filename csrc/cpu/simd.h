@@ -7,7 +7,9 @@
 
 #include "../params.h"
 
-#if defined(__F16C__) || defined(__AVX512BF16__)
+// What the ISA file's target has beyond plain vectors, by macros of our own: a compiler may set its
+// own by the command line alone, and not by a target pragma (g++ 12 does not).
+#if defined(LSTM_FUSED_F16C)
 #include <immintrin.h>
 #endif
 
@@ -74,14 +76,14 @@ LSTM_FUSED_INLINE VUint16 narrow(VFloat v, BFloat16) {
   return __builtin_convertvector((u & 0x7fffffff) > 0x7f800000 ? quiet : rounded, VUint16);
 }
 
-#if defined(__AVX512F__)
+#if defined(LSTM_FUSED_F16C) && LSTM_FUSED_VECTOR_BYTES == 64
 LSTM_FUSED_INLINE VFloat widen(VUint16 raw, Half) {
   return bit_cast<VFloat>(_mm512_cvtph_ps(bit_cast<__m256i>(raw)));
 }
 LSTM_FUSED_INLINE VUint16 narrow(VFloat v, Half) {
   return bit_cast<VUint16>(_mm512_cvtps_ph(bit_cast<__m512>(v), 0));
 }
-#elif defined(__F16C__)
+#elif defined(LSTM_FUSED_F16C)
 LSTM_FUSED_INLINE VFloat widen(VUint16 raw, Half) {
   return bit_cast<VFloat>(_mm256_cvtph_ps(bit_cast<__m128i>(raw)));
 }

@@ -24,7 +24,7 @@ struct Multiply {
   static LSTM_FUSED_INLINE V multiply_add(V acc, V a, V b) { return acc + a * b; }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(LSTM_FUSED_BF16_PAIRS)
 // bfloat16 products, two to a lane, summed in float32: vdpbf16ps.
 struct MultiplyPairs {
   using Compute = float;
