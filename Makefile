@@ -6,13 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu*')
+CPP_FILES = $(shell find csrc bench tests -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu*')
 
 .PHONY: help demo test lint format bench build clean distclean
 help:
 	@echo "make demo       train a character model with nn.LSTM and with lstm_fused, side by side"
 	@echo "make test       lint and tests"
-	@echo "make bench      the speed table; ARGS='--json' keeps it under bench/results"
+	@echo "make bench      the speed table, kept with its chart and page under bench/results"
 	@echo "make lint       ruff and clang-format, checking only"
 	@echo "make format     ruff and clang-format, rewriting files"
 	@echo "make build      set-up and build alone"
@@ -36,7 +36,7 @@ format: $(STAMPS)/dev
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 bench: build
-	@$(BIN)/python -m bench $(ARGS)
+	@$(BIN)/python -m bench --memory --save $(ARGS)
 
 build: $(STAMPS)/build
 

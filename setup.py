@@ -44,6 +44,7 @@ COMMON = [
     "-O3",
     "-fvisibility=hidden",
     "-Wall",
+    "-g0",  # setuptools asks for debugging information: five times the object files
     "-Wno-psabi",
     f"-ffile-prefix-map={ROOT.resolve()}/=",  # messages name csrc/, not our folders
 ]
@@ -56,7 +57,7 @@ def extensions():
     kernels = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))
     operators = CppExtension(
         "lstm_fused._C",
-        ["csrc/module.cpp", "csrc/ops.cpp", *kernels],
+        ["csrc/module.cpp", "csrc/ops.cpp", "csrc/launch.cpp", "csrc/call.cpp", *kernels],
         extra_compile_args=[*COMMON, *KERNEL, f"-DTORCH_TARGET_VERSION={STABLE_ABI}"],
         extra_link_args=["-fopenmp"],
         py_limited_api=False,

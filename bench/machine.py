@@ -1,5 +1,6 @@
 """Where and with what a measurement was made."""
 
+import importlib.metadata
 import os
 import platform
 import re
@@ -11,6 +12,8 @@ from pathlib import Path
 import torch
 
 from lstm_fused import ops
+
+PEERS = ("onnxruntime", "onnx", "numpy", "haste_pytorch", "flashrnn", "triton")
 
 
 def cpu_model() -> str:
@@ -25,16 +28,47 @@ def cpu_model() -> str:
     return name
 
 
-def revision() -> str:
-    """The git revision of the working tree, marked where files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+def output_of(*command: str) -> str | None:
+    """What a command prints, None where it is missing or fails."""
     try:
         done = subprocess.run(
             command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return None
     return done.stdout.strip()
+
+
+def revision() -> str:
+    """The git revision of the working tree, marked where files differ from it."""
+    describe = ("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    return output_of("git", *describe) or "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Versions of the peers that are installed."""
+    found = {}
+    for name in PEERS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def gpu() -> dict:
+    """Name, driver and libraries of the current CUDA device."""
+    properties = torch.cuda.get_device_properties(0)
+    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory": properties.total_memory,
+        "driver": (output_of(*query) or "unknown").split("\n")[0],
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
 
 
 class Others:
@@ -60,22 +94,39 @@ class Others:
         return round(max(0.0, others / max(wall, 1e-9)), 2)
 
 
-def describe() -> dict:
+def describe(device: str = "cpu") -> dict:
     return {
+        "device": device,
         "cpu": cpu_model(),
         "cpus": len(os.sched_getaffinity(0)),
+        "gpu": gpu() if device == "cuda" else None,
         "threads": torch.get_num_threads(),
         "isa": ops.available_isas()[-1],
+        "forced_isa": os.environ.get("LSTM_FUSED_ISA"),
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "versions": versions(),
         "build": ops.build_info(),
         "revision": revision(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
 
+def title(machine: dict) -> str:
+    """The machine in a few words."""
+    if machine.get("gpu"):
+        return machine["gpu"]["name"]
+    threads = machine["threads"]
+    return f"{machine['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
+
+
 def slug(machine: dict) -> str:
     """A file name for the results of a machine."""
-    words = re.sub(r"[^a-z0-9]+", "-", machine["cpu"].lower()).strip("-")
-    return f"{words}-{machine['threads']}t"
+    name = machine["gpu"]["name"] if machine.get("gpu") else machine["cpu"]
+    words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    if machine.get("gpu"):
+        return words
+    forced = machine.get("forced_isa")
+    return f"{words}-{machine['threads']}t" + (f"-{forced}" if forced else "")

@@ -1,10 +1,14 @@
 """The gate before the clock: a provider that is wrong gets no time."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from tests import tolerance
+from tests.tolerance import error_of as max_error
+
+__all__ = ["Verdict", "compare", "max_error", "worst"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,8 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
-        return self.error <= self.allowed
+        """Infinite errors, of NaN or of another shape, are never allowed."""
+        return self.error <= self.allowed < math.inf
 
 
 def compare(found: dict, baseline: dict, exact: dict, row_of=str) -> list[Verdict]:
@@ -26,11 +31,9 @@ def compare(found: dict, baseline: dict, exact: dict, row_of=str) -> list[Verdic
     verdicts = []
     for name, truth in exact.items():
         largest = truth.abs().max().item() if truth.numel() else 0.0
-        baseline_error = tolerance.error_of(baseline[name], truth)
+        baseline_error = max_error(baseline[name], truth)
         allowed = tolerance.allowed(row_of(name), baseline[name].dtype, baseline_error, largest)
-        verdicts.append(
-            Verdict(name, tolerance.error_of(found[name], truth), allowed, baseline_error)
-        )
+        verdicts.append(Verdict(name, max_error(found[name], truth), allowed, baseline_error))
     return verdicts
 
 

@@ -1,47 +1,68 @@
 """The tensors of a workload, and what the right answer to it is."""
 
+import contextlib
 import copy
 from dataclasses import dataclass
 
 import torch
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from bench.workloads import DTYPES, Workload
-from lstm_fused.reference import lstm_layer
+import lstm_fused
+from bench.workloads import CELLS, DTYPES, Workload, lengths_of
+from lstm_fused import reference
+
+DROPOUT_SEED = 1
 
 
 @dataclass(frozen=True)
 class Problem:
-    """x is (T, N, I) or its PackedSequence; state is None or (h0 (L*D, N, R), c0 (L*D, N, H))."""
+    """x is (T, N, I), (N, T, I) with batch_first, or a PackedSequence.
+
+    state is None, or in mode "step" h0 (L*D, N, R) and for an LSTM c0 (L*D, N, H), as a tuple.
+    """
 
     workload: Workload
-    module: torch.nn.LSTM
+    module: torch.nn.RNNBase
     x: torch.Tensor | PackedSequence
-    state: tuple[torch.Tensor, torch.Tensor] | None
+    state: tuple[torch.Tensor, ...] | None
+    device: str
 
 
-def build(work: Workload, seed: int = 0) -> Problem:
-    """Weights as nn.LSTM draws them and normal inputs, the same for every provider."""
+def why_absent(work: Workload, device: str = "cpu") -> str | None:
+    """Why a workload is not measured at all, None where it is."""
+    name = CELLS[work.cell]
+    if work.dropout and device == "cuda":
+        return "cuDNN's dropout masks are its own, so that nothing can be compared"
+    if hasattr(lstm_fused, name) and work.cell in reference.CELLS:
+        return None
+    return f"lstm_fused has no {name} yet"
+
+
+def build(work: Workload, device: str = "cpu", seed: int = 0) -> Problem:
+    """Weights as torch draws them and normal inputs, the same for every provider."""
     torch.manual_seed(seed)
     dtype = DTYPES[work.dtype]
-    module = torch.nn.LSTM(
+    proj = {"proj_size": work.proj} if work.cell == "lstm" else {}
+    module = getattr(torch.nn, CELLS[work.cell])(
         work.I,
         work.H,
         num_layers=work.layers,
-        bidirectional=work.bidirectional,
-        proj_size=work.proj,
-    ).to(dtype)
-    x = torch.randn(work.T, work.N, work.I).to(dtype)
+        bidirectional=work.directions == 2,
+        bias=work.bias,
+        batch_first=work.batch_first,
+        dropout=work.dropout,
+        **proj,
+    ).to(device, dtype)
+    shape = (work.N, work.T) if work.batch_first else (work.T, work.N)
+    x = torch.randn(*shape, work.I).to(device, dtype)
     state = None
-    if work.state:
-        rows = work.layers * (2 if work.bidirectional else 1)
-        h0 = torch.randn(rows, work.N, work.proj or work.H).to(dtype)
-        c0 = torch.randn(rows, work.N, work.H).to(dtype)
-        state = (h0, c0)
-    if work.lengths == "half":
-        lengths = torch.linspace(work.T, work.T // 2, work.N).round().long()
-        x = pack_padded_sequence(x, lengths)
-    return Problem(work, module, x, state)
+    if work.mode == "step":
+        widths = (work.R, work.H) if work.cell == "lstm" else (work.R,)
+        rows = work.layers * work.directions
+        state = tuple(torch.randn(rows, work.N, width).to(device, dtype) for width in widths)
+    if work.lengths != "full":
+        x = pack_padded_sequence(x, torch.tensor(lengths_of(work)), work.batch_first)
+    return Problem(work, module, x, state, device)
 
 
 def with_data(x, data):
@@ -53,22 +74,53 @@ def data_of(x):
     return x.data if isinstance(x, PackedSequence) else x
 
 
+def as_tuple(state):
+    """A module's states as a tuple: those of a GRU or RNN come as one tensor."""
+    return tuple(state) if isinstance(state, (tuple, list)) else (state,)
+
+
+def named(y, states, leaves=None) -> dict[str, torch.Tensor]:
+    """Outputs, final states and gradients by the names that the tolerances know."""
+    found = {"y": data_of(y), **dict(zip(("h_n", "c_n"), states, strict=False))}
+    for name, leaf in (leaves or {}).items():
+        found[f"d_{name}"] = leaf.grad
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
 class ModuleRun:
     """A module on a problem: `step` is what the clock sees, `results` what the gate compares."""
 
-    def __init__(self, module, problem: Problem):
+    def __init__(self, module, problem: Problem, around=contextlib.nullcontext):
         self.module = module
+        self.problem = problem
+        self.around = around  # a context that every step runs in
         self.training = problem.workload.training
         self.data = data_of(problem.x).clone().requires_grad_(self.training)
         self.x = with_data(problem.x, self.data)
-        self.state = problem.state
-        self.step = self._training_step if self.training else self._forward
+        self.bare = problem.workload.cell != "lstm"
+        self.reset()
+        steps = {"forward": self._forward, "training": self._training, "step": self._carry}
+        self._step = steps[problem.workload.mode]
         self.leaves = {"x": self.data, **dict(module.named_parameters())}
+        if around is contextlib.nullcontext:
+            self.step = self._step
+
+    def reset(self):
+        state = self.problem.state
+        self.state = state[0] if state and self.bare else state
+
+    def step(self):
+        with self.around():
+            return self._step()
 
     def _forward(self):
         return self.module(self.x, self.state)
 
-    def _training_step(self):
+    def _carry(self):
+        y, self.state = self.module(self.x, self.state)
+        return y, self.state
+
+    def _training(self):
         for leaf in self.leaves.values():
             leaf.grad = None
         y, state = self.module(self.x, self.state)
@@ -76,36 +128,44 @@ class ModuleRun:
         return y, state
 
     def results(self) -> dict[str, torch.Tensor]:
+        """One step from the problem's own state, with the dropout masks of one seed."""
+        self.reset()
+        torch.manual_seed(DROPOUT_SEED)
         with torch.set_grad_enabled(self.training):
-            y, (h_n, c_n) = self.step()
-        found = {"y": data_of(y), "h_n": h_n, "c_n": c_n}
-        if self.training:
-            found |= {f"d_{name}": leaf.grad for name, leaf in self.leaves.items()}
-        return {name: tensor.detach() for name, tensor in found.items()}
+            y, state = self.step()
+        found = named(y, as_tuple(state), self.leaves if self.training else None)
+        return {name: tensor.clone() for name, tensor in found.items()}
 
 
-class ReferenceLSTM(torch.nn.Module):
-    """The layers of an nn.LSTM through the naive reference, time first."""
+class ReferenceModule(torch.nn.Module):
+    """The layers of a torch.nn module through the naive reference."""
 
-    def __init__(self, module: torch.nn.LSTM):
+    def __init__(self, module: torch.nn.RNNBase, cell: str):
         super().__init__()
-        self.lstm = module
+        self.inner = module
+        self.layer = reference.CELLS[cell]
 
     def named_parameters(self, *args, **kwargs):
-        return self.lstm.named_parameters(*args, **kwargs)
+        return self.inner.named_parameters(*args, **kwargs)
 
     def forward(self, x, state):
-        directions = 2 if self.lstm.bidirectional else 1
-        batch_sizes = x.batch_sizes if isinstance(x, PackedSequence) else None
+        inner = self.inner
+        directions = 2 if inner.bidirectional else 1
+        packed = isinstance(x, PackedSequence)
+        turned = inner.batch_first and not packed
+        batch_sizes = x.batch_sizes if packed else None
         y, finals = data_of(x), []
-        for layer in range(self.lstm.num_layers):
-            rows = slice(layer * directions, (layer + 1) * directions)
-            weights = [w for row in self.lstm.all_weights[rows] for w in row]
-            state0 = tuple(s[rows] for s in state) if state else ()
-            y, final = lstm_layer(y, batch_sizes, state0, weights, directions)
-            finals.append(final)
-        h_n, c_n = (torch.cat(parts) for parts in zip(*finals, strict=True))
-        return with_data(x, y), (h_n, c_n)
+        y = y.transpose(0, 1) if turned else y
+        for k in range(inner.num_layers):
+            if k and inner.dropout:
+                y = torch.dropout(y, inner.dropout, True)
+            rows = slice(k * directions, (k + 1) * directions)
+            weights = [w for row in inner.all_weights[rows] for w in row]
+            state0 = () if state is None else tuple(s[rows] for s in as_tuple(state))
+            y, final = self.layer(y, batch_sizes, state0, weights, directions)
+            finals.append(as_tuple(final))
+        states = tuple(torch.cat(parts) for parts in zip(*finals, strict=True))
+        return with_data(x, y.transpose(0, 1) if turned else y), states
 
 
 def oracle(problem: Problem) -> dict[str, torch.Tensor]:
@@ -115,5 +175,6 @@ def oracle(problem: Problem) -> dict[str, torch.Tensor]:
         copy.deepcopy(problem.module).double(),
         with_data(problem.x, data_of(problem.x).double()),
         problem.state and tuple(s.double() for s in problem.state),
+        problem.device,
     )
-    return ModuleRun(ReferenceLSTM(exact.module), exact).results()
+    return ModuleRun(ReferenceModule(exact.module, problem.workload.cell), exact).results()

@@ -1,18 +1,28 @@
 """Who is measured: a provider turns a problem into a run with `step()` and `results()`."""
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 import lstm_fused
+from bench import peers, problem
 from bench.problem import ModuleRun, Problem, data_of
+from bench.sets import CELL, ONNX, TORCH
+from bench.workloads import CELLS, Workload
 from lstm_fused import ops
 
-BASELINE = "nn.LSTM"
+BASELINE, OURS = TORCH, "lstm_fused"
 
 
-def torch_lstm(problem: Problem):
-    return ModuleRun(copy.deepcopy(problem.module), problem)
+@dataclass(frozen=True)
+class Provider:
+    """build(problem) -> run; why_not(workload, device) -> why it cannot run it, or None."""
+
+    build: Callable[[Problem], object]
+    why_not: Callable[[Workload, str], str | None] = lambda work, device: None
+    default: bool = True  # False: only when named by --providers
 
 
 class FusedRun(ModuleRun):
@@ -27,8 +37,117 @@ class FusedRun(ModuleRun):
         return ran
 
 
-def fused(problem: Problem):
-    return FusedRun(lstm_fused.replace(copy.deepcopy(problem.module)), problem)
+def fused_module(task: Problem) -> torch.nn.Module:
+    module = lstm_fused.replace(copy.deepcopy(task.module))
+    assert isinstance(module, getattr(lstm_fused, CELLS[task.workload.cell]))
+    return module
 
 
-PROVIDERS = {BASELINE: torch_lstm, "lstm_fused": fused}
+def torch_nn(task: Problem):
+    return ModuleRun(copy.deepcopy(task.module), task)
+
+
+def fused(task: Problem):
+    return FusedRun(fused_module(task), task)
+
+
+def compiled(task: Problem):
+    return ModuleRun(torch.compile(copy.deepcopy(task.module)), task)
+
+
+def without_cudnn(task: Problem):
+    def around():
+        return torch.backends.cudnn.flags(enabled=False)
+
+    return ModuleRun(copy.deepcopy(task.module), task, around)
+
+
+def one_chunk(task: Problem):
+    """16-bit weights laid into one buffer beforehand, which flatten_parameters leaves undone."""
+    from torch.backends.cudnn import rnn
+
+    module = copy.deepcopy(task.module)
+    with torch.no_grad():
+        torch._cudnn_rnn_flatten_weight(
+            module._flat_weights,
+            len(module._flat_weights) // (module.num_layers * task.workload.directions),
+            module.input_size,
+            rnn.get_cudnn_mode(module.mode),
+            module.hidden_size,
+            module.proj_size,
+            module.num_layers,
+            module.batch_first,
+            module.bidirectional,
+        )
+    return ModuleRun(module, task)
+
+
+class GraphRun(ModuleRun):
+    """A run whose step was captured in a CUDA graph once, and is replayed since."""
+
+    def __init__(self, module, task):
+        super().__init__(module, task)
+        eager = self.step
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side), torch.set_grad_enabled(self.training):
+            for _ in range(3):
+                eager()
+        torch.cuda.current_stream().wait_stream(side)
+        self.reset()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph), torch.set_grad_enabled(self.training):
+            self.out = eager()
+        self.step = self._replay
+
+    def _replay(self):
+        self.graph.replay()
+        return self.out
+
+
+def torch_graph(task: Problem):
+    return GraphRun(copy.deepcopy(task.module), task)
+
+
+def fused_graph(task: Problem):
+    return GraphRun(fused_module(task), task)
+
+
+def first(*reasons):
+    """The first of several whys that applies."""
+
+    def why_not(work, device):
+        return next((why for reason in reasons if (why := reason(work, device))), None)
+
+    return why_not
+
+
+def no_fused_cell(work, device):
+    return problem.why_absent(work, device)
+
+
+def no_cuda(work, device):
+    return None if device == "cuda" else "needs a CUDA device"
+
+
+def not_chunked(work, device):
+    return None if work.dtype == "bfloat16" else "matters for bfloat16 only"
+
+
+def with_dropout(work, device):
+    return "dropout masks cannot be compared" if work.dropout else None
+
+
+PROVIDERS = {
+    BASELINE: Provider(torch_nn),
+    OURS: Provider(fused, no_fused_cell),
+    ONNX: Provider(peers.OnnxRun, peers.why_not_onnx),
+    CELL: Provider(peers.CellRun, peers.why_not_cell),
+    "torch.compile": Provider(compiled, with_dropout, default=False),
+    "cuDNN off": Provider(without_cudnn, no_cuda),
+    "torch.nn one chunk": Provider(one_chunk, first(no_cuda, not_chunked)),
+    "torch.nn graph": Provider(torch_graph, first(no_cuda, with_dropout)),
+    "lstm_fused graph": Provider(fused_graph, first(no_cuda, no_fused_cell, with_dropout)),
+    "haste": Provider(peers.HasteRun, peers.why_not_haste),
+    "FlashRNN": Provider(peers.FlashRun, peers.why_not_flash),
+}

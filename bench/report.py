@@ -1,15 +1,21 @@
-"""From a results file to the table people read, and into the README."""
+"""From results files to the tables people read."""
 
 import json
 from pathlib import Path
 
-from bench.providers import BASELINE
+from bench import machine
+from bench.workloads import Workload, regime
 
-ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+BASELINE, OURS = "torch.nn", "lstm_fused"
 # What other programs may use during a measurement before the table mentions it.
 QUIET_CPUS = 0.1
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+
+def load(path: Path) -> dict:
+    result = json.loads(path.read_text())
+    if result.get("schema") != 2:
+        raise ValueError("not a results file of this harness: measure again")
+    return result
 
 
 def duration(seconds: float) -> str:
@@ -20,93 +26,168 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} µs"
 
 
+def amount(size: float) -> str:
+    """Three digits and a unit of bytes: 12.3 MB."""
+    for unit, each in (("GB", 1e9), ("MB", 1e6)):
+        if size >= each:
+            return f"{size / each:.3g} {unit}"
+    return f"{size / 1e3:.3g} kB"
+
+
+def workload_of(row: dict) -> Workload:
+    return Workload(**row["workload"])
+
+
+def timing_of(row: dict, provider: str) -> dict | None:
+    return row["providers"].get(provider, {}).get("timing")
+
+
+def median_of(row: dict, provider: str) -> float | None:
+    timing = timing_of(row, provider)
+    return timing and timing["median"]
+
+
+def spread_of(row: dict, provider: str) -> float:
+    """Half the span from p10 to p90, as a part of the median."""
+    timing = timing_of(row, provider)
+    return (timing["p90"] - timing["p10"]) / 2 / timing["median"]
+
+
+def speedup(row: dict, opponent: str, provider: str = OURS) -> float | None:
+    """The opponent's median over the provider's, None where either has no time."""
+    theirs, own = median_of(row, opponent), median_of(row, provider)
+    return theirs / own if theirs and own else None
+
+
+def share(row: dict, provider: str = OURS) -> float | None:
+    """The row's limit over the provider's median: 1.0 is a run at the machine's limit."""
+    median, limit = median_of(row, provider), row.get("limit")
+    return limit / median if median and limit else None
+
+
+def missed(row: dict, opponent: str) -> bool:
+    """Whether the row has a goal beside this opponent and did not reach it."""
+    goal, ratio = row["workload"]["goals"].get(opponent), speedup(row, opponent)
+    if goal is None or (ratio is None and median_of(row, OURS)):
+        return False  # the opponent was not measured
+    return ratio is None or ratio < goal
+
+
+def is_ours_wrong(row: dict) -> bool:
+    """Whether we were wrong or failed; a peer that does so is shown, and is no error of ours."""
+    entries = row["providers"].items()
+    return any(e.keys() & {"wrong", "failed"} for p, e in entries if p.startswith(OURS))
+
+
 def time_cell(entry: dict | None) -> str:
     """Median and half the span from p10 to p90, or what is wrong."""
-    if entry is None:
+    if entry is None or "absent" in entry:
         return ""
     if "wrong" in entry:
         wrong = entry["wrong"]
         return f"wrong: {wrong['tensor']} off by {wrong['error']:.1e} > {wrong['allowed']:.1e}"
+    if "failed" in entry:
+        return f"failed: {entry['failed']}"
+    if "timing" not in entry:
+        return ""
     timing = entry["timing"]
     spread = (timing["p90"] - timing["p10"]) / 2 / timing["median"]
     mark = " ~" if timing["noisy"] else ""
     return f"{duration(timing['median'])} ±{spread:.0%}{mark}"
 
 
-def median_of(row: dict, provider: str) -> float | None:
-    return row["providers"].get(provider, {}).get("timing", {}).get("median")
+def ratio_cell(row: dict, opponent: str) -> str:
+    """How much faster, and the goal where there is one."""
+    ratio, goal = speedup(row, opponent), row["workload"]["goals"].get(opponent)
+    text = "" if ratio is None else f"{ratio:.2f}x"
+    if goal is None or (ratio is None and not missed(row, opponent)):
+        return text
+    verdict = ", missed" if missed(row, opponent) else ""
+    return f"{text} (goal {goal:g}x{verdict})".strip()
 
 
-def speedup(row: dict, provider: str) -> float | None:
-    """The baseline's median over the provider's, None where either has no time."""
-    baseline, own = median_of(row, BASELINE), median_of(row, provider)
-    return baseline / own if baseline and own else None
+def memory_cell(row: dict) -> str:
+    """Peak bytes of a training step, the baseline's and ours."""
+    found = row.get("memory", {})
+    if BASELINE not in found or OURS not in found:
+        return ""
+    return f"{amount(found[BASELINE])} / {amount(found[OURS])}"
 
 
-def ratio_cells(row: dict, provider: str) -> list[str]:
-    """How much faster, the goal, and whether it was met."""
-    ratio, goal = speedup(row, provider), row["workload"]["goal"]
-    cells = ["" if ratio is None else f"{ratio:.2f}x", "" if goal is None else f"{goal:g}x"]
-    verdict = "" if goal is None else "met" if ratio is not None and ratio >= goal else "missed"
-    return [*cells, verdict]
+def columns(result: dict) -> list[tuple[str, object]]:
+    """Heading and cell function of each column after the case's name."""
+    shown = result["providers"]
+    made = [(name, lambda row, p=name: time_cell(row["providers"].get(p))) for name in shown]
+    if OURS in shown:
+        for name in shown:
+            if name != OURS:
+                made.append((f"over {name}", lambda row, p=name: ratio_cell(row, p)))
+    if any(row.get("limit") for row in result["rows"]):
+        made.append(("of limit", lambda row: "" if share(row) is None else f"{share(row):.0%}"))
+    if any(row.get("memory") for row in result["rows"]):
+        made.append(("memory", memory_cell))
+    return made
 
 
-def cells(result: dict) -> tuple[list[str], list[list[str]]]:
-    """Heading and rows of the table, as text."""
-    providers = result["providers"]
-    others = [p for p in providers if p != BASELINE]
-    heading = ["case", *providers]
-    for provider in others:
-        suffix = "" if len(others) == 1 else f" {provider}"
-        heading += [f"speedup{suffix}", "goal", f"result{suffix}"]
-    rows = []
+def by_regime(result: dict) -> dict[str, list[dict]]:
+    """The rows that were measured, under the heading each belongs to, in order."""
+    groups = {}
     for row in result["rows"]:
-        line = [row["workload"]["name"], *(time_cell(row["providers"].get(p)) for p in providers)]
-        for provider in others:
-            line += ratio_cells(row, provider)
-        rows.append(line)
-    return heading, rows
+        if "absent" not in row:
+            groups.setdefault(regime(workload_of(row)), []).append(row)
+    return groups
+
+
+def cells(result: dict) -> tuple[list[str], list[tuple[str, list[list[str]]]]]:
+    """The table's heading, and per regime the lines below it, as text."""
+    made = columns(result)
+    groups = [
+        (name, [[row["workload"]["name"], *(cell(row) for _, cell in made)] for row in rows])
+        for name, rows in by_regime(result).items()
+    ]
+    return ["case", *(name for name, _ in made)], groups
 
 
 def caption(result: dict) -> str:
     m = result["machine"]
+    isa = m["forced_isa"] or m["isa"]
+    where = f"{machine.title(m)}, ISA {isa}" if not m["gpu"] else machine.title(m)
     sentences = [
-        f"{m['cpu']}, {m['threads']} threads, ISA {m['isa']}, torch {m['torch']}, "
-        f"revision {m['revision']}, {m['date']}.",
+        f"{where}, torch {m['torch']}, revision {m['revision']}, {m['date']}.",
         "Medians of interleaved samples, ± half the span from p10 to p90.",
     ]
-    if any("~" in cell for row in cells(result)[1] for cell in row):
+    rows = result["rows"]
+    entries = [entry for row in rows for entry in row["providers"].values()]
+    if any(entry.get("timing", {}).get("noisy") for entry in entries):
         sentences.append("~ marks a span too wide to rely on.")
-    if result["others"] > QUIET_CPUS:
+    if any(row.get("limit") for row in rows):
+        sentences.append("Of limit: the machine's measured limit for the row over our time.")
+    if any(row.get("memory") for row in rows):
+        sentences.append(f"Memory: peak of a training step, {BASELINE}'s and ours.")
+    goals = [(row, opponent) for row in rows for opponent in row["workload"]["goals"]]
+    goals = [(row, opponent) for row, opponent in goals if "absent" not in row]
+    if goals:
+        met = sum(not missed(row, opponent) for row, opponent in goals)
+        sentences.append(f"Goals reached: {met} of {len(goals)}.")
+    absent = {row["absent"] for row in rows if "absent" in row}
+    sentences += [f"Left out: {', '.join(sorted(absent))}."] if absent else []
+    if result.get("busy"):
+        sentences.append(f"Measured beside {result['busy']} busy process(es).")
+    elif result["others"] > QUIET_CPUS:
         sentences.append(f"Other programs used {result['others']:.1f} CPUs meanwhile.")
     if result["interrupted"]:
         sentences.append("Interrupted: later rows are missing.")
     return " ".join(sentences)
 
 
+def table(result: dict) -> str:
+    """The rows as a markdown table, a line in bold above each regime."""
+    heading, groups = cells(result)
+    lines = [heading, ["---", *["---:"] * (len(heading) - 1)]]
+    for name, rows in groups:
+        lines += [[f"**{name}**", *[""] * (len(heading) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def markdown(result: dict) -> str:
-    heading, rows = cells(result)
-    rule = ["---", *["---:"] * (len(heading) - 1)]
-    lines = ["| " + " | ".join(line) + " |" for line in (heading, rule, *rows)]
-    return "\n".join([*lines, "", caption(result)])
-
-
-def load(path: Path) -> dict:
-    return json.loads(path.read_text())
-
-
-def between_markers(text: str, table: str) -> str:
-    """text with what stands between the two markers replaced."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"the markers {BEGIN} and {END} are not there, in this order")
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
-
-
-def update_readme(path: Path, readme: Path = README) -> None:
-    """Puts the table of a results file into the README, with the file's name."""
-    name = path.resolve()
-    shown = name.relative_to(ROOT) if name.is_relative_to(ROOT) else name
-    table = markdown(load(path)) + f" From [{shown}]({shown})."
-    readme.write_text(between_markers(readme.read_text(), table))
+    return f"{table(result)}\n\n{caption(result)}"

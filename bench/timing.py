@@ -6,8 +6,26 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 # A row whose p10 to p90 span is more than this part of its median is marked as noisy.
 NOISY_SPAN = 0.15
+FEWEST_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a row is measured.
+
+    rounds: samples of each provider at most. seconds: what a sample lasts at least. row_seconds:
+    what a row may take before its rounds are cut, to five at the fewest. attempts: how often a row
+    is measured in the hope that no provider's samples are noisy.
+    """
+
+    rounds: int
+    seconds: float
+    row_seconds: float = 10.0
+    attempts: int = 1
 
 
 @dataclass(frozen=True)
@@ -24,21 +42,77 @@ class Timing:
     def noisy(self) -> bool:
         return self.p90 - self.p10 > NOISY_SPAN * self.median
 
+    @property
+    def spread(self) -> float:
+        """Half the span from p10 to p90, as a part of the median."""
+        return (self.p90 - self.p10) / 2 / self.median
 
-def sample(step: Callable, loops: int) -> float:
-    """Seconds that `loops` steps take."""
-    begin = time.perf_counter()
-    for _ in range(loops):
+
+class WallClock:
+    """Times steps that are done when they return."""
+
+    # Workers that wait actively for their next task (OpenMP's, ONNX Runtime's) would take the
+    # processor from whoever is measured next: a sample begins when they have gone to sleep.
+    poll = 0.002
+    longest_wait = 0.25
+
+    def settle(self) -> None:
+        """Wait until this process uses no processor any more."""
+        end = time.perf_counter() + self.longest_wait
+        used = time.process_time()
+        while time.perf_counter() < end:
+            time.sleep(self.poll)
+            before, used = used, time.process_time()
+            if used - before < self.poll / 4:
+                return
+
+    def sample(self, step: Callable, loops: int) -> float:
+        """Seconds that `loops` steps take, after one that is not counted."""
         step()
-    return time.perf_counter() - begin
+        begin = time.perf_counter()
+        for _ in range(loops):
+            step()
+        return time.perf_counter() - begin
 
 
-def loops_for(step: Callable, seconds: float) -> int:
-    """How many steps make a sample of that length; what it runs also serves as warm-up."""
+class CudaClock:
+    """Times what steps enqueue on the current stream, by CUDA events."""
+
+    def settle(self) -> None:
+        torch.cuda.synchronize()
+
+    def sample(self, step: Callable, loops: int) -> float:
+        """Seconds from the first step's work to the end of the last one's, after one uncounted."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        step()
+        torch.cuda.synchronize()
+        begin.record()
+        for _ in range(loops):
+            step()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+
+def clock_for(device: str):
+    return CudaClock() if device == "cuda" else WallClock()
+
+
+def loops_for(step: Callable, seconds: float, clock) -> tuple[int, float]:
+    """How many steps make a sample of that length, and how long the last trial took.
+
+    What this runs also serves as warm-up.
+    """
     loops = 1
-    while (taken := sample(step, loops)) < seconds:
+    while (taken := clock.sample(step, loops)) < seconds:
         loops = max(2 * loops, int(loops * seconds / max(taken, 1e-9)))
-    return loops
+    return loops, taken
+
+
+def rounds_for(effort: Effort, seconds_a_round: float) -> int:
+    """As many rounds as the row has time for."""
+    affordable = int(effort.row_seconds / max(seconds_a_round, 1e-9))
+    return min(effort.rounds, max(FEWEST_ROUNDS, affordable))
 
 
 def summary(samples: list[float], loops: int) -> Timing:
@@ -48,19 +122,47 @@ def summary(samples: list[float], loops: int) -> Timing:
     return Timing(median, p10, p90, len(each), loops)
 
 
+def quietest(attempt: Callable[[], dict[str, Timing]], attempts: int) -> dict[str, Timing]:
+    """The first attempt without a noisy provider, else the one whose widest spread is least.
+
+    All providers' times are of the same attempt, so that the choice favours none of them.
+    """
+    best = None
+    for _ in range(attempts):
+        found = attempt()
+        if best is None or widest(found) < widest(best):
+            best = found
+        if not any(t.noisy for t in found.values()):
+            break
+    return best
+
+
+def widest(found: dict[str, Timing]) -> float:
+    return max((t.spread for t in found.values()), default=0.0)
+
+
 def interleaved(
-    steps: dict[str, Callable], rounds: int, seconds: float, after_round: Callable = lambda: None
+    steps: dict[str, Callable],
+    effort: Effort,
+    clock,
+    after_round: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, Timing]:
-    """Samples A B A B ...; each at least about `seconds` long."""
-    loops = {name: loops_for(step, seconds) for name, step in steps.items()}
+    """Samples A B A B ...; after_round is told how many rounds are done, of how many."""
+    loops, a_round = {}, 0.0
+    for name, step in steps.items():
+        clock.settle()
+        loops[name], taken = loops_for(step, effort.seconds, clock)
+        a_round += taken * (1 + 1 / loops[name])
+    rounds = rounds_for(effort, a_round)
     samples = {name: [] for name in steps}
     gc.collect()
     gc.disable()
     try:
-        for _ in range(rounds):
+        for done in range(1, rounds + 1):
             for name, step in steps.items():
-                samples[name].append(sample(step, loops[name]))
-            after_round()
+                clock.settle()
+                samples[name].append(clock.sample(step, loops[name]))
+            after_round(done, rounds)
     finally:
         gc.enable()
     return {name: summary(samples[name], loops[name]) for name in steps}

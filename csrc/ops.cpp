@@ -1,9 +1,5 @@
 // The operators: schemas, checks, allocation, and the call of the planned kernel. Arithmetic is
 // below (cpu/), autograd and fakes above (lstm_fused/ops.py).
-#include <atomic>
-
-#include "cpu/kernels.h"
-#include "cpu/team.h"
 #include "stable.h"
 
 namespace lstm_fused {
@@ -11,45 +7,6 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 using MaybeTensor = std::optional<Tensor>;
-
-// What ran last on this thread, for tests and for the curious.
-struct Run {
-  Plan plan;
-  bool backward;
-  bool happened = false;
-};
-thread_local Run last;
-
-std::optional<Isa> isa_from_name(const std::string& wanted) {
-  for (int i = 0; i < kIsaCount; ++i)
-    if (wanted == name(static_cast<Isa>(i))) return static_cast<Isa>(i);
-  return std::nullopt;
-}
-
-Isa checked_isa(const std::string& wanted, const char* where) {
-  const std::optional<Isa> isa = isa_from_name(wanted);
-  STD_TORCH_CHECK(isa.has_value(), where, " is '", wanted,
-                  "' but must be one of baseline, avx2, avx512, avx512_bf16");
-  STD_TORCH_CHECK(runs(*isa), where, " is '", wanted, "', which this machine cannot run");
-  return *isa;
-}
-
-Isa isa_of_environment() {
-  const char* wanted = std::getenv("LSTM_FUSED_ISA");
-  return wanted && *wanted ? checked_isa(wanted, "LSTM_FUSED_ISA") : best_isa();
-}
-
-std::atomic<int> forced_isa{-1};
-
-Isa current_isa() {
-  static const Isa automatic = isa_of_environment();
-  const int forced = forced_isa.load(std::memory_order_relaxed);
-  return forced >= 0 ? static_cast<Isa>(forced) : automatic;
-}
-
-void force_isa(std::string wanted) {
-  forced_isa.store(wanted.empty() ? -1 : static_cast<int>(checked_isa(wanted, "isa")));
-}
 
 // A layer's tensors as kernels see them. Copies made to get there are kept alive in `kept`.
 struct Layer {
@@ -104,7 +61,9 @@ void read_weights(Layer& layer, const Tensor& x, const Tensors& weights) {
   layer.bias = each >= 4;
   layer.projection = each % 2 == 1;
   LayerSizes& size = layer.size;
-  const int G = kCellGates[static_cast<int>(layer.cell)];
+  const int G = info(layer.cell).gates;
+  STD_TORCH_CHECK(!layer.projection || info(layer.cell).memory == Memory::kCell, "cell ",
+                  info(layer.cell).name, " has no projection");
   STD_TORCH_CHECK(weights[1].dim() == 2 && weights[1].size(0) % G == 0, "w_hh has shape ",
                   describe(weights[1]), " but must be (", G, " * H, R)");
   size.H = weights[1].size(0) / G;
@@ -155,46 +114,39 @@ const void* read_state(Layer& layer, const Tensor& x, const Tensors& state, size
   return layer.keep(state[i]).const_data_ptr();
 }
 
+bool has_cell_state(const Layer& layer) {
+  return info(layer.cell).memory == Memory::kCell;
+}
+
 // Params with what forward and backward are both given.
 template <class Params>
 Params given(Layer& layer, const Tensor& x, const Tensors& state0) {
-  STD_TORCH_CHECK(state0.empty() || state0.size() == 2, "state0 must hold h0 and c0 or nothing");
+  const bool own = has_cell_state(layer);
+  STD_TORCH_CHECK(state0.empty() || state0.size() == (own ? 2 : 1), "state0 must hold ",
+                  own ? "h0 and c0" : "h0", " or nothing");
   Params params{};
   params.size = layer.size;
   params.x = layer.x;
   params.weights[0] = layer.weights[0];
   params.weights[1] = layer.weights[1];
   params.h0 = read_state(layer, x, state0, 0, layer.size.R, "h0");
-  params.c0 = read_state(layer, x, state0, 1, layer.size.H, "c0");
+  if (own) params.c0 = read_state(layer, x, state0, 1, layer.size.H, "c0");
   return params;
 }
 
 Problem problem_of(const Layer& layer, bool training) {
+  return problem_of(layer.cell, layer.dtype, layer.size, layer.projection, training);
+}
+
+// Shapes of what is saved for backward: values of the sums, and what the cell carries.
+std::vector<int64_t> gates_shape(const Layer& layer) {
   const LayerSizes& s = layer.size;
-  return {layer.dtype, s.steps.T, s.steps.N, s.I, s.H, s.R, s.D, layer.projection, training};
+  return {s.D, s.blocks(), s.steps.rows(), info(layer.cell).sums, kBlock};
 }
-
-// Runs the plan, on one thread if the OpenMP runtime grants no more.
-template <class Params, class MakePlan, class Scratch_, class Call>
-void run(const Layer& layer, Params& params, bool backward, const MakePlan& make_plan,
-         Scratch_ scratch_bytes, Call call) {
-  const Problem problem = problem_of(layer, backward);
-  for (int threads = usable_threads();; threads = 1) {
-    const Plan plan = make_plan(problem, Machine{current_isa(), threads});
-    const Kernel& kernel = kernel_for(plan.isa, layer.cell, layer.dtype);
-    const Scratch scratch = allocate_scratch((kernel.*scratch_bytes)(params, plan));
-    params.scratch = scratch.get();
-    if ((kernel.*call)(params, plan)) {
-      last = {plan, backward, true};
-      return;
-    }
-  }
-}
-
-std::vector<int64_t> saved_shape(const LayerSizes& s, int gates) {
-  std::vector<int64_t> shape{s.D, s.blocks(), s.steps.rows(), kBlock};
-  if (gates) shape.insert(shape.begin() + 3, gates);
-  return shape;
+std::vector<int64_t> cells_shape(const Layer& layer) {
+  if (info(layer.cell).memory == Memory::kNone) return {0};
+  const LayerSizes& s = layer.size;
+  return {s.D, s.blocks(), s.steps.rows(), kBlock};
 }
 
 // That of x, with D * R for I.
@@ -204,10 +156,11 @@ std::vector<int64_t> output_shape(const Layer& layer, const Tensor& x) {
   return shape;
 }
 
-void check_saved(const Tensor& t, const Layer& layer, int gates, const char* name) {
+void check_saved(const Tensor& t, const Layer& layer, std::vector<int64_t> shape,
+                 const char* name) {
   STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == compute_dtype(layer.dtype),
                   name, " must be as saved by recurrent_forward in training");
-  check_shape(t, saved_shape(layer.size, gates), name);
+  check_shape(t, shape, name);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrent_forward(
@@ -219,19 +172,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrent_forward(
   const ScalarType dtype = x.scalar_type();
   Tensor y = empty(output_shape(layer, x), dtype);
   Tensor h_n = empty({s.D, s.steps.N, s.R}, dtype);
-  Tensor c_n = empty({s.D, s.steps.N, s.H}, dtype);
-  const ScalarType saved = compute_dtype(layer.dtype);
-  Tensor gates =
-      empty(training ? saved_shape(s, kCellGates[cell]) : std::vector<int64_t>{0}, saved);
-  Tensor cells = empty(training ? saved_shape(s, 0) : std::vector<int64_t>{0}, saved);
+  const auto maybe = [](bool wanted, std::vector<int64_t> shape, ScalarType type) {
+    return empty(wanted ? shape : std::vector<int64_t>{0}, type);
+  };
+  Tensor c_n = maybe(has_cell_state(layer), {s.D, s.steps.N, s.H}, dtype);
+  Tensor gates = maybe(training, gates_shape(layer), compute_dtype(layer.dtype));
+  Tensor cells = maybe(training, cells_shape(layer), compute_dtype(layer.dtype));
   params.y = y.data_ptr();
   params.h_n = h_n.data_ptr();
   params.c_n = c_n.data_ptr();
   params.gates = training ? gates.data_ptr() : nullptr;
   params.cells = training ? cells.data_ptr() : nullptr;
   STD_TORCH_CHECK(s.steps.T > 0, "x must have at least one time step");
-  if (s.steps.N > 0)
-    run(layer, params, false, plan_forward, &Kernel::forward_scratch, &Kernel::forward);
+  if (s.steps.N > 0) launch(problem_of(layer, training), params);
   return {y, h_n, c_n, gates, cells};
 }
 
@@ -251,10 +204,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> recurrent_backward(
   const LayerSizes& s = layer.size;
   STD_TORCH_CHECK(mask.size() == 3 + weights.size(),
                   "mask must have one entry each for x, h0, c0 and every weight");
+  STD_TORCH_CHECK(has_cell_state(layer) || (!mask[2] && !dc_n), "cell ", info(layer.cell).name,
+                  " has no c0 or c_n to have a gradient");
   check_like(y, x, "y");
   check_shape(y, output_shape(layer, x), "y");
-  check_saved(gates, layer, kCellGates[cell], "gates");
-  check_saved(cells, layer, 0, "cells");
+  check_saved(gates, layer, gates_shape(layer), "gates");
+  check_saved(cells, layer, cells_shape(layer), "cells");
   BackwardParams params = given<BackwardParams>(layer, x, state0);
   params.y = layer.keep(y).const_data_ptr();
   params.gates = gates.const_data_ptr();
@@ -285,7 +240,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> recurrent_backward(
     *slots[is_projection ? 4 : at] = data(dweights[i], mask[3 + i]);
   }
   if (s.steps.N > 0) {
-    run(layer, params, true, plan_backward, &Kernel::backward_scratch, &Kernel::backward);
+    launch(problem_of(layer, true), params);
   } else {
     for (size_t i = 0; i < dweights.size(); ++i)
       if (mask[3 + i]) torch::stable::zero_(dweights[i]);
@@ -294,7 +249,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> recurrent_backward(
 }
 
 // "key=value" words describing the last call on this thread; empty before the first.
-std::string last_run() {
+std::string describe_last_run() {
+  const Run& last = last_run();
   if (!last.happened) return "";
   const Plan& p = last.plan;
   const auto number = [](const char* key, int64_t value) {
@@ -304,7 +260,12 @@ std::string last_run() {
          " kernel=" + name(p.kernel) + " isa=" + name(p.isa) + " dtype=" + name(p.dtype) +
          number("threads", p.threads) + number("direction_groups", p.direction_groups) +
          number("row_groups", p.row_groups) + number("unit_groups", p.unit_groups) +
-         number("tile_rows", p.tile_rows) + number("hoist_steps", p.hoist_steps);
+         number("tile_rows", p.tile_rows) + number("tile_cols", p.tile_cols) +
+         number("hoist_steps", p.hoist_steps);
+}
+
+void force_isa_by_name(std::string name) {
+  force_isa(name);
 }
 
 std::string available_isas() {
@@ -346,9 +307,9 @@ STABLE_TORCH_LIBRARY_IMPL(lstm_fused, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lstm_fused, CompositeExplicitAutograd, m) {
-  m.impl("force_isa", TORCH_BOX(&lstm_fused::force_isa));
+  m.impl("force_isa", TORCH_BOX(&lstm_fused::force_isa_by_name));
   m.impl("active_isa", TORCH_BOX(&lstm_fused::active_isa));
   m.impl("available_isas", TORCH_BOX(&lstm_fused::available_isas));
-  m.impl("last_run", TORCH_BOX(&lstm_fused::last_run));
+  m.impl("last_run", TORCH_BOX(&lstm_fused::describe_last_run));
   m.impl("poisoning", TORCH_BOX(&lstm_fused::poisoning));
 }

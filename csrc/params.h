@@ -77,14 +77,15 @@ struct ForwardParams {
   LayerSizes size;
   Sequence x;      // (T, N, I) or (S, I)
   const void* h0;  // (D, N, R) or null for zeros
-  const void* c0;  // (D, N, H) or null for zeros
+  const void* c0;  // (D, N, H) or null for zeros; null too without a cell state
   Weights weights[2];
   void* y;    // (S, D * R), S = sum of the active rows
   void* h_n;  // (D, N, R)
-  void* c_n;  // (D, N, H)
+  void* c_n;  // (D, N, H), cells with a state of their own only
   // Saved for backward, in the compute dtype; null without gradients. Sixteen lanes a block.
-  void* gates;    // (D, H/16, S, G, 16) activated gates
-  void* cells;    // (D, H/16, S, 16) cell states
+  void* gates;    // (D, H/16, S, P, 16) what forward left of the P sums: the activated gates
+  void* cells;    // (D, H/16, S, 16) what the cell carries, if anything
+  int64_t calls;  // of this thread until now
   void* scratch;  // forward_scratch() bytes, 64-byte aligned
 };
 

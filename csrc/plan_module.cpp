@@ -6,13 +6,16 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "cells/cells.h"
 #include "cpu/plan.h"
 
 namespace py = pybind11;
 using namespace lstm_fused;
 
 namespace {
+
+const char* name(CellKind cell) {
+  return info(cell).name;
+}
 
 template <class Enum>
 Enum from_name(const std::string& wanted, int count, const char* what) {
@@ -28,8 +31,9 @@ Enum from_name(const std::string& wanted, int count, const char* what) {
 
 Plan make_plan(const std::string& dtype, const std::string& isa, int threads, int64_t T, int64_t N,
                int64_t I, int64_t H, int64_t R, int directions, bool projection, bool training,
-               bool backward) {
-  const Problem problem{from_name<DType>(dtype, kDTypeCount, "dtype"),
+               bool backward, const std::string& cell) {
+  const Problem problem{from_name<CellKind>(cell, kCellCount, "cell"),
+                        from_name<DType>(dtype, kDTypeCount, "dtype"),
                         T,
                         N,
                         I,
@@ -52,7 +56,8 @@ std::string describe(const Plan& p) {
   if (p.kernel == KernelKind::kDirect) {
     s << ", weights read in place";
   } else {
-    s << ", tile " << p.tile_rows << " rows x 4 gates x " << vector_bytes(p.isa) << " bytes";
+    s << ", tile " << p.tile_rows << " rows x " << p.tile_cols << " vectors of "
+      << vector_bytes(p.isa) << " bytes";
     if (p.hoist_steps)
       s << ", input projection " << p.hoist_steps << (p.hoist_steps == 1 ? " step" : " steps")
         << " ahead";
@@ -62,10 +67,18 @@ std::string describe(const Plan& p) {
   return s.str();
 }
 
-// Name to (number the operators know the cell by, gates).
+// What Python needs to know of each cell, by name.
 py::dict cells() {
+  constexpr const char* memories[] = {"none", "cell", "hidden"};
   py::dict all;
-  for (int i = 0; i < kCellCount; ++i) all[kCellNames[i]] = py::make_tuple(i, kCellGates[i]);
+  for (int i = 0; i < kCellCount; ++i) {
+    py::dict cell;
+    cell["id"] = i;
+    cell["gates"] = kCells[i].gates;
+    cell["sums"] = kCells[i].sums;
+    cell["memory"] = memories[static_cast<int>(kCells[i].memory)];
+    all[kCells[i].name] = cell;
+  }
   return all;
 }
 
@@ -97,12 +110,14 @@ PYBIND11_MODULE(_plan, m) {
       .def_readonly("row_groups", &Plan::row_groups)
       .def_readonly("unit_groups", &Plan::unit_groups)
       .def_readonly("tile_rows", &Plan::tile_rows)
+      .def_readonly("tile_cols", &Plan::tile_cols)
       .def_readonly("hoist_steps", &Plan::hoist_steps)
       .def("__str__", &describe)
       .def("__repr__", [](const Plan& p) { return "<Plan: " + describe(p) + ">"; });
   m.def("plan", &make_plan, py::arg("dtype"), py::arg("isa"), py::arg("threads"), py::arg("T"),
         py::arg("N"), py::arg("I"), py::arg("H"), py::arg("R"), py::arg("directions") = 1,
-        py::arg("projection") = false, py::arg("training") = false, py::arg("backward") = false);
+        py::arg("projection") = false, py::arg("training") = false, py::arg("backward") = false,
+        py::arg("cell") = "lstm");
   m.def("cells", &cells);
   m.def("build_info", &build_info);
 }

@@ -10,14 +10,12 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <array>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "params.h"
+#include "launch.h"
 
 namespace lstm_fused {
 
@@ -37,12 +35,6 @@ inline DType dtype_of(const Tensor& t, const char* name) {
 
 inline ScalarType compute_dtype(DType dtype) {
   return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
-}
-
-// LSTM_FUSED_POISON=1 fills whatever a kernel must overwrite with NaN, scratch included.
-inline bool poisoning() {
-  static const bool on = std::getenv("LSTM_FUSED_POISON") != nullptr;
-  return on;
 }
 
 inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
@@ -91,19 +83,6 @@ inline void check_like(const Tensor& t, const Tensor& x, const char* name) {
 
 inline Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
-
-struct FreeScratch {
-  void operator()(void* p) const { std::free(p); }
-};
-using Scratch = std::unique_ptr<void, FreeScratch>;
-
-inline Scratch allocate_scratch(int64_t bytes) {
-  const size_t size = static_cast<size_t>(round_up(bytes > 0 ? bytes : 1, 64));
-  Scratch scratch(std::aligned_alloc(64, size));
-  STD_TORCH_CHECK(scratch != nullptr, "cannot allocate ", size, " bytes of scratch memory");
-  if (poisoning()) std::memset(scratch.get(), 0xff, size);
-  return scratch;
 }
 
 }  // namespace lstm_fused

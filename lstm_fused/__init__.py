@@ -1,9 +1,21 @@
-"""torch.nn.LSTM, fused: a drop-in module on our own kernels."""
+"""torch.nn.LSTM, GRU and RNN, fused: drop-in modules on our own kernels."""
 
+from lstm_fused.cells import GRUCell, LSTMCell, RNNCell
 from lstm_fused.explain import explain
-from lstm_fused.nn import LSTM
+from lstm_fused.nn import GRU, LSTM, RNN
 from lstm_fused.replace import replace, restore
 
 __version__ = "0.1.0"
 
-__all__ = ["LSTM", "__version__", "explain", "replace", "restore"]
+__all__ = [
+    "GRU",
+    "GRUCell",
+    "LSTM",
+    "LSTMCell",
+    "RNN",
+    "RNNCell",
+    "__version__",
+    "explain",
+    "replace",
+    "restore",
+]

@@ -1,11 +1,13 @@
-"""What LSTM refuses, and how it says so.
+"""What the modules refuse, and how they say so.
 
-Where torch.nn.LSTM has a check of its own, its method or its words are used; where it fails deep in
+Where torch.nn has a check of its own, its method or its words are used; where it fails deep in
 a matrix product, the error here has the same type and names the argument.
 """
 
 import torch
 from torch import Tensor
+
+from lstm_fused import ops
 
 
 def check_input(module, x, batch_sizes):
@@ -14,8 +16,9 @@ def check_input(module, x, batch_sizes):
     try:
         module.check_input(x, batch_sizes)
     except ValueError as error:
-        if batch_sizes is None:
+        if batch_sizes is None or not isinstance(module, torch.nn.LSTM):
             raise
+        # torch.nn.LSTM does not check packed input: the product refuses it, by a RuntimeError.
         raise RuntimeError(str(error)) from None
     if x.shape[0] == 0:
         raise RuntimeError(
@@ -53,6 +56,22 @@ def check_state(module, hx, dims, rows):
     return h_0, c_0
 
 
+def check_hidden(module, hx, dims, rows):
+    """hx as h_0 (L*D, rows, H), refused unless of that shape; dims as for check_state."""
+    if not isinstance(hx, Tensor):
+        raise AttributeError(f"hx must be a Tensor, got {type(hx).__name__}")
+    if dims is not None and hx.dim() != dims:
+        kind = "batched 3-D" if dims == 3 else "unbatched 2-D"
+        raise RuntimeError(
+            f"For {kind} input, hx should also be {dims}-D but got {hx.dim()}-D tensor"
+        )
+    if dims == 2:
+        hx = hx.unsqueeze(1)
+    layers = module.num_layers * (2 if module.bidirectional else 1)
+    module.check_hidden_size(hx, (layers, rows, module.hidden_size))
+    return hx
+
+
 def _unpack_odd_state(hx, dims):
     """A list of two is as good as a tuple, and so are two states stacked for an unbatched input."""
     if isinstance(hx, Tensor):
@@ -70,8 +89,9 @@ def _unpack_odd_state(hx, dims):
 
 
 def check_state_kind(x, state):
-    """Refuse (h_0, c_0) of another device or dtype than x."""
-    for name, t in zip(("hx[0]", "hx[1]"), state, strict=True):
+    """Refuse states, (h_0, c_0) or (h_0,), of another device or dtype than x."""
+    names = ("hx",) if len(state) == 1 else ("hx[0]", "hx[1]")
+    for name, t in zip(names, state, strict=True):
         if t.device != x.device:
             raise RuntimeError(
                 "Input and hidden tensors are not at the same device, "
@@ -98,7 +118,7 @@ def check_batch_sizes(batch_sizes):
 
 def check_weights(module, weights, dtype):
     """Refuse a weight, named, whose shape or dtype is not what the module's sizes ask for."""
-    gates = 4 * module.hidden_size
+    gates = ops.CELLS[module._cell()]["gates"] * module.hidden_size
     width = module.proj_size or module.hidden_size
     directions = 2 if module.bidirectional else 1
     each = len(weights) // (module.num_layers * directions)

@@ -1,6 +1,6 @@
-"""Let torch.compile trace lstm_fused.LSTM.
+"""Let torch.compile trace lstm_fused.LSTM, GRU and RNN.
 
-Dynamo breaks the graph at every torch.nn.LSTM, subclasses included, unless its ``allow_rnn`` is
+Dynamo breaks the graph at every torch.nn.RNNBase, subclasses included, unless its ``allow_rnn`` is
 set: then it unrolls them, step by step. Ours is one op a layer and needs the first, but setting
 that globally would do the second to torch's own. So it is set only while Dynamo looks at ours.
 """
@@ -12,17 +12,17 @@ import sys
 _BUILDER = "torch._dynamo.variables.builder"
 
 
-def allow(cls):
-    """Have Dynamo accept modules of class cls, once somebody imports it: that takes seconds."""
+def allow(classes):
+    """Have Dynamo accept modules of these classes, once somebody imports it: that takes seconds."""
     if _BUILDER in sys.modules:
-        _patch(sys.modules[_BUILDER], cls)
+        _patch(sys.modules[_BUILDER], classes)
     else:
-        sys.meta_path.insert(0, _PatchOnImport(cls))
+        sys.meta_path.insert(0, _PatchOnImport(classes))
 
 
 class _PatchOnImport(importlib.abc.MetaPathFinder):
-    def __init__(self, cls):
-        self.cls = cls
+    def __init__(self, classes):
+        self.classes = classes
 
     def find_spec(self, name, path, target=None):
         if name != _BUILDER:
@@ -33,17 +33,17 @@ class _PatchOnImport(importlib.abc.MetaPathFinder):
 
         def exec_and_patch(module):
             exec_module(module)
-            _patch(module, self.cls)
+            _patch(module, self.classes)
 
         spec.loader.exec_module = exec_and_patch
         return spec
 
 
-def _patch(builder, cls):
+def _patch(builder, classes):
     wrap_module = builder.VariableBuilder.wrap_module
 
     def wrap(self, value):
-        if not isinstance(value, cls):
+        if not isinstance(value, classes):
             return wrap_module(self, value)
         with builder.config.patch(allow_rnn=True):
             return wrap_module(self, value)

@@ -7,12 +7,12 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from lstm_fused import ops
-from lstm_fused.nn import LSTM, why_torch
+from lstm_fused.recurrent import Recurrent, why_torch
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of an LSTM call: its sizes, and the plan of its forward pass (see ``ops.plan``)."""
+    """One layer of a call: its sizes, and the plan of its forward pass (see ``ops.plan``)."""
 
     T: int
     N: int
@@ -32,7 +32,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an LSTM: the layers that would run fused, or else the reason why torch would."""
+    """One call of an LSTM, GRU or RNN: the layers that would run fused, or why torch would."""
 
     name: str
     module: str
@@ -48,48 +48,50 @@ class Call:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What ``explain`` found, one ``Call`` for each LSTM call in order; prints as text."""
+    """What ``explain`` found, one ``Call`` for each recurrent layer's call; prints as text."""
 
     calls: tuple
 
     def __str__(self):
-        return "\n".join(str(call) for call in self.calls) or "no LSTM was called"
+        return "\n".join(str(call) for call in self.calls) or "no LSTM, GRU or RNN was called"
 
 
 def explain(model, input, hx=None):
     """Say which kernel, instruction set, thread partition and tile would run, or why torch would.
 
     Args:
-        model: an ``lstm_fused.LSTM`` (or ``torch.nn.LSTM``), or a module that holds some. An LSTM
-            is not run. Another module is run once on input, in evaluation mode, without gradients
-            and leaving the random state as it was, to see what its LSTMs are given.
-        input: what model is called with; for a module that is no LSTM a tuple is its positional and
-            a dict its keyword arguments.
-        hx: the LSTM's ``(h_0, c_0)``; None for any other module.
+        model: an ``lstm_fused.LSTM``, ``GRU`` or ``RNN`` (or torch.nn's), or a module that holds
+            some. Such a layer is not run. Another module is run once on input, in evaluation mode,
+            without gradients and leaving the random state as it was, to see what its layers are
+            given.
+        input: what model is called with; for a module that is no such layer a tuple is its
+            positional and a dict its keyword arguments.
+        hx: the layer's states, ``(h_0, c_0)`` of an LSTM, else ``h_0``; None for any other module.
 
     Returns:
         An ``Explanation``; ``print`` it, or read ``.calls[i].reason`` and
         ``.calls[i].layers[k].plan``. A layer counts as training if autograd would record it now.
 
     Raises:
-        TypeError: model is not a ``torch.nn.Module``, or hx is given with one that is no LSTM.
+        TypeError: model is not a ``torch.nn.Module``, or hx is given with one that is no recurrent
+            layer.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     grad = torch.is_grad_enabled()
-    if isinstance(model, torch.nn.LSTM):
+    if isinstance(model, torch.nn.RNNBase):
         return Explanation((_explain_call("", grad, model, (input, hx), {}),))
     if hx is not None:
-        raise TypeError(f"hx goes with an LSTM, model is a {type(model).__name__}")
+        raise TypeError(f"hx goes with an LSTM, GRU or RNN, model is a {type(model).__name__}")
     calls = []
 
     def note(name, module, args, kwargs):
         calls.append(_explain_call(name, grad, module, args, kwargs))
 
-    lstms = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.LSTM)]
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.RNNBase)]
     modes = [(m, m.training) for m in model.modules()]
     hooks = [
-        m.register_forward_pre_hook(functools.partial(note, n), with_kwargs=True) for n, m in lstms
+        m.register_forward_pre_hook(functools.partial(note, n), with_kwargs=True) for n, m in layers
     ]
     try:
         model.eval()
@@ -111,11 +113,12 @@ def explain(model, input, hx=None):
 def _explain_call(name, grad, module, args, kwargs):
     input, hx, lengths = _arguments(*args, **kwargs)
     text = repr(module)
-    if not isinstance(module, LSTM):
-        return Call(name, text, "it is no lstm_fused.LSTM, see lstm_fused.replace", ())
+    if not isinstance(module, Recurrent):
+        return Call(name, text, "it is not of lstm_fused, see lstm_fused.replace", ())
     packed = isinstance(input, PackedSequence)
     x, batch_sizes = (input.data, input.batch_sizes) if packed else (input, None)
     weights = module._weights()
+    state = () if hx is None else module._as_state(hx)
     if reason := why_torch(x, hx, weights):
         return Call(name, text, reason, ())
     if lengths is not None:
@@ -130,8 +133,8 @@ def _explain_call(name, grad, module, args, kwargs):
     dtype = x.dtype
     if torch.is_autocast_enabled("cpu"):
         padded = batch_sizes if lengths is None else lengths
-        dtype, _ = module._autocast_dtypes(x, padded, hx, weights)
-    training = grad and any(t.requires_grad for t in (x, *(hx or ()), *weights))
+        dtype, _ = module._autocast_dtypes(x, padded, state, weights)
+    training = grad and any(t.requires_grad for t in (x, *state, *weights))
     return Call(name, text, None, _layers(module, dtype, T, N, training))
 
 
@@ -145,6 +148,6 @@ def _layers(module, dtype, T, N, training):
     layers = []
     for k in range(module.num_layers):
         I = directions * R if k else module.input_size  # noqa: E741
-        plan = ops.plan("lstm", dtype, T, N, I, H, R, directions, training=training)
+        plan = ops.plan(module._cell(), dtype, T, N, I, H, R, directions, training=training)
         layers.append(Layer(T, N, I, H, R, directions, training, plan))
     return tuple(layers)

@@ -12,13 +12,15 @@ from torch.library import register_fake, register_vmap
 from torch.utils._pytree import tree_map
 
 from lstm_fused import (
-    _C,  # noqa: F401  loads the operators
+    _C,  # loads the operators, too
     _plan,
     reference,
 )
 
-CELL_IDS = {name: number for name, (number, _) in _plan.cells().items()}
-_GATES = {number: gates for number, gates in _plan.cells().values()}
+CELLS = _plan.cells()  # by name: id, gates, sums, memory; csrc/cells/cells.h
+_IDS = {name: cell["id"] for name, cell in CELLS.items()}
+_IDS_BY_MODE = {name.upper(): number for name, number in _IDS.items()}
+_BY_ID = {cell["id"]: cell for cell in CELLS.values()}
 _BLOCK = 16  # units to a block of the saved gates, csrc/params.h
 
 _forward_op = torch.ops.lstm_fused.recurrent_forward.default
@@ -31,19 +33,20 @@ def layer(x, batch_sizes, state0, weights, cell="lstm", directions=1):
     Args:
         x: (T, N, I), any strides; or the data of a PackedSequence, (S, I).
         batch_sizes: None, or the PackedSequence's (T,), int64 on the CPU, never growing.
-        state0: () for zeros, or (h0 (D, N, R), c0 (D, N, H)).
-        weights: for each direction w_ih (4H, I), w_hh (4H, R), then b_ih (4H,) and b_hh (4H,) if
-            there are biases, then w_hr (R, H) if there is a projection; flat, as a sequence.
-        cell: "lstm".
+        state0: () for zeros, or (h0 (D, N, R),), with c0 (D, N, H) after it for "lstm".
+        weights: for each direction w_ih (G*H, I), w_hh (G*H, R), then b_ih (G*H,) and b_hh (G*H,)
+            if there are biases, then w_hr (R, H) if there is a projection ("lstm" only); flat, as a
+            sequence. G, the gates, are 4 of "lstm", 3 of "gru" and 1 of the others.
+        cell: "lstm", "gru", "rnn_tanh" or "rnn_relu".
         directions: 1, or 2 for a second one that walks from the last step to the first.
 
     Returns:
-        y (T, N, D * R) or (S, D * R), and the final states (h_n (D, N, R), c_n (D, N, H)).
+        y (T, N, D * R) or (S, D * R), and the final states (h_n (D, N, R),), with c_n (D, N, H)
+        after it for "lstm".
 
     Everything is of one dtype, float32, float64, bfloat16 or float16, and on the CPU. Gradients of
     any order are given. Raises RuntimeError on shapes, dtypes or devices that do not fit.
     """
-    cell_id = CELL_IDS[cell]
     if torch.is_grad_enabled() and (
         x.requires_grad
         or any(w.requires_grad for w in weights)
@@ -53,8 +56,37 @@ def layer(x, batch_sizes, state0, weights, cell="lstm", directions=1):
             cell, directions, len(state0), x, batch_sizes, *state0, *weights
         )
     else:
-        y, h_n, c_n, _, _ = _forward_op(x, batch_sizes, state0, weights, cell_id, directions, False)
-    return y, (h_n, c_n)
+        y, h_n, c_n, _, _ = _forward_op(
+            x, batch_sizes, state0, weights, _IDS[cell], directions, False
+        )
+    return y, ((h_n, c_n) if CELLS[cell]["memory"] == "cell" else (h_n,))
+
+
+def infer(module, input, hx):
+    """The result of a recurrent module without gradients, past torch's dispatcher, or None.
+
+    None whenever something is not plain: gradients are recorded, a mode of torch's is on that wants
+    to see operators, weights are parametrized, anything is not a contiguous CPU tensor of the
+    expected shape and one of the four dtypes. It checks that anew at each call and raises nothing:
+    what is wrong is for the usual way to say.
+
+    module: an LSTM, GRU or RNN of torch.nn's attributes. input: (T, N, I), or (N, T, I) if
+    ``batch_first``. hx: None, or the states in the form the module takes them.
+    """
+    layers = module.num_layers
+    if layers > 1 and module.dropout and module.training:
+        return None
+    first = module.batch_first and type(input) is torch.Tensor and input.dim() == 3
+    found = _C.infer(
+        module._flat_weights_names,
+        module._parameters,
+        input.transpose(0, 1) if first else input,
+        hx,
+        _IDS_BY_MODE[module.mode],
+        2 if module.bidirectional else 1,
+        layers,
+    )
+    return (found[0].transpose(0, 1), found[1]) if first and found is not None else found
 
 
 class _Layer(torch.autograd.Function):
@@ -69,7 +101,7 @@ class _Layer(torch.autograd.Function):
             batch_sizes,
             tensors[:n_state],
             tensors[n_state:],
-            CELL_IDS[cell],
+            _IDS[cell],
             directions,
             True,
         )
@@ -86,6 +118,8 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n, _gates, _cells):
         x, batch_sizes, y, gates, cells, *tensors = ctx.saved_tensors
+        if CELLS[ctx.cell]["memory"] != "cell":
+            dc_n = None  # torch.compile gives zeros for the c_n that there is not
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * len(ctx.needs_input_grad)
         needs = ctx.needs_input_grad[3:4] + ctx.needs_input_grad[5:]
@@ -151,7 +185,7 @@ class _LayerBackward(torch.autograd.Function):
     ):
         state0, weights = tensors[:n_state], tensors[n_state:]
         # The operator's mask always has places for h0 and c0.
-        states = needs[1 : 1 + n_state] if n_state else (False, False)
+        states = (*needs[1 : 1 + n_state], False, False)[:2]
         dx, dh0, dc0, dweights = _backward_op(
             x,
             batch_sizes,
@@ -163,11 +197,11 @@ class _LayerBackward(torch.autograd.Function):
             dy,
             dh_n,
             dc_n,
-            CELL_IDS[cell],
+            _IDS[cell],
             directions,
             [needs[0], *states, *needs[1 + n_state :]],
         )
-        grads = [dx, *((dh0, dc0) if n_state else ()), *dweights]
+        grads = [dx, *(dh0, dc0)[:n_state], *dweights]
         return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
     @staticmethod
@@ -186,10 +220,10 @@ class _LayerBackward(torch.autograd.Function):
             tensors = [_alias(t) for t in tensors]
             outer_aliases = [_alias(t) for t in outer]
             x, *rest = tensors
-            y, (h_n, c_n) = reference.CELLS[ctx.cell](
+            y, states = reference.CELLS[ctx.cell](
                 x, batch_sizes, tuple(rest[: ctx.n_state]), rest[ctx.n_state :], ctx.directions
             )
-            given = zip((y, h_n, c_n), (dy, dh_n, dc_n), strict=True)
+            given = zip((y, *states), (dy, dh_n, dc_n), strict=False)
             outputs = [out for out, d in given if d is not None]
             inner = [t for t, need in zip(tensors, ctx.needs, strict=True) if need]
             first = torch.autograd.grad(
@@ -225,23 +259,22 @@ def _alias(t):
 
 @register_fake("lstm_fused::recurrent_forward")
 def _fake_forward(x, batch_sizes, state0, weights, cell, directions, training):
-    gates = _GATES[cell]
-    hidden, width = weights[1].shape[0] // gates, weights[1].shape[1]
+    info = _BY_ID[cell]
+    hidden, width = weights[1].shape[0] // info["gates"], weights[1].shape[1]
     n = x.shape[1] if batch_sizes is None else _batch_of(batch_sizes, state0)
     rows = x.shape[0] * x.shape[1] if batch_sizes is None else x.shape[0]
-    blocks = (hidden + _BLOCK - 1) // _BLOCK
-    saved = torch.float64 if x.dtype is torch.float64 else torch.float32
-    y = x.new_empty(*x.shape[:-1], directions * width)
-    h_n = x.new_empty(directions, n, width)
-    c_n = x.new_empty(directions, n, hidden)
-    if not training:
-        return y, h_n, c_n, x.new_empty(0, dtype=saved), x.new_empty(0, dtype=saved)
+    saved_dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    saved = (directions, (hidden + _BLOCK - 1) // _BLOCK, rows)
+
+    def maybe(wanted, *shape, dtype=x.dtype):
+        return x.new_empty(shape if wanted else (0,), dtype=dtype)
+
     return (
-        y,
-        h_n,
-        c_n,
-        x.new_empty(directions, blocks, rows, gates, _BLOCK, dtype=saved),
-        x.new_empty(directions, blocks, rows, _BLOCK, dtype=saved),
+        x.new_empty(*x.shape[:-1], directions * width),
+        x.new_empty(directions, n, width),
+        maybe(info["memory"] == "cell", directions, n, hidden),
+        maybe(training, *saved, info["sums"], _BLOCK, dtype=saved_dtype),
+        maybe(training and info["memory"] != "none", *saved, _BLOCK, dtype=saved_dtype),
     )
 
 
@@ -256,7 +289,7 @@ def _batch_of(batch_sizes, state0):
 def _fake_backward(
     x, batch_sizes, state0, weights, y, gates, cells, dy, dh_n, dc_n, cell, directions, mask
 ):
-    hidden, width = weights[1].shape[0] // _GATES[cell], weights[1].shape[1]
+    hidden, width = weights[1].shape[0] // _BY_ID[cell]["gates"], weights[1].shape[1]
     if batch_sizes is None:
         n = x.shape[1]
     else:
@@ -297,10 +330,9 @@ def last_run():
 def plan(cell, dtype, T, N, I, H, R, directions, threads=None, training=False):  # noqa: E741
     """The plan a forward call on the CPU with these sizes would run, as a printable object.
 
-    dtype is a torch.dtype or its name; threads is torch.get_num_threads() unless given.
+    cell is as for ``layer``; dtype is a torch.dtype or its name; threads is
+    torch.get_num_threads() unless given. Raises ValueError for a name that is unknown.
     """
-    if cell not in CELL_IDS:
-        raise ValueError(f"cell is {cell!r} but must be one of {sorted(CELL_IDS)}")
     return _plan.plan(
         str(dtype).removeprefix("torch."),
         torch.ops.lstm_fused.active_isa(),
@@ -313,6 +345,7 @@ def plan(cell, dtype, T, N, I, H, R, directions, threads=None, training=False): 
         directions,
         projection=R != H,
         training=training,
+        cell=cell,
     )
 
 

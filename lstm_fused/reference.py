@@ -4,24 +4,46 @@ Any floating dtype, any device, differentiable to any order. They share nothing 
 the tests hold the kernels to them in float64, and double backward is computed through them.
 """
 
+from functools import partial
+
 import torch
 
 
-def _lstm_step(x, h, c, w_ih, w_hh, b_ih, b_hh, w_hr):
-    """One step of n rows: x (n, I), h (n, R), c (n, H) -> h (n, R), c (n, H).
+def _sums(x, w, b):
+    return x @ w.t() if b is None else x @ w.t() + b
+
+
+def _lstm_step(x, state, w_ih, w_hh, b_ih, b_hh, w_hr):
+    """One step of n rows: x (n, I), state (h (n, R), c (n, H)) -> the state after it.
 
     Hochreiter & Schmidhuber 1997 in torch.nn.LSTM's form; the projection w_hr is Sak et al. 2014.
     """
-    gates = x @ w_ih.t() + h @ w_hh.t()
-    if b_ih is not None:
-        gates = gates + b_ih + b_hh
-    i, f, g, o = gates.chunk(4, dim=1)
+    h, c = state
+    i, f, g, o = (_sums(x, w_ih, b_ih) + _sums(h, w_hh, b_hh)).chunk(4, dim=1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     h = torch.sigmoid(o) * torch.tanh(c)
     return (h if w_hr is None else h @ w_hr.t()), c
 
 
-def _split_lstm_weights(weights, directions):
+def _gru_step(x, state, w_ih, w_hh, b_ih, b_hh, _):
+    """Cho et al. 2014 in torch.nn.GRU's form: x (n, I), state (h (n, H),) -> the state after it."""
+    (h,) = state
+    r_x, z_x, n_x = _sums(x, w_ih, b_ih).chunk(3, dim=1)
+    r_h, z_h, n_h = _sums(h, w_hh, b_hh).chunk(3, dim=1)
+    r, z = torch.sigmoid(r_x + r_h), torch.sigmoid(z_x + z_h)
+    n = torch.tanh(n_x + r * n_h)
+    return ((1 - z) * n + z * h,)
+
+
+def _rnn_step(activation):
+    def step(x, state, w_ih, w_hh, b_ih, b_hh, _):
+        """Elman 1990 in torch.nn.RNN's form: x (n, I), state (h (n, H),) -> the state after it."""
+        return (activation(_sums(x, w_ih, b_ih) + _sums(state[0], w_hh, b_hh)),)
+
+    return step
+
+
+def _split_weights(weights, directions):
     """Per direction (w_ih, w_hh, b_ih, b_hh, w_hr), None where a weight is left out."""
     each = len(weights) // directions
     if each not in (2, 3, 4, 5) or each * directions != len(weights):
@@ -36,13 +58,14 @@ def _split_lstm_weights(weights, directions):
         yield w_ih, w_hh, b_ih, b_hh, w_hr
 
 
-def lstm_layer(x, batch_sizes, state0, weights, directions=1):
-    """One LSTM layer, the contract of ``ops.layer``.
+def _layer(step, widths_of, x, batch_sizes, state0, weights, directions=1):
+    """One layer, the contract of ``ops.layer``.
 
     x: (T, N, I), or packed (S, I) with batch_sizes (T,), never increasing and batch_sizes[0] == N.
-    state0: () for zeros, or (h0 (D, N, R), c0 (D, N, H)).
-    weights: per direction w_ih (4H, I), w_hh (4H, R)[, b_ih (4H,), b_hh (4H,)][, w_hr (R, H)].
-    Returns (y (T, N, D*R) or (S, D*R), (h_n (D, N, R), c_n (D, N, H))).
+    state0: () for zeros, or the initial states, h0 (D, N, R) first.
+    weights: per direction w_ih (G*H, I), w_hh (G*H, R)[, b_ih (G*H,), b_hh (G*H,)][, w_hr (R, H)].
+    step and widths_of are the cell's: one step of it, and its states' widths by (w_ih, w_hh).
+    Returns y (T, N, D*R) or (S, D*R) and the final states, each (D, N, its width).
     """
     if batch_sizes is None:
         steps = x.unbind(0)
@@ -51,26 +74,37 @@ def lstm_layer(x, batch_sizes, state0, weights, directions=1):
         sizes = batch_sizes.tolist()
         steps = x.split(sizes)
         rows = sizes[0]
-    outputs, h_n, c_n = [], [], []
-    for d, params in enumerate(_split_lstm_weights(weights, directions)):
+    outputs, ends = [], []
+    for d, params in enumerate(_split_weights(weights, directions)):
         if state0:
-            h, c = state0[0][d], state0[1][d]
+            state = tuple(s[d] for s in state0)
         else:
-            h = x.new_zeros(rows, params[1].shape[1])
-            c = x.new_zeros(rows, params[1].shape[0] // 4)
+            state = tuple(x.new_zeros(rows, width) for width in widths_of(*params[:2]))
         ys = []
         for x_t in reversed(steps) if d else steps:
             n = x_t.shape[0]
-            h_t, c_t = _lstm_step(x_t, h[:n], c[:n], *params)
-            ys.append(h_t)
+            after = step(x_t, tuple(s[:n] for s in state), *params)
+            ys.append(after[0])
             # Rows from n on have ended (forward), or have not begun (reverse): their state stays.
-            h, c = torch.cat((h_t, h[n:])), torch.cat((c_t, c[n:]))
+            state = tuple(torch.cat((new, old[n:])) for new, old in zip(after, state, strict=True))
         outputs.append(ys[::-1] if d else ys)
-        h_n.append(h)
-        c_n.append(c)
+        ends.append(state)
     join = torch.stack if batch_sizes is None else torch.cat
     y = torch.cat([join(ys) for ys in outputs], dim=-1)
-    return y, (torch.stack(h_n), torch.stack(c_n))
+    return y, tuple(torch.stack(s) for s in zip(*ends, strict=True))
 
 
-CELLS = {"lstm": lstm_layer}
+def _h_and_c(w_ih, w_hh):
+    return w_hh.shape[1], w_ih.shape[0] // 4
+
+
+def _h(w_ih, w_hh):
+    return (w_hh.shape[1],)
+
+
+CELLS = {
+    "lstm": partial(_layer, _lstm_step, _h_and_c),
+    "gru": partial(_layer, _gru_step, _h),
+    "rnn_tanh": partial(_layer, _rnn_step(torch.tanh), _h),
+    "rnn_relu": partial(_layer, _rnn_step(torch.relu), _h),
+}

@@ -1,22 +1,26 @@
-"""Exchange torch.nn.LSTM for lstm_fused.LSTM inside a model, in place, and back."""
+"""Exchange torch.nn's recurrent modules for ours inside a model, in place, and back."""
 
 import warnings
 
 import torch
 from torch.nn.utils.parametrize import is_parametrized
 
-from lstm_fused.nn import LSTM
+from lstm_fused import cells, nn
+
+_OURS = {ours._original: ours for ours in (*nn.MODULES, *cells.MODULES)}
 
 
 def replace(model):
     """Make every ``torch.nn.LSTM`` inside model, or model itself, an ``lstm_fused.LSTM``.
 
+    So too every ``GRU``, ``RNN``, ``LSTMCell``, ``GRUCell`` and ``RNNCell``.
+
     Only the modules' class changes: each stays the object it was, with the very same Parameters,
     buffers, hooks, mode, attributes, parametrizations, weight norm and pruning, and a module held
     in two places stays one. An optimizer built before goes on working. ``restore`` undoes it.
 
-    Left alone, with a warning that names them: subclasses of ``torch.nn.LSTM``, modules whose
-    ``forward`` was overridden on the instance, and LSTMs compiled by TorchScript. Modules that
+    Left alone, with a warning that names them: subclasses of these classes, modules whose
+    ``forward`` was overridden on the instance, and modules compiled by TorchScript. Modules that
     ``model.modules()`` does not know, such as those kept in a plain list, are not found.
 
     Args:
@@ -28,7 +32,7 @@ def replace(model):
     Raises:
         TypeError: model is not a ``torch.nn.Module``.
     """
-    left = _exchange(model, torch.nn.LSTM, LSTM)
+    left = _exchange(model, _OURS)
     if left:
         warnings.warn(f"lstm_fused.replace left alone: {'; '.join(left)}", stacklevel=2)
     return model
@@ -37,6 +41,7 @@ def replace(model):
 def restore(model):
     """Make every ``lstm_fused.LSTM`` inside model a ``torch.nn.LSTM``, also those built as ours.
 
+    So too every other module of ours.
     The inverse of ``replace``: again only the class changes. Also the way to hand a model to what
     knows torch's own operators only, such as an ONNX export or a program without lstm_fused.
 
@@ -49,27 +54,26 @@ def restore(model):
     Raises:
         TypeError: model is not a ``torch.nn.Module``.
     """
-    _exchange(model, LSTM, torch.nn.LSTM)
+    _exchange(model, {ours: original for original, ours in _OURS.items()})
     return model
 
 
-def _exchange(model, old, new):
-    """Give modules of class old the class new; returns what was left alone, and why."""
+def _exchange(model, classes):
+    """Give each module the class its own is mapped to; returns what was left alone, and why."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     left = []
-    classes = {old: new}
+    known = dict(classes)
     for name, module in model.named_modules():
         cls = type(module)
-        if "forward" in module.__dict__ and issubclass(cls, old) and not issubclass(cls, new):
-            left.append(f"{name or 'the model'}, whose forward is overridden on the instance")
-        elif cls in classes:
-            module.__class__ = classes[cls]
-        elif cls.__bases__ == (old,) and is_parametrized(module):
-            classes[cls] = _rebase(cls, new)
-            module.__class__ = classes[cls]
-        elif reason := _why_left(module, old, new):
+        base = cls.__bases__[0]
+        if reason := _why_left(module, classes, known):
             left.append(f"{name or 'the model'}, {reason}")
+        elif cls in known:
+            module.__class__ = known[cls]
+        elif base in classes and is_parametrized(module):
+            known[cls] = _rebase(cls, classes[base])
+            module.__class__ = known[cls]
     return left
 
 
@@ -79,9 +83,17 @@ def _rebase(cls, base):
     return type(cls)(cls.__name__, (base,), namespace)
 
 
-def _why_left(module, old, new):
-    if isinstance(module, old) and not isinstance(module, new):
-        return f"a {type(module).__name__}, which is a subclass"
-    if isinstance(module, torch.jit.ScriptModule) and module.original_name == old.__name__:
-        return "compiled by TorchScript"
+def _why_left(module, classes, known):
+    """Why a module that is of the old classes, or derived from one, keeps its class."""
+    for old, new in classes.items():
+        if isinstance(module, torch.jit.ScriptModule) and module.original_name == old.__name__:
+            return "compiled by TorchScript"
+        if not isinstance(module, old) or isinstance(module, new):
+            continue
+        if "forward" in module.__dict__:
+            return "whose forward is overridden on the instance"
+        cls = type(module)
+        parametrized = cls.__bases__ == (old,) and is_parametrized(module)
+        if cls not in known and not parametrized:
+            return f"a {cls.__name__}, which is a subclass"
     return None

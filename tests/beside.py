@@ -1,16 +1,19 @@
-"""torch.nn.LSTM and lstm_fused.LSTM made alike, called alike and compared.
+"""torch.nn's recurrent modules and ours made alike, called alike and compared.
 
-Sizes are T, N, I, H; L layers, D directions, R proj_size or else H.
+Sizes are T, N, I, H; L layers, D directions, R proj_size or else H. A cell is named as in
+oracle.CELLS; where no cell is named, it is "lstm". hx is what a module takes, (h_0, c_0) or h_0.
 """
 
 import pytest
 import tolerance
 import torch
+from oracle import CELLS, has_cell_state
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 import lstm_fused
 from lstm_fused import ops
+from lstm_fused.recurrent import Recurrent
 
 I, H, T, N = 4, 6, 5, 3  # noqa: E741
 OPTIONS = {
@@ -19,15 +22,32 @@ OPTIONS = {
     "all": {"num_layers": 2, "bidirectional": True, "proj_size": 3, "batch_first": True},
     "no bias": {"bias": False, "bidirectional": True},
 }
-each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+each_cell = pytest.mark.parametrize("cell", CELLS)
 
 
-def pair(*sizes, **options):
-    """A torch.nn.LSTM and a fused one, each built from the same seed."""
+def fitting(cell, options):
+    """options, without a projection where the cell has none."""
+    return {k: v for k, v in options.items() if k != "proj_size" or has_cell_state(cell)}
+
+
+each_option = pytest.mark.parametrize(
+    "cell, options",
+    [
+        pytest.param(cell, fitting(cell, options), id=f"{cell} {name}")
+        for cell in CELLS
+        for name, options in OPTIONS.items()
+    ],
+)
+
+
+def pair(*sizes, cell="lstm", **options):
+    """torch.nn's module and the fused one, each built from the same seed."""
+    name, more = CELLS[cell]
     modules = []
-    for kind in (nn.LSTM, lstm_fused.LSTM):
+    for library in (nn, lstm_fused):
         torch.manual_seed(1)
-        modules.append(kind(*(sizes or (I, H)), **{"dtype": torch.float64} | options))
+        given = {"dtype": torch.float64} | more | options
+        modules.append(getattr(library, name)(*(sizes or (I, H)), **given))
     return modules
 
 
@@ -36,16 +56,29 @@ def draw(*shape, dtype=torch.float64, grad=True):
 
 
 def state_for(module, rows, dtype=torch.float64):
-    """(h_0 (L*D, rows, R), c_0 (L*D, rows, H)); without rows if None."""
+    """h_0 (L*D, rows, R), with c_0 (L*D, rows, H) if there is one; without rows if None."""
     layers = module.num_layers * (2 if module.bidirectional else 1)
     batch = () if rows is None else (rows,)
     widths = module.proj_size or module.hidden_size, module.hidden_size
-    return tuple(draw(layers, *batch, width, dtype=dtype) for width in widths)
+    states = [draw(layers, *batch, width, dtype=dtype) for width in widths]
+    return tuple(states) if module.mode == "LSTM" else states[0]
+
+
+def states_of(hx):
+    """hx as a tuple of states, empty for None."""
+    return () if hx is None else (hx,) if isinstance(hx, torch.Tensor) else tuple(hx)
+
+
+def changed(change, hx):
+    """hx with change made to each of its states; None for None."""
+    states = tuple(change(s) for s in states_of(hx))
+    return hx if hx is None else states[0] if isinstance(hx, torch.Tensor) else states
 
 
 def tensors_of(result):
-    y, (h_n, c_n) = result
-    return {"y": y.data if isinstance(y, PackedSequence) else y, "h_n": h_n, "c_n": c_n}
+    y, ends = result
+    y = y.data if isinstance(y, PackedSequence) else y
+    return {"y": y, **dict(zip(("h_n", "c_n"), states_of(ends), strict=False))}
 
 
 def run(module, input, hx=None, **more):
@@ -53,20 +86,17 @@ def run(module, input, hx=None, **more):
     torch.manual_seed(2)
     data = input.data if isinstance(input, PackedSequence) else input
     found = tensors_of(module(input, hx, **more))
-    if isinstance(module, lstm_fused.LSTM) and data.numel():
+    if isinstance(module, Recurrent) and data.numel():
         assert ops.last_run()["pass"] == "forward"
-    given = [
-        ("x", data),
-        *zip(("h0", "c0"), hx or (None, None), strict=True),
-        *module.named_parameters(),
-    ]
-    leaves = {name: t for name, t in given if t is not None and t.requires_grad}
+    given = [("x", data), *zip(("h0", "c0"), states_of(hx), strict=False)]
+    given += module.named_parameters()
+    leaves = {name: t for name, t in given if t.requires_grad}
     if not leaves or not torch.is_grad_enabled():
         return found
     outputs = [t for t in found.values() if t.requires_grad]
     weights = [torch.linspace(-1, 1, t.numel()).to(t.dtype).view_as(t) for t in outputs]
     grads = torch.autograd.grad(outputs, list(leaves.values()), weights, allow_unused=True)
-    if isinstance(module, lstm_fused.LSTM) and data.numel():
+    if isinstance(module, Recurrent) and data.numel():
         assert ops.last_run()["pass"] == "backward"
     return found | {f"d_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
@@ -75,7 +105,7 @@ def assert_same(theirs, ours, *args, **more):
     """Both give the same outputs and gradients; returns ours."""
     expected, found = run(theirs, *args, **more), run(ours, *args, **more)
     torch.testing.assert_close(found, expected)
-    for name in ("y", "h_n", "c_n"):
+    for name in expected.keys() & {"y", "h_n", "c_n"}:
         assert found[name].stride() == expected[name].stride(), name
         assert found[name].requires_grad == expected[name].requires_grad, name
     return found

@@ -1,8 +1,8 @@
-"""One problem computed three ways: by us, by nn.LSTM in its dtype, by the reference in float64.
+"""One problem computed three ways: by us, by torch.nn in its dtype, by the reference in float64.
 
 The reference is driven from here, layer by layer, so that nothing of lstm_fused.nn is taken for
 granted. It sees features and hidden units in reverse order: its sums then round differently from
-nn.LSTM's, whose own error would otherwise come out as zero in float64.
+torch.nn's, whose own error would otherwise come out as zero in float64.
 
 The largest of four numbers is a matter of luck, so that small problems are drawn several times and
 all their draws are judged as one.
@@ -21,8 +21,21 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import lstm_fused
 from lstm_fused import ops, reference
 
+# By the name the op knows it by: the module, in torch.nn as in lstm_fused, and what it takes more.
+CELLS = {
+    "lstm": ("LSTM", {}),
+    "gru": ("GRU", {}),
+    "rnn_tanh": ("RNN", {}),
+    "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
+}
+NARROW_DTYPES = (torch.bfloat16, torch.float16)
 ELEMENTS_JUDGED = 64
 MOST_DRAWS = 16
+
+
+def has_cell_state(cell):
+    """Whether there is a c beside h; such cells have projections too."""
+    return ops.CELLS[cell]["memory"] == "cell"
 
 
 @dataclass(frozen=True)
@@ -42,9 +55,14 @@ class Problem:
     form: str = "dense"  # or "sorted", "unsorted": packed, or "single": 2-D, of one row
     hx: bool = False
     device: str = "cpu"
+    cell: str = "lstm"
 
     def __str__(self):
-        words = [str(self.dtype).removeprefix("torch."), f"T{self.T}-N{self.N}-I{self.I}-H{self.H}"]
+        words = [self.cell] if self.cell != "lstm" else []
+        words += [
+            str(self.dtype).removeprefix("torch."),
+            f"T{self.T}-N{self.N}-I{self.I}-H{self.H}",
+        ]
         words += [f"L{self.layers}"] if self.layers > 1 else []
         words += ["both"] if self.directions == 2 else []
         words += [] if self.bias else ["nobias"]
@@ -68,30 +86,38 @@ class Problem:
     def R(self):
         return self.proj or self.H
 
-    def module(self, kind=torch.nn.LSTM):
-        return kind(
+    @property
+    def states(self):
+        """Widths of the states."""
+        return (self.R, self.H) if has_cell_state(self.cell) else (self.H,)
+
+    def module(self, library=torch.nn):
+        name, more = CELLS[self.cell]
+        if self.proj:
+            more = more | {"proj_size": self.proj}
+        return getattr(library, name)(
             self.I,
             self.H,
             num_layers=self.layers,
             bidirectional=self.directions == 2,
             bias=self.bias,
-            proj_size=self.proj,
             batch_first=self.batch_first,
             dtype=self.dtype,
             device=self.device,
+            **more,
         )
 
 
 @dataclass
 class Values:
-    """What goes into a problem: x (T, N, I), state (h0 (L*D, N, R), c0 (L*D, N, H)) or None.
+    """What goes into a problem: x (T, N, I), state (h0 (L*D, N, R)[, c0 (L*D, N, H)]) or ().
 
-    lengths: (N,) or None. weights: by name. cotangents: of y, laid out as y is, of h_n and of c_n.
+    lengths: (N,) or None. weights: by name. cotangents: of y, laid out as y is, of h_n[ and c_n].
     """
 
     x: torch.Tensor
     lengths: torch.Tensor | None
-    state: tuple | None
+    state: tuple
     weights: dict
     cotangents: list = field(default_factory=list)
 
@@ -131,61 +157,88 @@ def values_of(problem, draw=0):
         if p.form == "sorted":
             lengths = lengths.sort(descending=True).values
     states = p.layers * p.directions
-    state = (normal(states, p.N, p.R), normal(states, p.N, p.H)) if p.hx else None
+    state = tuple(normal(states, p.N, width) for width in p.states) if p.hx else ()
     rows = (int(lengths.sum()),) if p.packed else (p.T, p.N)
     cotangents = [
         normal(*rows, p.directions * p.R),
-        normal(states, p.N, p.R),
-        normal(states, p.N, p.H),
+        *(normal(states, p.N, width) for width in p.states),
     ]
-    return Values(normal(p.T, p.N, p.I), lengths, state, weights, cotangents)
+    x = normal(p.T, p.N, p.I)
+    if p.cell == "rnn_relu" and p.dtype in NARROW_DTYPES:
+        keep_from_kink(x, weights)
+    return Values(x, lengths, state, weights, cotangents)
 
 
-def run_module(problem, kind, draw=0, gradients=True):
-    """The problem through a module class, forward and, with gradients, backward."""
+def keep_from_kink(x, weights):
+    """Have every sum near 8 or -8: relu's slope jumps at 0, where the last bit would decide it.
+
+    The first half of the features is 8; the first half of the units is on, which makes it 8 in the
+    layer above too. Every unit sees one of these features with a weight of 1 or -1.
+    """
+    units = next(w.shape[0] for w in weights.values())
+    x[..., : (x.shape[-1] + 1) // 2] = 8
+    for name, w in weights.items():
+        w.mul_(0.125)
+        if name.startswith("weight_ih"):
+            features = x.shape[-1] if name.startswith("weight_ih_l0") else units
+            row = torch.arange(units)
+            w[row, row % ((features + 1) // 2)] = torch.where(row < (units + 1) // 2, 1.0, -1.0).to(
+                w
+            )
+
+
+def run_module(problem, library, draw=0, gradients=True):
+    """The problem through the module of torch.nn or lstm_fused, backward only with gradients."""
     p, values = problem, values_of(problem, draw)
-    module = p.module(kind).requires_grad_(gradients)
+    module = p.module(library).requires_grad_(gradients)
     module.load_state_dict(values.weights)
     x = values.x.clone().requires_grad_(gradients)
-    state = values.state and tuple(s.clone().requires_grad_(gradients) for s in values.state)
+    state = tuple(s.clone().requires_grad_(gradients) for s in values.state)
     given, given_state = x, state
     if p.packed:
         given = pack_padded_sequence(x, values.lengths, enforce_sorted=p.form == "sorted")
     elif p.form == "single":
         given = x.squeeze(1)
-        given_state = state and tuple(s.squeeze(1) for s in state)
+        given_state = tuple(s.squeeze(1) for s in state)
     elif p.batch_first:
         given = x.transpose(0, 1)
-    y, (h_n, c_n) = module(given, given_state)
+    if not has_cell_state(p.cell):
+        given_state = given_state and given_state[0]
+    y, ends = module(given, given_state if p.hx else None)
+    ends = ends if has_cell_state(p.cell) else (ends,)
     forward_run = ops.last_run()
     if p.packed:
         y = y.data
     elif p.form == "single":
-        y, h_n, c_n = y.unsqueeze(1), h_n.unsqueeze(1), c_n.unsqueeze(1)
+        y, ends = y.unsqueeze(1), tuple(end.unsqueeze(1) for end in ends)
     elif p.batch_first:
         y = y.transpose(0, 1)
     if not gradients:
-        return Outcome(named(y, h_n, c_n, {}), forward_run)
-    torch.autograd.backward([y, h_n, c_n], values.cotangents)
-    leaves = {"x": x, **dict(module.named_parameters())}
-    if state:
-        leaves |= {"h0": state[0], "c0": state[1]}
-    return Outcome(named(y, h_n, c_n, leaves), forward_run, ops.last_run())
+        return Outcome(named(y, ends, {}), forward_run)
+    torch.autograd.backward([y, *ends], values.cotangents)
+    leaves = {"x": x, **dict(module.named_parameters()), **initial(state)}
+    return Outcome(named(y, ends, leaves), forward_run, ops.last_run())
 
 
-def reversed_layer(x, batch_sizes, state0, weights, directions):
-    """reference.lstm_layer, its features and hidden units inside in reverse order."""
+def initial(state):
+    return dict(zip(("h0", "c0"), state, strict=False))
+
+
+def reversed_layer(cell, x, batch_sizes, state0, weights, directions):
+    """The reference of a layer, its features and hidden units inside in reverse order."""
+
+    gates = ops.CELLS[cell]["gates"]
 
     def turned(w, is_projection):
         if is_projection:  # (R, H)
             return w.flip(0, 1)
-        w = w.unflatten(0, (4, -1)).flip(1)  # (4, H, K) or (4, H)
+        w = w.unflatten(0, (gates, -1)).flip(1)  # (G, H, K) or (G, H)
         return (w.flip(2) if w.dim() == 3 else w).flatten(0, 1)
 
     each = len(weights) // directions
     weights = [turned(w, each % 2 and k % each == each - 1) for k, w in enumerate(weights)]
     state0 = tuple(s.flip(-1) for s in state0)
-    y, states = reference.lstm_layer(x.flip(-1), batch_sizes, state0, weights, directions)
+    y, states = reference.CELLS[cell](x.flip(-1), batch_sizes, state0, weights, directions)
     y = y.unflatten(-1, (directions, -1)).flip(-1).flatten(-2)
     return y, tuple(s.flip(-1) for s in states)
 
@@ -199,33 +252,29 @@ def run_reference(problem, draw=0):
     p, values = problem, values_of(problem, draw)
     x = exact(values.x)
     weights = {name: exact(w) for name, w in values.weights.items()}
-    state = values.state and tuple(exact(s) for s in values.state)
+    state = tuple(exact(s) for s in values.state)
     rows, sizes, order, back = x, None, None, None
     if p.packed:
         rows, sizes, order, back = pack_padded_sequence(x, values.lengths, enforce_sorted=False)
     each = len(weights) // p.layers
     flat = list(weights.values())
-    h_n, c_n = [], []
+    ends = []
     for k in range(p.layers):
         state0 = ()
         if state:
             part = slice(k * p.directions, (k + 1) * p.directions)
             state0 = tuple(s[part] if order is None else s[part][:, order] for s in state)
-        rows, (h, c) = reversed_layer(
-            rows, sizes, state0, flat[k * each : (k + 1) * each], p.directions
+        rows, end = reversed_layer(
+            p.cell, rows, sizes, state0, flat[k * each : (k + 1) * each], p.directions
         )
-        h_n.append(h if back is None else h[:, back])
-        c_n.append(c if back is None else c[:, back])
-    h_n, c_n = torch.cat(h_n), torch.cat(c_n)
-    torch.autograd.backward([rows, h_n, c_n], [g.double() for g in values.cotangents])
-    leaves = {"x": x, **weights}
-    if state:
-        leaves |= {"h0": state[0], "c0": state[1]}
-    return Outcome(named(rows, h_n, c_n, leaves))
+        ends.append(tuple(s if back is None else s[:, back] for s in end))
+    ends = tuple(torch.cat(s) for s in zip(*ends, strict=True))
+    torch.autograd.backward([rows, *ends], [g.double() for g in values.cotangents])
+    return Outcome(named(rows, ends, {"x": x, **weights, **initial(state)}))
 
 
-def named(y, h_n, c_n, leaves):
-    outputs = {"y": y, "h_n": h_n, "c_n": c_n}
+def named(y, ends, leaves):
+    outputs = {"y": y, **dict(zip(("h_n", "c_n"), ends, strict=False))}
     return {k: v.detach() for k, v in outputs.items()} | {
         f"d_{name}": leaf.grad for name, leaf in leaves.items()
     }
@@ -233,13 +282,13 @@ def named(y, h_n, c_n, leaves):
 
 @lru_cache(maxsize=8)
 def judges(problem):
-    """What nn.LSTM and what the float64 reference make of each draw of a problem."""
+    """What torch.nn and what the float64 reference make of each draw of a problem."""
     draws = range(problem.draws)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # torch's own threads are no gain at these sizes
     try:
         return (
-            [run_module(problem, torch.nn.LSTM, k).tensors for k in draws],
+            [run_module(problem, torch.nn, k).tensors for k in draws],
             [run_reference(problem, k).tensors for k in draws],
         )
     finally:
@@ -259,7 +308,7 @@ def misses(found, problem):
         largest = max(t.abs().max().item() if t.numel() else 0.0 for t in truth)
         limit = tolerance.allowed(name, problem.dtype, torch_error, largest)
         if not error <= limit:
-            lines.append(f"{name}: off by {error:.2e} > {limit:.2e}, nn.LSTM by {torch_error:.2e}")
+            lines.append(f"{name}: off by {error:.2e} > {limit:.2e}, torch by {torch_error:.2e}")
     return lines
 
 
@@ -269,7 +318,7 @@ def check(problem):
     Fails naming every tensor that is off.
     """
     plain, full = (
-        [run_module(problem, lstm_fused.LSTM, k, gradients) for k in range(problem.draws)]
+        [run_module(problem, lstm_fused, k, gradients) for k in range(problem.draws)]
         for gradients in (False, True)
     )
     assert full[0].tensors.keys() == judges(problem)[1][0].keys()

@@ -34,6 +34,7 @@ def planned(problem, isa, threads, backward):
         projection=p.proj > 0,
         training=True,
         backward=backward,
+        cell=p.cell,
     )
 
 

@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from oracle import Problem, values_of
+from oracle import CELLS, Problem, has_cell_state, values_of
 from tolerance import allowed, error_of
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
@@ -36,6 +36,18 @@ CHECKED = (
     replace(SMALL, T=4, N=3, form="sorted", layers=2, directions=2, bias=False),
 )
 ALL = replace(SMALL, T=4, N=3, H=6, proj=3, layers=2, directions=2, hx=True)
+each_cell = pytest.mark.parametrize("cell", CELLS)
+
+
+def of(cell, problem):
+    """The problem for another cell, without a projection where the cell has none."""
+    return replace(problem, cell=cell, proj=problem.proj if has_cell_state(cell) else 0)
+
+
+def each_of(*problems):
+    """Every problem for every cell."""
+    each = dict.fromkeys(of(cell, problem) for cell in CELLS for problem in problems)
+    return pytest.mark.parametrize("problem", each, ids=str)
 
 
 def forget(dtype="float64"):
@@ -51,30 +63,35 @@ def assert_ran(way, dtype="float64"):
     assert (run["pass"], run["dtype"]) == (way, dtype), run
 
 
-def function_of(problem, kind=lstm_fused.LSTM, exact=False):
-    """f(x, *states, *weights) -> (y, h_n, c_n), and the tensors to call it with.
+def function_of(problem, library=lstm_fused, exact=False):
+    """f(x, *states, *weights) -> (y, h_n[, c_n]), and the tensors to call it with.
 
     exact: the same numbers, in float64.
     """
     p, values = problem, values_of(problem)
-    module = p.module(kind)
+    module = p.module(library)
 
     def f(x, *tensors):
-        states, weights = (tensors[:2], tensors[2:]) if p.hx else (None, tensors)
+        count = len(values.state)
+        states, weights = tensors[:count] or None, tensors[count:]
+        if count == 1:
+            (states,) = states
         given = x.transpose(0, 1) if p.batch_first else x
         if p.packed:
             given = pack_padded_sequence(x, values.lengths, enforce_sorted=p.form == "sorted")
         by_name = dict(zip(values.weights, weights, strict=True))
-        y, (h_n, c_n) = functional_call(module, by_name, (given, states))
-        return (y.data if p.packed else y), h_n, c_n
+        y, ends = functional_call(module, by_name, (given, states))
+        ends = ends if has_cell_state(p.cell) else (ends,)
+        return (y.data if p.packed else y), *ends
 
-    tensors = (values.x, *(values.state or ()), *values.weights.values())
+    tensors = (values.x, *values.state, *values.weights.values())
     dtype = torch.float64 if exact else p.dtype
     return f, [t.to(dtype, copy=True).requires_grad_() for t in tensors]
 
 
 def names_of(problem):
-    return ["x", *(("h0", "c0") if problem.hx else ()), *values_of(problem).weights]
+    states = ("h0", "c0")[: len(values_of(problem).state)]
+    return ["x", *states, *values_of(problem).weights]
 
 
 def total(outputs):
@@ -84,8 +101,8 @@ def total(outputs):
     )
 
 
-def gradients(problem, kind=lstm_fused.LSTM, call=None):
-    f, tensors = function_of(problem, kind)
+def gradients(problem, library=lstm_fused, call=None):
+    f, tensors = function_of(problem, library)
     out = f(*tensors) if call is None else call(f, *tensors)
     return torch.autograd.grad(total(out), tensors)
 
@@ -94,7 +111,7 @@ def assert_close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize("problem", CHECKED, ids=str)
+@each_of(*CHECKED)
 def test_gradcheck(problem):
     f, tensors = function_of(problem)
     forget()
@@ -106,7 +123,7 @@ def test_gradcheck(problem):
     assert_ran("backward")
 
 
-@pytest.mark.parametrize("problem", CHECKED, ids=str)
+@each_of(*CHECKED)
 def test_gradgradcheck(problem):
     f, tensors = function_of(problem)
     forget()
@@ -114,14 +131,16 @@ def test_gradgradcheck(problem):
     assert ops.last_run()["dtype"] == "float64"
 
 
-def test_gradgradcheck_of_every_element():
-    f, tensors = function_of(replace(SMALL, T=2, I=2, H=2, hx=True))
+@each_cell
+def test_gradgradcheck_of_every_element(cell):
+    f, tensors = function_of(replace(SMALL, T=2, I=2, H=2, hx=True, cell=cell))
     assert gradgradcheck(f, tensors)
 
 
+@each_cell
 @pytest.mark.parametrize("form", ["dense", "sorted"])
-def test_batched_output_gradients(form):
-    f, tensors = function_of(replace(SMALL, hx=True, form=form))
+def test_batched_output_gradients(form, cell):
+    f, tensors = function_of(replace(SMALL, hx=True, form=form, cell=cell))
     assert gradcheck(f, tensors, fast_mode=True, check_batched_grad=True)
     y = f(*tensors)[0]
     every = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
@@ -132,51 +151,49 @@ def test_batched_output_gradients(form):
     assert_close(batched, tuple(map(torch.stack, zip(*rows, strict=True))))
 
 
-def test_batched_output_gradients_have_gradients():
-    def second(kind):
-        f, tensors = function_of(replace(SMALL, hx=True, layers=2), kind)
+@each_cell
+def test_batched_output_gradients_have_gradients(cell):
+    def second(library):
+        f, tensors = function_of(replace(SMALL, hx=True, layers=2, cell=cell), library)
         y = f(*tensors)[0]
         every = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
         grads = torch.autograd.grad(y, tensors, every, create_graph=True, is_grads_batched=True)
         return torch.autograd.grad(total(grads), tensors)
 
-    assert_close(second(lstm_fused.LSTM), second(torch.nn.LSTM))
+    assert_close(second(lstm_fused), second(torch.nn))
 
 
-def test_hessian_vectorized():
-    def hessian(kind):
-        f, tensors = function_of(replace(SMALL, hx=True), kind)
+@each_cell
+def test_hessian_vectorized(cell):
+    def hessian(library):
+        f, tensors = function_of(replace(SMALL, hx=True, cell=cell), library)
 
         def loss(x, h0):
             return total(f(x, h0, *tensors[2:]))
 
         return torch.autograd.functional.hessian(loss, tuple(tensors[:2]), vectorize=True)
 
-    assert_close(hessian(lstm_fused.LSTM), hessian(torch.nn.LSTM))
+    assert_close(hessian(lstm_fused), hessian(torch.nn))
 
 
-def penalty_gradients(problem, kind, exact=False):
+def penalty_gradients(problem, library, exact=False):
     """Of a loss that holds the norm of the gradient of the outputs with respect to the input."""
-    f, tensors = function_of(problem, kind, exact)
+    f, tensors = function_of(problem, library, exact)
     (dx,) = torch.autograd.grad(total(f(*tensors)), tensors[0], create_graph=True)
     grads = torch.autograd.grad(dx.square().sum() + total(f(*tensors)), tensors)
     return {f"d_{name}": g for name, g in zip(names_of(problem), grads, strict=True)}
 
 
-@pytest.mark.parametrize(
-    "problem",
-    [
-        Problem(9, 4, 6, 20, hx=True),
-        Problem(9, 4, 6, 20, hx=True, layers=2, directions=2, proj=7),
-        Problem(9, 4, 6, 20, hx=True, form="unsorted"),
-    ],
-    ids=str,
+@each_of(
+    Problem(9, 4, 6, 20, hx=True),
+    Problem(9, 4, 6, 20, hx=True, layers=2, directions=2, proj=7),
+    Problem(9, 4, 6, 20, hx=True, form="unsorted"),
 )
 def test_gradient_penalty(problem):
-    exact = penalty_gradients(problem, torch.nn.LSTM, exact=True)
-    torchs = penalty_gradients(problem, torch.nn.LSTM)
+    exact = penalty_gradients(problem, torch.nn, exact=True)
+    torchs = penalty_gradients(problem, torch.nn)
     forget("float32")
-    ours = penalty_gradients(problem, lstm_fused.LSTM)
+    ours = penalty_gradients(problem, lstm_fused)
     assert_ran("backward", "float32")
     for name, truth in exact.items():
         limit = allowed(
@@ -185,25 +202,27 @@ def test_gradient_penalty(problem):
         assert error_of(ours[name], truth) <= limit, name
 
 
-def test_third_order_agrees():
-    def third(kind):
-        f, tensors = function_of(replace(SMALL, hx=True), kind)
+@each_cell
+def test_third_order_agrees(cell):
+    def third(library):
+        f, tensors = function_of(replace(SMALL, hx=True, cell=cell), library)
         g = torch.autograd.grad(total(f(*tensors)), tensors, create_graph=True)
         g = torch.autograd.grad(sum(t.square().sum() for t in g), tensors, create_graph=True)
         return torch.autograd.grad(sum(t.square().sum() for t in g), tensors)
 
-    assert_close(third(lstm_fused.LSTM), third(torch.nn.LSTM))
+    assert_close(third(lstm_fused), third(torch.nn))
 
 
-@pytest.mark.parametrize("problem", [ALL, replace(ALL, form="unsorted")], ids=str)
+@each_of(ALL, replace(ALL, form="unsorted"))
 def test_runs_repeat_bit_for_bit(problem):
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         first, second = (gradients(replace(problem, dtype=dtype, N=9, H=40)) for _ in range(2))
         assert all(map(torch.equal, first, second))
 
 
-def test_retained_graph():
-    f, tensors = function_of(ALL)
+@each_cell
+def test_retained_graph(cell):
+    f, tensors = function_of(of(cell, ALL))
     loss = total(f(*tensors))
     first = torch.autograd.grad(loss, tensors, retain_graph=True)
     second = torch.autograd.grad(loss, tensors)
@@ -212,11 +231,13 @@ def test_retained_graph():
         torch.autograd.grad(loss, tensors)
 
 
+@each_cell
 @pytest.mark.parametrize("used", [(0, 1, 2), (1,)], ids=str)
 @pytest.mark.parametrize("form", ["dense", "sorted"])
-def test_any_part_frozen(form, used):
-    """Each of the 2^8 subsets of one projected layer's tensors that may need a gradient."""
-    f, tensors = function_of(replace(SMALL, T=4, N=3, H=6, proj=3, hx=True, form=form))
+def test_any_part_frozen(form, used, cell):
+    """Each subset of one layer's tensors that may need a gradient: 2^8 if it is projected."""
+    f, tensors = function_of(of(cell, replace(ALL, layers=1, directions=1, form=form)))
+    used = used[: len(f(*tensors))]
     out = f(*tensors)
     everything = torch.autograd.grad(total([out[k] for k in used]), tensors)
     for needs in product((True, False), repeat=len(tensors)):
@@ -231,31 +252,44 @@ def test_any_part_frozen(form, used):
             assert torch.equal(t.grad, expected) if need else t.grad is None
 
 
-@pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
-@pytest.mark.parametrize("form", ["dense", "unsorted"])
-def test_part_of_the_outputs_used(used, form):
-    problem = replace(ALL, form=form)
-
-    def some(kind):
-        f, tensors = function_of(problem, kind)
-        out = f(*tensors)
-        return torch.autograd.grad(total([out[k] for k in used]), tensors, materialize_grads=True)
-
-    assert_close(some(lstm_fused.LSTM), some(torch.nn.LSTM))
+USED = [(0,), (1,), (2,), (0, 2), (1, 2)]
 
 
 @pytest.mark.parametrize(
-    "changed", ["x", "h0", "c0", "y", "h_n", "c_n", "weight_ih_l0", "bias_hh_l0"]
+    "cell, used",
+    [(cell, used) for cell in CELLS for used in USED if has_cell_state(cell) or 2 not in used],
+    ids=str,
 )
-def test_change_in_place_before_backward(changed):
-    """Refused or allowed just as nn.LSTM does in float32; where allowed, with the same gradient."""
+@pytest.mark.parametrize("form", ["dense", "unsorted"])
+def test_part_of_the_outputs_used(cell, used, form):
+    problem = of(cell, replace(ALL, form=form))
 
-    def outcome(kind):
-        problem = replace(SMALL, dtype=torch.float32, hx=True)
-        f, tensors = function_of(problem, kind)
+    def some(library):
+        f, tensors = function_of(problem, library)
+        out = f(*tensors)
+        return torch.autograd.grad(total([out[k] for k in used]), tensors, materialize_grads=True)
+
+    assert_close(some(lstm_fused), some(torch.nn))
+
+
+# What our op saves for backward, but torch's GRU and RNN on the CPU do not (see the README).
+SAVED_BY_US = ("y", "bias_hh_l0")
+CHANGED = ["x", "h0", "c0", "y", "h_n", "c_n", "weight_ih_l0", "bias_hh_l0"]
+
+
+@pytest.mark.parametrize(
+    "cell, changed",
+    [(cell, name) for cell in CELLS for name in CHANGED if has_cell_state(cell) or name[0] != "c"],
+)
+def test_change_in_place_before_backward(cell, changed):
+    """Refused or allowed as torch.nn does in float32; where allowed, with the same gradient."""
+
+    def outcome(library):
+        problem = replace(SMALL, dtype=torch.float32, hx=True, cell=cell)
+        f, tensors = function_of(problem, library)
         named = dict(zip(names_of(problem), tensors, strict=True))
         out = f(*tensors)
-        named |= zip(("y", "h_n", "c_n"), out, strict=True)
+        named |= zip(("y", "h_n", "c_n"), out, strict=False)
         if named[changed].is_leaf:
             with torch.no_grad():
                 named[changed].mul_(2)
@@ -266,19 +300,20 @@ def test_change_in_place_before_backward(changed):
         except RuntimeError as error:
             return str(error).split(":")[0]
 
-    ours, torchs = outcome(lstm_fused.LSTM), outcome(torch.nn.LSTM)
-    if isinstance(torchs, str):
+    ours, torchs = outcome(lstm_fused), outcome(torch.nn)
+    if isinstance(torchs, str) or (cell != "lstm" and changed in SAVED_BY_US):
         assert "modified by an inplace operation" in ours
     else:
         torch.testing.assert_close(ours, torchs)
 
 
-def test_func_grad_and_vjp():
-    problem = replace(SMALL, hx=True, layers=2)
+@each_cell
+def test_func_grad_and_vjp(cell):
+    problem = replace(SMALL, hx=True, layers=2, cell=cell)
     f, tensors = function_of(problem)
     where = tuple(range(len(tensors)))
     tensors = [t.detach() for t in tensors]
-    expected = gradients(problem, torch.nn.LSTM)
+    expected = gradients(problem, torch.nn)
     forget()
     assert_close(grad(lambda *ts: total(f(*ts)), where)(*tensors), expected)
     assert_ran("backward")
@@ -286,9 +321,10 @@ def test_func_grad_and_vjp():
     assert_close(pull(torch.tensor(1.0, dtype=torch.float64)), expected)
 
 
-def test_func_grad_of_grad():
-    def second(kind):
-        f, tensors = function_of(replace(SMALL, hx=True), kind)
+@each_cell
+def test_func_grad_of_grad(cell):
+    def second(library):
+        f, tensors = function_of(replace(SMALL, hx=True, cell=cell), library)
         tensors = [t.detach() for t in tensors]
 
         def slope(*ts):
@@ -296,26 +332,27 @@ def test_func_grad_of_grad():
 
         return grad(slope, tuple(range(len(tensors))))(*tensors)
 
-    assert_close(second(lstm_fused.LSTM), second(torch.nn.LSTM))
+    assert_close(second(lstm_fused), second(torch.nn))
 
 
+@each_cell
 @pytest.mark.parametrize("form", ["dense", "sorted"])
-def test_func_jacrev(form):
-    problem = replace(SMALL, form=form, hx=True)
+def test_func_jacrev(form, cell):
+    problem = replace(SMALL, form=form, hx=True, cell=cell)
 
-    def jacobians(kind):
-        f, tensors = function_of(problem, kind)
+    def jacobians(library):
+        f, tensors = function_of(problem, library)
         tensors = [t.detach() for t in tensors]
         return jacrev(lambda *ts: f(*ts)[0], tuple(range(len(tensors))))(*tensors)
 
-    f, tensors = function_of(problem, torch.nn.LSTM)
+    f, tensors = function_of(problem, torch.nn)
     y = f(*tensors)[0]
     rows = [torch.autograd.grad(v, tensors, retain_graph=True) for v in y.flatten()]
     expected = tuple(
         torch.stack(part).view(y.shape + part[0].shape) for part in zip(*rows, strict=True)
     )
     forget()
-    assert_close(jacobians(lstm_fused.LSTM), expected)
+    assert_close(jacobians(lstm_fused), expected)
     assert_ran("backward")
 
 
@@ -329,31 +366,34 @@ LAYOUTS = {
 }
 
 
+@each_cell
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_strides(layout):
+def test_any_strides(layout, cell):
     """Of the input, states and weights, and of the gradients of the outputs."""
-    problem = replace(ALL, layers=1, T=5)
+    problem = of(cell, replace(ALL, layers=1, T=5))
 
-    def run(kind, laid_out):
-        f, tensors = function_of(problem, kind)
+    def run(library, laid_out):
+        f, tensors = function_of(problem, library)
         given = [laid_out(LAYOUTS[layout](t)) for t in tensors]
         out = f(*given)
         d_out = [laid_out(LAYOUTS[layout](g)) for g in values_of(problem).cotangents]
         return torch.autograd.grad(out, tensors, d_out)
 
-    expected = run(torch.nn.LSTM, torch.Tensor.contiguous)
+    expected = run(torch.nn, torch.Tensor.contiguous)
     forget()
-    assert_close(run(lstm_fused.LSTM, lambda t: t), expected)
+    assert_close(run(lstm_fused, lambda t: t), expected)
     assert_ran("backward")
 
 
-def test_eval_mode_has_gradients():
+@each_cell
+def test_eval_mode_has_gradients(cell):
     for dropout in (0.0, 0.5):
         torch.manual_seed(0)
-        ours = lstm_fused.LSTM(3, 4, 2, dropout=dropout, dtype=torch.float64).eval()
-        theirs = torch.nn.LSTM(3, 4, 2, dropout=dropout, dtype=torch.float64).eval()
+        problem = replace(SMALL, layers=2, cell=cell)
+        ours, theirs = (problem.module(library).eval() for library in (lstm_fused, torch.nn))
+        ours.dropout = theirs.dropout = dropout
         theirs.load_state_dict(ours.state_dict())
-        x = values_of(SMALL).x
+        x = values_of(problem).x
         grads = []
         for module in (ours, theirs):
             y, _ = module(x)
@@ -382,7 +422,7 @@ def recomputed(f, *tensors):
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
 @pytest.mark.parametrize("call", [saved_elsewhere, saved_on_cpu, under_anomaly_mode, recomputed])
-@pytest.mark.parametrize("problem", [ALL, replace(ALL, form="unsorted")], ids=str)
+@each_of(ALL, replace(ALL, form="unsorted"))
 def test_ways_to_save(call, problem):
     expected = gradients(problem)
     forget()
@@ -391,8 +431,9 @@ def test_ways_to_save(call, problem):
     assert all(map(torch.equal, found, expected))
 
 
-def test_anomaly_mode_names_a_nan():
-    f, tensors = function_of(replace(SMALL, T=2))
+@each_cell
+def test_anomaly_mode_names_a_nan(cell):
+    f, tensors = function_of(replace(SMALL, T=2, cell=cell))
     with pytest.warns(UserWarning), torch.autograd.set_detect_anomaly(True):
         y = f(*tensors)[0]
         with pytest.raises(RuntimeError, match="returned nan values"):

@@ -1,23 +1,38 @@
-"""The harness: what reaches the clock, what is kept and printed. Nothing is timed here."""
+"""What is measured and by whom: workloads, problems, providers, the gate and the clock's turns."""
 
 import json
-import re
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from rich.console import Console
 
 from bench import __main__ as cli
-from bench import parity, problem, providers, report, timing
-from bench.workloads import DTYPES, SETS, Workload
+from bench import (
+    circumstances,
+    machine,
+    measure,
+    parity,
+    problem,
+    progress,
+    providers,
+    report,
+    timing,
+)
+from bench.sets import SETS
+from bench.timing import Effort
+from bench.workloads import CELLS, DTYPES, MODES, Workload, batch_sizes_of, lengths_of, regime
 from tests import tolerance
 
-EFFORT = cli.Effort(rounds=2, seconds=0.0)
-SMALL = Workload("small", T=3, N=2, I=3, H=4, mode="training", goal=1.0)
+EFFORT = Effort(rounds=2, seconds=0.0)
+SMALL = Workload("small", T=3, N=2, I=3, H=4, mode="training", goals={"torch.nn": 1.0})
+PAIR = measure.chosen(["torch.nn", "lstm_fused"])
 
 
-def measure(*works):
-    return cli.measure(list(works), EFFORT, Console(quiet=True))
+def measured(*works, **more):
+    return measure.measure("quick", list(works), EFFORT, more.pop("providers", PAIR), **more)
 
 
 @pytest.mark.parametrize("rows", SETS.values(), ids=SETS)
@@ -25,29 +40,103 @@ def test_rows_are_well_formed(rows):
     assert len({row.name for row in rows}) == len(rows)
     for row in rows:
         assert row.dtype in DTYPES
-        assert row.mode in ("forward", "training")
+        assert row.mode in MODES
+        assert row.cell in CELLS
         assert row.lengths in ("full", "half")
+        assert row.T == 1 or row.mode != "step"
+        assert row.goals.keys() <= providers.PROVIDERS.keys()
+        assert min(row.T, row.N, row.I, row.H) >= 1
+        assert regime(row)
 
 
-@pytest.mark.parametrize(
-    "work",
-    [
-        SMALL,
-        Workload("packed", T=5, N=3, I=3, H=4, lengths="half", mode="training"),
-        Workload("stacked", T=3, N=2, I=3, H=5, layers=2, bidirectional=True, proj=2, state=True),
-        Workload("double", T=3, N=2, I=3, H=4, dtype="float64"),
-    ],
-    ids=lambda work: work.name,
-)
-def test_oracle_is_nn_lstm_in_float64(work):
+def test_sweep_stays_in_its_ranges():
+    for row in SETS["sweep"]:
+        assert row.T <= 400 and row.N <= 40 and 30 <= row.H <= 1100
+        assert row.goals == {"torch.nn": 1.0}
+    for axis in "TNH":
+        assert len({getattr(row, axis) for row in SETS["sweep"]}) > 10
+
+
+def test_lengths():
+    work = Workload("packed", T=10, N=3, I=1, H=1, lengths="half")
+    assert lengths_of(work) == [10, 8, 5]
+    assert batch_sizes_of(work) == [3] * 5 + [2] * 3 + [1] * 2
+    assert batch_sizes_of(Workload("full", T=2, N=3, I=1, H=1)) == [3, 3]
+
+
+SHAPES = [
+    SMALL,
+    Workload("packed", T=5, N=3, I=3, H=4, lengths="half", mode="training"),
+    Workload("stacked", T=3, N=2, I=3, H=5, layers=2, directions=2, proj=2),
+    Workload("carried", T=1, N=2, I=3, H=5, mode="step"),
+    Workload("double", T=3, N=2, I=3, H=4, dtype="float64", bias=False),
+    Workload("turned", T=3, N=2, I=3, H=4, batch_first=True, mode="training"),
+    Workload("dropped", T=3, N=2, I=3, H=8, layers=2, dropout=0.5, mode="training"),
+]
+
+
+@pytest.mark.parametrize("work", SHAPES, ids=lambda work: work.name)
+def test_oracle_is_torch_nn_in_float64(work):
     task = problem.build(work)
     exact = problem.oracle(task)
-    found = providers.torch_lstm(task).results()
+    found = providers.torch_nn(task).results()
     assert exact.keys() == found.keys()
     assert ("d_x" in found) == work.training
     for name, value in found.items():
         assert exact[name].dtype == torch.float64
         torch.testing.assert_close(value.double(), exact[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("work", SHAPES, ids=lambda work: work.name)
+def test_every_provider_of_this_machine_is_right(work):
+    task = problem.build(work)
+    exact = problem.oracle(task)
+    baseline = {}
+    ran = []
+    for name, provider in measure.chosen().items():
+        entry = {}
+        if measure.admit(name, provider, task, exact, baseline, entry):
+            ran.append(name)
+        assert entry.keys() <= {"absent", "parity"}, entry
+    assert ran[:2] == ["torch.nn", "lstm_fused"]
+    assert ("torch.nn cell" in ran) == (work.mode == "step")
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("mode", ["forward", "step"])
+def test_onnx_runtime_computes_the_same(mode, directions):
+    T = 1 if mode == "step" else 4
+    work = Workload("onnx", T=T, N=3, I=5, H=6, directions=directions, mode=mode)
+    assert providers.PROVIDERS["ONNX Runtime"].why_not(work, "cpu") is None
+    task = problem.build(work)
+    exact = problem.oracle(task)
+    run = providers.PROVIDERS["ONNX Runtime"].build(task)
+    for _ in range(2):  # the carried state starts over
+        found = run.results()
+        run.step()
+        assert found.keys() == exact.keys()
+        for name, value in found.items():
+            torch.testing.assert_close(value.double(), exact[name], rtol=1e-5, atol=1e-5)
+
+
+def test_steps_carry_their_state():
+    task = problem.build(Workload("carried", T=1, N=1, I=2, H=3, mode="step"))
+    with torch.no_grad():
+        for name in ("torch.nn", "lstm_fused", "torch.nn cell"):
+            run = providers.PROVIDERS[name].build(task)
+            run.step()
+            first = run.state[0].clone()
+            run.step()
+            assert not torch.equal(first, run.state[0])
+
+
+def test_absent_cells_are_said_so(monkeypatch):
+    monkeypatch.setitem(CELLS, "unheard", "Unheard")
+    result = measured(Workload("new", T=2, N=1, I=2, H=2, cell="unheard"), SMALL)
+    assert result["rows"][0]["absent"] == "lstm_fused has no Unheard yet"
+    text = report.markdown(result)
+    assert "| new |" not in text
+    assert "Left out: lstm_fused has no Unheard yet." in text
 
 
 def test_floor_and_factor():
@@ -58,80 +147,185 @@ def test_floor_and_factor():
     assert verdict.allowed == pytest.approx(allowed)
     assert verdict.ok
     assert not parity.compare({"y": baseline["y"] + 2 * allowed}, baseline, exact)[0].ok
+    lost = {"y": baseline["y"] * float("nan")}
+    assert not parity.compare(lost, lost, exact)[0].ok
 
 
-@pytest.mark.parametrize("wrong", [float("nan"), 1e-3])
-def test_a_wrong_provider_gets_no_time(monkeypatch, wrong):
+def wrong_by(amount):
     class Wrong(providers.ModuleRun):
         def results(self):
             found = super().results()
-            found["d_x"] = found["d_x"] + wrong
+            found["d_x"] = found["d_x"] + amount
             return found
 
-    monkeypatch.setitem(providers.PROVIDERS, "lstm_fused", lambda p: Wrong(p.module, p))
-    result = measure(SMALL)
-    entry = result["rows"][0]["providers"]["lstm_fused"]
+    return PAIR | {"lstm_fused": providers.Provider(lambda task: Wrong(task.module, task))}
+
+
+@pytest.mark.parametrize("amount", [float("nan"), 1e-3])
+def test_a_wrong_provider_gets_no_time(amount):
+    result = measured(SMALL, providers=wrong_by(amount))
+    (row,) = result["rows"]
+    entry = row["providers"]["lstm_fused"]
     assert "timing" not in entry
     assert entry["wrong"]["tensor"] == "d_x"
-    heading, (row,) = report.cells(result)
-    assert row[heading.index("lstm_fused")].startswith("wrong: d_x off by")
-    assert row[heading.index("speedup")] == ""
-    assert row[heading.index("result")] == "missed"
-    assert "timing" in result["rows"][0]["providers"]["nn.LSTM"]
+    assert report.is_ours_wrong(row)
+    heading, [(_, [line])] = report.cells(result)
+    assert line[heading.index("lstm_fused")].startswith("wrong: d_x off by")
+    assert line[heading.index("over torch.nn")] == "(goal 1x, missed)"
+    assert "timing" in row["providers"]["torch.nn"]
 
 
-def test_interrupt_keeps_what_was_measured(monkeypatch, tmp_path):
-    measure_row = cli.measure_row
+def test_a_provider_that_raises_costs_its_own_time_only():
+    def refuse(task):
+        raise RuntimeError("not today\nnor tomorrow")
 
-    def interrupted(work, *rest):
-        if work.name == "later":
-            raise KeyboardInterrupt
-        return measure_row(work, *rest)
+    result = measured(SMALL, providers=PAIR | {"peer": providers.Provider(refuse)})
+    entries = result["rows"][0]["providers"]
+    assert not report.is_ours_wrong(result["rows"][0])
+    assert entries["peer"] == {"failed": "RuntimeError: not today"}
+    assert "timing" in entries["lstm_fused"]
 
-    monkeypatch.setattr(cli, "measure_row", interrupted)
-    rows = (SMALL, Workload("later", T=1, N=1, I=1, H=1))
-    monkeypatch.setitem(cli.SETS, "quick", rows)
+
+def test_json(tmp_path, monkeypatch):
+    monkeypatch.setitem(cli.SETS, "quick", (SMALL,))
     monkeypatch.setitem(cli.EFFORTS, "quick", EFFORT)
-    out = tmp_path / "new" / "result.json"
+    out = tmp_path / "made" / "result.json"
+    threads = torch.get_num_threads()
+    assert cli.main(["--set", "quick", "--threads", "1", "--json", str(out)]) == 0
+    torch.set_num_threads(threads)
+    result = json.loads(out.read_text())
+    assert result["machine"]["isa"] and result["machine"]["threads"] == 1
+    assert result["machine"]["versions"]["onnxruntime"]
+    assert result["providers"] == ["torch.nn", "lstm_fused"]  # the others have no training row
+    entry = result["rows"][0]["providers"]["lstm_fused"]
+    assert {"median", "p10", "p90", "n", "loops", "noisy"} <= entry["timing"].keys()
+    assert entry["parity"]["error"] <= entry["parity"]["allowed"]
+    assert [run["pass"] for run in entry["kernels"]] == ["forward", "backward"]
+    heading, [(_, [line])] = report.cells(report.load(out))
+    assert "x (goal 1x" in line[heading.index("over torch.nn")]
+
+
+def test_what_was_measured_survives_ctrl_c(tmp_path, monkeypatch, capsys):
+    interrupts = Workload("never", T=3, N=2, I=3, H=4)
+    real = measure.measure_row
+
+    def row(work, *args, **more):
+        if work is interrupts:
+            raise KeyboardInterrupt
+        return real(work, *args, **more)
+
+    monkeypatch.setattr(measure, "measure_row", row)
+    monkeypatch.setitem(cli.SETS, "quick", (SMALL, interrupts))
+    monkeypatch.setitem(cli.EFFORTS, "quick", EFFORT)
+    out = tmp_path / "part.json"
+    threads = torch.get_num_threads()
     assert cli.main(["--set", "quick", "--threads", "1", "--json", str(out)]) == 130
-    saved = json.loads(out.read_text())
-    assert [row["workload"]["name"] for row in saved["rows"]] == ["small"]
-    assert saved["interrupted"]
-    assert "Interrupted" in report.markdown(saved)
+    torch.set_num_threads(threads)
+    result = report.load(out)
+    assert [r["workload"]["name"] for r in result["rows"]] == ["small"]
+    assert result["interrupted"]
+    printed = capsys.readouterr().out
+    assert "small" in printed
+    assert "Interrupted: later rows are missing." in report.caption(result)
 
 
-def test_samples_are_interleaved_and_summed_up():
-    order = []
-    steps = {name: (lambda name=name: order.append(name)) for name in "AB"}
-    found = timing.interleaved(steps, rounds=3, seconds=0.0)
-    assert "".join(order) == "AB" + 3 * "AB"  # the first of each is calibration
-    assert found["A"].n == 3
+class FakeClock:
+    """A clock whose steps take what it is told, and that keeps the order of samples."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+        self.order = []
+        self.settled = 0
+
+    def settle(self):
+        self.settled += 1
+
+    def sample(self, step, loops):
+        name = step()
+        self.order.append((name, loops))
+        return self.seconds[name] * loops
+
+
+def test_samples_are_interleaved_and_long_enough():
+    clock = FakeClock({"A": 1.0, "B": 0.001})
+    steps = {name: (lambda name=name: name) for name in "AB"}
+    done = []
+    effort = Effort(rounds=3, seconds=0.1, row_seconds=100.0)
+    found = timing.interleaved(steps, effort, clock, lambda k, of: done.append((k, of)))
+    assert "".join(name for name, _ in clock.order[-6:]) == "ABABAB"
+    assert clock.settled == 2 + 6
+    assert done == [(1, 3), (2, 3), (3, 3)]
+    assert found["A"].n == found["B"].n == 3
+    assert (found["A"].median, found["A"].loops) == (1.0, 1)
+    assert found["B"].loops * found["B"].median >= 0.1
+
+
+def test_a_long_row_gets_fewer_rounds():
+    effort = Effort(rounds=31, seconds=0.1, row_seconds=10.0)
+    assert timing.rounds_for(effort, 0.2) == 31
+    assert timing.rounds_for(effort, 1.0) == 10
+    assert timing.rounds_for(effort, 60.0) == timing.FEWEST_ROUNDS
+
+
+def test_median_and_tenths():
     summary = timing.summary([2.0, 4.0, 6.0], loops=2)
     assert (summary.median, summary.p10, summary.p90) == (2.0, 1.2, 2.8)
+    assert summary.spread == pytest.approx(0.4)
     assert summary.noisy
+    assert not timing.summary([2.0, 2.0, 2.1], loops=2).noisy
 
 
-def test_markers(tmp_path):
-    result, readme = tmp_path / "result.json", tmp_path / "README.md"
-    cli.save(measure(SMALL), result)
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.update_readme(result, readme)
-    text = readme.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("\nafter\n")
-    assert "old" not in text
-    assert "| small |" in text
-    readme.write_text("no markers")
-    with pytest.raises(ValueError, match="markers"):
-        report.update_readme(result, readme)
+def test_the_quietest_attempt_counts():
+    quiet, loud, louder = (timing.Timing(1.0, 1.0 - d, 1.0 + d, 9, 1) for d in (0.01, 0.2, 0.3))
+    for attempts, expected, used in (
+        ([{"A": loud, "B": quiet}, {"A": quiet, "B": quiet}, {"A": quiet}], 1, 2),
+        ([{"A": louder}, {"A": loud}, {"A": louder}], 1, 3),
+    ):
+        left = iter(attempts)
+        assert timing.quietest(lambda left=left: next(left), 3) is attempts[expected]
+        assert len(list(left)) == 3 - used
 
 
-def test_readme_table_is_what_its_file_says():
-    block = report.README.read_text().partition(report.BEGIN)[2].partition(report.END)[0]
-    source = re.search(r"From \[(.+?)\]", block)
-    if block.strip():
-        path = report.ROOT / source.group(1)
-        assert block.strip().startswith(report.markdown(report.load(path)))
+def test_settling_waits_for_busy_threads(monkeypatch):
+    now, used = [0.0], [0.0]
+
+    def sleep(seconds):
+        now[0] += seconds
+        used[0] += seconds if now[0] < 0.02 else 0.0  # workers spin for 20 ms
+
+    monkeypatch.setattr(timing.time, "sleep", sleep)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "process_time", lambda: used[0])
+    timing.WallClock().settle()
+    assert 0.02 <= now[0] <= 0.03
+
+
+def test_time_left():
+    now = [0.0]
+    estimate = progress.Estimate(4, lambda: now[0])
+    assert estimate.left() is None
+    now[0], estimate.done = 30.0, 1.5
+    assert estimate.left() == pytest.approx(50.0)
+    assert estimate.text() == "about 0:50 left"
+
+
+@pytest.mark.parametrize("console", [None, Console(quiet=True)], ids=["lines", "bar"])
+def test_progress(console, capsys):
+    with progress.shown(2, console) as display:
+        display.row(0, "first")
+        display.part(0.5)
+        display.row(1, "second")
+    if console is None:
+        assert "2/2 second  about 0:00 left" in capsys.readouterr().err
+    else:
+        assert display.estimate.done == 1.0
+
+
+def test_slug():
+    result = {"cpu": "AMD EPYC (family 26 model 2)", "threads": 2, "gpu": None}
+    assert machine.slug(result) == "amd-epyc-family-26-model-2-2t"
+    assert machine.slug(result | {"gpu": {"name": "NVIDIA X"}}) == "nvidia-x"
+    assert machine.title(result) == "AMD EPYC (family 26 model 2), 2 threads"
 
 
 @pytest.mark.parametrize("arguments", [["--only", "no such row"], ["report", "/nowhere.json"]])
@@ -140,3 +334,50 @@ def test_one_line_errors(arguments, capsys):
     message = capsys.readouterr().err
     assert message.startswith("error: ")
     assert message.count("\n") == 1
+
+
+BARE = """
+import sys
+for name in ("rich", "matplotlib", "onnx", "onnxruntime"):
+    sys.modules[name] = None
+from bench import __main__ as cli
+from bench.timing import Effort
+cli.EFFORTS["quick"] = Effort(1, 0.0)
+options = ["--set", "quick", "--only", "T1 B1 H64", "--no-roofline"]
+sys.exit(cli.main([*options, "--json", sys.argv[1]]))
+"""
+
+
+def test_torch_alone_is_enough_for_times_and_json(tmp_path):
+    out = tmp_path / "bare.json"
+    command = [sys.executable, "-c", BARE, str(out)]
+    done = subprocess.run(command, cwd=cli.RESULTS.parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "1/1 T1 B1 H64 step" in done.stderr
+    assert "| T1 B1 H64 step |" in done.stdout
+    (row,) = report.load(out)["rows"]
+    assert report.load(out)["left_out"]["ONNX Runtime"] == ["onnx is not installed"]
+    assert "timing" in row["providers"]["lstm_fused"]
+
+
+def test_held_to_an_instruction_set(tmp_path):
+    out = tmp_path / "avx2.json"
+    options = ["--set", "quick", "--only", "B4 H64 forward", "--no-roofline", "--threads", "1"]
+    assert cli.main([*options, "--isa", "avx2", "--json", str(out)]) == 0
+    result = report.load(out)
+    assert result["machine"]["forced_isa"] == "avx2"
+    assert "AVX2" in result["machine"]["torch_isa"].upper()
+    for row in result["rows"]:
+        assert {run["isa"] for run in row["providers"]["lstm_fused"]["kernels"]} == {"avx2"}
+    assert "cannot be held to an instruction set" in result["left_out"]["ONNX Runtime"]
+
+
+def test_busy_neighbours_are_there_and_go():
+    def children():
+        with open(f"/proc/self/task/{os.getpid()}/children") as file:
+            return set(file.read().split())
+
+    before = children()
+    with circumstances.neighbours(2):
+        assert len(children() - before) == 2
+    assert children() == before

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from beside import state_for, states_of
 from functorch.compile import make_boxed_func
+from oracle import CELLS, Problem, has_cell_state
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
@@ -10,19 +12,24 @@ from torch.library import opcheck
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import lstm_fused
+from lstm_fused import ops
 
 FORWARD = torch.ops.lstm_fused.recurrent_forward.default
 BACKWARD = torch.ops.lstm_fused.recurrent_backward.default
 
 MODULES = {
-    "plain": {},
-    "nobias-batch_first": {"bias": False, "batch_first": True},
-    "proj": {"proj_size": 2},
-    "both": {"bidirectional": True},
-    "deep": {"num_layers": 2, "bidirectional": True, "proj_size": 2},
-    "float64": {"dtype": torch.float64},
-    "bfloat16": {"dtype": torch.bfloat16},
+    "plain": ("lstm", {}),
+    "nobias-batch_first": ("lstm", {"bias": False, "batch_first": True}),
+    "proj": ("lstm", {"proj_size": 2}),
+    "both": ("lstm", {"bidirectional": True}),
+    "deep": ("lstm", {"num_layers": 2, "bidirectional": True, "proj_size": 2}),
+    "float64": ("lstm", {"dtype": torch.float64}),
+    "bfloat16": ("lstm", {"dtype": torch.bfloat16}),
 }
+OTHERS = [cell for cell in CELLS if cell != "lstm"]
+MODULES |= {cell: (cell, {}) for cell in OTHERS}
+MODULES["deep gru"] = "gru", {"num_layers": 2, "bidirectional": True}
+PLAIN, DEEP = ["plain", *OTHERS], ["deep", "deep gru"]
 SIZES = ((6, 5), (9, 4), (33, 2), (11, 17))  # T, N; none is a size of the modules
 LENGTHS = ((4, 6, 2, 5, 1), (9, 3, 7), (8, 8, 8, 8), (1, 2, 3, 5, 4, 2, 12))
 
@@ -56,7 +63,9 @@ def fresh_compiler():
 
 
 def make(name):
-    return lstm_fused.LSTM(3, 7, **MODULES[name])
+    cell, options = MODULES[name]
+    kind, more = CELLS[cell]
+    return getattr(lstm_fused, kind)(3, 7, **more | options)
 
 
 def input_of(module, T, N):
@@ -65,13 +74,14 @@ def input_of(module, T, N):
 
 
 def state_of(module, N):
-    count = module.num_layers * (2 if module.bidirectional else 1)
-    dtype = module.weight_ih_l0.dtype
-    width = module.proj_size or module.hidden_size
-    return (
-        torch.randn(count, N, width, dtype=dtype),
-        torch.randn(count, N, module.hidden_size, dtype=dtype),
-    )
+    """The states of N rows, as a tuple."""
+    given = states_of(state_for(module, N, module.weight_ih_l0.dtype))
+    return tuple(s.detach() for s in given)
+
+
+def as_hx(states):
+    """What the module takes: no states, one tensor, or a pair."""
+    return (states if len(states) > 1 else states[0]) if states else None
 
 
 def leaves(*tensors):
@@ -79,8 +89,8 @@ def leaves(*tensors):
 
 
 def flat(out):
-    y, (h_n, c_n) = out
-    return [y.data if isinstance(y, PackedSequence) else y, h_n, c_n]
+    y, ends = out
+    return [y.data if isinstance(y, PackedSequence) else y, *states_of(ends)]
 
 
 def gradients(call, module, inputs):
@@ -93,8 +103,8 @@ def gradients(call, module, inputs):
 def test_compiles_to_one_operator_a_layer(name):
     module, graphs = make(name), Graphs()
 
-    def call(x, h, c):
-        return module(x * 2, (h, c))
+    def call(x, *states):
+        return module(x * 2, as_hx(states))
 
     compiled = torch.compile(call, backend=graphs, fullgraph=True, dynamic=True)
     for T, N in SIZES:
@@ -107,7 +117,7 @@ def test_compiles_to_one_operator_a_layer(name):
     assert len(graphs.forward[0]) < 40  # the length of the sequence is nowhere in it
 
 
-@pytest.mark.parametrize("name", ["plain", "deep"])
+@pytest.mark.parametrize("name", PLAIN + DEEP)
 def test_compiles_without_gradients(name):
     module, graphs = make(name).requires_grad_(False), Graphs()
     compiled = torch.compile(module, backend=graphs, fullgraph=True, dynamic=True)
@@ -117,9 +127,10 @@ def test_compiles_without_gradients(name):
     assert [graph.count(FORWARD) for graph in graphs.forward] == [module.num_layers]
 
 
-def test_turns_dynamic_by_itself():
+@pytest.mark.parametrize("name", ["both", *OTHERS])
+def test_turns_dynamic_by_itself(name):
     """Without dynamic=True torch compiles once for the first size and once for all others."""
-    module = make("both")
+    module = make(name)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, backend=counter, fullgraph=True)
     for N in (5, 4, 11, 2):
@@ -129,17 +140,17 @@ def test_turns_dynamic_by_itself():
     assert counter.frame_count <= 3  # sizes as they were, another T, another N
 
 
-@pytest.mark.parametrize("name", ["plain", "proj", "deep"])
+@pytest.mark.parametrize("name", [*PLAIN, "proj", *DEEP])
 @pytest.mark.parametrize("hx", [True, False])
 def test_compiles_packed(name, hx):
     module, graphs = make(name), Graphs()
 
     def call(data, *states):
         rows = PackedSequence(data, *packed[1:])
-        return module(rows, states or None)
+        return module(rows, as_hx(states))
 
     def compiled_call(data, *states):
-        return compiled(PackedSequence(data, *packed[1:]), states or None)
+        return compiled(PackedSequence(data, *packed[1:]), as_hx(states))
 
     compiled = torch.compile(module, backend=graphs, fullgraph=True, dynamic=True)
     for lengths in LENGTHS:
@@ -154,12 +165,13 @@ def test_compiles_packed(name, hx):
     assert len(graphs.forward) == 1
 
 
-def test_compiles_with_inductor():
-    model = torch.nn.Sequential(torch.nn.Linear(3, 3), make("plain"))
+@pytest.mark.parametrize("name", PLAIN)
+def test_compiles_with_inductor(name):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), make(name))
 
     def call(x):
-        y, (h_n, c_n) = model(x.sin())
-        return y.relu(), (h_n, c_n)
+        y, ends = model(x.sin())
+        return y.relu(), ends
 
     compiled = torch.compile(call, fullgraph=True, dynamic=True)
     for T, N in SIZES[:2]:
@@ -175,28 +187,38 @@ def test_compiles_a_replaced_model():
             super().__init__()
             self.embed = torch.nn.Embedding(10, 3)
             self.lstm = torch.nn.LSTM(3, 7, 2)
+            self.gru = torch.nn.GRU(7, 7)
+            self.rnn = torch.nn.RNN(7, 7)
+            self.cells = torch.nn.ModuleList(
+                [torch.nn.LSTMCell(7, 7), torch.nn.GRUCell(7, 7), torch.nn.RNNCell(7, 7)]
+            )
             self.out = torch.nn.Linear(7, 10)
 
         def forward(self, words):
-            return self.out(self.lstm(self.embed(words))[0])
+            x = self.rnn(self.gru(self.lstm(self.embed(words))[0])[0])[0]
+            lstm, gru, rnn = self.cells
+            return self.out(rnn(gru(lstm(x[-1])[0])))
 
     model, graphs = Model(), Graphs()
     words = torch.randint(10, (6, 4))
     expected = model(words)
     compiled = torch.compile(lstm_fused.replace(model), backend=graphs, fullgraph=True)
     torch.testing.assert_close(compiled(words), expected)
-    assert graphs.forward[0].count(FORWARD) == 2
+    assert graphs.forward[0].count(FORWARD) == 7
 
 
 def test_torch_keeps_its_own_rule():
-    """Compiling ours leaves Dynamo's treatment of torch.nn.LSTM alone."""
-    torch.compile(make("plain"), backend="eager", fullgraph=True)(torch.randn(2, 2, 3))
-    assert not torch._dynamo.config.allow_rnn
-    with pytest.raises(torch._dynamo.exc.Unsupported):
-        torch.compile(torch.nn.LSTM(3, 4), backend="eager", fullgraph=True)(torch.randn(2, 2, 3))
+    """Compiling ours leaves Dynamo's treatment of torch.nn's own alone."""
+    for name in PLAIN:
+        module = make(name)
+        torch.compile(module, backend="eager", fullgraph=True)(torch.randn(2, 2, 3))
+        assert not torch._dynamo.config.allow_rnn
+        theirs = torch.compile(lstm_fused.restore(module), backend="eager", fullgraph=True)
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            theirs(torch.randn(2, 2, 3))
 
 
-@pytest.mark.parametrize("name", ["plain", "nobias-batch_first", "deep"])
+@pytest.mark.parametrize("name", [*PLAIN, "nobias-batch_first", *DEEP])
 @pytest.mark.parametrize("hx", [True, False])
 def test_exports(name, hx):
     module = make(name)
@@ -205,9 +227,10 @@ def test_exports(name, hx):
 
     def arguments(t, n):
         x = input_of(module, t, n)
-        return (x, state_of(module, n)) if hx else (x,)
+        return (x, as_hx(state_of(module, n))) if hx else (x,)
 
-    shapes = ({at: N, 1 - at: T}, *([({1: N}, {1: N})] if hx else []))
+    of_states = as_hx(tuple({1: N} for _ in state_of(module, 1)))
+    shapes = ({at: N, 1 - at: T}, *([of_states] if hx else []))
     program = torch.export.export(module, arguments(6, 5), dynamic_shapes=shapes)
     for exported in (program, program.run_decompositions()):
         targets = [n.target for n in exported.graph.nodes if n.op == "call_function"]
@@ -238,13 +261,19 @@ SAMPLES = {  # T, N, or lengths; directions, bias, projection, states, dtype
     "bfloat16": ((6, 5), 2, True, 2, True, torch.bfloat16),
     "float16": ([5, 3], 1, True, 0, True, torch.float16),
 }
+OF_EVERY_CELL = ("dense", "no bias", "packed, no states", "float16")
+each_sample = pytest.mark.parametrize(
+    "cell, name",
+    [("lstm", name) for name in SAMPLES]
+    + [(cell, name) for cell in OTHERS for name in OF_EVERY_CELL],
+)
 
 
-def sample(name):
+def sample(cell, name):
     """x, batch_sizes, state0, weights and the number of directions."""
     shape, D, bias, proj, states, dtype = SAMPLES[name]
-    hidden = 17
-    module = lstm_fused.LSTM(3, hidden, 1, bias, proj_size=proj, bidirectional=D == 2, dtype=dtype)
+    p = Problem(1, 1, 3, 17, dtype, directions=D, bias=bias, proj=proj, cell=cell)
+    module = p.module(lstm_fused)
     if isinstance(shape, list):
         padded = torch.randn(shape[0], len(shape), 3, dtype=dtype)
         x, batch_sizes, *_ = pack_padded_sequence(padded, torch.tensor(shape))
@@ -256,24 +285,26 @@ def sample(name):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", SAMPLES)
-def test_opcheck_forward(name, training):
-    x, batch_sizes, state0, weights, D = sample(name)
-    opcheck(FORWARD, (x, batch_sizes, state0, weights, 0, D, training))
+@each_sample
+def test_opcheck_forward(cell, name, training):
+    x, batch_sizes, state0, weights, D = sample(cell, name)
+    opcheck(FORWARD, (x, batch_sizes, state0, weights, ops.CELLS[cell]["id"], D, training))
 
 
-@pytest.mark.parametrize("name", SAMPLES)
-def test_opcheck_backward(name):
-    x, batch_sizes, state0, weights, D = sample(name)
-    y, h_n, c_n, gates, cells = FORWARD(x, batch_sizes, state0, weights, 0, D, True)
+@each_sample
+def test_opcheck_backward(cell, name):
+    x, batch_sizes, state0, weights, D = sample(cell, name)
+    kind = ops.CELLS[cell]["id"]
+    y, h_n, c_n, gates, cells = FORWARD(x, batch_sizes, state0, weights, kind, D, True)
     count = len(weights)
-    d_out = [torch.randn_like(t) for t in (y, h_n, c_n)]
+    d_out = [torch.randn_like(t) for t in (y, h_n)]
+    d_out.append(torch.randn_like(c_n) if has_cell_state(cell) else None)
     masks = {
-        "all": (d_out, [True] * (3 + count)),
+        "all": (d_out, [True] * 2 + [has_cell_state(cell)] + [True] * count),
         "weights only": ([d_out[0], None, None], [False] * 3 + [True] * count),
-        "inputs only": ([None, *d_out[1:]], [True] * 3 + [False] * count),
+        "inputs only": ([None, *d_out[1:]], [True] * 2 + [has_cell_state(cell)] + [False] * count),
         "x only": ([d_out[0], None, None], [True] + [False] * (2 + count)),
     }
     for (dy, dh_n, dc_n), mask in masks.values():
-        given = (x, batch_sizes, state0, weights, y, gates, cells, dy, dh_n, dc_n, 0, D, mask)
+        given = (x, batch_sizes, state0, weights, y, gates, cells, dy, dh_n, dc_n, kind, D, mask)
         opcheck(BACKWARD, given)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from beside import each_cell, fitting, state_for, states_of
+from oracle import CELLS
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -9,6 +11,11 @@ import lstm_fused
 from lstm_fused import ops
 
 T, N, I, H = 7, 3, 5, 12  # noqa: E741
+
+
+def make(cell, **options):
+    name, more = CELLS[cell]
+    return getattr(lstm_fused, name)(I, H, **more | fitting(cell, options))
 
 
 def packed(x):
@@ -28,21 +35,22 @@ CALLS = {
 }
 
 
+@each_cell
 @pytest.mark.parametrize("grad", (True, False), ids=("grad", "no_grad"))
 @pytest.mark.parametrize("isa", ops.available_isas())
 @pytest.mark.parametrize("options, form, sizes", CALLS.values(), ids=CALLS)
-def test_agrees_with_what_runs(options, form, sizes, isa, grad):
+def test_agrees_with_what_runs(options, form, sizes, isa, grad, cell):
     ops.set_isa(isa)
-    lstm = lstm_fused.LSTM(I, H, **options)
+    module = make(cell, **options)
     input = form(torch.randn(T, N, I))
     with torch.set_grad_enabled(grad):
-        (call,) = lstm_fused.explain(lstm, input).calls
-        lstm(input)
+        (call,) = lstm_fused.explain(module, input).calls
+        module(input)
     ran = ops.last_run()
     (layer,) = call.layers
     assert call.reason is None
     assert (*sizes, I, H) == (layer.T, layer.N, layer.I, layer.H)
-    assert (lstm.proj_size or H) == layer.R
+    assert (module.proj_size or H) == layer.R
     assert layer.training is grad
     assert ran.pop("pass") == "forward"
     assert {key: getattr(layer.plan, key) for key in ran} == ran
@@ -61,13 +69,14 @@ def test_text_of_an_lstm():
         assert f"kernel, {isa}, float32" in line
 
 
-def test_an_lstm_is_not_run():
-    lstm = lstm_fused.LSTM(I, H, num_layers=2, dropout=0.5)
-    lstm.register_forward_hook(lambda *_: pytest.fail("it was called"))
+@each_cell
+def test_a_layer_is_not_run(cell):
+    module = make(cell, num_layers=2, dropout=0.5)
+    module.register_forward_hook(lambda *_: pytest.fail("it was called"))
     state = torch.get_rng_state()
-    lstm_fused.explain(lstm, torch.randn(T, N, I, generator=torch.Generator()))
+    lstm_fused.explain(module, torch.randn(T, N, I, generator=torch.Generator()))
     assert torch.equal(torch.get_rng_state(), state)
-    assert lstm.training
+    assert module.training
 
 
 class Model(nn.Module):
@@ -75,16 +84,17 @@ class Model(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(10, I)
         self.lstm = lstm_fused.LSTM(I, H, num_layers=2, dropout=0.5)
-        self.head = nn.ModuleDict({"drop": nn.Dropout(), "top": nn.LSTM(H, 4)})
+        self.gru = lstm_fused.GRU(H, H)
+        self.head = nn.ModuleDict({"drop": nn.Dropout(), "top": nn.RNN(H, 4)})
 
     def forward(self, tokens, scale=1):
-        x = self.head["drop"](self.lstm(self.embed(tokens))[0])
+        x = self.head["drop"](self.gru(self.lstm(self.embed(tokens))[0])[0])
         return self.head["top"](scale * x)[0]
 
 
 @pytest.mark.parametrize("given", (lambda t: t, lambda t: (t, 2), lambda t: {"tokens": t}))
 def test_model(given):
-    """Its LSTMs are found in call order; mode, random state and hooks are as they were."""
+    """Its layers are found in call order; mode, random state and hooks are as they were."""
     model, tokens = Model(), torch.zeros(T, N, dtype=torch.long)
     model.embed.eval()
     state = torch.get_rng_state()
@@ -92,25 +102,27 @@ def test_model(given):
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training and model.lstm.training and not model.embed.training
     assert not model.lstm._forward_pre_hooks
-    fused, plain = explanation.calls
-    assert (fused.name, plain.name) == ("lstm", "head.top")
+    fused, second, plain = explanation.calls
+    assert (fused.name, second.name, plain.name) == ("lstm", "gru", "head.top")
+    assert second.module == repr(model.gru) and len(second.layers) == 1
     assert [layer.I for layer in fused.layers] == [I, H]
     assert all(layer.training for layer in fused.layers)
     assert plain.layers == () and "lstm_fused.replace" in plain.reason
     lines = str(explanation).splitlines()
     assert lines[0] == f"lstm: {model.lstm}"
     assert lines[-2] == f"head.top: {model.head['top']}"
-    assert lines[-1] == ("  runs through torch: it is no lstm_fused.LSTM, see lstm_fused.replace")
+    assert lines[-1] == ("  runs through torch: it is not of lstm_fused, see lstm_fused.replace")
 
 
 def test_model_without_gradients():
     model = Model().requires_grad_(False)
-    fused, _ = lstm_fused.explain(model, torch.zeros(T, N, dtype=torch.long)).calls
-    assert not any(layer.training for layer in fused.layers)
+    calls = lstm_fused.explain(model, torch.zeros(T, N, dtype=torch.long)).calls
+    assert not any(layer.training for call in calls for layer in call.layers)
 
 
-def test_model_without_lstm():
-    assert str(lstm_fused.explain(nn.Linear(I, 2), torch.randn(3, I))) == "no LSTM was called"
+def test_model_without_a_layer():
+    said = str(lstm_fused.explain(nn.Linear(I, 2), torch.randn(3, I)))
+    assert said == "no LSTM, GRU or RNN was called"
 
 
 THROUGH_TORCH = {
@@ -118,38 +130,42 @@ THROUGH_TORCH = {
     "weights": (lambda m: m.to("meta"), torch.ones(T, N, I), "a weight is on meta"),
     "complex": (lambda m: m, torch.ones(T, N, I, dtype=torch.complex64), "complex64"),
     "sparse": (lambda m: m, torch.ones(T, N, I).to_sparse(), "layout is torch.sparse_coo"),
-    "nn.LSTM": (lstm_fused.restore, torch.ones(T, N, I), "it is no lstm_fused.LSTM"),
+    "torch.nn": (lstm_fused.restore, torch.ones(T, N, I), "it is not of lstm_fused"),
 }
 
 
+@each_cell
 @pytest.mark.parametrize("change, input, reason", THROUGH_TORCH.values(), ids=THROUGH_TORCH)
-def test_through_torch(change, input, reason):
-    lstm = change(lstm_fused.LSTM(I, H))
-    explanation = lstm_fused.explain(lstm, input)
+def test_through_torch(change, input, reason, cell):
+    module = change(make(cell))
+    explanation = lstm_fused.explain(module, input)
     (call,) = explanation.calls
     assert reason in call.reason and call.layers == ()
-    assert str(explanation) == f"{lstm}\n  runs through torch: {call.reason}"
+    assert str(explanation) == f"{module}\n  runs through torch: {call.reason}"
 
 
-def test_autocast_dtype():
-    lstm, x = lstm_fused.LSTM(I, H), torch.randn(T, N, I)
+@each_cell
+def test_autocast_dtype(cell):
+    module, x = make(cell), torch.randn(T, N, I)
     for input in (x, packed(x)):
         with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-            (call,) = lstm_fused.explain(lstm, input).calls
-            lstm(input)
+            (call,) = lstm_fused.explain(module, input).calls
+            module(input)
         assert call.layers[0].plan.dtype == ops.last_run()["dtype"]
 
 
-def test_state_decides_whether_it_trains():
-    lstm = lstm_fused.LSTM(I, H).requires_grad_(False)
-    x, state = torch.randn(T, N, I), (torch.zeros(1, N, H), torch.zeros(1, N, H))
-    assert not lstm_fused.explain(lstm, x, state).calls[0].layers[0].training
-    state[1].requires_grad_()
-    assert lstm_fused.explain(lstm, x, state).calls[0].layers[0].training
+@each_cell
+def test_state_decides_whether_it_trains(cell):
+    module = make(cell).requires_grad_(False)
+    x, state = torch.randn(T, N, I), state_for(module, N, torch.float32)
+    for trains in (True, False):
+        states_of(state)[-1].requires_grad_(trains)
+        states_of(state)[0].requires_grad_(trains and len(states_of(state)) == 1)
+        assert lstm_fused.explain(module, x, state).calls[0].layers[0].training is trains
 
 
 def test_refused():
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
         lstm_fused.explain("lstm", torch.ones(T, N, I))
-    with pytest.raises(TypeError, match="hx goes with an LSTM, model is a Linear"):
+    with pytest.raises(TypeError, match="hx goes with an LSTM, GRU or RNN, model is a Linear"):
         lstm_fused.explain(nn.Linear(I, 2), torch.ones(3, I), hx=())

@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from oracle import Problem, check, run_module
+from oracle import CELLS, Problem, check, has_cell_state, run_module
 from paths import DTYPES, assert_ran, isas_for, planned
 
 import lstm_fused
@@ -25,10 +25,12 @@ EXPECTED = {
 }
 
 
-def candidates(dtype):
+def candidates(cell, dtype):
     """Small problems first, each with how many threads it is run on."""
     found = []
-    for (T, N, (I, H)), directions, proj, hx in product(SHAPES, (1, 2), (0, 1), (False, True)):  # noqa: E741
+    for (T, N, (I, H)), directions, proj, hx in product(  # noqa: E741
+        SHAPES, (1, 2), (0, 1) if has_cell_state(cell) else (0,), (False, True)
+    ):
         problem = Problem(
             T,
             N,
@@ -39,6 +41,7 @@ def candidates(dtype):
             proj=proj and H // 2,
             hx=hx,
             form=form_of(T, N),
+            cell=cell,
         )
         found += [(problem, threads) for threads in THREADS]
     return sorted(found, key=lambda c: c[0].T * c[0].N * (c[0].H + c[0].I) ** 2 * c[1])
@@ -77,10 +80,10 @@ def paths_of(problem, isa, threads):
 def chosen():
     """The smallest problems that take every path, for each ISA and dtype; alike ones together."""
     cases = []
-    for dtype in DTYPES:
+    for cell, dtype in product(CELLS, DTYPES):
         for isa in isas_for(dtype):
             seen = set()
-            for problem, threads in candidates(dtype):
+            for problem, threads in candidates(cell, dtype):
                 paths = paths_of(problem, isa, threads)
                 if paths - seen:
                     seen |= paths
@@ -102,14 +105,15 @@ def test_path(problem, threads, isa):
 
 def test_no_path_is_lost():
     """The plan did not stop using a partition without anybody noticing."""
-    for dtype in DTYPES:
+    for cell, dtype in product(CELLS, DTYPES):
         for isa in isas_for(dtype):
             reached = set()
             for problem, threads, case_isa in CASES:
-                if problem.dtype is dtype and case_isa == isa:
+                if (problem.cell, problem.dtype, case_isa) == (cell, dtype, isa):
                     reached |= {path[:2] for path in paths_of(problem, isa, threads)}
             for kernel, kinds in EXPECTED.items():
-                assert kinds <= {kind for name, kind in reached if name == kernel}, (dtype, isa)
+                found = {kind for name, kind in reached if name == kernel}
+                assert kinds <= found, (cell, dtype, isa, kernel)
 
 
 @pytest.mark.parametrize("threads", THREADS)
@@ -120,10 +124,12 @@ def test_no_path_is_lost():
         Problem(20, 40, 20, 33, form="unsorted", layers=2, directions=2, hx=True),
         Problem(1, 1, 64, 260, hx=True),
         Problem(20, 40, 20, 33, torch.bfloat16),
+        Problem(33, 3, 20, 100, cell="gru"),
+        Problem(20, 40, 20, 33, form="unsorted", layers=2, hx=True, cell="rnn_tanh"),
     ],
     ids=str,
 )
 def test_repeats_to_the_bit(problem, threads):
     torch.set_num_threads(threads)
-    once, again = (run_module(problem, lstm_fused.LSTM).tensors for _ in range(2))
+    once, again = (run_module(problem, lstm_fused).tensors for _ in range(2))
     assert all(torch.equal(once[name], again[name]) for name in once)

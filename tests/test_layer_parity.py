@@ -1,4 +1,4 @@
-"""The module against nn.LSTM and the float64 reference: outputs, states and every gradient."""
+"""The modules against torch.nn's and the float64 reference: outputs, states, every gradient."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import torch
 from covering import pairs_of, pairwise
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import Problem, check
+from oracle import CELLS, Problem, check, has_cell_state
 from paths import DEVICES, DTYPES, assert_ran, isas_for
 
 from lstm_fused import ops
@@ -26,6 +26,8 @@ FACTORS = {
     "hx": (True, False),
 }
 PROJ = {1: 0, 7: 3, 16: 1, 17: 16, 100: 33, 256: 100}  # of H; there is none below 1
+
+OTHER_CELLS = tuple(cell for cell in CELLS if cell != "lstm")
 
 EVERYTHING = {"layers": 3, "directions": 2, "proj": 5, "hx": True}
 CORNERS = (
@@ -57,6 +59,10 @@ def problems():
             proj = PROJ[row["H"]] if row["proj"] else 0
             found.append(Problem(dtype=dtype, **row | {"proj": proj}))
         found += [replace(p, dtype=dtype) for p in CORNERS]
+    for seed, cell in enumerate(OTHER_CELLS):
+        rows = pairwise(FACTORS | {"dtype": DTYPES}, 10 + seed)
+        found += [Problem(cell=cell, **row | {"proj": 0}) for row in rows]
+        found += [replace(p, cell=cell, proj=0) for p in CORNERS]
     return [replace(p, device=device) for device in DEVICES for p in found]
 
 
@@ -77,7 +83,9 @@ def test_agrees(problem, isa):
 @st.composite
 def any_problem(draw):
     hidden = draw(st.integers(1, 70))
+    cell = draw(st.sampled_from(tuple(CELLS)))
     return Problem(
+        cell=cell,
         T=draw(st.integers(1, 12)),
         N=draw(st.integers(1, 20)),
         I=draw(st.integers(1, 70)),
@@ -86,7 +94,7 @@ def any_problem(draw):
         layers=draw(st.integers(1, 3)),
         directions=draw(st.integers(1, 2)),
         bias=draw(st.booleans()),
-        proj=draw(st.integers(0, hidden - 1)),
+        proj=draw(st.integers(0, hidden - 1 if has_cell_state(cell) else 0)),
         batch_first=draw(st.booleans()),
         form=draw(st.sampled_from(("dense", "sorted", "unsorted"))),
         hx=draw(st.booleans()),

@@ -1,4 +1,4 @@
-"""The module as an object: built, copied, changed and moved as torch.nn.LSTM is."""
+"""The module as an object: built, copied, changed and moved as torch.nn's are."""
 
 import copy
 import io
@@ -7,7 +7,22 @@ import warnings
 
 import pytest
 import torch
-from beside import H, I, N, T, assert_accurate, assert_same, draw, each_option, pair, run, state_for
+from beside import (
+    H,
+    I,
+    N,
+    T,
+    assert_accurate,
+    assert_same,
+    changed,
+    draw,
+    each_cell,
+    each_option,
+    pair,
+    run,
+    state_for,
+)
+from oracle import CELLS
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -20,6 +35,8 @@ ARGUMENTS = [
     ((3, 4), {"dropout": 0.5}),
     ((3,), {}),
     ((3, 4), {"nonlinearity": "relu"}),
+    ((3, 4), {"nonlinearity": "sigmoid"}),
+    ((3, 4, 2, "relu", False, True, 0.25, True), {}),
     ((3, 4), {"mode": "GRU"}),
     ((3.0, 4), {}),
     ((3, "4"), {}),
@@ -33,41 +50,47 @@ ARGUMENTS = [
 ]
 
 
+each_name = pytest.mark.parametrize("name", dict.fromkeys(name for name, _ in CELLS.values()))
+
+
+@each_name
 @pytest.mark.parametrize("args, options", ARGUMENTS)
-def test_constructor(args, options):
+def test_constructor(name, args, options):
     """The same module, or the same exception; the same warnings."""
     made = []
-    for kind in (nn.LSTM, lstm_fused.LSTM):
+    for library in (nn, lstm_fused):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                result = repr(kind(*args, **options))
+                result = repr(getattr(library, name)(*args, **options))
             except Exception as error:
                 result = type(error), str(error)
         made.append((result, [(w.category, str(w.message), w.filename) for w in caught]))
     assert made[0] == made[1]
 
 
-def test_dropout_of_one_layer_warns():
+@each_name
+def test_dropout_of_one_layer_warns(name):
     with pytest.warns(UserWarning, match="dropout option adds dropout after all but last"):
-        lstm_fused.LSTM(I, H, dropout=0.5)
+        getattr(lstm_fused, name)(I, H, dropout=0.5)
 
 
 @each_option
-def test_same_parameters_and_state_dict(options):
-    theirs, ours = pair(**options)
+def test_same_parameters_and_state_dict(cell, options):
+    theirs, ours = pair(cell=cell, **options)
     expected, found = theirs.state_dict(), ours.state_dict()
     assert list(found) == list(expected)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    for source, kind in ((theirs, lstm_fused.LSTM), (ours, nn.LSTM)):
-        other = kind(I, H, dtype=torch.float64, **options)
+    more = CELLS[cell][1] | options
+    for source, kind in ((theirs, type(ours)), (ours, type(theirs))):
+        other = kind(I, H, dtype=torch.float64, **more)
         assert str(other.load_state_dict(source.state_dict(), strict=True)) == (
             "<All keys matched successfully>"
         )
     for mine, yours in zip(ours.all_weights, theirs.all_weights, strict=True):
         assert all(map(torch.equal, mine, yours))
     assert ours.all_weights[0][0] is ours.weight_ih_l0
-    assert isinstance(ours, nn.LSTM)
+    assert isinstance(ours, type(theirs))
     assert ours.flatten_parameters() is None
     for module in (theirs, ours):
         torch.manual_seed(3)
@@ -92,11 +115,11 @@ COPIES = {
 
 @each_option
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
-def test_copies(options, copied):
-    theirs, ours = pair(**options)
+def test_copies(cell, options, copied):
+    theirs, ours = pair(cell=cell, **options)
     ours(draw(T, N, I))
     twin = copied(ours)
-    assert type(twin) is lstm_fused.LSTM
+    assert type(twin) is type(ours)
     assert repr(twin) == repr(ours)
     assert_same(theirs, twin, draw(T, N, I))
 
@@ -173,10 +196,11 @@ CHANGES = {
 }
 
 
+@each_cell
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_next_call_sees(change):
-    theirs, ours = pair(num_layers=2)
+def test_next_call_sees(change, cell):
+    theirs, ours = pair(num_layers=2, cell=cell)
     x, state = draw(T, N, I), state_for(ours, N)
     before = assert_same(theirs, ours, x, state)
     for module in (theirs, ours):
@@ -187,18 +211,20 @@ def test_next_call_sees(change):
     assert list(ours.state_dict()) == list(theirs.state_dict())
 
 
+@each_cell
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
-def test_old_weight_norm():
-    theirs, ours = (nn.utils.weight_norm(m, "weight_hh_l0") for m in pair())
+def test_old_weight_norm(cell):
+    theirs, ours = (nn.utils.weight_norm(m, "weight_hh_l0") for m in pair(cell=cell))
     assert_same(theirs, ours, draw(T, N, I))
     ours.weight_hh_l0_g.data.mul_(2)
     theirs.weight_hh_l0_g.data.mul_(2)
     assert_same(theirs, ours, draw(T, N, I))
 
 
+@each_cell
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.float16, torch.float32))
-def test_dtype_moves(dtype):
-    theirs, ours = (m.to(dtype) for m in pair(num_layers=2, dtype=torch.float32))
+def test_dtype_moves(dtype, cell):
+    theirs, ours = (m.to(dtype) for m in pair(num_layers=2, dtype=torch.float32, cell=cell))
     x, state = draw(T, N, I, dtype=dtype), state_for(ours, N, dtype)
     if dtype is torch.float64:
         assert_same(theirs, ours, x, state)
@@ -206,13 +232,14 @@ def test_dtype_moves(dtype):
     exact = run(
         copy.deepcopy(theirs).double(),
         x.detach().double().requires_grad_(),
-        tuple(s.detach().double().requires_grad_() for s in state),
+        changed(lambda s: s.detach().double().requires_grad_(), state),
     )
     assert_accurate(run(ours, x, state), run(theirs, x, state), exact, dtype)
 
 
-def test_functional_call():
-    theirs, ours = pair(num_layers=2)
+@each_cell
+def test_functional_call(cell):
+    theirs, ours = pair(num_layers=2, cell=cell)
     weights = {name: (2 * w).detach() for name, w in ours.named_parameters()}
     x = draw(T, N, I)
     expected, found = (torch.func.functional_call(m, weights, (x,)) for m in (theirs, ours))

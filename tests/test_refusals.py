@@ -1,10 +1,12 @@
-"""What torch.nn.LSTM refuses is refused alike, and what has no fused path runs through torch."""
+"""What torch.nn refuses is refused alike, and what has no fused path runs through torch."""
 
+import re
 import warnings
 
 import pytest
 import torch
-from beside import H, I, N, T, draw, pair
+from beside import H, I, N, T, changed, draw, each_cell, pair
+from oracle import CELLS, has_cell_state
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -12,17 +14,24 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import lstm_fused
 
 
-def sized(rows=N, h=H, c=H, layers=1):
-    return draw(layers, rows, h), draw(layers, rows, c)
+def sized(rows=N, h=H, layers=1):
+    """States of these sizes, or without rows if None; for calls below, which ask by module."""
+
+    def state(module):
+        h_0 = draw(*(n for n in (layers, rows, h) if n is not None))
+        return (h_0, torch.ones_like(h_0)) if module.mode == "LSTM" else h_0
+
+    return state
 
 
 def called(*shape, state=None, dtype=torch.float64):
-    return lambda m: m(torch.ones(*shape, dtype=dtype), state)
+    """state is hx, or a function that gives it for a module."""
+    return lambda m: m(torch.ones(*shape, dtype=dtype), state(m) if callable(state) else state)
 
 
 def packed(width=I, state=None, dtype=torch.float64, lengths=(5, 3, 1)):
-    x = torch.ones(T, N, width, dtype=dtype)
-    return lambda m: m(pack_padded_sequence(x, lengths, enforce_sorted=False), state)
+    x = pack_padded_sequence(torch.ones(T, N, width, dtype=dtype), lengths, enforce_sorted=False)
+    return lambda m: m(x, state(m) if callable(state) else state)
 
 
 def with_sizes(*sizes, dtype=torch.int64, rows=4):
@@ -30,9 +39,11 @@ def with_sizes(*sizes, dtype=torch.int64, rows=4):
     return lambda m: m(PackedSequence(x, torch.tensor(sizes, dtype=dtype)))
 
 
-def with_weight(name, *shape, **kind):
+def with_weight(name, change):
+    """The call after a weight is replaced by what change makes of it."""
+
     def call(module):
-        setattr(module, name, nn.Parameter(torch.zeros(*shape, **{"dtype": torch.float64} | kind)))
+        setattr(module, name, nn.Parameter(change(getattr(module, name).detach())))
         return module(torch.ones(T, N, I, dtype=torch.float64))
 
     return call
@@ -51,68 +62,113 @@ REFUSED = {
     "no input": (lambda m: m(), "'input'"),
     "None": (lambda m: m(None), "NoneType"),
     "list": (lambda m: m([1.0]), "list"),
-    "h_0 rows": (called(*X, state=sized(rows=2)), r"hidden\[0\] size \(1, 3, 6\), got \[1, 2, 6\]"),
-    "h_0 one row": (called(*X, state=sized(rows=1)), r"hidden\[0\] size"),
-    "h_0 layers": (called(*X, state=sized(layers=2)), r"hidden\[0\] size"),
-    "h_0 width": (called(*X, state=sized(h=5)), r"hidden\[0\] size"),
-    "c_0 width": (called(*X, state=sized(c=5)), r"hidden\[1\] size \(1, 3, 6\), got \[1, 3, 5\]"),
-    "h_0 rows unbatched": (called(T, I, state=(draw(2, H), draw(1, H))), r"hidden\[0\] size"),
-    "2-D hx": (called(*X, state=(draw(1, H), draw(1, H))), "hx and cx should also be 3-D"),
+    "h_0 rows": (
+        called(*X, state=sized(rows=2)),
+        r"Expected hidden(\[0\])? size \(1, 3, 6\), got \[1, 2, 6\]",
+    ),
+    "h_0 one row": (called(*X, state=sized(rows=1)), r"hidden(\[0\])? size"),
+    "h_0 layers": (called(*X, state=sized(layers=2)), r"hidden(\[0\])? size"),
+    "h_0 width": (called(*X, state=sized(h=5)), r"hidden(\[0\])? size"),
+    "h_0 rows unbatched": (called(T, I, state=sized(None, layers=2)), r"hidden(\[0\])? size"),
+    "2-D hx": (called(*X, state=sized(None)), "hx (and cx )?should also be 3-D"),
+    "3-D hx": (called(T, I, state=sized(rows=1)), "hx (and cx )?should also be 2-D"),
+    "hx dtype": (
+        called(*X, state=lambda m: changed(torch.Tensor.float, sized()(m))),
+        r"hx(\[0\])? with torch.float32",
+    ),
+    "hx device": (
+        called(*X, state=lambda m: changed(lambda s: s.to("meta"), sized()(m))),
+        r"hx(\[0\])? at meta",
+    ),
+    "packed width": (packed(width=5), "input.size.* Expected 4, got 5"),
+    "packed float32": (packed(dtype=torch.float32), "input dtype .*float32"),
+    "packed h_0 rows": (packed(state=sized(rows=2)), r"hidden(\[0\])? size"),
+    "packed h_0 width": (packed(state=sized(h=5)), r"hidden(\[0\])? size"),
+    "batch_sizes floats": (with_sizes(2, 2, dtype=torch.float32), "batch_sizes"),
+    "batch_sizes empty": (with_sizes(rows=0), "batch_sizes"),
+    "batch_sizes grow": (with_sizes(1, 3), "batch_sizes"),
+    "batch_sizes too many": (with_sizes(3, 2), "batch_sizes"),
+    "weight dtype": (with_weight("weight_hh_l0", torch.Tensor.float), "weight_hh_l0 must"),
+    "weight device": (
+        with_weight("weight_hh_l0", lambda w: w.to("meta")),
+        "parameter tensor at meta",
+    ),
+    "bias size": (with_weight("bias_ih_l0", lambda b: b[1:]), "bias_ih_l0 must have shape"),
+}
+OF_TWO_STATES = {
+    "c_0 width": (
+        called(*X, state=(draw(1, N, H), draw(1, N, 5))),
+        r"hidden\[1\] size \(1, 3, 6\), got \[1, 3, 5\]",
+    ),
     "2-D c_0": (called(*X, state=(draw(1, N, H), draw(1, H))), "hx and cx should also be 3-D"),
-    "3-D hx": (called(T, I, state=sized(rows=1)), "hx and cx should also be 2-D"),
     "hx a tensor": (called(*X, state=draw(1, N, H)), "hx must be a tuple"),
     "hx of one": (called(*X, state=(draw(1, N, H),)), "hx must be"),
     "hx of three": (called(*X, state=(draw(1, N, H),) * 3), "lstm expects two hidden states"),
     "hx a number": (called(*X, state=3), "hx must be a tuple"),
     "c_0 None": (called(*X, state=(draw(1, N, H), None)), r"hx\[1\] must be a Tensor"),
-    "hx dtype": (called(*X, state=[s.float() for s in sized()]), r"hx\[0\] with torch.float32"),
-    "hx device": (called(*X, state=[s.to("meta") for s in sized()]), r"hx\[0\] at meta"),
-    "packed width": (packed(width=5), "input.size.* Expected 4, got 5"),
-    "packed float32": (packed(dtype=torch.float32), "input dtype .*float32"),
-    "packed h_0 rows": (packed(state=sized(rows=2)), r"hidden\[0\] size"),
-    "packed h_0 width": (packed(state=sized(h=5)), r"hidden\[0\] size"),
-    "packed c_0 width": (packed(state=sized(c=5)), r"hidden\[1\] size"),
-    "batch_sizes floats": (with_sizes(2, 2, dtype=torch.float32), "batch_sizes"),
-    "batch_sizes empty": (with_sizes(rows=0), "batch_sizes"),
-    "batch_sizes grow": (with_sizes(1, 3), "batch_sizes"),
-    "batch_sizes too many": (with_sizes(3, 2), "batch_sizes"),
-    "weight dtype": (with_weight("weight_hh_l0", 24, H, dtype=torch.float32), "weight_hh_l0 must"),
-    "weight device": (
-        with_weight("weight_hh_l0", 24, H, device="meta"),
-        "parameter tensor at meta",
-    ),
-    "bias size": (with_weight("bias_ih_l0", 23), "bias_ih_l0 must have shape"),
+    "packed c_0 width": (packed(state=(draw(1, N, H), draw(1, N, 5))), r"hidden\[1\] size"),
+}
+OF_ONE_STATE = {
+    "hx a tuple": (called(*X, state=(draw(1, N, H),)), "hx must be a Tensor, got tuple"),
+    "hx a list": (called(T, I, state=[draw(1, H)]), "hx must be a Tensor, got list"),
+    "hx of two": (called(*X, state=(draw(1, N, H),) * 2), "hx must be a Tensor, got tuple"),
+    "hx a number": (called(*X, state=3), "hx must be a Tensor, got int"),
+    "packed hx a tuple": (packed(state=(draw(1, N, H),)), "hx must be a Tensor, got tuple"),
 }
 
 
-@pytest.mark.parametrize("call, words", REFUSED.values(), ids=REFUSED)
-def test_refused_alike(call, words):
-    theirs, ours = pair()
+def each_of(common, of_two, of_one):
+    """call and words of each row that is for a cell."""
+    rows = []
+    for cell in CELLS:
+        table = common | (of_two if has_cell_state(cell) else of_one)
+        rows += [pytest.param(cell, *row, id=f"{cell} {name}") for name, row in table.items()]
+    return pytest.mark.parametrize("cell, call, words", rows)
+
+
+@each_of(REFUSED, OF_TWO_STATES, OF_ONE_STATE)
+def test_refused_alike(cell, call, words):
+    """By an exception of the same type, and in torch's words where they name what is wrong."""
+    theirs, ours = pair(cell=cell)
     with pytest.raises(Exception) as expected:  # noqa: B017, PT011
         call(theirs)
     with pytest.raises(expected.type, match=words) as found:
         call(ours)
     assert found.type is expected.type
+    if re.search(words, str(expected.value)):
+        said = str(found.value).replace("Recurrent.forward", f"{CELLS[cell][0]}.forward")
+        assert said.startswith(str(expected.value))
 
 
-# torch.nn.LSTM gives an IndexError for the first, and no or a wrong answer for the others.
+# torch.nn gives an IndexError for the first of an LSTM, and no or a wrong answer for the others.
 STRICTER = {
-    "packed 2-D hx": (packed(state=(draw(1, H), draw(1, H))), r"hidden\[0\] size"),
-    "more h_0 rows than packed": (packed(lengths=(5, 3, 3), state=sized(rows=4)), r"hidden\[0\]"),
-    "c_0 dtype": (called(*X, state=(draw(1, N, H), draw(1, N, H).float())), r"hx\[1\] with"),
+    "packed 2-D hx": (packed(state=sized(None)), r"hidden(\[0\])? size"),
+    "more h_0 rows than packed": (
+        packed(lengths=(5, 3, 3), state=sized(rows=4)),
+        r"hidden(\[0\])? size",
+    ),
     "batch_sizes too few": (with_sizes(2, 1), "batch_sizes"),
     "batch_sizes zero": (with_sizes(4, 0), "batch_sizes"),
-    "weight_ih shape": (with_weight("weight_ih_l0", 24, 5), "weight_ih_l0 must have shape"),
-    "weight_hh columns": (with_weight("weight_hh_l0", 24, 5), "weight_hh_l0 must have shape"),
-    "weight_hh rows": (with_weight("weight_hh_l0", 20, H), "weight_hh_l0 must have shape"),
-    "bias of one": (with_weight("bias_hh_l0", 1), "bias_hh_l0 must have shape"),
+    "weight_ih columns": (
+        with_weight("weight_ih_l0", lambda w: w.new_zeros(len(w), 5)),
+        "weight_ih_l0 must have shape",
+    ),
+    "weight_hh columns": (
+        with_weight("weight_hh_l0", lambda w: w[:, 1:]),
+        "weight_hh_l0 must have shape",
+    ),
+    "weight_hh rows": (with_weight("weight_hh_l0", lambda w: w[4:]), "weight_hh_l0 must have"),
+    "bias of one": (with_weight("bias_hh_l0", lambda b: b[:1]), "bias_hh_l0 must have shape"),
+}
+STRICTER_OF_TWO_STATES = {
+    "c_0 dtype": (called(*X, state=(draw(1, N, H), draw(1, N, H).float())), r"hx\[1\] with"),
 }
 
 
-@pytest.mark.parametrize("call, words", STRICTER.values(), ids=STRICTER)
-def test_stricter(call, words):
+@each_of(STRICTER, STRICTER_OF_TWO_STATES, {})
+def test_stricter(cell, call, words):
     with pytest.raises(RuntimeError, match=words):
-        call(pair()[1])
+        call(pair(cell=cell)[1])
 
 
 BAD_LENGTHS = {
@@ -139,8 +195,9 @@ def test_lengths_of_packed_input_are_refused():
         pair()[1](x, lengths=[5, 3, 1])
 
 
-def test_module_works_after_a_refusal():
-    theirs, ours = pair()
+@each_cell
+def test_module_works_after_a_refusal(cell):
+    theirs, ours = pair(cell=cell)
     with pytest.raises(RuntimeError):
         ours(torch.ones(T, N, 5, dtype=torch.float64))
     x = draw(*X)
@@ -175,9 +232,17 @@ THROUGH_TORCH = {
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("call, reason", THROUGH_TORCH.values(), ids=THROUGH_TORCH)
-def test_through_torch_with_one_warning(call, reason):
-    theirs, ours = pair()
+@pytest.mark.parametrize(
+    "cell, call, reason",
+    [
+        pytest.param(cell, *row, id=f"{cell} {name}")
+        for cell in CELLS
+        for name, row in THROUGH_TORCH.items()
+        if (cell, name) != ("rnn_relu", "complex")  # torch has no such relu
+    ],
+)
+def test_through_torch_with_one_warning(cell, call, reason):
+    theirs, ours = pair(cell=cell)
     expected = call(theirs)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -187,27 +252,30 @@ def test_through_torch_with_one_warning(call, reason):
         torch.testing.assert_close(result, expected, rtol=0, atol=0)
     said = [str(w.message) for w in caught if "lstm_fused" in str(w.message)]
     assert len(said) == 1
-    assert "ran through torch.nn.LSTM" in said[0] and reason in said[0]
+    assert f"ran through torch.nn.{CELLS[cell][0]}" in said[0] and reason in said[0]
 
 
+@each_cell
 @pytest.mark.filterwarnings("ignore")
-def test_jit_script():
-    theirs, ours = (nn.Sequential(m) for m in pair())
+def test_jit_script(cell):
+    theirs, ours = (nn.Sequential(m) for m in pair(cell=cell))
     with pytest.warns(UserWarning, match="torch.jit.script cannot call the fused op"):
         found = torch.jit.script(ours)
     expected = theirs(ONES)
     torch.testing.assert_close(found(ONES), expected, rtol=0, atol=0)
 
 
-def test_vmap_fails_as_torch_does():
-    theirs, ours = pair()
+@each_cell
+def test_vmap_fails_as_torch_does(cell):
+    theirs, ours = pair(cell=cell)
     for module in (theirs, ours):
-        with pytest.raises(RuntimeError, match="Batching rule not implemented for aten::lstm"):
+        with pytest.raises(RuntimeError, match=f"Batching rule not implemented for aten::{cell}"):
             torch.func.vmap(lambda x, m=module: m(x)[0])(ONES.expand(2, *X))
 
 
-def test_func_grad_is_fused():
-    theirs, ours = pair()
+@each_cell
+def test_func_grad_is_fused(cell):
+    theirs, ours = pair(cell=cell)
     expected, found = (torch.func.grad(lambda x, m=m: m(x)[0].sum())(ONES) for m in (theirs, ours))
     torch.testing.assert_close(found, expected)
     assert lstm_fused.ops.last_run()["pass"] == "backward"

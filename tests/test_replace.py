@@ -18,15 +18,32 @@ class Model(nn.Module):
         self.shared = nn.LSTM(6, 6, bidirectional=True)
         self.again = nn.ModuleList([nn.Linear(12, 6), self.shared])
         self.gru = nn.GRU(12, 5)
+        self.rnn = nn.RNN(5, 5, nonlinearity="relu")
+        self.cells = nn.ModuleList([nn.LSTMCell(5, 4), nn.GRUCell(4, 4), nn.RNNCell(4, 3)])
 
     def forward(self, x):
         x = self.encoder["lstm"](x)[0]
         x = self.again[0](self.shared(x)[0])
-        return self.gru(self.shared(x)[0])[0]
+        x = self.rnn(self.gru(self.shared(x)[0])[0])[0]
+        lstm, gru, rnn = self.cells
+        return rnn(gru(lstm(x[-1])[0]))
 
 
-def lstms(model):
-    return [m for m in model.modules() if isinstance(m, nn.LSTM)]
+def recurrent(model):
+    return [m for m in model.modules() if isinstance(m, (nn.RNNBase, nn.RNNCellBase))]
+
+
+NAMES = ["LSTM", "LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"]
+OURS, THEIRS = ([getattr(library, name) for name in NAMES] for library in (lstm_fused, nn))
+
+
+def kinds(model):
+    return [type(m) for m in recurrent(model)]
+
+
+def first(result):
+    """The first output of a layer or a cell, which gives one tensor or a tuple."""
+    return result if isinstance(result, torch.Tensor) else first(result[0])
 
 
 def outcome(model, x):
@@ -41,90 +58,103 @@ def outcome(model, x):
 def test_there_and_back():
     model, x = Model().double(), torch.randn(5, 3, 4, dtype=torch.float64)
     before, text, names = outcome(model, x), repr(model), list(model.state_dict())
-    objects, parameters = lstms(model), list(model.parameters())
+    objects, parameters = recurrent(model), list(model.parameters())
 
     assert lstm_fused.replace(model) is model
-    assert [type(m) for m in lstms(model)] == [lstm_fused.LSTM] * 2
-    assert type(model.gru) is nn.GRU
+    assert kinds(model) == OURS
     replaced = outcome(model, x)
     assert ops.last_run()["pass"] == "backward"
     torch.testing.assert_close(replaced, before)
     assert (repr(model), list(model.state_dict())) == (text, names)
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
-    assert all(a is b for a, b in zip(lstms(model), objects, strict=True))
+    assert all(a is b for a, b in zip(recurrent(model), objects, strict=True))
     assert model.again[1] is model.shared
 
     lstm_fused.replace(model)
-    assert [type(m) for m in lstms(model)] == [lstm_fused.LSTM] * 2
+    assert kinds(model) == OURS
     assert lstm_fused.restore(model) is model
-    assert [type(m) for m in lstms(model)] == [nn.LSTM] * 2
+    assert kinds(model) == THEIRS
     restored = outcome(model, x)
     for name, t in before.items():
         assert torch.equal(restored[name], t), name
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
 
 
-def test_root():
-    model = nn.LSTM(4, 6)
+each_name = pytest.mark.parametrize("name", dict.fromkeys(NAMES))
+
+
+@each_name
+def test_root(name):
+    theirs, ours = getattr(nn, name), getattr(lstm_fused, name)
+    model = theirs(4, 6)
     assert lstm_fused.replace(model) is model
-    assert type(model) is lstm_fused.LSTM
-    assert type(lstm_fused.restore(model)) is nn.LSTM
-    built = lstm_fused.LSTM(4, 6)
-    assert type(lstm_fused.restore(built)) is nn.LSTM
+    assert type(model) is ours
+    assert type(lstm_fused.restore(model)) is theirs
+    assert type(lstm_fused.restore(ours(4, 6))) is theirs
 
 
-def test_mode_hooks_and_attributes_are_kept():
-    model = nn.Sequential(nn.LSTM(4, 6), nn.Identity())
-    lstm, seen = model[0].eval(), []
-    lstm.note = "mine"
-    lstm.register_forward_pre_hook(lambda m, args: seen.append("before"))
-    lstm.register_forward_hook(lambda m, args, out: seen.append("after"))
-    lstm.weight_hh_l0.register_hook(lambda grad: seen.append("gradient"))
-    lstm.bias_ih_l0.requires_grad_(False)
+@each_name
+def test_mode_hooks_and_attributes_are_kept(name):
+    model = nn.Sequential(getattr(nn, name)(4, 6), nn.Identity())
+    module, seen = model[0].eval(), []
+    module.note = "mine"
+    module.register_forward_pre_hook(lambda m, args: seen.append("before"))
+    module.register_forward_hook(lambda m, args, out: seen.append("after"))
+    weights = dict(module.named_parameters())
+    frozen, watched = (
+        next(w for k, w in weights.items() if k.startswith(kind))
+        for kind in ("bias_ih", "weight_hh")
+    )
+    watched.register_hook(lambda grad: seen.append("gradient"))
+    frozen.requires_grad_(False)
     for change in (lstm_fused.replace, lstm_fused.restore):
         seen.clear()
         change(model)
-        lstm(torch.ones(2, 1, 4))[0].sum().backward()
+        first(module(torch.ones(2, 4))).sum().backward()
         assert seen == ["before", "after", "gradient"]
-        assert model.training and not lstm.training and lstm.note == "mine"
-        assert not lstm.bias_ih_l0.requires_grad
+        assert model.training and not module.training and module.note == "mine"
+        assert not frozen.requires_grad
 
 
 WRAPPED = {
-    "orthogonal": lambda m: parametrizations.orthogonal(m, "weight_hh_l0"),
-    "weight_norm": lambda m: parametrizations.weight_norm(m, "weight_ih_l0"),
-    "pruned": lambda m: prune.l1_unstructured(m, "weight_hh_l0", amount=0.4),
-    "spectral_norm": lambda m: nn.utils.spectral_norm(m, "weight_hh_l0"),
+    "orthogonal": lambda m, at: parametrizations.orthogonal(m, f"weight_hh{at}"),
+    "weight_norm": lambda m, at: parametrizations.weight_norm(m, f"weight_ih{at}"),
+    "pruned": lambda m, at: prune.l1_unstructured(m, f"weight_hh{at}", amount=0.4),
+    "spectral_norm": lambda m, at: nn.utils.spectral_norm(m, f"weight_hh{at}"),
 }
 
 
+@each_name
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
-def test_wrapped_weights(wrap):
+def test_wrapped_weights(wrap, name):
     """Twice the same way and once back: parametrized modules have classes of their own."""
-    x = torch.randn(5, 3, 4, dtype=torch.float64)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    theirs, ours = getattr(nn, name), getattr(lstm_fused, name)
+    at = "" if name.endswith("Cell") else "_l0"
 
     class First(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a = wrap(nn.LSTM(4, 6, dtype=torch.float64))
-            self.b = nn.LSTM(4, 6, dtype=torch.float64)
+            self.a = wrap(theirs(4, 6, dtype=torch.float64), at)
+            self.b = theirs(4, 6, dtype=torch.float64)
 
         def forward(self, x):
-            return self.a(x)[0] + self.b(x)[0]
+            return first(self.a(x)) + first(self.b(x))
 
     model = First().eval()
     before, names = outcome(model, x), list(model.state_dict())
     classes = type(model.a).__name__, type(model.b)
     lstm_fused.replace(model)
-    assert all(isinstance(m, lstm_fused.LSTM) for m in (model.a, model.b))
+    assert all(isinstance(m, ours) for m in (model.a, model.b))
     torch.testing.assert_close(outcome(model, x), before)
+    assert ops.last_run()["pass"] == "backward"
     lstm_fused.restore(model)
-    assert not any(isinstance(m, lstm_fused.LSTM) for m in (model.a, model.b))
-    assert isinstance(model.a, nn.LSTM)
+    assert not any(isinstance(m, ours) for m in (model.a, model.b))
+    assert isinstance(model.a, theirs)
     assert (type(model.b), type(model.a).__name__.removeprefix("Parametrized")) == (
         classes[1],
-        "LSTM",
+        name,
     )
     torch.testing.assert_close(outcome(model, x), before)
     assert list(model.state_dict()) == names
@@ -148,36 +178,38 @@ def test_optimizer_goes_on():
     assert not torch.equal(trained[0]["shared.weight_hh_l0"], Model().shared.weight_hh_l0.double())
 
 
-class Custom(nn.LSTM):
-    pass
+def subclass(theirs):
+    return type("Custom", (theirs,), {})(4, 6)
 
 
-def overridden():
-    lstm = nn.LSTM(4, 6)
-    lstm.forward = lambda *args: nn.LSTM.forward(lstm, *args)
-    return lstm
+def overridden(theirs):
+    module = theirs(4, 6)
+    module.forward = lambda *args: theirs.forward(module, *args)
+    return module
 
 
 LEFT = {
-    "subclass": (lambda: Custom(4, 6), "0, a Custom, which is a subclass"),
+    "subclass": (subclass, "0, a Custom, which is a subclass"),
     "forward": (overridden, "0, whose forward is overridden on the instance"),
-    "script": (lambda: torch.jit.script(nn.LSTM(4, 6)), "0, compiled by TorchScript"),
+    "script": (lambda theirs: torch.jit.script(theirs(4, 6)), "0, compiled by TorchScript"),
 }
 
 
+@each_name
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
 @pytest.mark.parametrize("make, words", LEFT.values(), ids=LEFT)
-def test_left_alone_with_a_warning(make, words):
-    model = nn.ModuleList([make(), nn.LSTM(4, 6)])
+def test_left_alone_with_a_warning(make, words, name):
+    theirs, ours = getattr(nn, name), getattr(lstm_fused, name)
+    model = nn.ModuleList([make(theirs), theirs(4, 6)])
     kind = type(model[0])
     with pytest.warns(UserWarning, match=f"left alone: {words}") as caught:
         lstm_fused.replace(model)
     assert len(caught) == 1 and caught[0].filename == __file__
-    assert type(model[0]) is kind and type(model[1]) is lstm_fused.LSTM
+    assert type(model[0]) is kind and type(model[1]) is ours
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lstm_fused.restore(model)
-    assert type(model[0]) is kind and type(model[1]) is nn.LSTM
+    assert type(model[0]) is kind and type(model[1]) is theirs
 
 
 @pytest.mark.parametrize("change", (lstm_fused.replace, lstm_fused.restore))

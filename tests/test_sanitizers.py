@@ -2,20 +2,17 @@
 
 import os
 import subprocess
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from sanitize.build import DRIVER, build
 
 
 def test_kernels_under_sanitizers():
-    ninja = [sys.executable, "-m", "ninja", "-C", str(ROOT / "tests" / "sanitize")]
-    build = subprocess.run(ninja, capture_output=True, text=True)
-    assert build.returncode == 0, build.stdout[-4000:] + build.stderr[-4000:]
+    built = build()
+    assert built.returncode == 0, built.stdout[-4000:] + built.stderr[-4000:]
     # libgomp keeps its threads' memory until the process is gone: no leak check.
     environment = dict(os.environ, ASAN_OPTIONS="detect_leaks=0", OMP_NUM_THREADS="2")
     run = subprocess.run(
-        [str(ROOT / "build" / "sanitize" / "driver")],
+        [str(DRIVER)],
         capture_output=True,
         text=True,
         env=environment,

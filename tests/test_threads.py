@@ -25,6 +25,10 @@ PROBLEMS = (
     Problem(8, 11, 5, 50, form="unsorted", hx=True),
     Problem(8, 6, 5, 40, form="sorted", proj=17, directions=2),
     Problem(2, 2, 5, 40),
+    Problem(20, 3, 6, 100, cell="gru"),
+    Problem(8, 11, 5, 50, form="unsorted", hx=True, directions=2, cell="gru"),
+    Problem(9, 40, 6, 33, hx=True, cell="rnn_tanh"),
+    Problem(20, 3, 6, 100, cell="rnn_relu"),
 )
 
 
@@ -43,11 +47,11 @@ def assert_agree(ours, exact, dtype, torchs=None):
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_thread_counts(problem):
     exact = run_reference(problem).tensors
-    torchs = run_module(problem, torch.nn.LSTM).tensors
+    torchs = run_module(problem, torch.nn).tensors
     seen = set()
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        ours = run_module(problem, lstm_fused.LSTM)
+        ours = run_module(problem, lstm_fused)
         assert_agree(ours.tensors, exact, problem.dtype, torchs)
         for run in (ours.forward_run, ours.backward_run):
             groups = run["direction_groups"] * run["row_groups"] * run["unit_groups"]
@@ -70,7 +74,7 @@ def test_threads_are_those_of_the_plan(threads):
 
 def outcome(problem):
     """Every output and gradient, by us."""
-    return run_module(problem, lstm_fused.LSTM).tensors
+    return run_module(problem, lstm_fused).tensors
 
 
 def assert_same(found, expected):
@@ -85,7 +89,7 @@ def test_python_threads_at_once():
         torch.set_num_threads(2)
         start.wait(timeout=60)
         for problem in (*PROBLEMS[k:], *PROBLEMS[:k]) * 3:
-            found = run_module(problem, lstm_fused.LSTM)
+            found = run_module(problem, lstm_fused)
             assert_same(found.tensors, expected[problem])
             assert found.backward_run["pass"] == "backward"
 
@@ -157,7 +161,7 @@ def test_more_threads_than_cores_beside_busy_neighbours():
     """A barrier that only spins would take a time slice a step here."""
     problem = PROBLEMS[0]
     exact = run_reference(problem).tensors
-    torchs = run_module(problem, torch.nn.LSTM).tensors
+    torchs = run_module(problem, torch.nn).tensors
     cores = len(os.sched_getaffinity(0))
     neighbours = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(cores)]
     try:
@@ -165,7 +169,7 @@ def test_more_threads_than_cores_beside_busy_neighbours():
         for _ in range(3):
             assert_agree(outcome(problem), exact, problem.dtype, torchs)
         long = replace(problem, T=300)
-        assert run_module(long, lstm_fused.LSTM).tensors["y"].isfinite().all()
+        assert run_module(long, lstm_fused).tensors["y"].isfinite().all()
     finally:
         for process in neighbours:
             process.kill()
@@ -272,6 +276,8 @@ POISON_SHAPES = (
     replace(POISONED, proj=5, directions=2),
     replace(POISONED, form="unsorted", hx=True),
     replace(POISONED, form="sorted", proj=20, directions=2, bias=False),
+    replace(POISONED, form="unsorted", hx=True, directions=2, cell="gru"),
+    replace(POISONED, N=33, hx=True, cell="rnn_tanh"),
 )
 
 
@@ -286,7 +292,7 @@ def check_poisoned():
     """In a process of its own: every output compared, so that a NaN anywhere fails."""
     for problem, isa in poison_cases():
         exact = run_reference(problem).tensors
-        torchs = run_module(problem, torch.nn.LSTM).tensors
+        torchs = run_module(problem, torch.nn).tensors
         ops.set_isa(isa)
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)

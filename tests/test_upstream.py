@@ -1,4 +1,4 @@
-"""PyTorch's own checks of nn.LSTM, with lstm_fused.LSTM in its place.
+"""PyTorch's own checks of nn.LSTM, nn.GRU, nn.RNN and their cells, with ours in their place.
 
 The inputs are those of torch.testing._internal.common_modules; what is done with them is what
 upstream's test_modules.py does, and after it what upstream's test_nn.py asks of LSTMs.
@@ -10,6 +10,7 @@ import pickle
 
 import pytest
 import torch
+from beside import changed, states_of
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import (
@@ -23,53 +24,63 @@ from torch.testing._internal import common_modules
 import lstm_fused
 from lstm_fused import ops
 
-INFO = copy.copy(next(i for i in common_modules.module_db if i.module_cls is nn.LSTM))
-INFO.module_cls = lstm_fused.LSTM
+NAMES = [kind.__name__ for kind in (*lstm_fused.nn.MODULES, *lstm_fused.cells.MODULES)]
+INFOS = {i.module_cls.__name__: copy.copy(i) for i in common_modules.module_db}
+for each in NAMES:
+    INFOS[each].module_cls = getattr(lstm_fused, each)
 MODES = (True, False)
+each_name = pytest.mark.parametrize("name", NAMES)
 each_mode = pytest.mark.parametrize("training", MODES, ids=("train", "eval"))
-each_dtype = pytest.mark.parametrize("dtype", INFO.dtypes, ids=str)
+each_dtype = pytest.mark.parametrize("dtype", INFOS["LSTM"].dtypes, ids=str)
 
 
-def samples(dtype, training=True, requires_grad=False):
+def samples(name, dtype, training=True, requires_grad=False):
     """A module, its inputs and upstream's reference, for each of upstream's samples."""
-    for sample in INFO.module_inputs_func(
-        INFO, device="cpu", dtype=dtype, requires_grad=requires_grad, training=training
+    info = INFOS[name]
+    for sample in info.module_inputs_func(
+        info, device="cpu", dtype=dtype, requires_grad=requires_grad, training=training
     ):
         made = sample.constructor_input
-        module = INFO.module_cls(*made.args, **made.kwargs, dtype=dtype).train(training)
+        module = info.module_cls(*made.args, **made.kwargs, dtype=dtype).train(training)
         given = sample.forward_input
         yield module, given.args, given.kwargs, sample.reference_fn
 
 
 def tensors(result):
-    y, (h_n, c_n) = result
-    return y, h_n, c_n
+    """Every tensor of an output or of states, as a flat tuple."""
+    if isinstance(result, torch.Tensor):
+        return (result,)
+    return tuple(t for part in result for t in tensors(part))
 
 
+@each_name
 @each_mode
 @each_dtype
-def test_forward(dtype, training):
-    for module, args, kwargs, reference in samples(dtype, training):
+def test_forward(dtype, training, name):
+    for module, args, kwargs, reference in samples(name, dtype, training):
         found = module(*args, **kwargs)
         assert ops.last_run()["pass"] == "forward"
         torch.testing.assert_close(found, reference(module, *args, **kwargs))
 
 
+@each_name
 @each_dtype
-def test_factory_kwargs(dtype):
-    for module, _, _, _ in samples(dtype):
+def test_factory_kwargs(dtype, name):
+    for module, _, _, _ in samples(name, dtype):
         assert {p.dtype for p in module.parameters()} == {dtype}
-    for sample in INFO.module_inputs_func(INFO, "cpu", dtype, False, True):
+    info = INFOS[name]
+    for sample in info.module_inputs_func(info, "cpu", dtype, False, True):
         made = sample.constructor_input
-        on_meta = INFO.module_cls(*made.args, **made.kwargs, dtype=dtype, device="meta")
+        on_meta = info.module_cls(*made.args, **made.kwargs, dtype=dtype, device="meta")
         assert all(p.is_meta and p.dtype is dtype for p in on_meta.parameters())
         with torch.device("meta"):
-            assert all(p.is_meta for p in INFO.module_cls(*made.args, **made.kwargs).parameters())
+            assert all(p.is_meta for p in info.module_cls(*made.args, **made.kwargs).parameters())
 
 
+@each_name
 @each_mode
-def test_repr_and_pickle(training):
-    for module, args, kwargs, _ in samples(torch.float64, training):
+def test_repr_and_pickle(training, name):
+    for module, args, kwargs, _ in samples(name, torch.float64, training):
         assert repr(module) == str(module) != ""
         expected = module(*args, **kwargs)
         file = io.BytesIO()
@@ -80,29 +91,31 @@ def test_repr_and_pickle(training):
             torch.testing.assert_close(twin(*args, **kwargs), expected, rtol=0, atol=0)
 
 
+@each_name
 @each_mode
-def test_gradients(training):
+def test_gradients(training, name):
     """gradcheck over inputs and parameters; gradgradcheck where a state is given, and once."""
-    for module, args, _, _ in samples(torch.float64, training, requires_grad=True):
+    for module, args, _, _ in samples(name, torch.float64, training, requires_grad=True):
         parameters = dict(module.named_parameters())
-        inputs = [args[0], *(args[1] if len(args) > 1 else ())]
-
+        inputs = tensors(args)
         count = len(inputs)
 
         def call(*given, module=module, names=tuple(parameters), n=count):
             x, *state = given[:n]
             weights = dict(zip(names, given[n:], strict=True))
-            rest = (tuple(state),) if state else ()
+            rest = (tuple(state) if len(state) > 1 else state[0],) if state else ()
             return tensors(torch.func.functional_call(module, weights, (x, *rest)))
 
         leaves = (*inputs, *parameters.values())
         assert gradcheck(call, leaves, fast_mode=True)
+        sum(t.sum() for t in call(*leaves)).backward()
+        assert ops.last_run()["pass"] == "backward"
         if training and count > 1:
             assert gradgradcheck(call, leaves, fast_mode=True)
-    assert ops.last_run()["pass"] == "backward"
 
 
-def test_non_contiguous():
+@each_name
+def test_non_contiguous(name):
     """Inputs and gradients of any strides give what contiguous ones do."""
 
     def strided(t):
@@ -110,22 +123,23 @@ def test_non_contiguous():
         assert t.shape[-1] < 2 or not apart.is_contiguous()
         return apart.requires_grad_()
 
-    for module, args, _, _ in samples(torch.float64, requires_grad=True):
+    for module, args, _, _ in samples(name, torch.float64, requires_grad=True):
         outcomes = []
         for change in (lambda t: t.detach().clone().requires_grad_(), strided):
             x, *rest = args
-            x, hx = change(x), tuple(change(s) for s in rest[0]) if rest else None
+            x, hx = change(x), changed(change, rest[0] if rest else None)
             outputs = tensors(module(x, hx))
             torch.manual_seed(0)
             grads = [change(torch.randn_like(t)) for t in outputs]
-            leaves = (x, *(hx or ()), *module.parameters())
+            leaves = (x, *states_of(hx), *module.parameters())
             outcomes.append((outputs, torch.autograd.grad(outputs, leaves, grads)))
         torch.testing.assert_close(outcomes[0], outcomes[1])
 
 
-def test_moves_and_state_dict():
+@each_name
+def test_moves_and_state_dict(name):
     """Casting there and back, and a state_dict into a fresh module, leave the results alone."""
-    for module, args, kwargs, _ in samples(torch.float64):
+    for module, args, kwargs, _ in samples(name, torch.float64):
         expected = module(*args, **kwargs)
         twin = copy.deepcopy(module)
         for p in twin.parameters():
@@ -136,18 +150,18 @@ def test_moves_and_state_dict():
         torch.testing.assert_close(module(*args, **kwargs), expected, rtol=1e-5, atol=1e-6)
 
 
+@each_name
 @each_dtype
-def test_error_inputs(dtype):
-    """Upstream lists these for RNN and GRU too, by the constructor's arguments."""
-    count = 0
-    for error in INFO.module_error_inputs_func(INFO, "cpu", dtype, False, True):
+def test_error_inputs(dtype, name):
+    count, info = 0, INFOS[name]
+    for error in info.module_error_inputs_func(info, "cpu", dtype, False, True):
         made = error.module_error_input.constructor_input
         given = error.module_error_input.forward_input
         if error.error_on is common_modules.ModuleErrorEnum.CONSTRUCTION_ERROR:
             with pytest.raises(error.error_type, match=error.error_regex):
-                INFO.module_cls(*made.args, **made.kwargs)
+                info.module_cls(*made.args, **made.kwargs)
         else:
-            module = INFO.module_cls(*made.args, **{"dtype": dtype} | made.kwargs)
+            module = info.module_cls(*made.args, **{"dtype": dtype} | made.kwargs)
             with pytest.raises(error.error_type, match=error.error_regex):
                 module(*given.args, **given.kwargs)
         count += 1
@@ -272,14 +286,12 @@ def test_no_weight_format_is_kept():
         lstm.weight_ih_l0 = torch.zeros(80, 10)
 
 
-@pytest.mark.filterwarnings("ignore:lstm_fused.LSTM ran through torch")
-def test_no_device_has_a_say_in_shape():
+@each_name
+@pytest.mark.filterwarnings("ignore:lstm_fused.* ran through torch")
+def test_no_device_has_a_say_in_shape(name):
     """On meta, where no kernel runs, shapes come out as they do on the CPU."""
-    for module, args, _, _ in samples(torch.float64):
+    for module, args, _, _ in samples(name, torch.float64):
         expected = tensors(module(*args))
-        on_meta = [
-            a.to("meta") if isinstance(a, torch.Tensor) else tuple(s.to("meta") for s in a)
-            for a in args
-        ]
+        on_meta = [changed(lambda t: t.to("meta"), a) for a in args]
         found = tensors(module.to("meta")(*on_meta))
         assert [t.shape for t in found] == [t.shape for t in expected]

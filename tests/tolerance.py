@@ -1,4 +1,4 @@
-"""The one table of tolerances. A result may be off by twice nn.LSTM's own error plus its floor.
+"""The one table of tolerances. A result may be off by twice torch.nn's own error plus its floor.
 
 A floor is counted in eps(dtype) times the largest value of the tensor. It stands for what twice
 nn.LSTM's error cannot: functions of 2.5 ulp where torch's have 1, and tensors so small that nn.LSTM

@@ -3,10 +3,12 @@
 //
 // A cell is a struct of static members. V is the value a kernel computes with, SIMD lanes on a CPU
 // and a scalar on a GPU; sigmoid(V) and tanh(V) are declared before this header is included.
-//   kGates            blocks of H rows in w_ih, w_hh and the biases
-//   kSums             pre-activations of a unit: gate g of w_ih (and b_ih) adds to sum g, gate g of
-//                     w_hh (and b_hh) to sum hidden_sum(g). A unit saves as many values for
-//                     backward, and backward gives as many gradients.
+//   kGates            blocks of H rows in w_ih, w_hh and the biases, 4 at most
+//   kSums             pre-activations of a unit, kGates or more. The input's part of gate
+//                     input_gate(j) adds to sum j, the hidden state's part of hidden_gate(j) to sum
+//                     kSums - kGates + j: the first and the last sums, so that each part is one run
+//                     of them. A unit saves as many values for backward, which gives as many
+//                     gradients.
 //   kMemory           what is carried from step to step beside the rounded h (params.h)
 //   forward(sum, c_prev, c) -> h
 //                     sum (kSums): pre-activations, replaced by what backward needs of them
@@ -17,9 +19,15 @@
 //                     for the step before; d_sum (kSums): gradients of the pre-activations
 #pragma once
 
+#include "gru.h"
 #include "lstm.h"
+#include "rnn.h"
 
-#define LSTM_FUSED_CELLS(CELL) CELL(lstm, Lstm)
+#define LSTM_FUSED_CELLS(CELL) \
+  CELL(lstm, Lstm)             \
+  CELL(gru, Gru)               \
+  CELL(rnn_tanh, RnnTanh)      \
+  CELL(rnn_relu, RnnRelu)
 
 namespace lstm_fused {
 
@@ -32,16 +40,20 @@ enum class CellKind : int {
 
 inline constexpr int kCellCount = static_cast<int>(CellKind::kCount);
 
-inline constexpr const char* kCellNames[] = {
-#define LSTM_FUSED_NAME(name, Cell) #name,
-    LSTM_FUSED_CELLS(LSTM_FUSED_NAME)
-#undef LSTM_FUSED_NAME
+struct CellInfo {
+  const char* name;
+  int gates, sums;
+  Memory memory;
 };
 
-inline constexpr int kCellGates[] = {
-#define LSTM_FUSED_GATES(name, Cell) Cell::kGates,
-    LSTM_FUSED_CELLS(LSTM_FUSED_GATES)
-#undef LSTM_FUSED_GATES
+inline constexpr CellInfo kCells[] = {
+#define LSTM_FUSED_INFO(name, Cell) {#name, Cell::kGates, Cell::kSums, Cell::kMemory},
+    LSTM_FUSED_CELLS(LSTM_FUSED_INFO)
+#undef LSTM_FUSED_INFO
 };
+
+LSTM_FUSED_INLINE constexpr const CellInfo& info(CellKind cell) {
+  return kCells[static_cast<int>(cell)];
+}
 
 }  // namespace lstm_fused

@@ -9,29 +9,30 @@ namespace {
 
 struct Gru {
   static constexpr int kGates = 3;
-  static constexpr int kSums = 4;  // r, z, n from the input, n from the hidden state
+  static constexpr int kSums = 4;  // n from the input, r, z, n from the hidden state
   static constexpr Memory kMemory = Memory::kHidden;
-  static constexpr int hidden_sum(int gate) { return gate == 2 ? 3 : gate; }
+  static constexpr int input_gate(int j) { return j == 0 ? 2 : j - 1; }
+  static constexpr int hidden_gate(int j) { return j; }
 
   template <class V>
   static LSTM_FUSED_INLINE V forward(V (&sum)[kSums], const V& c_prev, V& c) {
-    const V r = sigmoid(sum[0]), z = sigmoid(sum[1]), n = tanh(sum[2] + r * sum[3]);
+    const V r = sigmoid(sum[1]), z = sigmoid(sum[2]), n = tanh(sum[0] + r * sum[3]);
     c = n + z * (c_prev - n);
-    sum[0] = r;
-    sum[1] = z;
-    sum[2] = n;
+    sum[0] = n;
+    sum[1] = r;
+    sum[2] = z;
     return c;
   }
 
   template <class V>
   static LSTM_FUSED_INLINE V backward(const V (&saved)[kSums], const V& c_prev, const V& c,
                                       const V& dh, V& dc, V (&d_sum)[kSums]) {
-    const V r = saved[0], z = saved[1], n = saved[2];
+    const V n = saved[0], r = saved[1], z = saved[2];
     const V total = dh + dc;
     const V d_n = total * (1 - z) * (1 - n * n);
-    d_sum[0] = d_n * saved[3] * r * (1 - r);
-    d_sum[1] = total * (c_prev - n) * z * (1 - z);
-    d_sum[2] = d_n;
+    d_sum[0] = d_n;
+    d_sum[1] = d_n * saved[3] * r * (1 - r);
+    d_sum[2] = total * (c_prev - n) * z * (1 - z);
     d_sum[3] = d_n * r;
     dc = total * z;
     return c;

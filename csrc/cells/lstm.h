@@ -12,7 +12,8 @@ struct Lstm {
   static constexpr int kGates = 4;
   static constexpr int kSums = 4;
   static constexpr Memory kMemory = Memory::kCell;
-  static constexpr int hidden_sum(int gate) { return gate; }
+  static constexpr int input_gate(int j) { return j; }
+  static constexpr int hidden_gate(int j) { return j; }
 
   template <class V>
   static LSTM_FUSED_INLINE V forward(V (&gate)[kSums], const V& c_prev, V& c) {

@@ -10,7 +10,8 @@ struct RnnTanh {
   static constexpr int kGates = 1;
   static constexpr int kSums = 1;
   static constexpr Memory kMemory = Memory::kNone;
-  static constexpr int hidden_sum(int gate) { return gate; }
+  static constexpr int input_gate(int j) { return j; }
+  static constexpr int hidden_gate(int j) { return j; }
 
   template <class V>
   static LSTM_FUSED_INLINE V forward(V (&sum)[kSums], const V&, V&) {

@@ -9,13 +9,15 @@
 namespace lstm_fused {
 namespace {
 
-// Buffers and sizes of a backward call. Gate gradients lie as the saved gates do,
-// (D, H/16, S, G, 16): what the products after the loop read without a shuffle.
+// Buffers and sizes of a backward call. Gradients of the sums lie as the saved values do,
+// (D, H/16, S, P, 16): what the products after the loop read without a shuffle. The first G sums of
+// a unit belong to the input's weights, the last G to the hidden state's.
 template <class Cell, class S>
 struct BackwardState {
   using A = typename ComputeOf<S>::type;
   using V = Vector<A>;
-  static constexpr int G = Cell::kGates;
+  static constexpr int G = Cell::kGates, P = Cell::kSums;
+  static constexpr bool kCarries = Cell::kMemory != Memory::kNone;
   static constexpr int lanes = VectorOf<A>::lanes;
   static constexpr int per_block = kBlock / lanes;
 
@@ -24,12 +26,12 @@ struct BackwardState {
   const int64_t T, N, I, H, R, S_rows, Hb, Rb, Hp, Rp;
   const bool projection;
 
-  A* d_gates;    // (D, Hb, S, G, 16)
-  A* dc;         // (D, N, Hp)
+  A* d_sums;     // (D, Hb, S, P, 16)
+  A* dc;         // (D, N, Hp) gradients of what the cell carries, if anything
   A* c0;         // (D, N, Hp)
   A* d_hidden;   // (D, Rb, S, 16) gradients of the projected state, projection only
   A* full;       // (D, S, Hp) hidden states before the projection, projection only
-  A* db;         // (threads, 2, D, Hb, G, 16) sums over rows: recent ones, and all before
+  A* db;         // (threads, 2, D, Hb, P, 16) sums over rows: recent ones, and all before
   A* packed_hh;  // (D, Rp, G * Hp) in panels: columns of W_hh
   A* packed_hr;  // (D, Hp, R) in panels: columns of W_hr, projection only
   A* packed_ih;  // (D, Ip, G * Hp) in panels, dx only
@@ -53,12 +55,12 @@ struct BackwardState {
         Rp(Rb * kBlock),
         projection(p.weights[0].w_hr != nullptr) {
     const int D = p.size.D;
-    d_gates = arena.take<A>(D * Hb * S_rows * G * kBlock);
-    dc = arena.take<A>(D * N * Hp);
-    c0 = arena.take<A>(D * N * Hp);
+    d_sums = arena.take<A>(D * Hb * S_rows * P * kBlock);
+    dc = kCarries ? arena.take<A>(D * N * Hp) : nullptr;
+    c0 = kCarries ? arena.take<A>(D * N * Hp) : nullptr;
     d_hidden = projection ? arena.take<A>(D * Rb * S_rows * kBlock) : nullptr;
     full = projection ? arena.take<A>(D * S_rows * Hp) : nullptr;
-    db = arena.take<A>(plan.threads * 2 * D * Hb * G * kBlock);
+    db = arena.take<A>(plan.threads * 2 * D * Hb * P * kBlock);
     packed_hh = arena.take<A>(D * Rp * G * Hp);
     packed_hr = projection ? arena.take<A>(D * Hp * R) : nullptr;
     packed_ih = p.dx ? arena.take<A>(D * Ip() * G * Hp) : nullptr;
@@ -70,17 +72,20 @@ struct BackwardState {
     barriers[groups()].init(plan.threads);
   }
 
-  A* gate_gradients(int d, int64_t block, int64_t s) const {
-    return d_gates + ((d * Hb + block) * S_rows + s) * G * kBlock;
+  A* sum_gradients(int d, int64_t block, int64_t s) const {
+    return d_sums + ((d * Hb + block) * S_rows + s) * P * kBlock;
+  }
+  A* hidden_sum_gradients(int d, int64_t block, int64_t s) const {
+    return sum_gradients(d, block, s) + (P - G) * kBlock;
   }
   const A* saved_gates(int d, int64_t block, int64_t s) const {
-    return static_cast<const A*>(p.gates) + ((d * Hb + block) * S_rows + s) * G * kBlock;
+    return static_cast<const A*>(p.gates) + ((d * Hb + block) * S_rows + s) * P * kBlock;
   }
   const A* saved_cell(int d, int64_t block, int64_t s) const {
     return static_cast<const A*>(p.cells) + ((d * Hb + block) * S_rows + s) * kBlock;
   }
   A* bias_sums(int worker, bool all, int d, int64_t block) const {
-    return db + (((worker * 2 + all) * p.size.D + d) * Hb + block) * G * kBlock;
+    return db + (((worker * 2 + all) * p.size.D + d) * Hb + block) * P * kBlock;
   }
   A* hidden_gradients(int d, int64_t block, int64_t s) const {
     return d_hidden + ((d * Rb + block) * S_rows + s) * kBlock;
@@ -108,7 +113,8 @@ struct BackwardWalk {
   using K = BackwardState<Cell, S>;
   using A = typename K::A;
   using V = typename K::V;
-  static constexpr int G = K::G, lanes = K::lanes;
+  static constexpr int G = K::G, P = K::P, lanes = K::lanes;
+  static constexpr bool kCarries = K::kCarries;
 
   const K& k;
   const int worker;
@@ -153,31 +159,36 @@ struct BackwardWalk {
   void prepare() const {
     const Weights& w = k.p.weights[d];
     pack_gate_rows<A, S, G>(k.hidden_panels(d, place.unit_group),
-                            split(G * k.Hp, k.plan.row_groups, place.row_group),
+                            split(G * k.Hp, k.plan.row_groups, place.row_group), Cell::hidden_gate,
                             static_cast<const S*>(w.w_hh), k.H, k.R);
     if (k.projection && place.row_group == 0) {
       const Panels<A> panels = k.projection_panels(d, place.unit_group);
       for (int64_t r = 0; r < k.R; ++r)
         pack_panel_row(panels, r, static_cast<const S*>(w.w_hr) + r * k.H, k.H);
     }
-    const S* c0 = static_cast<const S*>(k.p.c0);
-    const S* dc_n = static_cast<const S*>(k.p.dc_n);
-    for (int64_t i = place.unit_group; i < group.count; i += k.plan.unit_groups) {
-      const int64_t at = d * k.N + group.row(i);
-      stage_row(k.c0 + at * k.Hp, c0 ? c0 + at * k.H : nullptr, c0 ? k.H : 0, k.Hp);
-      stage_row(k.dc + at * k.Hp, dc_n ? dc_n + at * k.H : nullptr, dc_n ? k.H : 0, k.Hp);
-    }
+    if constexpr (kCarries) prepare_carried();
     // Lanes of the last block that no vector of units covers are read by the products as zeros.
     const int64_t covered = ceil_div(k.H, lanes) * lanes;
     if (place.unit_group == 0 && covered < k.Hp) clear_padding(covered % kBlock);
   }
 
+  void prepare_carried() const {
+    const bool own = Cell::kMemory == Memory::kCell;
+    const S* c0 = static_cast<const S*>(own ? k.p.c0 : k.p.h0);
+    const S* dc_n = static_cast<const S*>(own ? k.p.dc_n : nullptr);
+    for (int64_t i = place.unit_group; i < group.count; i += k.plan.unit_groups) {
+      const int64_t at = d * k.N + group.row(i);
+      stage_row(k.c0 + at * k.Hp, c0 ? c0 + at * k.H : nullptr, c0 ? k.H : 0, k.Hp);
+      stage_row(k.dc + at * k.Hp, dc_n ? dc_n + at * k.H : nullptr, dc_n ? k.H : 0, k.Hp);
+    }
+  }
+
   void clear_padding(int64_t from) const {
     for (int64_t t = 0; t < k.T; ++t)
       for (int64_t i = 0; i < group.active(k.p.size.steps.active(t)); ++i) {
-        A* row = k.gate_gradients(d, k.Hb - 1, k.p.size.steps.offset(t) + group.row(i));
-        for (int g = 0; g < G; ++g)
-          for (int64_t l = from; l < kBlock; ++l) row[g * kBlock + l] = 0;
+        A* row = k.sum_gradients(d, k.Hb - 1, k.p.size.steps.offset(t) + group.row(i));
+        for (int j = 0; j < P; ++j)
+          for (int64_t l = from; l < kBlock; ++l) row[j * kBlock + l] = 0;
       }
   }
 
@@ -186,9 +197,9 @@ struct BackwardWalk {
   void keep_bias_sums() {
     for (int64_t v = units.begin; v < units.end; ++v) {
       const int64_t block = v * lanes / kBlock, lane = v * lanes % kBlock;
-      for (int g = 0; g < G; ++g) {
-        A* recent_sum = bias_sums(false, block) + g * kBlock + lane;
-        A* sum = bias_sums(true, block) + g * kBlock + lane;
+      for (int j = 0; j < P; ++j) {
+        A* recent_sum = bias_sums(false, block) + j * kBlock + lane;
+        A* sum = bias_sums(true, block) + j * kBlock + lane;
         store(sum, load<V>(sum) + load<V>(recent_sum));
         store(recent_sum, V{});
       }
@@ -200,7 +211,9 @@ struct BackwardWalk {
   // [carried, active) start here, from dh_n.
   void walk(int64_t step, int64_t carried, int64_t active) const {
     const Panels<A> panels = k.hidden_panels(d, place.unit_group);
-    for (int64_t panel = 0; panel < panels.count(); ++panel) {
+    for (int64_t i = 0; i < panels.count(); ++i) {
+      // To and fro, as forward walks its weights.
+      const int64_t panel = step % 2 ? panels.count() - 1 - i : i;
       const auto each = [&](int64_t begin, int64_t end, bool recurrent) {
         for_each_tile(begin, end, [&](int64_t first, int n) {
           A out[kMaxRows * kMaxCols * lanes];
@@ -223,10 +236,10 @@ struct BackwardWalk {
   void product(const Panels<A>& panels, int64_t panel, int64_t step, int64_t first, int n,
                A* out) const {
     const int64_t offset = k.p.size.steps.offset(k.time(d, step - 1));
-    TileProduct<A> tile{{}, 1, G * kBlock, k.Hb, k.S_rows * G * kBlock};
+    TileProduct<Multiply<A>> tile{{}, 1, G * kBlock, k.Hb, k.S_rows * P * kBlock};
     for (int r = 0; r < n; ++r)
-      tile.rows[r] = k.gate_gradients(d, 0, offset + group.row(first + r));
-    tile_function<A>(n, panels.cols(panel))(tile, panels.panel(panel), out, false);
+      tile.rows[r] = k.hidden_sum_gradients(d, 0, offset + group.row(first + r));
+    multiply_tile(n, panels.cols(panel), tile, panels.panel(panel), out, false);
   }
 
   void final_gradient(const Panels<A>& panels, int64_t panel, int64_t first, int n, A* out) const {
@@ -250,8 +263,7 @@ struct BackwardWalk {
         const int64_t row = group.row(first + r);
         const V dh = load<V>(out + (r * kMaxCols + c) * lanes);
         if (ended) {
-          if (k.p.dh0)
-            store_first(static_cast<S*>(k.p.dh0) + (d * k.N + row) * k.R + u, dh, k.R - u);
+          if (k.p.dh0) put_initial(row, u, dh);
           continue;
         }
         const int64_t t = k.time(d, step);
@@ -266,6 +278,13 @@ struct BackwardWalk {
     }
   }
 
+  void put_initial(int64_t row, int64_t u, V dh) const {
+    // A carried h came to the first step by two ways.
+    if constexpr (Cell::kMemory == Memory::kHidden)
+      dh += load<V>(k.dc + (d * k.N + row) * k.Hp + u);
+    store_first(static_cast<S*>(k.p.dh0) + (d * k.N + row) * k.R + u, dh, k.R - u);
+  }
+
   V output_gradient(int64_t s, int64_t u) const {
     if (!k.p.dy) return V{};
     const S* dy = static_cast<const S*>(k.p.dy) + (s * k.p.size.D + d) * k.R + u;
@@ -275,27 +294,29 @@ struct BackwardWalk {
   void cell(int64_t t, int64_t n, int64_t s, int64_t vec, const V& dh) const {
     const int64_t u = vec * lanes;
     const int64_t block = u / kBlock, lane = u % kBlock;
-    V gate[G], d_pre[G];
-    const A* saved = k.saved_gates(d, block, s) + lane;
+    V saved[P], d_sum[P];
+    const A* from = k.saved_gates(d, block, s) + lane;
 #pragma GCC unroll 8
-    for (int g = 0; g < G; ++g) gate[g] = load<V>(saved + g * kBlock);
-    const int64_t before = k.previous_time(d, t, n);
-    const V c_prev =
-        before < 0 ? load<V>(k.c0 + (d * k.N + n) * k.Hp + u)
+    for (int j = 0; j < P; ++j) saved[j] = load<V>(from + j * kBlock);
+    V c_prev = {}, c = {}, dc = {};
+    if constexpr (kCarries) {
+      const int64_t before = k.previous_time(d, t, n);
+      c_prev = before < 0
+                   ? load<V>(k.c0 + (d * k.N + n) * k.Hp + u)
                    : load<V>(k.saved_cell(d, block, k.p.size.steps.offset(before) + n) + lane);
-    A* dc_row = k.dc + (d * k.N + n) * k.Hp + u;
-    V dc = load<V>(dc_row);
-    const V c = load<V>(k.saved_cell(d, block, s) + lane);
-    const V h = Cell::backward(gate, c_prev, c, dh, dc, d_pre);
+      c = load<V>(k.saved_cell(d, block, s) + lane);
+      dc = load<V>(k.dc + (d * k.N + n) * k.Hp + u);
+    }
+    const V h = Cell::backward(saved, c_prev, c, dh, dc, d_sum);
     if (k.H - u < lanes)
-      for (int g = 0; g < G; ++g) d_pre[g] = keep_first(d_pre[g], k.H - u);
-    store(dc_row, dc);
-    A* to = k.gate_gradients(d, block, s) + lane;
+      for (int j = 0; j < P; ++j) d_sum[j] = keep_first(d_sum[j], k.H - u);
+    if constexpr (kCarries) store(k.dc + (d * k.N + n) * k.Hp + u, dc);
+    A* to = k.sum_gradients(d, block, s) + lane;
     A* sums = bias_sums(false, block) + lane;
 #pragma GCC unroll 8
-    for (int g = 0; g < G; ++g) {
-      store(to + g * kBlock, d_pre[g]);
-      store(sums + g * kBlock, load<V>(sums + g * kBlock) + d_pre[g]);
+    for (int j = 0; j < P; ++j) {
+      store(to + j * kBlock, d_sum[j]);
+      store(sums + j * kBlock, load<V>(sums + j * kBlock) + d_sum[j]);
     }
     if (k.projection) store(k.full + (d * k.S_rows + s) * k.Hp + u, h);
   }
@@ -309,16 +330,16 @@ struct BackwardWalk {
         A out[kMaxRows * kMaxCols * lanes];
         const int cols = panels.cols(panel);
         const int64_t whole = k.R / kBlock, rest = k.R % kBlock;
-        TileProduct<A> tile{{}, 1, kBlock, whole, k.S_rows * kBlock};
+        TileProduct<Multiply<A>> tile{{}, 1, kBlock, whole, k.S_rows * kBlock};
         for (int r = 0; r < n; ++r)
           tile.rows[r] = k.hidden_gradients(d, 0, offset + group.row(first + r));
         const A* b = panels.panel(panel);
-        if (whole > 0) tile_function<A>(n, cols)(tile, b, out, false);
+        if (whole > 0) multiply_tile(n, cols, tile, b, out, false);
         if (rest > 0) {
           for (int r = 0; r < n; ++r) tile.rows[r] += whole * tile.segment_stride;
           tile.steps = rest;
           tile.segments = 1;
-          tile_function<A>(n, cols)(tile, b + whole * kBlock * cols * lanes, out, whole > 0);
+          multiply_tile(n, cols, tile, b + whole * kBlock * cols * lanes, out, whole > 0);
         }
         for (int r = 0; r < n; ++r)
           for (int c = 0; c < cols; ++c)
@@ -329,7 +350,7 @@ struct BackwardWalk {
   }
 
   void finish_states() const {
-    if (!k.p.dc0) return;
+    if (Cell::kMemory != Memory::kCell || !k.p.dc0) return;
     for (int64_t i = 0; i < group.count; ++i) {
       const int64_t at = d * k.N + group.row(i);
       for (int64_t v = units.begin; v < units.end; ++v) {

@@ -11,7 +11,7 @@ namespace {
 template <class Cell, class S, class A_>
 struct DirectForward : ForwardState<Cell, S, Multiply<A_>> {
   using Base = ForwardState<Cell, S, Multiply<A_>>;
-  using Base::G, Base::lanes, Base::p, Base::T, Base::N, Base::I, Base::H, Base::R;
+  using Base::G, Base::P, Base::lanes, Base::p, Base::T, Base::N, Base::I, Base::H, Base::R;
   using typename Base::A;
   using typename Base::V;
   static constexpr int kRows = 4;  // batch rows at once
@@ -33,42 +33,69 @@ struct DirectForward : ForwardState<Cell, S, Multiply<A_>> {
     for (int i = 0; i < groups(); ++i) barriers[i].init(plan.unit_groups);
   }
 
+  // Weights are asked for so many elements before they are used: rows follow each other.
+  static constexpr int64_t kAhead = 2048 / sizeof(S);
+
   // Vectors summed before the sum joins the total: a long dot product in pieces is more exact.
   static constexpr int64_t kPiece = 32;
 
-  // acc[g][r] += w[g * H * K + k] * a[r][k], lane by lane over k.
+  // Units whose dot products run side by side: a cell of few gates needs several to hide latency.
+  static constexpr int kUnits = kMaxCols / G < lanes ? kMaxCols / G : lanes;
+  static constexpr int kDots = kUnits * G;
+
+  // acc[i][r] += the sum over k of w[i][k] * a[r][k], lane by lane.
   template <int Rows>
-  LSTM_FUSED_INLINE void multiply_rows(const S* w, int64_t K, const A* const* a,
-                                       V (&acc)[G][Rows]) const {
+  static LSTM_FUSED_INLINE void multiply_rows(const S* const (&w)[kDots], int64_t K,
+                                              const A* const* a, V (&acc)[kDots][Rows]) {
     const int64_t whole = K / lanes * lanes;
     for (int64_t k = 0; k < whole; k += kPiece * lanes)
-      multiply_piece<Rows>(w, K, k, min64(k + kPiece * lanes, whole), a, acc);
+      multiply_piece<Rows>(w, k, min64(k + kPiece * lanes, whole), a, acc);
     if (whole == K) return;
-    for (int g = 0; g < G; ++g) {
-      const V row = load_first<V>(w + g * H * K + whole, K - whole);
-      for (int r = 0; r < Rows; ++r) acc[g][r] += row * load_first<V>(a[r] + whole, K - whole);
+    for (int i = 0; i < kDots; ++i) {
+      const V row = load_first<V>(w[i] + whole, K - whole);
+      for (int r = 0; r < Rows; ++r) acc[i][r] += row * load_first<V>(a[r] + whole, K - whole);
     }
   }
 
   template <int Rows>
-  LSTM_FUSED_INLINE void multiply_piece(const S* w, int64_t K, int64_t begin, int64_t end,
-                                        const A* const* a, V (&acc)[G][Rows]) const {
-    V piece[G][Rows] = {};
+  static LSTM_FUSED_INLINE void multiply_piece(const S* const (&w)[kDots], int64_t begin,
+                                               int64_t end, const A* const* a,
+                                               V (&acc)[kDots][Rows]) {
+    V piece[kDots][Rows] = {};
     for (int64_t k = begin; k < end; k += lanes) {
       V x[Rows];
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) x[r] = load<V>(a[r] + k);
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) {
-        const V row = load<V>(w + g * H * K + k);
+      for (int i = 0; i < kDots; ++i) {
+        __builtin_prefetch(w[i] + k + kAhead);
+        const V row = load<V>(w[i] + k);
 #pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r) piece[g][r] += row * x[r];
+        for (int r = 0; r < Rows; ++r) piece[i][r] += row * x[r];
       }
     }
 #pragma GCC unroll 4
-    for (int g = 0; g < G; ++g)
+    for (int i = 0; i < kDots; ++i)
 #pragma GCC unroll 4
-      for (int r = 0; r < Rows; ++r) acc[g][r] += piece[g][r];
+      for (int r = 0; r < Rows; ++r) acc[i][r] += piece[i][r];
+  }
+
+  // Dot products of units [u, u + kUnits) that are below H, into lane u - u0 of sums [First, ...).
+  template <int First, int Rows>
+  LSTM_FUSED_INLINE void add_dots(const void* weights, int (*gate)(int), int64_t K, int64_t u0,
+                                  int64_t u, const A* const* a, V (&dots)[P][Rows][lanes]) const {
+    const S* w[kDots];
+    for (int i = 0; i < kDots; ++i) {
+      const int64_t row = gate(i % G) * H + min64(u + i / G, H - 1);
+      w[i] = static_cast<const S*>(weights) + row * K;
+    }
+    V acc[kDots][Rows] = {};
+    multiply_rows<Rows>(w, K, a, acc);
+    for (int i = 0; i < kDots; ++i)
+      for (int r = 0; r < Rows; ++r) {
+        V& dot = dots[First + i % G][r][u - u0 + i / G];
+        dot = dot + acc[i][r];
+      }
   }
 
   // One vector of units of `Rows` batch rows, from the dot products to the stored state.
@@ -78,30 +105,22 @@ struct DirectForward : ForwardState<Cell, S, Multiply<A_>> {
     const int64_t u0 = vec * lanes;
     const A* h[Rows];
     for (int r = 0; r < Rows; ++r) h[r] = this->hidden(d, step, n[r]);
-    V dots[G][Rows][lanes] = {};
+    V dots[P][Rows][lanes] = {};
     const bool has_hidden = step > 0 || p.h0;
-    for (int64_t l = 0; l < min64(lanes, H - u0); ++l) {
-      V acc[G][Rows] = {};
-      multiply_rows<Rows>(static_cast<const S*>(w.w_ih) + (u0 + l) * I, I, x, acc);
-      if (has_hidden) multiply_rows<Rows>(static_cast<const S*>(w.w_hh) + (u0 + l) * R, R, h, acc);
-      for (int g = 0; g < G; ++g)
-        for (int r = 0; r < Rows; ++r) dots[g][r][l] = acc[g][r];
+    for (int64_t u = u0; u < min64(u0 + lanes, H); u += kUnits) {
+      add_dots<0>(w.w_ih, Cell::input_gate, I, u0, u, x, dots);
+      if (has_hidden) add_dots<P - G>(w.w_hh, Cell::hidden_gate, R, u0, u, h, dots);
     }
     for (int r = 0; r < Rows; ++r) {
-      V gate[G];
-      for (int g = 0; g < G; ++g) {
-        transpose(dots[g][r]);
-        V sum = dots[g][r][0];
+      V sums[P];
+      for (int j = 0; j < P; ++j) {
+        transpose(dots[j][r]);
+        V sum = dots[j][r][0];
 #pragma GCC unroll 16
-        for (int l = 1; l < lanes; ++l) sum += dots[g][r][l];
-        const int64_t row = g * H + u0;
-        if (w.b_ih) {
-          sum += load_first<V>(static_cast<const S*>(w.b_ih) + row, H - u0) +
-                 load_first<V>(static_cast<const S*>(w.b_hh) + row, H - u0);
-        }
-        gate[g] = sum;
+        for (int l = 1; l < lanes; ++l) sum += dots[j][r][l];
+        sums[j] = sum + this->bias_sum(w, j, u0);
       }
-      this->finish(d, step, n[r], vec, gate);
+      this->finish(d, step, n[r], vec, sums);
     }
   }
 
@@ -145,13 +164,11 @@ struct DirectForward : ForwardState<Cell, S, Multiply<A_>> {
           n[r] = group.row(first + r);
           x[r] = input_row(t, n[r]);
         }
-        for (int64_t v = units.begin; v < units.end; ++v) {
-          switch (count) {
-            case 1: k.template cell<1>(d, step, v, n, x); break;
-            case 2: k.template cell<2>(d, step, v, n, x); break;
-            case 3: k.template cell<3>(d, step, v, n, x); break;
-            default: k.template cell<4>(d, step, v, n, x); break;
-          }
+        for (int64_t i = 0; i < units.size(); ++i) {
+          // To and fro from call to call, to find in the cache what was read last.
+          const int64_t v = (k.p.calls + step) % 2 ? units.end - 1 - i : units.begin + i;
+          with_constant<kRows>(
+              count, [&](auto rows) { k.template cell<decltype(rows)::value>(d, step, v, n, x); });
         }
       }
     }

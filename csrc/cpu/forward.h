@@ -36,14 +36,15 @@ struct ForwardState {
   using A = typename M::Compute;
   using E = typename M::Element;
   using V = Vector<A>;
-  static constexpr int G = Cell::kGates;
+  static constexpr int G = Cell::kGates, P = Cell::kSums;
   static constexpr int lanes = VectorOf<A>::lanes;
+  static constexpr bool kCarries = Cell::kMemory != Memory::kNone;
 
   const ForwardParams& p;
   const int64_t T, N, I, H, R, S_rows;
   const int64_t Hp, Rp, vectors;
   E* h;     // (D, 2, N, Rp) hidden states of two steps, in the type the tiles read
-  A* c;     // (D, N, Hp)
+  A* c;     // (D, N, Hp) what the cell carries, if anything
   A* full;  // (D, N, Hp) hidden states before a projection, else null
 
   ForwardState(const ForwardParams& params, Arena& arena)
@@ -59,7 +60,7 @@ struct ForwardState {
         vectors(ceil_div(H, lanes)) {
     const int D = p.size.D;
     h = arena.take<E>(D * 2 * N * Rp);
-    c = arena.take<A>(D * N * Hp);
+    c = kCarries ? arena.take<A>(D * N * Hp) : nullptr;
     full = p.weights[0].w_hr ? arena.take<A>(D * N * Hp) : nullptr;
   }
 
@@ -71,10 +72,11 @@ struct ForwardState {
   // Both hidden buffers start as h0: rows that join a reverse walk later find it there.
   void init_row(int d, int64_t n) const {
     const S* h0 = static_cast<const S*>(p.h0);
-    const S* c0 = static_cast<const S*>(p.c0);
+    const S* c0 = Cell::kMemory == Memory::kHidden ? h0 : static_cast<const S*>(p.c0);
     for (int step = 0; step < 2; ++step)
       stage_row(hidden(d, step, n), h0 ? h0 + (d * N + n) * R : nullptr, h0 ? R : 0, Rp);
-    stage_row(cell(d, n), c0 ? c0 + (d * N + n) * H : nullptr, c0 ? H : 0, Hp);
+    if constexpr (kCarries)
+      stage_row(cell(d, n), c0 ? c0 + (d * N + n) * H : nullptr, c0 ? H : 0, Hp);
   }
 
   int64_t time(int d, int64_t step) const { return d == 0 ? step : T - 1 - step; }
@@ -89,36 +91,50 @@ struct ForwardState {
     store(hidden(d, step + 1, n) + u, round_to(v, S{}));
   }
 
-  // From the gates' pre-activations of one vector of units of one row to the stored states.
-  LSTM_FUSED_INLINE void finish(int d, int64_t step, int64_t n, int64_t vec, V (&gate)[G]) const {
+  // b_ih and b_hh of sum j, for the vector of units from u on.
+  V bias_sum(const Weights& w, int j, int64_t u) const {
+    V sum = {};
+    if (!w.b_ih) return sum;
+    const auto add = [&](const void* bias, int gate) {
+      sum += load_first<V>(static_cast<const S*>(bias) + gate * H + u, H - u);
+    };
+    if (j < G) add(w.b_ih, Cell::input_gate(j));
+    if (j >= P - G) add(w.b_hh, Cell::hidden_gate(j - (P - G)));
+    return sum;
+  }
+
+  // From the pre-activations of one vector of units of one row to the stored states.
+  LSTM_FUSED_INLINE void finish(int d, int64_t step, int64_t n, int64_t vec, V (&sum)[P]) const {
     const int64_t u = vec * lanes;
     if (H - u < lanes)
-      for (int g = 0; g < G; ++g) gate[g] = keep_first(gate[g], H - u);
-    A* c_row = cell(d, n) + u;
-    V c_new;
-    const V h_new = Cell::forward(gate, load<V>(c_row), c_new);
-    store(c_row, c_new);
-    if (p.gates) {
-      const int64_t s = p.size.steps.offset(time(d, step)) + n;
-      const int64_t at = (d * p.size.blocks() + u / kBlock) * S_rows + s;
-      A* saved = static_cast<A*>(p.gates) + at * G * kBlock + u % kBlock;
-#pragma GCC unroll 8
-      for (int g = 0; g < G; ++g) store(saved + g * kBlock, gate[g]);
-      A* saved_cell = static_cast<A*>(p.cells) + at * kBlock + u % kBlock;
-      store(saved_cell, c_new);
-      // Vectors of the last block that hold no unit: nobody computes them, so they are cleared
-      // here.
-      if (vec == vectors - 1)
-        for (int64_t l = lanes; l < kBlock - u % kBlock; ++l) {
-          saved_cell[l] = 0;
-          for (int g = 0; g < G; ++g) saved[g * kBlock + l] = 0;
-        }
-    }
+      for (int j = 0; j < P; ++j) sum[j] = keep_first(sum[j], H - u);
+    V c_old = {}, c_new = {};
+    if constexpr (kCarries) c_old = load<V>(cell(d, n) + u);
+    const V h_new = Cell::forward(sum, c_old, c_new);
+    if constexpr (kCarries) store(cell(d, n) + u, c_new);
+    if (p.gates) save(d, step, n, vec, sum, c_new);
     if (full) {
       store(full + (d * N + n) * Hp + u, h_new);
     } else {
       put_hidden(d, step, n, u, h_new);
     }
+  }
+
+  LSTM_FUSED_INLINE void save(int d, int64_t step, int64_t n, int64_t vec, const V (&sum)[P],
+                              const V& c_new) const {
+    const int64_t u = vec * lanes;
+    const int64_t s = p.size.steps.offset(time(d, step)) + n;
+    const int64_t at = (d * p.size.blocks() + u / kBlock) * S_rows + s;
+    // Vectors of the last block that hold no unit: nobody computes them, so they are cleared here.
+    const int64_t end = vec == vectors - 1 ? kBlock - u % kBlock : lanes;
+    const auto put = [&](void* saved, int64_t row, const V& v) {
+      A* to = static_cast<A*>(saved) + row * kBlock + u % kBlock;
+      store(to, v);
+      for (int64_t l = lanes; l < end; ++l) to[l] = 0;
+    };
+#pragma GCC unroll 8
+    for (int j = 0; j < P; ++j) put(p.gates, at * P + j, sum[j]);
+    if constexpr (kCarries) put(p.cells, at, c_new);
   }
 
   // Rows that end with this step leave their states in h_n and c_n.
@@ -128,7 +144,7 @@ struct ForwardState {
     const int64_t staying = d == 0 ? group.active(active_at(d, step + 1)) : step + 1 < T ? N : 0;
     for (int64_t i = staying; i < group.active(active_at(d, step)); ++i) {
       const int64_t n = group.row(i);
-      for (int64_t v = c_vectors.begin; v < c_vectors.end; ++v) {
+      for (int64_t v = c_vectors.begin; Cell::kMemory == Memory::kCell && v < c_vectors.end; ++v) {
         const int64_t u = v * lanes;
         store_first(c_n + (d * N + n) * H + u, load<V>(cell(d, n) + u), H - u);
       }
@@ -152,27 +168,33 @@ inline Range vector_slice(int64_t units, int parts, int part) {
 template <class Cell, class S, class M>
 struct PersistentForward : ForwardState<Cell, S, M> {
   using Base = ForwardState<Cell, S, M>;
-  using Base::G, Base::lanes, Base::p, Base::T, Base::N, Base::I, Base::H, Base::R;
+  using Base::G, Base::P, Base::lanes, Base::p, Base::T, Base::N, Base::I, Base::H, Base::R;
   using typename Base::A;
   using typename Base::E;
   using typename Base::V;
+  static_assert(G <= kMaxCols, "a register tile holds all gates of a unit");
+  // Vectors of units to a tile: a cell of one sum needs several for a tile's four columns.
+  static constexpr int kTileVectors = P == 1 ? kMaxCols : 1;
+  static constexpr int kTileSize = kMaxCols * lanes;  // a row of a tile, in memory
   // A row of x that tiles cannot read where it lies is copied (converted, padded) first.
   static constexpr bool kStaged = !Same<S, E>::value || M::kPair > 1;
 
   const Plan& plan;
   const int64_t depth_x, depth_h;  // tile steps of the two parts
   const int64_t chunk_rows;        // most rows whose input part is computed at once
-  E* packed;                       // (D, vectors, depth_x + depth_h, G, lanes * kPair)
-  A* bias;                         // (D, vectors, G, lanes)
-  A* packed_hr;                    // (D, Rp, H) in panels, or null
-  A* pre;                          // (threads, slice, chunk_rows, G, lanes), hoisting only
-  E* staged;                       // (threads, chunk_rows, Ip), kStaged only
-  const E** rows;                  // (threads, chunk_rows)
-  Barrier* barriers;               // one a direction and row group, then the team's
+  E* packed;          // (D, tiles, depth_x + depth_h, vectors of a tile, G, lanes * kPair)
+  A* bias;            // (D, vectors, P, lanes)
+  A* packed_hr;       // (D, Rp, H) in panels, or null
+  A* pre;             // (threads, tiles of a slice, chunk_rows, kMaxCols, lanes), hoisting only
+  E* staged;          // (threads, chunk_rows, Ip), kStaged only
+  const E** rows;     // (threads, chunk_rows)
+  Barrier* barriers;  // one a direction and row group, then the team's
 
   static int64_t steps_of(int64_t elements) { return ceil_div(elements, M::kPair); }
   int64_t Ip() const { return round_up(I, 2 * kBlock); }
-  int64_t slice() const { return ceil_div(p.size.blocks(), plan.unit_groups) * (kBlock / lanes); }
+  int64_t slice() const {
+    return ceil_div(ceil_div(p.size.blocks(), plan.unit_groups) * (kBlock / lanes), kTileVectors);
+  }
   int groups() const { return plan.direction_groups * plan.row_groups; }
 
   PersistentForward(const ForwardParams& params, const Plan& the_plan, Arena& arena)
@@ -184,9 +206,9 @@ struct PersistentForward : ForwardState<Cell, S, M> {
     const int D = p.size.D;
     const int threads = plan.threads;
     packed = arena.take<E>(D * this->vectors * panel_size());
-    bias = arena.take<A>(D * this->vectors * G * lanes);
+    bias = arena.take<A>(D * this->vectors * P * lanes);
     packed_hr = p.weights[0].w_hr ? arena.take<A>(D * this->Rp * H) : nullptr;
-    pre = plan.hoist_steps ? arena.take<A>(threads * slice() * chunk_rows * G * lanes) : nullptr;
+    pre = plan.hoist_steps ? arena.take<A>(threads * slice() * chunk_rows * kTileSize) : nullptr;
     staged = kStaged ? arena.take<E>(threads * chunk_rows * Ip()) : nullptr;
     rows = arena.take<const E*>(threads * chunk_rows);
     barriers = arena.take<Barrier>(groups() + 1);
@@ -197,28 +219,28 @@ struct PersistentForward : ForwardState<Cell, S, M> {
     barriers[groups()].init(plan.threads);
   }
 
+  bool has_hidden(int64_t step) const { return step > 0 || p.h0; }
   int64_t panel_size() const { return (depth_x + depth_h) * G * lanes * M::kPair; }
   E* panel(int d, int64_t vec) const { return packed + (d * this->vectors + vec) * panel_size(); }
-  A* bias_of(int d, int64_t vec) const { return bias + (d * this->vectors + vec) * G * lanes; }
+  A* bias_of(int d, int64_t vec) const { return bias + (d * this->vectors + vec) * P * lanes; }
 
-  void pack(int d, int64_t vec) const {
+  // The tile of `cols` vectors of units from vec on.
+  void pack(int d, int64_t vec, int cols) const {
     const Weights& w = p.weights[d];
     constexpr int width = lanes * M::kPair;
-    const int64_t u = vec * lanes;
-    E* dst = panel(d, vec);
-    for (int g = 0; g < G; ++g) {
-      const int64_t row = g * H + u;
-      pack_rows_as_lanes<M>(dst + g * width, G * width, static_cast<const S*>(w.w_ih) + row * I,
-                            H - u, I);
-      if (depth_h > 0)
-        pack_rows_as_lanes<M>(dst + depth_x * G * width + g * width, G * width,
-                              static_cast<const S*>(w.w_hh) + row * R, H - u, R);
-      V b = {};
-      if (w.b_ih) {
-        b = load_first<V>(static_cast<const S*>(w.b_ih) + row, H - u) +
-            load_first<V>(static_cast<const S*>(w.b_hh) + row, H - u);
+    const int64_t pitch = cols * G * width;
+    for (int col = 0; col < cols; ++col) {
+      const int64_t u = (vec + col) * lanes;
+      E* dst = panel(d, vec) + col * G * width;
+      const auto put = [&](const void* weights, int gate, int64_t K, E* to) {
+        pack_rows_as_lanes<M>(to, pitch, static_cast<const S*>(weights) + (gate * H + u) * K, H - u,
+                              K);
+      };
+      for (int j = 0; j < G; ++j) {
+        put(w.w_ih, Cell::input_gate(j), I, dst + j * width);
+        if (depth_h > 0) put(w.w_hh, Cell::hidden_gate(j), R, dst + depth_x * pitch + j * width);
       }
-      store(bias_of(d, vec) + g * lanes, b);
+      for (int j = 0; j < P; ++j) store(bias_of(d, vec + col) + j * lanes, this->bias_sum(w, j, u));
     }
   }
 
@@ -248,7 +270,7 @@ struct PersistentForward : ForwardState<Cell, S, M> {
           group(k.p.size.steps, k.plan, place.row_group),
           units(vector_slice<A>(k.H, k.plan.unit_groups, place.unit_group)),
           hiddens(vector_slice<A>(k.R, k.plan.unit_groups, place.unit_group)),
-          pre(k.pre + i * k.slice() * k.chunk_rows * G * lanes),
+          pre(k.pre + i * k.slice() * k.chunk_rows * kTileSize),
           staged(k.staged + i * k.chunk_rows * k.Ip()),
           rows(k.rows + i * k.chunk_rows),
           barrier(k.barriers[place.direction_group * k.plan.row_groups + place.row_group]) {}
@@ -269,8 +291,10 @@ struct PersistentForward : ForwardState<Cell, S, M> {
 
     // Row groups share the packed weights of their units, so they share out the packing too.
     void prepare() const {
-      for (int64_t v = units.begin + place.row_group; v < units.end; v += k.plan.row_groups)
-        k.pack(d, v);
+      int64_t tile = 0;
+      for_each_tile_of_units(false, [&](int64_t vec, int cols) {
+        if (tile++ % k.plan.row_groups == place.row_group) k.pack(d, vec, cols);
+      });
       if (k.packed_hr && place.row_group == 0)
         pack_transposed(k.projection_panels(d, place.unit_group),
                         static_cast<const S*>(k.p.weights[d].w_hr), k.R, k.H);
@@ -297,83 +321,55 @@ struct PersistentForward : ForwardState<Cell, S, M> {
     }
 
     A* pre_of(int64_t vec, int64_t row) const {
-      return pre + ((vec - units.begin) * k.chunk_rows + row) * G * lanes;
+      return pre + ((vec - units.begin) / kTileVectors * k.chunk_rows + row) * kTileSize;
     }
 
-    template <int Rows>
-    static void hoist_tile(const Worker& w, int64_t vec, int64_t first) {
-      V acc[Rows][G];
-      load_bias(w, vec, acc);
-      accumulate<M, Rows, G>(acc, w.rows + first, M::kPair, w.k.panel(w.d, vec), w.k.depth_x);
-#pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 8
-        for (int g = 0; g < G; ++g) store(w.pre_of(vec, first + r) + g * lanes, acc[r][g]);
-    }
-
-    template <int Rows>
-    static LSTM_FUSED_INLINE void load_bias(const Worker& w, int64_t vec, V (&acc)[Rows][G]) {
-      const A* bias = w.k.bias_of(w.d, vec);
-#pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 8
-        for (int g = 0; g < G; ++g) acc[r][g] = load<V>(bias + g * lanes);
-    }
-
-    template <int Rows>
-    static void cell_tile(const Worker& w, int64_t vec, int64_t first) {
-      const PersistentForward& k = w.k;
-      const E* weights = k.panel(w.d, vec);
-      V acc[Rows][G];
-      if (k.plan.hoist_steps) {
-#pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 8
-          for (int g = 0; g < G; ++g)
-            acc[r][g] = load<V>(w.pre_of(vec, w.chunk_row + first + r) + g * lanes);
-      } else {
-        load_bias(w, vec, acc);
-        accumulate<M, Rows, G>(acc, w.rows + first, M::kPair, weights, k.depth_x);
+    // f(vector of units, how many of them) for each tile of the slice. The weights may not fit the
+    // cache; walking them to and fro finds those that were read last still in it.
+    template <class F>
+    void for_each_tile_of_units(bool backwards, const F& f) const {
+      const int64_t count = ceil_div(units.size(), kTileVectors);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t vec = units.begin + (backwards ? count - 1 - i : i) * kTileVectors;
+        f(vec, static_cast<int>(min64(kTileVectors, units.end - vec)));
       }
-      if (w.step > 0 || k.p.h0) {
-        const E* h_rows[Rows];
-#pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r) h_rows[r] = k.hidden(w.d, w.step, w.group.row(first + r));
-        accumulate<M, Rows, G>(acc, h_rows, M::kPair, weights + k.depth_x * G * lanes * M::kPair,
-                               k.depth_h);
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r) k.finish(w.d, w.step, w.group.row(first + r), vec, acc[r]);
     }
 
-    using TileStep = void (*)(const Worker&, int64_t, int64_t);
-    void for_tiles(int64_t count, const TileStep (&tiles)[kMaxRows]) const {
-      for (int64_t v = units.begin; v < units.end; ++v)
-        for_each_tile(0, count, [&](int64_t first, int n) { tiles[n - 1](*this, v, first); });
+    // f(vector of units, how many of them, first row, how many) for every tile of `count` rows.
+    template <class F>
+    void for_tiles(int64_t count, const F& f) const {
+      for_each_tile_of_units(step % 2, [&](int64_t vec, int cols) {
+        for_each_tile(0, count, [&](int64_t first, int rows) { f(vec, cols, first, rows); });
+      });
     }
 
     void hoist(int64_t first, int64_t end) {
       int64_t count = 0;
       for (int64_t s = first; s < end; ++s) count = gather(count, s);
-#if LSTM_FUSED_TILE_ROWS > 3
-      static constexpr TileStep tiles[kMaxRows] = {hoist_tile<1>, hoist_tile<2>, hoist_tile<3>,
-                                                   hoist_tile<4>, hoist_tile<5>, hoist_tile<6>};
-#else
-      static constexpr TileStep tiles[kMaxRows] = {hoist_tile<1>, hoist_tile<2>, hoist_tile<3>};
-#endif
-      for_tiles(count, tiles);
+      for_tiles(count, [&](int64_t vec, int cols, int64_t row, int n) {
+        multiply(cols, n, rows + row, k.panel(d, vec), k.depth_x, pre_of(vec, row), false);
+      });
+    }
+
+    // out (n, kMaxCols, lanes) = (add ? out : 0) + n rows times a tile's weights.
+    void multiply(int cols, int n, const E* const* a, const E* weights, int64_t depth, A* out,
+                  bool add) const {
+      TileProduct<M> product{{}, M::kPair, depth, 1, 0};
+      for (int r = 0; r < n; ++r) product.rows[r] = a[r];
+      multiply_tile(n, cols * G, product, weights, out, add);
     }
 
     void walk() {
       const int64_t active = group.active(k.active_at(d, step));
       if (!k.plan.hoist_steps) gather(0, step);
-#if LSTM_FUSED_TILE_ROWS > 3
-      static constexpr TileStep tiles[kMaxRows] = {cell_tile<1>, cell_tile<2>, cell_tile<3>,
-                                                   cell_tile<4>, cell_tile<5>, cell_tile<6>};
-#else
-      static constexpr TileStep tiles[kMaxRows] = {cell_tile<1>, cell_tile<2>, cell_tile<3>};
-#endif
-      for_tiles(active, tiles);
+      for_tiles(active, [&](int64_t vec, int cols, int64_t row, int n) {
+        if constexpr (kTileVectors > 1) {
+          tile_through_memory(vec, cols, row, n);
+        } else {
+          with_constant<kMaxRows>(
+              n, [&](auto rows) { tile_in_registers<decltype(rows)::value>(*this, vec, row); });
+        }
+      });
       chunk_row += active;
       if (k.packed_hr) {
         barrier.wait();
@@ -383,16 +379,91 @@ struct PersistentForward : ForwardState<Cell, S, M> {
       barrier.wait();
     }
 
+    // acc += rows times one vector of units' weights, G gates that add to sums [First, First + G).
+    template <int First, int Rows>
+    static LSTM_FUSED_INLINE void add_products(V (&sums)[Rows][P], const E* const* rows,
+                                               const E* weights, int64_t depth) {
+      if constexpr (P == G) {
+        accumulate<M, Rows, G>(sums, rows, M::kPair, weights, depth);
+      } else {
+        V part[Rows][G];
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+          for (int j = 0; j < G; ++j) part[r][j] = sums[r][First + j];
+        accumulate<M, Rows, G>(part, rows, M::kPair, weights, depth);
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+          for (int j = 0; j < G; ++j) sums[r][First + j] = part[r][j];
+      }
+    }
+
+    // A tile of one vector of units, from its weights to the stored states.
+    template <int Rows>
+    static void tile_in_registers(const Worker& w, int64_t vec, int64_t first) {
+      const PersistentForward& k = w.k;
+      const E* weights = k.panel(w.d, vec);
+      const A* bias = k.bias_of(w.d, vec);
+      V sums[Rows][P];
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+        for (int j = 0; j < P; ++j) sums[r][j] = load<V>(bias + j * lanes);
+      if (k.plan.hoist_steps) {
+        const A* pre = w.pre_of(vec, w.chunk_row + first);
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+          for (int j = 0; j < G; ++j) sums[r][j] += load<V>(pre + r * kTileSize + j * lanes);
+      } else {
+        add_products<0>(sums, w.rows + first, weights, k.depth_x);
+      }
+      if (k.has_hidden(w.step)) {
+        const E* h_rows[Rows];
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) h_rows[r] = k.hidden(w.d, w.step, w.group.row(first + r));
+        add_products<P - G>(sums, h_rows, weights + k.depth_x * G * lanes * M::kPair, k.depth_h);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) k.finish(w.d, w.step, w.group.row(first + r), vec, sums[r]);
+    }
+
+    // The same of several vectors of units of a cell of one sum: the products are the ones every
+    // cell shares, instead of 24 more of its own, and there is little to finish.
+    void tile_through_memory(int64_t vec, int cols, int64_t first, int n) const {
+      static_assert(kTileVectors == 1 || P == 1);
+      const E* weights = k.panel(d, vec);
+      A own[kMaxRows * kTileSize];
+      A* out = own;
+      if (k.plan.hoist_steps) {
+        out = pre_of(vec, chunk_row + first);
+      } else {
+        multiply(cols, n, rows + first, weights, k.depth_x, out, false);
+      }
+      if (k.has_hidden(step)) {
+        const E* h_rows[kMaxRows];
+        for (int r = 0; r < n; ++r) h_rows[r] = k.hidden(d, step, group.row(first + r));
+        multiply(cols, n, h_rows, weights + k.depth_x * cols * G * lanes * M::kPair, k.depth_h, out,
+                 true);
+      }
+      for (int r = 0; r < n; ++r)
+        for (int c = 0; c < cols; ++c) {
+          V sum[P] = {load<V>(out + r * kTileSize + c * lanes) + load<V>(k.bias_of(d, vec + c))};
+          k.finish(d, step, group.row(first + r), vec + c, sum);
+        }
+    }
+
     void project(int64_t active) const {
       const Panels<A> panels = k.projection_panels(d, place.unit_group);
       for (int64_t panel = 0; panel < panels.count(); ++panel) {
         const int cols = panels.cols(panel);
         for_each_tile(0, active, [&](int64_t first, int n) {
-          TileProduct<A> product{{}, 1, k.H, 1, 0};
+          TileProduct<Multiply<A>> product{{}, 1, k.H, 1, 0};
           for (int r = 0; r < n; ++r)
             product.rows[r] = k.full + (d * k.N + group.row(first + r)) * k.Hp;
           A out[kMaxRows * kMaxCols * lanes];
-          tile_function<A>(n, cols)(product, panels.panel(panel), out, false);
+          multiply_tile(n, cols, product, panels.panel(panel), out, false);
           for (int r = 0; r < n; ++r)
             for (int c = 0; c < cols; ++c)
               k.put_hidden(d, step, group.row(first + r), (panels.first_vector(panel) + c) * lanes,

@@ -10,8 +10,8 @@ namespace {
 template <class Cell, class S>
 struct Gradients : BackwardState<Cell, S> {
   using Base = BackwardState<Cell, S>;
-  using Base::G, Base::lanes, Base::p, Base::plan, Base::T, Base::N, Base::I, Base::H, Base::R,
-      Base::S_rows, Base::Hb, Base::Hp;
+  using Base::G, Base::P, Base::lanes, Base::p, Base::plan, Base::T, Base::N, Base::I, Base::H,
+      Base::R, Base::S_rows, Base::Hb, Base::Hp;
   using typename Base::A;
   using typename Base::V;
   // Rows of B packed at a time: a panel of them stays in the first-level cache, and the sums, which
@@ -42,7 +42,7 @@ struct Gradients : BackwardState<Cell, S> {
     if (!p.dx) return;
     for (int d = 0; d < p.size.D; ++d)
       pack_gate_rows<A, S, G>(input_panels(d), split(G * Hp, plan.threads, worker),
-                              static_cast<const S*>(p.weights[d].w_ih), H, I);
+                              Cell::input_gate, static_cast<const S*>(p.weights[d].w_ih), H, I);
   }
 
   void input_gradient(int worker) const {
@@ -61,9 +61,9 @@ struct Gradients : BackwardState<Cell, S> {
     const int cols = shape.cols(panel);
     A out[kMaxRows * kMaxCols * lanes];
     for (int d = 0; d < p.size.D; ++d) {
-      TileProduct<A> tile{{}, 1, G * kBlock, Hb, S_rows * G * kBlock};
-      for (int r = 0; r < n; ++r) tile.rows[r] = this->gate_gradients(d, 0, first + r);
-      tile_function<A>(n, cols)(tile, input_panels(d).panel(panel), out, d > 0);
+      TileProduct<Multiply<A>> tile{{}, 1, G * kBlock, Hb, S_rows * P * kBlock};
+      for (int r = 0; r < n; ++r) tile.rows[r] = this->sum_gradients(d, 0, first + r);
+      multiply_tile(n, cols, tile, input_panels(d).panel(panel), out, d > 0);
     }
     for (int r = 0; r < n; ++r)
       for (int c = 0; c < cols; ++c) {
@@ -84,12 +84,14 @@ struct Gradients : BackwardState<Cell, S> {
     int64_t panels() const { return column_groups * group_panels; }
   };
 
-  // A weight gradient: rows from `a`, laid out (blocks, S, width), times rows of B.
+  // A weight gradient: the first `width` columns of `a`, laid out (blocks, S, pitch), times rows of
+  // B. Column m of block j is the weight's row of gate_of(m / 16) and unit 16 j + m % 16.
   struct Product {
     const A* a;
-    int64_t blocks, width;
-    int64_t columns;
-    void* to;  // (rows, columns) in S
+    int64_t blocks, width, pitch;
+    int (*gate_of)(int);
+    int64_t units, columns;
+    void* to;  // (gates * units, columns) in S
   };
 
   // B's row s for each matrix. `t` follows s, which only grows.
@@ -116,15 +118,20 @@ struct Gradients : BackwardState<Cell, S> {
   void weight_gradients(int worker) const {
     for (int d = 0; d < p.size.D; ++d) {
       const WeightGradients& dw = p.dweights[d];
-      const A* gates = this->gate_gradients(d, 0, 0);
       if (dw.w_ih)
-        weight_gradient<S>(worker, {gates, Hb, G * kBlock, I, dw.w_ih},
+        weight_gradient<S>(worker,
+                           {this->sum_gradients(d, 0, 0), Hb, G * kBlock, P * kBlock,
+                            Cell::input_gate, H, I, dw.w_ih},
                            [&](int64_t, int64_t t, int64_t n) { return input_row(t, n); });
       if (dw.w_hh)
-        weight_gradient<S>(worker, {gates, Hb, G * kBlock, R, dw.w_hh},
+        weight_gradient<S>(worker,
+                           {this->hidden_sum_gradients(d, 0, 0), Hb, G * kBlock, P * kBlock,
+                            Cell::hidden_gate, H, R, dw.w_hh},
                            [&](int64_t, int64_t t, int64_t n) { return previous_hidden(d, t, n); });
       if (dw.w_hr)
-        weight_gradient<A>(worker, {this->hidden_gradients(d, 0, 0), this->Rb, kBlock, H, dw.w_hr},
+        weight_gradient<A>(worker,
+                           {this->hidden_gradients(d, 0, 0), this->Rb, kBlock, kBlock,
+                            [](int) { return 0; }, R, H, dw.w_hr},
                            [&](int64_t s, int64_t, int64_t) {
                              return static_cast<const A*>(this->full + (d * S_rows + s) * Hp);
                            });
@@ -160,7 +167,7 @@ struct Gradients : BackwardState<Cell, S> {
       for (int64_t j = blocks.begin; j < blocks.end; ++j)
         for (int64_t panel = 0; panel < panels.count(); ++panel) {
           A* to = sums_of(panel, j);
-          add_block(w, w.a + (j * S_rows + s0) * w.width, panels, panel, depth, s0 > 0, to);
+          add_block(w, w.a + (j * S_rows + s0) * w.pitch, panels, panel, depth, s0 > 0, to);
           if (s0 + depth == S_rows) put_rows(w, j, panels, panel, to);
         }
     }
@@ -170,21 +177,19 @@ struct Gradients : BackwardState<Cell, S> {
   static void add_block(const Product& w, const A* a, const Panels<A>& panels, int64_t panel,
                         int64_t depth, bool add, A* to) {
     for_each_tile(0, w.width, [&](int64_t first, int n) {
-      TileProduct<A> tile{{}, w.width, depth, 1, 0};
+      TileProduct<Multiply<A>> tile{{}, w.pitch, depth, 1, 0};
       for (int r = 0; r < n; ++r) tile.rows[r] = a + first + r;
-      tile_function<A>(n, panels.cols(panel))(tile, panels.panel(panel),
-                                              to + first * kMaxCols * lanes, add);
+      multiply_tile(n, panels.cols(panel), tile, panels.panel(panel), to + first * kMaxCols * lanes,
+                    add);
     });
   }
 
-  // Row (gate, lane) of block j is row gate * H + unit of the weight.
   void put_rows(const Product& w, int64_t j, const Panels<A>& panels, int64_t panel,
                 const A* from) const {
-    const bool gates = w.width > kBlock;
     for (int64_t m = 0; m < w.width; ++m) {
       const int64_t unit = j * kBlock + m % kBlock;
-      if (unit >= (gates ? H : R)) continue;
-      S* row = static_cast<S*>(w.to) + (m / kBlock * H + unit) * w.columns;
+      if (unit >= w.units) continue;
+      S* row = static_cast<S*>(w.to) + (w.gate_of(m / kBlock) * w.units + unit) * w.columns;
       for (int c = 0; c < panels.cols(panel); ++c) {
         const int64_t at = (panels.first_vector(panel) + c) * lanes;
         store_first(row + at, load<V>(from + (m * kMaxCols + c) * lanes), w.columns - at);
@@ -198,13 +203,16 @@ struct Gradients : BackwardState<Cell, S> {
       if (!dw.b_ih && !dw.b_hh) continue;
       const Range vectors = split(ceil_div(H, lanes), plan.threads, worker);
       for (int64_t v = vectors.begin; v < vectors.end; ++v)
-        for (int g = 0; g < G; ++g) {
+        for (int j = 0; j < P; ++j) {
           const int64_t u = v * lanes;
           V sum = {};
           for (int from = 0; from < plan.threads; ++from)
-            sum += load<V>(this->bias_sums(from, true, d, u / kBlock) + g * kBlock + u % kBlock);
-          if (dw.b_ih) store_first(static_cast<S*>(dw.b_ih) + g * H + u, sum, H - u);
-          if (dw.b_hh) store_first(static_cast<S*>(dw.b_hh) + g * H + u, sum, H - u);
+            sum += load<V>(this->bias_sums(from, true, d, u / kBlock) + j * kBlock + u % kBlock);
+          const auto put = [&](void* to, int gate) {
+            if (to) store_first(static_cast<S*>(to) + gate * H + u, sum, H - u);
+          };
+          if (j < G) put(dw.b_ih, Cell::input_gate(j));
+          if (j >= P - G) put(dw.b_hh, Cell::hidden_gate(j - (P - G)));
         }
     }
   }
@@ -225,7 +233,7 @@ struct Gradients : BackwardState<Cell, S> {
   };
 
   void clear_bias_sums(int worker) const {
-    const int64_t each = 2 * p.size.D * Hb * G * kBlock;
+    const int64_t each = 2 * p.size.D * Hb * P * kBlock;
     __builtin_memset(this->db + worker * each, 0, each * sizeof(A));
   }
 };

@@ -1,7 +1,6 @@
 // The table of kernels, one for each ISA: how the rest of the library reaches the ISA files.
 #pragma once
 
-#include "../cells/cells.h"
 #include "plan.h"
 
 namespace lstm_fused {

@@ -181,14 +181,15 @@ void pack_panel_row(const Panels<A>& panels, int64_t k, const S* row, int64_t n)
   }
 }
 
-// Rows `range` of panels of w (G * H, n), its rows taken in the order of the saved gates: block,
-// gate, lane.
+// Rows `range` of panels of w (G * H, n), its rows taken in the order of the gradients of the sums:
+// block, sum, lane. gate_of gives a sum's gate.
 template <class A, class S, int G>
-void pack_gate_rows(const Panels<A>& panels, Range range, const S* w, int64_t H, int64_t n) {
+void pack_gate_rows(const Panels<A>& panels, Range range, int (*gate_of)(int), const S* w,
+                    int64_t H, int64_t n) {
   for (int64_t k = range.begin; k < range.end; ++k) {
-    const int64_t g = k / kBlock % G;
+    const int64_t gate = gate_of(k / kBlock % G);
     const int64_t u = k / (G * kBlock) * kBlock + k % kBlock;
-    pack_panel_row(panels, k, u < H ? w + (g * H + u) * n : nullptr, n);
+    pack_panel_row(panels, k, u < H ? w + (gate * H + u) * n : nullptr, n);
   }
 }
 

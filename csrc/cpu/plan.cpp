@@ -9,7 +9,8 @@ namespace {
 constexpr double kBarrierCycles = 700;
 constexpr double kForkCycles = 6000;
 constexpr double kCellCyclesPerVector = 60;
-// 4 vectors of weights from the second-level cache, and from beyond it.
+// A tile step's 4 vectors of weights from the second-level cache, and from beyond it.
+constexpr int kTileCols = 4;
 constexpr double kNearCyclesPerStep = 6.5;
 constexpr double kFarCyclesPerStep = 11;
 constexpr double kNearBytes = 768 << 10;
@@ -52,12 +53,13 @@ double cost(const Problem& p, const Machine& m, const Partition& part) {
   const double blocks = ceil_div(ceil_div(p.H, kBlock), part.unit_groups) * per_block;
   const double rows = ceil_div(p.N, part.row_groups);
   const double depth = p.I + p.R;
-  const double bytes = blocks * (hoists(p) ? p.R : depth) * 4 * vector_bytes(m.isa);
-  const double tiles = tile_cycles(rows, m, bytes);
+  const double gates = info(p.cell).gates;
+  const double bytes = blocks * (hoists(p) ? p.R : depth) * gates * vector_bytes(m.isa);
+  const double tiles = tile_cycles(rows, m, bytes) * gates / kTileCols;
   double step = blocks * (depth * tiles + rows * kCellCyclesPerVector);
-  if (p.projection) step += blocks * p.R * tiles / 4;
+  if (p.projection) step += blocks * p.R * tiles / gates;
   if (part.unit_groups > 1) step += kBarrierCycles * (p.projection ? 2 : 1);
-  const double pack = blocks * depth * 4 * kPackCyclesPerVector / part.row_groups;
+  const double pack = blocks * depth * gates * kPackCyclesPerVector / part.row_groups;
   const double directions = ceil_div(p.D, part.direction_groups);
   return directions * (p.T * step + pack) + (part.threads() > 1 ? kForkCycles : 0);
 }
@@ -93,7 +95,10 @@ Plan with_partition(const Problem& p, const Machine& m, const Partition& part) {
   plan.direction_groups = part.direction_groups;
   plan.row_groups = part.row_groups;
   plan.unit_groups = part.unit_groups;
-  plan.tile_rows = static_cast<int>(std::clamp<int64_t>(p.N, 1, tile_rows(m.isa)));
+  // Rows are dealt out evenly to the fewest tiles.
+  const int64_t rows = std::max<int64_t>(1, ceil_div(p.N, part.row_groups));
+  plan.tile_rows = static_cast<int>(ceil_div(rows, ceil_div(rows, tile_rows(m.isa))));
+  plan.tile_cols = info(p.cell).sums == 1 ? kTileCols : info(p.cell).gates;
   return plan;
 }
 

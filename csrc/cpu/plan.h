@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../params.h"
+#include "../cells/cells.h"
 
 namespace lstm_fused {
 
@@ -17,6 +17,7 @@ enum class KernelKind : int {
 };
 
 struct Problem {
+  CellKind cell;
   DType dtype;
   int64_t T, N, I, H, R;
   int D;
@@ -39,9 +40,9 @@ struct Plan {
   int direction_groups;
   int row_groups;
   int unit_groups;
-  int tile_rows;
-  int64_t
-      hoist_steps;  // steps whose input projection is computed ahead; 0: walked with the hidden one
+  int tile_rows, tile_cols;  // the largest register tile: rows of the batch, vectors of weights
+  // Steps whose input projection is computed ahead; 0: walked with the hidden one.
+  int64_t hoist_steps;
 };
 
 Plan plan_forward(const Problem& problem, const Machine& machine);

@@ -149,9 +149,9 @@ LSTM_FUSED_INLINE void accumulate(typename M::V (&acc)[R][C],
 
 // A product of any R <= kMaxRows, C <= kMaxCols. A comes in segments: step k of segment s of row r
 // is rows[r] + s * segment_stride + k * stride; B is contiguous over all of them.
-template <class A>
+template <class M>
 struct TileProduct {
-  const A* rows[kMaxRows];
+  const typename M::Element* rows[kMaxRows];
   int64_t stride;
   int64_t steps;  // of each segment
   int64_t segments;
@@ -159,22 +159,24 @@ struct TileProduct {
 };
 
 // out[r][c] = product + (add ? out : 0), out having kMaxCols vectors a row.
-template <class A, int R, int C>
-void tile_product(const TileProduct<A>& p, const A* b, A* out, bool add) {
+template <class M, int R, int C>
+void tile_product(const TileProduct<M>& p, const typename M::Element* b, typename M::Compute* out,
+                  bool add) {
+  using A = typename M::Compute;
   using V = Vector<A>;
   constexpr int lanes = VectorOf<A>::lanes;
   V acc[R][C] = {};
-  const A* rows[R];
+  const typename M::Element* rows[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) rows[r] = p.rows[r];
   int64_t summed = 0;
   for (int64_t s = 0; s < p.segments; ++s) {
-    if (p.stride == 1) {
-      accumulate<Multiply<A>, R, C>(acc, rows, 1, b, p.steps);
+    if (p.stride == M::kPair) {
+      accumulate<M, R, C>(acc, rows, M::kPair, b, p.steps);
     } else {
-      accumulate<Multiply<A>, R, C>(acc, rows, p.stride, b, p.steps);
+      accumulate<M, R, C>(acc, rows, p.stride, b, p.steps);
     }
-    b += p.steps * C * lanes;
+    b += p.steps * C * lanes * M::kPair;
     summed += p.steps;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) rows[r] += p.segment_stride;
@@ -192,30 +194,27 @@ void tile_product(const TileProduct<A>& p, const A* b, A* out, bool add) {
   }
 }
 
-template <class A>
-using TileFunction = void (*)(const TileProduct<A>&, const A*, A*, bool);
-
-template <class A, int R>
-inline TileFunction<A> tile_of_rows(int cols) {
-  constexpr TileFunction<A> table[kMaxCols] = {tile_product<A, R, 1>, tile_product<A, R, 2>,
-                                               tile_product<A, R, 3>, tile_product<A, R, 4>};
-  return table[cols - 1];
+// A run-time number as a template argument: f(Constant<n>{}) for n from 1 to Most.
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+template <int Most, class F>
+LSTM_FUSED_INLINE void with_constant(int n, const F& f) {
+  if constexpr (Most > 1) {
+    if (n < Most) return with_constant<Most - 1>(n, f);
+  }
+  f(Constant<Most>{});
 }
 
-template <class A>
-inline TileFunction<A> tile_function(int rows, int cols) {
-  switch (rows) {
-    case 1: return tile_of_rows<A, 1>(cols);
-    case 2: return tile_of_rows<A, 2>(cols);
-    case 3: return tile_of_rows<A, 3>(cols);
-#if LSTM_FUSED_TILE_ROWS > 3
-    case 4: return tile_of_rows<A, 4>(cols);
-    case 5: return tile_of_rows<A, 5>(cols);
-    default: return tile_of_rows<A, 6>(cols);
-#else
-    default: return nullptr;
-#endif
-  }
+template <class M>
+void multiply_tile(int rows, int cols, const TileProduct<M>& p, const typename M::Element* b,
+                   typename M::Compute* out, bool add) {
+  with_constant<kMaxRows>(rows, [&](auto r) {
+    with_constant<kMaxCols>(cols, [&](auto c) {
+      tile_product<M, decltype(r)::value, decltype(c)::value>(p, b, out, add);
+    });
+  });
 }
 
 // Rows [begin, end) in tiles of nearly equal height: calls f(first row, rows of the tile).

@@ -85,7 +85,9 @@ class Buffers {
   std::vector<std::unique_ptr<void, void (*)(void*)>> aligned_;
 };
 
-bool run(const Case& c, Isa isa, DType dtype, int threads) {
+bool run(const Case& c, CellKind cell, Isa isa, DType dtype, int threads) {
+  const int64_t G = info(cell).gates;
+  const bool has_c = info(cell).memory == Memory::kCell;
   Buffers b(dtype);
   const int64_t R = c.P ? c.P : c.H;
   std::vector<int64_t> sizes, offsets{0};
@@ -103,30 +105,30 @@ bool run(const Case& c, Isa isa, DType dtype, int threads) {
   f.x = {b.random(S * c.I), c.N * c.I, c.I};
   if (c.state) {
     f.h0 = b.random(c.D * c.N * R);
-    f.c0 = b.random(c.D * c.N * c.H);
+    if (has_c) f.c0 = b.random(c.D * c.N * c.H);
   }
   BackwardParams g{};
   for (int d = 0; d < c.D; ++d) {
-    f.weights[d] = {b.random(4 * c.H * c.I), b.random(4 * c.H * R),
-                    c.bias ? b.random(4 * c.H) : nullptr, c.bias ? b.random(4 * c.H) : nullptr,
+    f.weights[d] = {b.random(G * c.H * c.I), b.random(G * c.H * R),
+                    c.bias ? b.random(G * c.H) : nullptr, c.bias ? b.random(G * c.H) : nullptr,
                     c.P ? b.random(R * c.H) : nullptr};
-    g.dweights[d] = {b.nan(4 * c.H * c.I), b.nan(4 * c.H * R), c.bias ? b.nan(4 * c.H) : nullptr,
-                     c.bias ? b.nan(4 * c.H) : nullptr, c.P ? b.nan(R * c.H) : nullptr};
+    g.dweights[d] = {b.nan(G * c.H * c.I), b.nan(G * c.H * R), c.bias ? b.nan(G * c.H) : nullptr,
+                     c.bias ? b.nan(G * c.H) : nullptr, c.P ? b.nan(R * c.H) : nullptr};
     g.weights[d] = f.weights[d];
   }
   const int64_t units = f.size.blocks() * kBlock;
   f.y = b.nan(S * c.D * R);
   f.h_n = b.nan(c.D * c.N * R);
-  f.c_n = b.nan(c.D * c.N * c.H);
-  f.gates = b.nan(c.D * S * 4 * units, true);
-  f.cells = b.nan(c.D * S * units, true);
-  const Problem problem{dtype, c.T, c.N, c.I, c.H, R, c.D, c.P > 0, true};
+  if (has_c) f.c_n = b.nan(c.D * c.N * c.H);
+  f.gates = b.nan(c.D * S * info(cell).sums * units, true);
+  if (info(cell).memory != Memory::kNone) f.cells = b.nan(c.D * S * units, true);
+  const Problem problem{cell, dtype, c.T, c.N, c.I, c.H, R, c.D, c.P > 0, true};
   const Plan forward = plan_forward(problem, {isa, threads});
-  const Kernel& kernel = kernel_for(forward.isa, CellKind::kLstm, dtype);
+  const Kernel& kernel = kernel_for(forward.isa, cell, dtype);
   f.scratch = b.scratch(kernel.forward_scratch(f, forward));
   if (!kernel.forward(f, forward)) return false;
   if (!b.finite(f.y, S * c.D * R) || !b.finite(f.h_n, c.D * c.N * R) ||
-      !b.finite(f.c_n, c.D * c.N * c.H))
+      (has_c && !b.finite(f.c_n, c.D * c.N * c.H)))
     return false;
 
   g.size = f.size;
@@ -139,48 +141,60 @@ bool run(const Case& c, Isa isa, DType dtype, int threads) {
   g.dy = b.random(S * c.D * R);
   if (c.state) {
     g.dh_n = b.random(c.D * c.N * R);
-    g.dc_n = b.random(c.D * c.N * c.H);
     g.dh0 = b.nan(c.D * c.N * R);
-    g.dc0 = b.nan(c.D * c.N * c.H);
+    if (has_c) {
+      g.dc_n = b.random(c.D * c.N * c.H);
+      g.dc0 = b.nan(c.D * c.N * c.H);
+    }
   }
   g.dx = b.nan(S * c.I);
   const Plan backward = plan_backward(problem, {isa, threads});
-  const Kernel& back = kernel_for(backward.isa, CellKind::kLstm, dtype);
+  const Kernel& back = kernel_for(backward.isa, cell, dtype);
   g.scratch = b.scratch(back.backward_scratch(g, backward));
   if (!back.backward(g, backward)) return false;
   bool good = b.finite(g.dx, S * c.I);
-  if (c.state) good = good && b.finite(g.dh0, c.D * c.N * R) && b.finite(g.dc0, c.D * c.N * c.H);
+  if (c.state) good = good && b.finite(g.dh0, c.D * c.N * R);
+  if (g.dc0) good = good && b.finite(g.dc0, c.D * c.N * c.H);
   for (int d = 0; d < c.D; ++d) {
     const WeightGradients& w = g.dweights[d];
-    good = good && b.finite(w.w_ih, 4 * c.H * c.I) && b.finite(w.w_hh, 4 * c.H * R);
-    if (c.bias) good = good && b.finite(w.b_ih, 4 * c.H) && b.finite(w.b_hh, 4 * c.H);
+    good = good && b.finite(w.w_ih, G * c.H * c.I) && b.finite(w.w_hh, G * c.H * R);
+    if (c.bias) good = good && b.finite(w.b_ih, G * c.H) && b.finite(w.b_hh, G * c.H);
     if (c.P) good = good && b.finite(w.w_hr, R * c.H);
   }
   return good;
 }
 
-}  // namespace
-
-int main() {
+// Every case of one cell, ISA and dtype; returns how many failed and adds to ran.
+int run_all(CellKind cell, Isa isa, DType dtype, int& ran) {
   const Case cases[] = {
       {1, 1, 1, 1, 0, 1, true, true, false},       {2, 3, 7, 17, 0, 2, true, false, false},
       {5, 7, 16, 33, 0, 2, true, true, true},      {6, 9, 17, 37, 5, 2, true, true, true},
       {4, 33, 10, 100, 33, 1, false, true, false}, {9, 5, 3, 64, 0, 1, false, false, true},
       {3, 20, 31, 16, 16, 2, true, false, false},
   };
+  int failed = 0;
+  for (Case c : cases)
+    for (const int threads : {1, 2, 5}) {
+      if (info(cell).memory != Memory::kCell) c.P = 0;  // such a cell has no projection
+      ++ran;
+      if (run(c, cell, isa, dtype, threads)) continue;
+      ++failed;
+      std::printf("not finite: %s %s %s T%ld N%ld I%ld H%ld P%ld D%d, %d threads\n",
+                  info(cell).name, name(isa), name(dtype), c.T, c.N, c.I, c.H, c.P, c.D, threads);
+    }
+  return failed;
+}
+
+}  // namespace
+
+int main() {
   int ran = 0, failed = 0;
   for (int isa = 0; isa < kIsaCount; ++isa) {
     if (!runs(static_cast<Isa>(isa))) continue;
-    for (int dtype = 0; dtype < kDTypeCount; ++dtype)
-      for (const Case& c : cases)
-        for (const int threads : {1, 2, 5}) {
-          ++ran;
-          if (run(c, static_cast<Isa>(isa), static_cast<DType>(dtype), threads)) continue;
-          ++failed;
-          std::printf("not finite: %s %s T%ld N%ld I%ld H%ld P%ld D%d, %d threads\n",
-                      name(static_cast<Isa>(isa)), name(static_cast<DType>(dtype)), c.T, c.N, c.I,
-                      c.H, c.P, c.D, threads);
-        }
+    for (int cell = 0; cell < kCellCount; ++cell)
+      for (int dtype = 0; dtype < kDTypeCount; ++dtype)
+        failed += run_all(static_cast<CellKind>(cell), static_cast<Isa>(isa),
+                          static_cast<DType>(dtype), ran);
   }
   std::printf("%d runs, %d failed\n", ran, failed);
   return failed != 0;

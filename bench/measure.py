@@ -1,0 +1,151 @@
+"""Measuring rows: the gate, then the clock for whoever passed it."""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+
+import torch
+
+from bench import machine, parity, problem, progress, roofline, timing
+from bench.providers import BASELINE, PROVIDERS, Provider
+from bench.timing import Effort
+from bench.workloads import Workload
+
+SCHEMA = 2
+
+
+def chosen(names: Iterable[str] | None = None) -> dict[str, Provider]:
+    """The providers of these names, or those that are measured unless others are named."""
+    if names is None:
+        return {name: p for name, p in PROVIDERS.items() if p.default}
+    return {name: PROVIDERS[name] for name in names}
+
+
+def set_precision(work: Workload) -> None:
+    """TF32 is allowed in the rows that say so and nowhere else."""
+    torch.backends.cudnn.allow_tf32 = work.dtype == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = work.dtype == "tf32"
+
+
+def admit(name: str, provider: Provider, task, exact, baseline, entry: dict):
+    """The run of a provider that passed the gate; else None, and entry says why.
+
+    The baseline is held to twice its own error, that is to finite values.
+    """
+    if why := provider.why_not(task.workload, task.device):
+        entry["absent"] = why
+        return None
+    try:
+        run = provider.build(task)
+        found = run.results()
+    except Exception as error:  # whatever a peer raises is a fact about that peer
+        entry["failed"] = f"{type(error).__name__}: {error}".split("\n")[0]
+        return None
+    baseline.setdefault("found", found)
+    # A peer without a tensor (the gradient of a weight it keeps in another form) is not asked for.
+    judged = {tensor: truth for tensor, truth in exact.items() if tensor in found}
+    verdict = parity.worst(parity.compare(found, baseline["found"], judged))
+    entry["parity" if verdict.ok else "wrong"] = asdict(verdict)
+    return run if verdict.ok else None
+
+
+def measure_row(
+    work: Workload,
+    effort: Effort,
+    providers: dict[str, Provider],
+    device: str = "cpu",
+    part=lambda fraction: None,
+    clock=None,
+) -> dict:
+    """One row of the results: per provider its verdict and time, or why there is none."""
+    set_precision(work)
+    entries = {name: {} for name in providers}
+    row = {"workload": asdict(work), "providers": entries}
+    if why := problem.why_absent(work, device):
+        row["absent"] = why
+        return row
+    task = problem.build(work, device)
+    exact = problem.oracle(task)
+    runs, baseline = {}, {}
+    order = sorted(providers, key=lambda name: name != BASELINE)  # its errors judge the others
+    for name in order:
+        if run := admit(name, providers[name], task, exact, baseline, entries[name]):
+            runs[name] = run
+    steps = {name: runs[name].step for name in providers if name in runs}
+    clock = clock or timing.clock_for(device)
+    with torch.set_grad_enabled(work.training):
+        timings = timing.quietest(
+            lambda: timing.interleaved(steps, effort, clock, lambda done, of: part(done / of)),
+            effort.attempts,
+        )
+    for name, measured in timings.items():
+        entries[name]["timing"] = {**asdict(measured), "noisy": measured.noisy}
+        if hasattr(runs[name], "kernels"):
+            entries[name]["kernels"] = runs[name].kernels()
+    return row
+
+
+def add_limits(result: dict, roofs: list[roofline.Roof]) -> None:
+    """The machine's rates, and in each row the seconds it takes at them."""
+    if not roofs:
+        return
+    roof = roofline.best(roofs)
+    result["roofline"] = asdict(roof)
+    for row in result["rows"]:
+        row["limit"] = float(f"{roofline.limit(Workload(**row['workload']), roof):.4g}")
+
+
+def measure(
+    name: str,
+    works: list[Workload],
+    effort: Effort,
+    providers: dict[str, Provider] | None = None,
+    device: str = "cpu",
+    display=None,
+    clock=None,
+    find_roof=None,
+) -> dict:
+    """All rows, or those that were done when Ctrl-C came.
+
+    find_roof measures the machine's limits; it is called before and after the rows.
+    """
+    providers = providers or chosen()
+    display = display or progress.Silent()
+    others = machine.Others()
+    result = {
+        "schema": SCHEMA,
+        "set": name,
+        "machine": machine.describe(device),
+        "providers": list(providers),
+        "rows": [],
+        "others": 0.0,
+        "interrupted": False,
+    }
+    roofs = []
+    try:
+        roofs += [find_roof()] if find_roof else []
+        for index, work in enumerate(works):
+            display.row(index, work.name)
+            row = measure_row(work, effort, providers, device, display.part, clock)
+            result["rows"].append(row)
+        roofs += [find_roof()] if find_roof else []
+    except KeyboardInterrupt:
+        result["interrupted"] = True
+    result["others"] = others.cpus()
+    add_limits(result, roofs)
+    leave_out(result)
+    return result
+
+
+def leave_out(result: dict) -> None:
+    """Takes providers that no row asked for out of the rows; left_out keeps their reasons."""
+    asked, reasons = {BASELINE}, {}
+    for row in result["rows"]:
+        for name, entry in row["providers"].items():
+            if entry.keys() - {"absent"}:
+                asked.add(name)
+            elif entry:
+                reasons.setdefault(name, {})[entry["absent"]] = None
+    result["providers"] = [name for name in result["providers"] if name in asked]
+    result["left_out"] = {n: list(found) for n, found in reasons.items() if n not in asked}
+    for row in result["rows"]:
+        row["providers"] = {n: e for n, e in row["providers"].items() if n in asked}

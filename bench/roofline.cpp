@@ -1,0 +1,179 @@
+// What this machine can do at most: multiply-adds, reading memory, meeting of threads.
+//
+// Compiled on demand with -march=native and called through ctypes (bench/roofline.py). Every
+// function runs its work on `threads` threads at once for about `seconds` and returns a rate of all
+// of them together, or the seconds one event takes.
+#include <omp.h>
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+
+// More independent sums than latency times throughput of any multiply-add unit so far, and few
+// enough to stay in 16 registers.
+constexpr int kSums = 12;
+
+using Clock = std::chrono::steady_clock;
+
+double since(Clock::time_point begin) {
+  return std::chrono::duration<double>(Clock::now() - begin).count();
+}
+
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kBytes)));
+};
+
+// Keeps the compiler from computing the result at compile time, or not at all.
+template <class V>
+void keep(V& value) {
+  asm volatile("" : "+x"(value));
+}
+
+template <class T>
+struct MultiplyAdd {
+  using V = typename VectorOf<T>::type;
+  static constexpr double kFlops = 2.0 * kBytes / sizeof(T);
+  V sum[kSums] = {};
+  V a = V{} + T(0.999), b = V{} + T(0.001);
+  void step() {
+    for (int k = 0; k < kSums; ++k) sum[k] = sum[k] * a + b;
+  }
+};
+
+#if defined(__AVX512BF16__)
+struct DotBfloat16 {
+  static constexpr double kFlops = 64;  // 16 sums of 2 products
+  __m512 sum[kSums] = {};
+  __m512bh a = _mm512_cvtne2ps_pbh(_mm512_set1_ps(0.9f), _mm512_set1_ps(0.9f));
+  void step() {
+    for (int k = 0; k < kSums; ++k) sum[k] = _mm512_dpbf16_ps(sum[k], a, a);
+  }
+};
+#endif
+
+// Runs work(thread) -> units again and again on all threads; units a second of all together.
+template <class Work>
+double rate(int threads, double seconds, Work work) {
+  double total = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : total)
+  {
+    const int thread = omp_get_thread_num();
+    work(thread);
+#pragma omp barrier
+    const auto begin = Clock::now();
+    double units = 0;
+    do {
+      units += work(thread);
+    } while (since(begin) < seconds);
+    total += units / since(begin);
+  }
+  return total;
+}
+
+template <class Unit>
+double peak(int threads, double seconds) {
+  return rate(threads, seconds, [](int) {
+    constexpr int kLoops = 2000;
+    Unit unit;
+    keep(unit.a);
+    for (int n = 0; n < kLoops; ++n) unit.step();
+    for (int k = 0; k < kSums; ++k) keep(unit.sum[k]);
+    return kLoops * kSums * Unit::kFlops;
+  });
+}
+
+}  // namespace
+
+extern "C" {
+
+// Floating-point operations a second, a multiply-add being two.
+double fma_peak_float32(int threads, double seconds) {
+  return peak<MultiplyAdd<float>>(threads, seconds);
+}
+
+double fma_peak_float64(int threads, double seconds) {
+  return peak<MultiplyAdd<double>>(threads, seconds);
+}
+
+// Of the instruction that multiplies pairs of bfloat16 into float32; 0 where there is none.
+double fma_peak_bfloat16(int threads, double seconds) {
+#if defined(__AVX512BF16__)
+  return peak<DotBfloat16>(threads, seconds);
+#else
+  (void)threads, (void)seconds;
+  return 0;
+#endif
+}
+
+// Bytes a second that all threads read, each its own `bytes` over and over; 0 without memory.
+double read_bandwidth(int64_t bytes, int threads, double seconds) {
+  using V = VectorOf<int32_t>::type;
+  constexpr int64_t kUnroll = 8;
+  const int64_t size = (bytes / (kUnroll * kBytes)) * (kUnroll * kBytes);
+  if (size == 0) return 0;
+  char* all = static_cast<char*>(std::aligned_alloc(4096, (size * threads + 4095) / 4096 * 4096));
+  if (all == nullptr) return 0;
+#pragma omp parallel num_threads(threads)
+  std::memset(all + size * omp_get_thread_num(), 1, size);  // each touches its own pages first
+  const double found = rate(threads, seconds, [=](int thread) {
+    const V* mine = reinterpret_cast<const V*>(all + size * thread);
+    const int64_t vectors = size / kBytes;
+    // A pass over a small buffer is too short beside a look at the clock.
+    const int64_t passes = 1 + (int64_t(1) << 20) / size;
+    V sum[kUnroll] = {};
+    for (int64_t pass = 0; pass < passes; ++pass) {
+      for (int64_t k = 0; k < vectors; k += kUnroll)
+        for (int64_t u = 0; u < kUnroll; ++u) sum[u] += mine[k + u];
+      for (int64_t u = 0; u < kUnroll; ++u) keep(sum[u]);
+    }
+    return double(size) * passes;
+  });
+  std::free(all);
+  return found;
+}
+
+// Seconds of one barrier among threads that all wait actively.
+double barrier_seconds(int threads, int count) {
+  double taken = 0;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp barrier
+    const auto begin = Clock::now();
+    for (int n = 0; n < count; ++n) {
+#pragma omp barrier
+    }
+#pragma omp master
+    taken = since(begin);
+  }
+  return taken / count;
+}
+
+// Seconds of handing an empty task to a team and waiting for all.
+double fork_join_seconds(int threads, int count) {
+  volatile int sink = 0;
+  const auto begin = Clock::now();
+  for (int n = 0; n < count; ++n) {
+#pragma omp parallel num_threads(threads)
+    if (omp_get_thread_num() == 0) sink = n;
+  }
+  (void)sink;
+  return since(begin) / count;
+}
+}

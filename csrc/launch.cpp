@@ -1,0 +1,127 @@
+#include "launch.h"
+
+#include <sys/mman.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+
+#include "cpu/team.h"
+
+namespace lstm_fused {
+namespace {
+
+thread_local Run last;
+
+// Scratch memory stays with its thread between calls: touching new pages costs more than many a
+// kernel. Large pages where the system lends them: weights are read in long runs.
+constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kMostKept = size_t{64} << 20;
+
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+
+  void* of(size_t bytes) {
+    if (bytes > size_) grow(bytes);
+    if (poisoning()) std::memset(data_, 0xff, bytes);
+    return data_;
+  }
+  void done() {
+    if (size_ > kMostKept) release();
+  }
+
+ private:
+  void grow(size_t bytes) {
+    release();
+    const size_t unit = bytes >= kHugePage ? kHugePage : 4096;
+    const size_t size = (bytes + unit - 1) / unit * unit;
+    data_ = std::aligned_alloc(unit, size);
+    if (!data_) throw std::bad_alloc();
+    if (unit == kHugePage) madvise(data_, size, MADV_HUGEPAGE);
+    size_ = size;
+  }
+  void release() {
+    std::free(data_);
+    data_ = nullptr;
+    size_ = 0;
+  }
+
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+thread_local Scratch scratch;
+
+Isa checked_isa(const std::string& wanted, const std::string& where) {
+  for (int i = 0; i < kIsaCount; ++i) {
+    const Isa isa = static_cast<Isa>(i);
+    if (wanted != name(isa)) continue;
+    if (runs(isa)) return isa;
+    throw std::invalid_argument(where + " is '" + wanted + "', which this machine cannot run");
+  }
+  throw std::invalid_argument(where + " is '" + wanted +
+                              "' but must be one of baseline, avx2, avx512, avx512_bf16");
+}
+
+Isa isa_of_environment() {
+  const char* wanted = std::getenv("LSTM_FUSED_ISA");
+  return wanted && *wanted ? checked_isa(wanted, "LSTM_FUSED_ISA") : best_isa();
+}
+
+std::atomic<int> forced_isa{-1};
+
+template <class Params, class MakePlan, class Bytes, class Call>
+void launch_pass(const Problem& problem, Params& params, bool backward, MakePlan make_plan,
+                 Bytes bytes, Call call) {
+  for (int threads = usable_threads();; threads = 1) {
+    const Plan plan = make_plan(problem, Machine{current_isa(), threads});
+    const Kernel& kernel = kernel_for(plan.isa, problem.cell, problem.dtype);
+    params.scratch = scratch.of(static_cast<size_t>((kernel.*bytes)(params, plan)) + 64);
+    const bool ran = (kernel.*call)(params, plan);
+    scratch.done();
+    if (!ran) continue;
+    last = {plan, backward, true};
+    return;
+  }
+}
+
+}  // namespace
+
+Problem problem_of(CellKind cell, DType dtype, const LayerSizes& size, bool projection,
+                   bool training) {
+  const Steps& steps = size.steps;
+  return {cell, dtype, steps.T, steps.N, size.I, size.H, size.R, size.D, projection, training};
+}
+
+void launch(const Problem& problem, ForwardParams& params) {
+  static thread_local int64_t calls = 0;
+  params.calls = calls++;
+  launch_pass(problem, params, false, plan_forward, &Kernel::forward_scratch, &Kernel::forward);
+}
+
+void launch(const Problem& problem, BackwardParams& params) {
+  launch_pass(problem, params, true, plan_backward, &Kernel::backward_scratch, &Kernel::backward);
+}
+
+const Run& last_run() {
+  return last;
+}
+
+Isa current_isa() {
+  static const Isa automatic = isa_of_environment();
+  const int forced = forced_isa.load(std::memory_order_relaxed);
+  return forced >= 0 ? static_cast<Isa>(forced) : automatic;
+}
+
+void force_isa(const std::string& wanted) {
+  forced_isa.store(wanted.empty() ? -1 : static_cast<int>(checked_isa(wanted, "isa")));
+}
+
+bool poisoning() {
+  static const bool on = std::getenv("LSTM_FUSED_POISON") != nullptr;
+  return on;
+}
+
+}  // namespace lstm_fused

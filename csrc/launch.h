@@ -1,0 +1,38 @@
+// From a problem to a kernel that ran: plans, scratch memory, the call. No torch here, so that both
+// ways in, the operators (ops.cpp) and the direct call (call.cpp), share it.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "cpu/kernels.h"
+
+namespace lstm_fused {
+
+// Sizes of the call for the plan.
+Problem problem_of(CellKind cell, DType dtype, const LayerSizes& size, bool projection,
+                   bool training);
+
+// Plans and runs a pass, on one thread if the OpenMP runtime grants no more. params.scratch is set
+// for the call. Throws std::bad_alloc.
+void launch(const Problem& problem, ForwardParams& params);
+void launch(const Problem& problem, BackwardParams& params);
+
+// What ran last on this thread, for tests and for the curious.
+struct Run {
+  Plan plan;
+  bool backward;
+  bool happened = false;
+};
+const Run& last_run();
+
+// The ISA of coming calls: the forced one, or the best this machine has. Both throw
+// std::invalid_argument for a name that is unknown or that this machine cannot run, which
+// LSTM_FUSED_ISA may hold too.
+Isa current_isa();
+void force_isa(const std::string& name);  // empty: the best one again
+
+// LSTM_FUSED_POISON=1 fills whatever a kernel must overwrite with NaN, scratch included.
+bool poisoning();
+
+}  // namespace lstm_fused

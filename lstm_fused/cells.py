@@ -1,0 +1,112 @@
+"""torch.nn's LSTMCell, GRUCell and RNNCell with our kernels under them: one step of a layer."""
+
+import torch
+from torch import Tensor
+
+from lstm_fused import ops
+from lstm_fused.recurrent import Fused, why_torch
+
+
+class Cell(Fused):
+    """The fused forward of one step, before torch.nn's own class in the order of bases.
+
+    What does not fit exactly, mistakes included, goes to torch.nn's own forward: it decides what is
+    an error, and words it.
+    """
+
+    def _cell(self):
+        """The name the op knows the cell by."""
+        raise NotImplementedError
+
+    def _state(self, hx):
+        """hx as a tuple of states, or None if it is of no such kind."""
+        return (hx,)
+
+    def forward(self, input, hx=None):
+        if type(input) is not Tensor and isinstance(input, torch.fx.Proxy):
+            return self._fx_leaf(input, hx)
+        state = () if hx is None else self._state(hx)
+        if state is None or not self._fits(input, state):
+            return super().forward(input, hx)
+        weights = [self.weight_ih, self.weight_hh]
+        if self.bias:
+            weights += [self.bias_ih, self.bias_hh]
+        reason = why_torch(input, hx if len(state) > 1 else state, weights)
+        if torch.is_autocast_enabled("cpu"):
+            reason = reason or "the fused step does not run under autocast"
+        if reason:
+            return self._through_torch(reason, input, hx)
+        single = input.dim() == 1
+        x = input.view(1, 1, -1) if single else input.unsqueeze(0)
+        state = tuple([s.view(1, 1, -1) if single else s.unsqueeze(0) for s in state])
+        _, ends = ops.layer(x, None, state, weights, self._cell())
+        ends = [end.view(-1) if single else end.squeeze(0) for end in ends]
+        return ends[0] if len(ends) == 1 else tuple(ends)
+
+    def _fits(self, input, state):
+        """input (N, I) or (I,), each state (N, H) or (H,), all of the weights' dtype."""
+        dim = input.dim()
+        if dim not in (1, 2) or input.shape[-1] != self.input_size:
+            return False
+        shape = (*input.shape[:-1], self.hidden_size)
+        dtype = self.weight_ih.dtype
+        if input.dtype is not dtype and not torch.is_autocast_enabled("cpu"):
+            return False
+        return all(
+            isinstance(s, Tensor) and s.shape == shape and s.dtype is dtype and s.is_cpu
+            for s in state
+        )
+
+
+class LSTMCell(Cell, torch.nn.LSTMCell):
+    """``torch.nn.LSTMCell`` computed by a fused kernel: same constructor, weights and results.
+
+    Args:
+        input: (N, I), or (I,) for one row.
+        hx: ``(h_0, c_0)``, each (N, H), or (H,); zeros if left out.
+
+    Returns:
+        ``(h_1, c_1)``, each (N, H), or (H,).
+
+    Raises:
+        What ``torch.nn.LSTMCell`` raises. Inputs without a fused path (see ``LSTM``, and autocast)
+        run through it, with one warning for each reason.
+    """
+
+    _original = torch.nn.LSTMCell
+
+    def _cell(self):
+        return "lstm"
+
+    def _state(self, hx):
+        return tuple(hx) if isinstance(hx, (tuple, list)) and len(hx) == 2 else None
+
+
+class GRUCell(Cell, torch.nn.GRUCell):
+    """``torch.nn.GRUCell`` computed by a fused kernel: input (N, I), hx (N, H) -> h_1 (N, H).
+
+    As ``LSTMCell``, with one state.
+    """
+
+    _original = torch.nn.GRUCell
+
+    def _cell(self):
+        return "gru"
+
+
+class RNNCell(Cell, torch.nn.RNNCell):
+    """``torch.nn.RNNCell`` computed by a fused kernel: input (N, I), hx (N, H) -> h_1 (N, H).
+
+    As ``LSTMCell``, with one state; ``nonlinearity`` is ``"tanh"`` or ``"relu"``.
+    """
+
+    _original = torch.nn.RNNCell
+
+    def _cell(self):
+        return f"rnn_{self.nonlinearity}"
+
+    def _fits(self, input, state):
+        return self.nonlinearity in ("tanh", "relu") and super()._fits(input, state)
+
+
+MODULES = (LSTMCell, GRUCell, RNNCell)

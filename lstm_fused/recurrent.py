@@ -1,0 +1,294 @@
+"""What LSTM, GRU and RNN share: one way from a module's call to the fused op."""
+
+import warnings
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from lstm_fused import checks, ops
+
+_FUSED_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+_PLAIN_TYPES = frozenset((Tensor, Parameter))
+_warned = set()
+
+
+def why_torch(x, hx, weights):
+    """Why torch's own module would run on these tensors, or None when the fused kernels would.
+
+    x: the input's data (T, N, I), (N, T, I), (T, I) or packed (S, I); hx: what was given as such,
+    not yet checked; weights: every weight of the module.
+    """
+    if not x.is_cpu:
+        return f"the input is on {x.device}, the fused kernels run on cpu"
+    if x.dtype not in _FUSED_DTYPES:
+        return f"the fused kernels have no {x.dtype}"
+    if x.layout is not torch.strided:
+        return f"the input's layout is {x.layout}, the fused kernels need strided tensors"
+    if torch.compiler.is_compiling():
+        return None
+    if torch.jit.is_tracing():
+        return "torch.jit.trace records torch's op, for programs without lstm_fused"
+    for t in (x, *weights):
+        if (type(t) not in _PLAIN_TYPES or not t.is_cpu) and (reason := _why_not_plain(t)):
+            return reason
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        for level in torch._C._functorch.get_interpreter_stack():
+            transform = str(level.key()).partition(".")[2]
+            if transform in ("Vmap", "Jvp"):
+                return f"the fused op has no rule for torch.func's {transform.lower()}"
+    if forward_ad._current_level >= 0:
+        states = hx if isinstance(hx, (tuple, list)) else ()
+        if any(_has_tangent(t) for t in (x, *states, *weights)):
+            return "the fused op has no forward-mode derivative"
+    return None
+
+
+def _why_not_plain(t):
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if not isinstance(t, Tensor):
+        return f"a weight is {t}"
+    if not t.is_cpu:
+        return f"a weight is on {t.device}, the fused kernels run on cpu"
+    if type(t) in _PLAIN_TYPES or isinstance(t, FakeTensor):
+        return None
+    return f"{type(t).__name__} is a Tensor subclass"
+
+
+def _has_tangent(t):
+    return isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None
+
+
+class Fused:
+    """What every module of ours has, before torch.nn's own class: the ways around the fused op.
+
+    A subclass names that class as ``_original``.
+    """
+
+    _original = None
+
+    def _through_torch(self, reason, input, hx):
+        """torch.nn's own forward, and a warning that says why the first time."""
+        result = super().forward(input, hx)
+        if not torch.compiler.is_compiling():
+            warn_once(self, reason)
+        return result
+
+    def _fx_leaf(self, input, hx):
+        """torch.fx keeps torch.nn's own modules whole; this one asks for the same."""
+        tracer = input.tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, hx), {})
+
+    def __prepare_scriptable__(self):
+        """What torch.jit.script compiles for this module: torch.nn's own of the same state.
+
+        torch.jit.script also puts it into the model in this module's place.
+        """
+        warn_once(
+            self,
+            "torch.jit.script cannot call the fused op, and leaves "
+            f"torch.nn.{self._original.__name__} in the model "
+            "(lstm_fused.replace brings the fused module back)",
+        )
+        twin = self._original.__new__(self._original)
+        twin.__dict__ = self.__dict__
+        return twin
+
+
+class Recurrent(Fused):
+    """The fused forward of a recurrent layer, before torch.nn's own class in the order of bases.
+
+    A subclass names the number of its final states as ``_states``. Inside, the states of a call
+    are always a tuple, (h,) or (h, c), and () if none were given.
+    """
+
+    _states = 1
+
+    def _cell(self):
+        """The name the op knows the cell by."""
+        return self.mode.lower()
+
+    def _check_state(self, hx, dims, rows):
+        """hx as a tuple of states (L*D, rows, ...); dims as for checks.check_state."""
+        return (checks.check_hidden(self, hx, dims, rows),)
+
+    def _as_given(self, state):
+        """States the way the user gives and gets them."""
+        return state[0]
+
+    def _as_state(self, given):
+        return (given,)
+
+    def _promoted_dtypes(self, x, batch_sizes, state, narrow):
+        wide = torch.promote_types(narrow, state[-1].dtype if state else x.dtype)
+        return wide, wide
+
+    def forward(self, input, hx=None, *, lengths=None):
+        if lengths is not None:
+            return self._forward_padded(input, hx, lengths)
+        if not torch.compiler.is_compiling():
+            result = ops.infer(self, input, hx)
+            if result is not None:
+                return result
+        if type(input) is not Tensor:
+            if isinstance(input, PackedSequence):
+                return self._forward_packed(input, hx)
+            if isinstance(input, torch.fx.Proxy):
+                return self._fx_leaf(input, hx)
+        dim = input.dim()
+        if dim != 3 and dim != 2:
+            return super().forward(input, hx)  # torch.nn's refusal, in its words
+        weights = self._weights()
+        if reason := why_torch(input, hx, weights):
+            return self._through_torch(reason, input, hx)
+        x = input
+        if dim == 2:
+            x = input.unsqueeze(1)
+        elif self.batch_first:
+            x = input.transpose(0, 1)
+        length, rows, width = x.shape
+        if width != self.input_size or length == 0 or x.dtype is not weights[0].dtype:
+            checks.check_input(self, x, None)
+        state = () if hx is None else self._check_state(hx, dim, rows)
+        y, state = self._run(x, None, state, weights)
+        if dim == 2:
+            return y.squeeze(1), self._as_given(tuple([s.squeeze(1) for s in state]))
+        return (y.transpose(0, 1) if self.batch_first else y), self._as_given(state)
+
+    def _forward_packed(self, packed, hx):
+        x, batch_sizes, sorted_indices, unsorted_indices = packed
+        weights = self._weights()
+        if reason := why_torch(x, hx, weights):
+            return self._through_torch(reason, packed, hx)
+        checks.check_batch_sizes(batch_sizes)
+        if x.dim() != 2 or x.shape[1] != self.input_size or x.dtype is not weights[0].dtype:
+            checks.check_input(self, x, batch_sizes)
+        state = ()
+        if hx is not None:
+            rows = int(batch_sizes[0]) if sorted_indices is None else sorted_indices.shape[0]
+            state = _permuted(self._check_state(hx, None, rows), sorted_indices)
+        y, state = self._run(x, batch_sizes, state, weights)
+        state = self._as_given(_permuted(state, unsorted_indices))
+        return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), state
+
+    def _forward_padded(self, input, hx, lengths):
+        """input (T, N, I) or (N, T, I) whose row n holds lengths[n] steps, then padding."""
+        lengths = checks.check_lengths(input, lengths, self.batch_first)
+        x = input.transpose(0, 1) if self.batch_first else input
+        checks.check_input(self, x, None)
+        total, count = x.shape[:2]
+        state = () if hx is None else self._check_state(hx, 3, count)
+        if count == 0 or int(lengths.min()) == total:
+            return self.forward(input, hx)
+        rows = lengths.nonzero().squeeze(1)
+        if len(rows) == 0:
+            y, zeros = self._zeros(x, total, count)
+            state = state or zeros
+        elif len(rows) == count:
+            y, state = self._forward_rows(x, lengths, state)
+        else:
+            at = rows.to(x.device)
+            part_state = tuple(s.index_select(1, at) for s in state)
+            part, ends = self._forward_rows(x.index_select(1, at), lengths[rows], part_state)
+            y, zeros = self._zeros(part, total, count)
+            y = y.index_copy(1, at, part)
+            state = tuple(
+                s.to(end.dtype).index_copy(1, at, end)
+                for s, end in zip(state or zeros, ends, strict=True)
+            )
+        return (y.transpose(0, 1) if self.batch_first else y), self._as_given(state)
+
+    def _forward_rows(self, x, lengths, state):
+        """x (T, N, I), lengths (N,) from 1 to T, in any order; state as _run takes it."""
+        packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+        y, state = self._forward_packed(packed, self._as_given(state) if state else None)
+        return pad_packed_sequence(y, total_length=x.shape[0])[0], self._as_state(state)
+
+    def _zeros(self, like, total, count):
+        """Zeros for y (T, N, D*R) and the final states."""
+        directions = 2 if self.bidirectional else 1
+        width = self.proj_size or self.hidden_size
+        layers = self.num_layers * directions
+        y = like.new_zeros(total, count, directions * width)
+        widths = (width, self.hidden_size)[: self._states]
+        return y, tuple(like.new_zeros(layers, count, w) for w in widths)
+
+    def _weights(self):
+        """Every weight as it is now, in the order of _flat_weights_names."""
+        params = self._parameters
+        try:
+            return [params[name] for name in self._flat_weights_names]
+        except KeyError:  # parametrized, pruned, weight-normed, or a replica: plain attributes
+            return [getattr(self, name) for name in self._flat_weights_names]
+
+    def _run(self, x, batch_sizes, state, weights):
+        """All layers: x (T, N, I) or packed (S, I), state () or each (L*D, N, R or H)."""
+        if torch.is_autocast_enabled("cpu"):
+            return self._run_autocast(x, batch_sizes, state, weights)
+        for s in state:
+            if s.dtype is not x.dtype or not s.is_cpu:
+                checks.check_state_kind(x, state)
+        try:
+            if self.num_layers == 1:
+                directions = 2 if self.bidirectional else 1
+                return ops.layer(x, batch_sizes, state, weights, self._cell(), directions)
+            return self._run_layers(x, batch_sizes, state, weights)
+        except RuntimeError:
+            checks.check_weights(self, weights, x.dtype)
+            raise
+
+    def _run_layers(self, x, batch_sizes, state, weights):
+        directions = 2 if self.bidirectional else 1
+        each = len(weights) // self.num_layers
+        dropout = self.dropout if self.training else 0.0
+        states = [()] * self.num_layers
+        if state:
+            states = list(zip(*(s.split(directions) for s in state), strict=True))
+        ends = []
+        for k in range(self.num_layers):
+            if k and dropout:
+                x = torch.dropout(x, dropout, True)
+            layer_weights = weights[k * each : (k + 1) * each]
+            x, end = ops.layer(x, batch_sizes, states[k], layer_weights, self._cell(), directions)
+            ends.append(end)
+        return x, tuple([torch.cat(s) for s in zip(*ends, strict=True)])
+
+    def _run_autocast(self, x, batch_sizes, state, weights):
+        dtype, h_dtype = self._autocast_dtypes(x, batch_sizes, state, weights)
+        state = tuple(s.to(dtype) for s in state)
+        with torch.autocast("cpu", enabled=False):
+            weights = [w.to(dtype) for w in weights]
+            y, (h_n, *c_n) = self._run(x.to(dtype), batch_sizes, state, weights)
+        return y.to(h_dtype), (h_n.to(h_dtype), *c_n)
+
+    def _autocast_dtypes(self, x, batch_sizes, state, weights):
+        """The dtypes of (c_n and everything computed, output and h_n) under autocast on the CPU.
+
+        autocast leaves float64 alone. Everywhere else it narrows matrix products only, so that what
+        torch.nn's modules compute in depends on what they add to those: see _promoted_dtypes.
+        """
+        tensors = (x, *state, *weights)
+        double = [t.dtype is torch.float64 for t in tensors]
+        if all(double):
+            return torch.float64, torch.float64
+        if any(double):
+            raise RuntimeError(
+                "autocast leaves float64 as it is, so that input, hx and weights must be float64 "
+                f"all or none, got {sorted({str(t.dtype) for t in tensors})}"
+            )
+        return self._promoted_dtypes(x, batch_sizes, state, torch.get_autocast_dtype("cpu"))
+
+
+def _permuted(state, permutation):
+    return state if permutation is None else tuple(s.index_select(1, permutation) for s in state)
+
+
+def warn_once(module, reason):
+    original = module._original
+    message = f"lstm_fused.{original.__name__} ran through torch.nn.{original.__name__}: {reason}"
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=6)
