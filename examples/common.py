@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from examples.layers import BACKENDS, MissingLayer
+from examples.layers import BACKENDS
 
 try:
     import rich.console
@@ -262,7 +262,7 @@ class Example:
     def main(self, argv=None) -> int:
         try:
             self.results(argv)
-        except (DataError, MissingLayer) as error:
+        except DataError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:

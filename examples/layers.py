@@ -8,24 +8,14 @@ KINDS = ("rnn", "gru", "lstm")
 BACKENDS = ("fused", "torch")
 
 
-class MissingLayer(Exception):
-    """The backend has no such layer."""
-
-
 def layer(kind: str, backend: str) -> type[torch.nn.RNNBase]:
     """The class of a layer: lstm_fused's or torch.nn's RNN, GRU or LSTM, all called alike.
 
     Raises:
         KeyError: no such backend.
-        MissingLayer: the backend has no such layer.
+        AttributeError: no such layer.
     """
-    source = {"fused": lstm_fused, "torch": torch.nn}[backend]
-    try:
-        return getattr(source, kind.upper())
-    except AttributeError:
-        raise MissingLayer(
-            f"{source.__name__} has no {kind.upper()}: choose another --layer or --backend torch"
-        ) from None
+    return getattr({"fused": lstm_fused, "torch": torch.nn}[backend], kind.upper())
 
 
 def hidden_of(state):

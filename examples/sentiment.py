@@ -93,6 +93,14 @@ def tensors_of(vocabulary, pairs):
 
 
 @torch.no_grad()
+def accuracy_of(model, reviews):
+    """The share of reviews read rightly, and the probabilities (N, 2) of all."""
+    parts = [t.split(256) for t in reviews]
+    chances = torch.cat([model.probabilities(*each[:2]) for each in zip(*parts, strict=True)])
+    return (chances.argmax(1) == reviews[2]).double().mean().item(), chances
+
+
+@torch.no_grad()
 def output_gate(model, words):
     """The output gate and hidden state (H,) after the last of some words (T,), by the equations."""
     lstm = model.lstm
@@ -131,7 +139,7 @@ def plot_reading(report, model, vocabulary, texts):
     with report.plot("reading", len(texts), figsize=(9, 2.2 * len(texts))) as axes:
         if axes is None:
             return
-        for axis, text in zip(axes, texts, strict=True):
+        for axis, text in zip(axes if len(texts) > 1 else [axes], texts, strict=True):
             words = words_of(text)[:20]
             parts = [" ".join(words[: k + 1]) for k in range(len(words))]
             axis.bar(
@@ -151,11 +159,8 @@ def run(args, report):
     given = tensors_of(vocabulary, learn)
     batches = common.minibatches(given, 32, args.seed)
     training = common.train(model, batches, loss_of, args.steps, report, lr=5e-3)
-    with torch.no_grad():
-        words, lengths, labels = tensors_of(vocabulary, test)
-        chances = model.probabilities(words, lengths)
-        learned = (model(*given[:2]).argmax(1) == given[2]).double().mean().item()
-    accuracy = (chances.argmax(1) == labels).double().mean().item()
+    learned, _ = accuracy_of(model, given)
+    accuracy, chances = accuracy_of(model, tensors_of(vocabulary, test))
     rows = [["learned from", len(learn), learned], ["held out", len(test), accuracy]]
     report.table("accuracy", ["reviews", "count", "accuracy"], rows)
     kinds = show_gate(report, model, vocabulary, test[0][0])

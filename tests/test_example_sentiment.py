@@ -40,6 +40,15 @@ def test_folder_as_imdb_has_it(tmp_path):
     assert sentiment.load(tmp_path) == [("Dull.<br />Dull.", "neg"), ("A fine film!", "pos")]
 
 
+def test_own_csv_of_a_few_reviews(tmp_path):
+    path = tmp_path / "reviews.csv"
+    path.write_text('text,label\n"Fine, fine",pos\nDull,neg\nGreat,pos\nBad,neg\n')
+    assert sentiment.load(path)[0] == ("Fine, fine", "pos")
+    found = sentiment.EXAMPLE.results(["--data", str(path), "--steps", "2", "--out", str(tmp_path)])
+    assert found["outputs"].shape == (1, 2)
+    assert (tmp_path / "reading.png").exists()
+
+
 @pytest.mark.parametrize("content", [None, "a,b\n1,2\n", "text,label\nfine,pos\nbad,poor\n"])
 def test_bad_data_is_one_line(tmp_path, capsys, content):
     path = tmp_path / "reviews.csv"
