@@ -11,9 +11,12 @@ STAMPS := $(VENV)/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP_FILES = $(shell find csrc bench tests -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu*')
 
-.PHONY: help demo test lint format bench build gpu-check clean distclean
+EXAMPLES := sentiment names tagging digits forecast generate translate gradients distributed
+
+.PHONY: help demo examples test lint format bench build gpu-check clean distclean
 help:
 	@echo "make demo       train a character model with nn.LSTM and with lstm_fused, side by side"
+	@echo "make examples   every system of examples/, small; tables and plots under build/examples"
 	@echo "make test       lint and tests"
 	@echo "make bench      the speed table, kept with its chart and page under bench/results"
 	@echo "make gpu-check  what needs a CUDA device, with the python that is PYTHON; emulation without one"
@@ -25,6 +28,9 @@ help:
 
 demo: build
 	@$(BIN)/python -m examples.char_lm $(ARGS)
+
+examples: build
+	@for name in $(EXAMPLES); do $(BIN)/python -m examples.$$name --quick $(ARGS) || exit 1; done
 
 test: lint build
 	$(BIN)/python -m pytest $(ARGS)

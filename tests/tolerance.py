@@ -49,3 +49,8 @@ def error_of(found, exact):
         return math.inf
     error = (found.double() - exact).abs().max().item() if exact.numel() else 0.0
     return error if error < math.inf else math.inf
+
+
+# Losses of the first steps of a training and what the model then gives, relative to the largest:
+# every step hands its rounding on to the next.
+TRAINED = 1e-4

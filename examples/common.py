@@ -1,0 +1,271 @@
+"""What the examples share: arguments, seeds, the training loop, reports in words, tables and plots.
+
+rich and matplotlib make the output nicer and are not needed: without rich, tables and progress are
+plain text, without matplotlib there are no plots.
+"""
+
+import argparse
+import csv
+import itertools
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from examples.layers import BACKENDS
+
+try:
+    import rich.console
+    import rich.progress
+    import rich.table
+except ImportError:
+    rich = None
+try:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+except ImportError:
+    pyplot = None
+
+BUILT_IN = Path(__file__).parent / "data"
+UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+
+
+class DataError(Exception):
+    """The data cannot be used; the message says why in one line."""
+
+
+class Report:
+    """Where an example says what it found: the terminal, and a folder for its tables and plots."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.console = rich.console.Console() if rich else None
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def say(self, text: str = "") -> None:
+        if self.console:
+            self.console.print(text, markup=False, highlight=False)
+        else:
+            print(text)
+
+    def table(self, name: str, columns: list[str], rows: list[list], title: str = "") -> None:
+        """Print the rows, and write them to NAME.csv."""
+        rows = [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
+        with (self.folder / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([columns, *rows])
+        if self.console:
+            table = rich.table.Table(title=title or None)
+            for k, column in enumerate(columns):
+                table.add_column(column, justify="right" if k else "left")
+            for row in rows:
+                table.add_row(*(rich.markup.escape(cell) for cell in row))
+            self.console.print(table)
+            return
+        widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+        print(title)
+        for row in [columns, *rows]:
+            print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+
+    @contextmanager
+    def plot(self, name: str, rows: int = 1, columns: int = 1, **options):
+        """The axes of a figure, one or an array of them, that is written to NAME.png.
+
+        Yields None where matplotlib is not installed.
+        """
+        if pyplot is None:
+            self.say(f"no plot {name}: matplotlib is not installed")
+            yield None
+            return
+        options = {"layout": "constrained", "figsize": (5.5 * columns, 3.6 * rows)} | options
+        figure, axes = pyplot.subplots(rows, columns, **options)
+        try:
+            yield axes
+            figure.savefig(self.folder / f"{name}.png", dpi=110)
+        finally:
+            pyplot.close(figure)
+        self.say(f"plot: {self.folder / name}.png")
+
+    def progress(self, items, total: int, what: str):
+        """The items again, with a bar on a terminal; items yields (item, words beside it)."""
+        if not (self.console and self.console.is_terminal):
+            yield from (item for item, _ in items)
+            return
+        columns = (
+            rich.progress.TextColumn(what),
+            rich.progress.BarColumn(),
+            rich.progress.TextColumn("{task.completed}/{task.total}  {task.fields[words]}"),
+            rich.progress.TimeRemainingColumn(),
+        )
+        with rich.progress.Progress(*columns, console=self.console, transient=True) as progress:
+            bar = progress.add_task("", total=total, words="")
+            for item, words in items:
+                progress.update(bar, advance=1, words=words)
+                yield item
+
+
+@dataclass
+class Training:
+    """The loss of every step, and the seconds that all of them took."""
+
+    losses: list[float]
+    seconds: float
+
+    def __str__(self):
+        first, last = self.losses[0], self.last
+        return f"loss {first:.3f} -> {last:.3f} in {len(self.losses)} steps, {self.seconds:.1f} s"
+
+    @property
+    def last(self) -> float:
+        """The mean over the last tenth of the steps."""
+        tail = self.losses[-max(1, len(self.losses) // 10) :]
+        return sum(tail) / len(tail)
+
+
+def train(
+    model: nn.Module,
+    batches,
+    loss_of: Callable,
+    steps: int,
+    report: Report,
+    lr: float = 3e-3,
+    what: str = "training",
+) -> Training:
+    """Adam with clipped gradients; batches yields the arguments of loss_of(model, ...)."""
+    model.train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+
+    def losses():
+        for batch in itertools.islice(batches, steps):
+            optimizer.zero_grad()
+            loss = loss_of(model, *batch)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            yield loss.item(), f"loss {loss.item():.3f}"
+
+    begin = time.perf_counter()
+    found = list(report.progress(losses(), steps, what))
+    training = Training(found, time.perf_counter() - begin)
+    model.eval()
+    report.say(f"{what}: {training}")
+    return training
+
+
+def minibatches(tensors, size: int, seed: int):
+    """Endless tuples of rows, drawn without replacement in an order that the seed decides."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(tensors[0]), generator=generator)
+        for rows in order.split(size):
+            yield tuple(t[rows] for t in tensors)
+
+
+def held_out(items: list, share: float, seed: int) -> tuple[list, list]:
+    """The items shuffled and parted: those to learn from, and a share to test with."""
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
+    count = max(1, round(share * len(items)))
+    return [items[k] for k in order[count:]], [items[k] for k in order[:count]]
+
+
+def read_pairs(path: Path) -> list[tuple[str, str]]:
+    """The rows of a CSV file whose first line is `text,label`."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if not {"text", "label"} <= set(reader.fieldnames or ()):
+                raise DataError(f"{path} has no columns text and label")
+            pairs = [(row["text"] or "", row["label"] or "") for row in reader]
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} is not a CSV file in UTF-8: {error}") from None
+    pairs = [(text, label) for text, label in pairs if text and label]
+    if len({label for _, label in pairs}) < 2:
+        raise DataError(f"{path} has fewer than two labels")
+    return pairs
+
+
+def read_numbers(path: Path) -> torch.Tensor:
+    """A CSV file of numbers, (rows, columns); a first line that is not numbers is skipped."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.reader(file) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: {error}") from None
+    for begin in (0, 1):
+        try:
+            numbers = torch.tensor([[float(x) for x in row] for row in rows[begin:]])
+        except ValueError:  # a word, or rows of different lengths
+            continue
+        if numbers.dim() == 2 and numbers.isfinite().all():
+            return numbers
+    raise DataError(f"{path} does not hold rows of as many numbers each")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A runnable example: `run(args, report)` returns what it found, by name, for its test."""
+
+    name: str
+    doc: str
+    run: Callable
+    steps: int
+    quick: int
+    data: str
+    options: Callable = lambda parser: None
+
+    def parse(self, argv=None):
+        parser = argparse.ArgumentParser(
+            prog=f"python -m examples.{self.name}",
+            description=self.doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        add = parser.add_argument
+        add("--backend", choices=BACKENDS, default="fused")
+        add("--data", type=Path, help=self.data)
+        add("--seed", type=int, default=0)
+        add("--steps", type=int, help=f"training steps (default: {self.steps})")
+        add("--quick", action="store_true", help=f"a small run: {self.quick} steps")
+        add(
+            "--out",
+            type=Path,
+            help=f"folder to write to (default: build/examples/{self.name})",
+        )
+        add("--threads", type=int, default=1, help="more than one gains nothing at these sizes")
+        self.options(parser)
+        args = parser.parse_args(argv)
+        args.steps = args.steps or (self.quick if args.quick else self.steps)
+        args.out = args.out or Path("build/examples") / self.name
+        if args.steps < 1 or args.threads < 1:
+            parser.error("--steps and --threads must be at least 1")
+        return args
+
+    def results(self, argv=None) -> dict:
+        """Run with these arguments; the same seed gives the same data, weights and batches."""
+        args = self.parse(argv)
+        torch.set_num_threads(args.threads)
+        torch.manual_seed(args.seed)
+        begin = time.perf_counter()
+        report = Report(args.out)
+        found = self.run(args, report)
+        seconds = time.perf_counter() - begin
+        report.say(f"{self.name}: backend {args.backend}, {seconds:.1f} s, see {args.out}")
+        return found
+
+    def main(self, argv=None) -> int:
+        try:
+            self.results(argv)
+        except DataError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        return 0

@@ -1,0 +1,223 @@
+"""Memory and gradients: how far back RNN, GRU and LSTM can learn, and why.
+
+The task is to copy: the first symbol of a sequence is asked for after its last step, and everything
+in between is noise. What the first step should have done otherwise reaches it only through the
+gradient d loss / d h_1, handed from h_T back to h_1.
+
+    symbol   noise   noise          noise
+      |        |       |              |
+     h_1 -->  h_2 --> h_3 --> ... --> h_T --> Linear --> which symbol?
+
+Each kind of layer is trained anew for each length, with as many hidden units, steps and the same
+batches. The gates of GRU and LSTM begin with biases that keep a state for up to T steps (Tallec and
+Ollivier, Can recurrent neural networks warp time?, 2018); an RNN has no gate to do so with. The
+plot shows the gradients as torch initialises a layer, with those biases, and after training. Of an
+LSTM it shows those of h alone: most of what its gradient keeps travels along c.
+"""
+
+import itertools
+import sys
+
+import torch
+from torch import nn
+
+import lstm_fused
+from examples import common
+from examples.layers import KINDS, layer
+
+SYMBOLS, NOISE = 4, 4
+HIDDEN = 32
+BATCH = 64
+TESTED = 500
+LENGTHS = [10, 20, 50, 100, 200, 400]
+QUICK_LENGTHS = [20, 100]
+DISTANCE = 1000
+STARTS = ("torch's start", "gates set", "trained")
+
+
+class Copier(nn.Module):
+    """(T, N, 8) one-hot symbols -> (N, 4) scores of what the first was."""
+
+    def __init__(self, kind, backend, length=None):
+        super().__init__()
+        self.layer = layer(kind, backend)(SYMBOLS + NOISE, HIDDEN)
+        self.head = nn.Linear(HIDDEN, SYMBOLS)
+        if length is not None:
+            self.remember(kind, length)
+
+    @torch.no_grad()
+    def remember(self, kind, length):
+        """Biases of the gates that keep a state: each unit for a time of its own, up to length.
+
+        A gate of 1 - 1/t keeps for about t steps; the sigmoid of log(t - 1) is such a gate.
+        """
+        bias = torch.log(1 + torch.rand(HIDDEN) * (length - 2))
+        ours, theirs = self.layer.bias_ih_l0, self.layer.bias_hh_l0
+        if kind == "lstm":  # gates i, f, g, o: write as seldom as to forget
+            ours[: 2 * HIDDEN] = torch.cat([-bias, bias])
+            theirs[: 2 * HIDDEN] = 0
+        elif kind == "gru":  # gates r, z, n
+            ours[HIDDEN : 2 * HIDDEN] = bias
+            theirs[HIDDEN : 2 * HIDDEN] = 0
+
+    def forward(self, x):
+        y, _ = self.layer(x)
+        return self.head(y[-1])
+
+
+class Sequences:
+    """Sequences to learn from: symbols to copy, and noise that is random or a text's characters."""
+
+    def __init__(self, path):
+        self.codes = None
+        if path is not None:
+            try:
+                text = path.read_text(encoding="utf-8")
+            except OSError as error:
+                raise common.DataError(f"{path}: {error.strerror}") from None
+            except UnicodeDecodeError:
+                raise common.DataError(f"{path} is not UTF-8 text") from None
+            if len(text) <= DISTANCE:
+                raise common.DataError(f"{path} holds fewer than {DISTANCE + 1} characters")
+            self.codes = torch.tensor([ord(character) % NOISE for character in text])
+
+    def draw(self, length, size, generator):
+        """(T, N, 8) one-hot, and the first symbols (N,)."""
+        if self.codes is None:
+            codes = torch.randint(NOISE, (length, size), generator=generator)
+        else:
+            begin = torch.randint(len(self.codes) - length, (size,), generator=generator)
+            codes = self.codes[begin + torch.arange(length)[:, None]]
+        first = torch.randint(SYMBOLS, (size,), generator=generator)
+        codes = torch.cat([first[None], SYMBOLS + codes[1:]])
+        one_hot = nn.functional.one_hot(codes, SYMBOLS + NOISE)
+        return one_hot.to(torch.get_default_dtype()), first
+
+    def batches(self, length, seed):
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield self.draw(length, BATCH, generator)
+
+
+def loss_of(model, x, first):
+    return nn.functional.cross_entropy(model(x), first)
+
+
+def begin(kind, args, length=None):
+    """A model that the seed decides, whatever was trained before."""
+    torch.manual_seed(args.seed)
+    return Copier(kind, args.backend, length)
+
+
+def norms(model, x):
+    """(T,) norms of d loss / d h_t, mean over the batch; the loss is the sum of the last output."""
+    flow = lstm_fused.gradient_flow(model.layer, x)
+    return flow[:, 0].norm(dim=-1).mean(dim=1)
+
+
+def run(args, report):
+    sequences = Sequences(args.data)
+    lengths = QUICK_LENGTHS if args.quick else LENGTHS
+    generator = torch.Generator().manual_seed(args.seed + 1)
+    tests = {length: sequences.draw(length, TESTED, generator) for length in lengths}
+    models, found, losses, rows = {}, {}, [], []
+    for length, kind in itertools.product(lengths, KINDS):
+        model = begin(kind, args, length)
+        batches = sequences.batches(length, args.seed)
+        what = f"{kind.upper()} over {length} steps"
+        training = common.train(model, batches, loss_of, args.steps, report, lr=1e-2, what=what)
+        x, first = tests[length]
+        with torch.no_grad():
+            scores = model(x)
+        accuracy = (scores.argmax(1) == first).double().mean().item()
+        count = sum(p.numel() for p in model.layer.parameters())
+        times = 1e3 * training.seconds / args.steps
+        rows.append([kind.upper(), length, accuracy, training.last, count, times])
+        losses += training.losses
+        models[kind, length], found[kind, length] = model, (accuracy, scores, count, times)
+    tabulate(report, rows, found, lengths)
+    drawn = sequences.draw(DISTANCE, 8, generator)[0]
+    flows = gradients(args, models, lengths[-1], drawn)
+    tabulate_flows(report, flows)
+    plot_flows(report, flows, lengths[-1])
+    plot_accuracy(report, found, lengths)
+    short = sequences.draw(lengths[0], 16, generator)
+    return {
+        "losses": losses,
+        "accuracy": {at: accuracy for at, (accuracy, *_) in found.items()},
+        "parameters": {kind: found[kind, lengths[0]][2] for kind in KINDS},
+        "flows": flows,
+        "outputs": torch.cat([scores for _, scores, *_ in found.values()]),
+        "problem": (models["lstm", lengths[0]], loss_of, short),
+    }
+
+
+def gradients(args, models, length, x):
+    """By start and kind the norms over all steps of x."""
+    flows = {}
+    for kind in KINDS:
+        flows[STARTS[0], kind] = norms(begin(kind, args), x)
+        flows[STARTS[1], kind] = norms(begin(kind, args, length), x)
+        flows[STARTS[2], kind] = norms(models[kind, length], x)
+    return flows
+
+
+def tabulate(report, rows, found, lengths):
+    columns = ["layer", "T", "accuracy", "loss", "parameters", "ms a training step"]
+    title = f"The first symbol asked for after T steps; by chance {1 / SYMBOLS:.2f}"
+    report.table("copying", columns, rows, title)
+    rows = []
+    for kind in KINDS:
+        learnt = [length for length in lengths if found[kind, length][0] > 0.95]
+        _, _, count, times = found[kind, lengths[-1]]
+        _, _, least, fastest = found["rnn", lengths[-1]]
+        rows.append([kind.upper(), max(learnt, default="none"), count / least, times / fastest])
+    columns = ["layer", "longest T learnt", "parameters over RNN", "time over RNN"]
+    report.table("memory", columns, rows, "Learnt: more than 95% right")
+
+
+def tabulate_flows(report, flows):
+    """What is left of the gradient some steps back, as a share of that at the last step."""
+    back = [10, 20, 100, DISTANCE - 1]
+    rows = [
+        [f"{kind.upper()}, {start}", *(f"{norm[-1 - k] / norm[-1]:.1e}" for k in back)]
+        for (start, kind), norm in flows.items()
+    ]
+    columns = ["layer", *(f"{k} back" for k in back)]
+    report.table("gradients", columns, rows, "Norm of d loss / d h_t over that of the last step")
+
+
+def plot_flows(report, flows, length):
+    with report.plot("gradients", 1, len(STARTS), sharey=True) as axes:
+        if axes is None:
+            return
+        titles = (STARTS[0], f"{STARTS[1]} for {length} steps", f"{STARTS[2]} over {length} steps")
+        for axis, start, title in zip(axes, STARTS, titles, strict=True):
+            for kind in KINDS:
+                norm = flows[start, kind].flip(0)
+                # float32 ends near 1e-45: what has vanished is not drawn.
+                axis.loglog(range(1, len(norm) + 1), norm.clamp_min(1e-45), label=kind.upper())
+            axis.set(title=title, xlabel="steps from the end", ylim=(1e-12, None))
+            axis.legend()
+        axes[0].set_ylabel("norm of d loss / d h_t")
+
+
+def plot_accuracy(report, found, lengths):
+    with report.plot("accuracy") as axis:
+        if axis is None:
+            return
+        for kind in KINDS:
+            accuracy = [found[kind, length][0] for length in lengths]
+            axis.semilogx(lengths, accuracy, "o-", label=kind.upper())
+        axis.axhline(1 / SYMBOLS, color="gray", linestyle=":", label="chance")
+        axis.set(xlabel="steps to remember over", ylabel="accuracy", ylim=(0, 1.05))
+        axis.legend()
+
+
+EXAMPLE = common.Example(
+    "gradients", __doc__, run, steps=600, quick=300,
+    data=f"text of more than {DISTANCE} characters to be the noise (default: random symbols)",
+)  # fmt: skip
+
+if __name__ == "__main__":
+    sys.exit(EXAMPLE.main())
