@@ -62,7 +62,7 @@ Isa checked_isa(const std::string& wanted, const std::string& where) {
     throw std::runtime_error(where + " is '" + wanted + "', which this machine cannot run");
   }
   throw std::runtime_error(where + " is '" + wanted +
-                              "' but must be one of baseline, avx2, avx512, avx512_bf16");
+                           "' but must be one of baseline, avx2, avx512, avx512_bf16");
 }
 
 Isa isa_of_environment() {
