@@ -12,7 +12,6 @@ import torch
 import lstm_fused
 from lstm_fused import ops
 
-
 MAPS = """
 import torch, lstm_fused
 lstm_fused.LSTM(4, 4)(torch.randn(2, 2, 4))
