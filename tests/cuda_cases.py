@@ -38,6 +38,14 @@ LARGE = (
 )
 
 
+def tf32(allowed):
+    """A context in which recurrent layers may use TF32 or not.
+
+    A plain assignment is refused once any test has imported torch.testing._internal.
+    """
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed)
+
+
 def cases(small, projected=(), held=()):
     """(kind, problem) for every dtype that has the plan."""
     some = *product(("step",), projected), *product(("grid",), held)

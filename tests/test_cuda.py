@@ -6,7 +6,7 @@ import oracle
 import pytest
 import tolerance
 import torch
-from cuda_cases import HELD, KINDS, LARGE, PROJECTED, SMALL, cases, expected
+from cuda_cases import HELD, KINDS, LARGE, PROJECTED, SMALL, cases, expected, tf32
 from oracle import Problem, check, run_module
 from paths import DEVICES
 
@@ -21,10 +21,8 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def full_float32():
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
+    with tf32(False):
+        yield
     cuda.set_plan(None)
     oracle.judges.cache_clear()
 
@@ -56,12 +54,12 @@ def test_agrees_large(kind, problem):
 def test_tf32(kind, problem):
     """Against nn.LSTM in TF32 too; a floor of TF32's ten bits, where cuDNN takes more for little
     layers."""
-    torch.backends.cudnn.allow_tf32 = True
     problem = replace(problem, device="cuda")
     cuda.set_plan(kind)
     oracle.judges.cache_clear()
-    theirs, exact = (tensors[0] for tensors in oracle.judges(problem))
-    found = run_module(problem, lstm_fused)
+    with tf32(True):
+        theirs, exact = (tensors[0] for tensors in oracle.judges(problem))
+        found = run_module(problem, lstm_fused)
     assert found.forward_run["tf32"] == found.backward_run["tf32"] == 1
     for name, truth in exact.items():
         error, largest = tolerance.error_of(found.tensors[name], truth), truth.abs().max().item()

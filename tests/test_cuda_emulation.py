@@ -15,7 +15,7 @@ import oracle
 import pytest
 import tolerance
 import torch
-from cuda_cases import HELD, KINDS, PROJECTED, SMALL, cases, expected
+from cuda_cases import HELD, KINDS, PROJECTED, SMALL, cases, expected, tf32
 from oracle import Problem, check, judges, run_module
 
 import lstm_fused
@@ -25,10 +25,8 @@ from lstm_fused import cuda, ops
 @pytest.fixture(autouse=True)
 def emulation(monkeypatch):
     emulated.use(monkeypatch)
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
+    with tf32(False):
+        yield
     cuda.set_plan(None)
     cuda.device_properties.cache_clear()
 
@@ -58,9 +56,9 @@ def test_agrees(kind, problem):
 )
 def test_tf32(kind, problem):
     """Off by no more than its ten bits of mantissa, float16's, and by more than float32's."""
-    torch.backends.cudnn.allow_tf32 = True
     cuda.set_plan(kind)
-    found = run_module(problem, lstm_fused)
+    with tf32(True):
+        found = run_module(problem, lstm_fused)
     assert_ran(kind, problem, found)
     assert found.forward_run["tf32"] == found.backward_run["tf32"] == 1
     exact = judges(problem)[1][0]
