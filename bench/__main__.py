@@ -3,12 +3,12 @@
 import argparse
 import json
 import sys
-import warnings
 from pathlib import Path
 
 import torch
 
 from bench import (
+    apart,
     chart,
     circumstances,
     compare,
@@ -74,6 +74,7 @@ def default_path(result: dict) -> Path:
     """bench/results/<machine>.json, and the set's name in it where that is not plain."""
     which = "" if result["set"] in ("cpu", "gpu") else f"-{result['set']}"
     which += f"-beside-{result['busy']}" if result.get("busy") else ""
+    which += "-kept" if result.get("keep_memory") else ""
     return RESULTS / f"{machine.slug(result['machine'])}{which}.json"
 
 
@@ -90,6 +91,11 @@ def add_measuring(parser):
     )
     parser.add_argument(
         "--busy", type=int, default=0, metavar="N", help="measure beside N busy processes"
+    )
+    parser.add_argument(
+        "--keep-memory",
+        action="store_true",
+        help="measure where malloc keeps all that is freed, instead of its own rules",
     )
     parser.add_argument("--only", metavar="TEXT", help="only rows whose name contains TEXT")
     parser.add_argument(
@@ -236,6 +242,11 @@ def show_roofline(args) -> int:
     return 0
 
 
+def apart_timer(args):
+    """On a GPU memory is torch's own, and its device is one process's at a time."""
+    return apart.timer(args.keep_memory) if args.device == "cpu" else None
+
+
 def keep(args, result: dict) -> None:
     """Writes what the options ask to be written."""
     if args.json is None and not args.save:
@@ -268,7 +279,13 @@ def run_self(args, works) -> int:
     effort = EFFORTS.get(args.set, THOROUGH)
     with progress.shown(len(works), console()) as display:
         result = measure.measure(
-            args.set, works, effort, selfcheck.providers(), args.device, display
+            args.set,
+            works,
+            effort,
+            selfcheck.providers(),
+            args.device,
+            display,
+            times_apart=apart_timer(args),
         )
     print("\n".join([*selfcheck.lines(result), "", report.caption(result)]))
     if args.json:
@@ -301,9 +318,7 @@ def run_set(args) -> int:
     works = [w for w in SETS[args.set] if args.only is None or args.only in w.name]
     if not works:
         return fail(f"no row of the set {args.set} contains {args.only!r}")
-    warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
-    warnings.filterwarnings("ignore", message="RNN module weights are not part of single contig")
-    warnings.filterwarnings("error", message="lstm_fused.* ran through torch")
+    measure.quiet()
     if args.self:
         return run_self(args, works)
     effort = EFFORTS.get(args.set, THOROUGH)
@@ -321,8 +336,11 @@ def run_set(args) -> int:
             args.device,
             display,
             find_roof=find_roof,
+            times_apart=apart_timer(args),
         )
     result["busy"] = args.busy
+    if args.device == "cpu":
+        result["keep_memory"] = args.keep_memory
     add_memory(args, works, result)
     print_table(result, screen)
     if result["rows"]:

@@ -79,7 +79,8 @@ class Others:
 
     @staticmethod
     def _now() -> tuple[float, float]:
-        """The wall clock, and CPU seconds the machine spent on anything but this process."""
+        """The wall clock, and CPU seconds the machine spent on anything but this process and the
+        children it has waited for."""
         stat = Path("/proc/stat")
         if not stat.exists():
             return time.monotonic(), 0.0
@@ -87,7 +88,7 @@ class Others:
             int, stat.read_text().split("\n", 1)[0].split()[1:9]
         )
         busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-        return time.monotonic(), busy - time.process_time()
+        return time.monotonic(), busy - sum(os.times()[:4])
 
     def cpus(self) -> float:
         wall, others = (now - begin for now, begin in zip(self._now(), self.begin, strict=True))

@@ -1,5 +1,6 @@
 """Measuring rows: the gate, then the clock for whoever passed it."""
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict
 
@@ -18,6 +19,14 @@ def chosen(names: Iterable[str] | None = None) -> dict[str, Provider]:
     if names is None:
         return {name: p for name, p in PROVIDERS.items() if p.default}
     return {name: PROVIDERS[name] for name in names}
+
+
+def quiet() -> None:
+    """What torch warns of in each of some rows says nothing new; a row of ours that ran through
+    torch is no row of ours."""
+    warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
+    warnings.filterwarnings("ignore", message="RNN module weights are not part of single contig")
+    warnings.filterwarnings("error", message="lstm_fused.* ran through torch")
 
 
 def set_precision(work: Workload, device: str) -> None:
@@ -50,6 +59,23 @@ def admit(name: str, provider: Provider, task, exact, baseline, entry: dict):
     return run if verdict.ok else None
 
 
+def clocked(runs: dict, work, effort: Effort, device: str, part, clock=None) -> dict[str, dict]:
+    """The timing of each run, and of ours what ran."""
+    clock = clock or timing.clock_for(device)
+    steps = {name: run.step for name, run in runs.items()}
+    with torch.set_grad_enabled(work.training):
+        timings = timing.quietest(
+            lambda: timing.interleaved(steps, effort, clock, lambda done, of: part(done / of)),
+            effort.attempts,
+        )
+    found = {}
+    for name, measured in timings.items():
+        found[name] = {"timing": {**asdict(measured), "noisy": measured.noisy}}
+        if hasattr(runs[name], "kernels"):
+            found[name]["kernels"] = runs[name].kernels()
+    return found
+
+
 def measure_row(
     work: Workload,
     effort: Effort,
@@ -57,8 +83,12 @@ def measure_row(
     device: str = "cpu",
     part=lambda fraction: None,
     clock=None,
+    times_apart=None,
 ) -> dict:
-    """One row of the results: per provider its verdict and time, or why there is none."""
+    """One row of the results: per provider its verdict and time, or why there is none.
+
+    times_apart: apart.timer(), where times are not to be taken in this process.
+    """
     set_precision(work, device)
     entries = {name: {} for name in providers}
     row = {"workload": asdict(work), "providers": entries}
@@ -72,17 +102,13 @@ def measure_row(
     for name in order:
         if run := admit(name, providers[name], task, exact, baseline, entries[name]):
             runs[name] = run
-    steps = {name: runs[name].step for name in providers if name in runs}
-    clock = clock or timing.clock_for(device)
-    with torch.set_grad_enabled(work.training):
-        timings = timing.quietest(
-            lambda: timing.interleaved(steps, effort, clock, lambda done, of: part(done / of)),
-            effort.attempts,
-        )
-    for name, measured in timings.items():
-        entries[name]["timing"] = {**asdict(measured), "noisy": measured.noisy}
-        if hasattr(runs[name], "kernels"):
-            entries[name]["kernels"] = runs[name].kernels()
+    runs = {name: runs[name] for name in providers if name in runs}
+    if times_apart:
+        found = times_apart(runs, work, effort, device, part)
+    else:
+        found = clocked(runs, work, effort, device, part, clock)
+    for name, entry in found.items():
+        entries[name] |= entry
     return row
 
 
@@ -105,10 +131,12 @@ def measure(
     display=None,
     clock=None,
     find_roof=None,
+    times_apart=None,
 ) -> dict:
     """All rows, or those that were done when Ctrl-C came.
 
-    find_roof measures the machine's limits; it is called before and after the rows.
+    find_roof measures the machine's limits; it is called before and after the rows. times_apart as
+    in measure_row.
     """
     providers = providers or chosen()
     display = display or progress.Silent()
@@ -127,7 +155,7 @@ def measure(
         roofs += [find_roof()] if find_roof else []
         for index, work in enumerate(works):
             display.row(index, work.name)
-            row = measure_row(work, effort, providers, device, display.part, clock)
+            row = measure_row(work, effort, providers, device, display.part, clock, times_apart)
             result["rows"].append(row)
         roofs += [find_roof()] if find_roof else []
     except KeyboardInterrupt:

@@ -14,6 +14,7 @@ from bench.workloads import CELLS, Workload
 from lstm_fused import ops
 
 BASELINE, OURS = TORCH, "lstm_fused"
+AGAIN = f"{BASELINE} again"
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ PROVIDERS = {
     OURS: Provider(fused, no_fused_cell),
     ONNX: Provider(peers.OnnxRun, peers.why_not_onnx),
     CELL: Provider(peers.CellRun, peers.why_not_cell),
+    AGAIN: Provider(torch_nn, default=False),
     "torch.compile": Provider(compiled, with_dropout, default=False),
     "cuDNN off": Provider(without_cudnn, no_cuda),
     "torch.nn one chunk": Provider(one_chunk, first(no_cuda, not_chunked)),

@@ -171,6 +171,9 @@ def caption(result: dict) -> str:
         sentences.append(f"Goals reached: {met} of {len(goals)}.")
     absent = {row["absent"] for row in rows if "absent" in row}
     sentences += [f"Left out: {', '.join(sorted(absent))}."] if absent else []
+    if "keep_memory" in result:
+        malloc = ", whose malloc was told to keep what is freed" * result["keep_memory"]
+        sentences.append(f"Each row in a process of its own{malloc}.")
     if result.get("busy"):
         sentences.append(f"Measured beside {result['busy']} busy process(es).")
     elif result["others"] > QUIET_CPUS:

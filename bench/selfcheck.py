@@ -3,14 +3,12 @@
 import math
 
 from bench import report
-from bench.providers import BASELINE, PROVIDERS
+from bench.providers import AGAIN, BASELINE, PROVIDERS
 from bench.report import spread_of
-
-AGAIN = f"{BASELINE} again"
 
 
 def providers() -> dict:
-    return {BASELINE: PROVIDERS[BASELINE], AGAIN: PROVIDERS[BASELINE]}
+    return {name: PROVIDERS[name] for name in (BASELINE, AGAIN)}
 
 
 def finding(row: dict) -> tuple[float, float]:

@@ -47,7 +47,7 @@ def assert_ran(problem, isa, outcome):
         plan = planned(problem, isa, torch.get_num_threads(), way == "backward")
         for key in run.keys() - {"pass"}:
             assert run[key] == getattr(plan, key), (way, key, run, str(plan))
-        # Pairs of bfloat16 are only multiplied by the persistent forward kernel.
-        paired = way == "forward" and run["kernel"] == "persistent"
+        # The direct kernel multiplies no pairs of bfloat16.
+        paired = run["kernel"] == "persistent"
         expected = "avx512" if isa == "avx512_bf16" and not paired else isa
         assert run["isa"] == expected, (way, run)

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from bench import __main__ as cli
 from bench import (
+    apart,
     circumstances,
     machine,
     measure,
@@ -227,6 +228,29 @@ def test_what_was_measured_survives_ctrl_c(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "small" in printed
     assert "Interrupted: later rows are missing." in report.caption(result)
+
+
+def test_times_apart_are_of_another_process(tmp_path):
+    parts = []
+    times = apart.timer(keep_memory=True)(PAIR, SMALL, EFFORT, "cpu", parts.append)
+    assert times.keys() == PAIR.keys() and parts[-1] == 1.0
+    assert all(entry["timing"]["n"] == 2 for entry in times.values())
+    assert [run["pass"] for run in times["lstm_fused"]["kernels"]] == ["forward", "backward"]
+    result = measured(SMALL, times_apart=lambda names, *rest: {n: times[n] for n in names})
+    assert all({"parity", "timing"} <= e.keys() for e in result["rows"][0]["providers"].values())
+
+
+def test_a_process_that_dies_is_a_fact_about_its_row():
+    (entry,) = apart.timer()(["nobody"], SMALL, EFFORT, "cpu", lambda part: None).values()
+    assert entry == {"failed": "the process that measured it ended with exit code 1"}
+
+
+def test_memory_that_is_kept_is_asked_for_in_the_environment(monkeypatch):
+    asked = []
+    monkeypatch.setattr(apart, "ask", lambda task, environment, part: asked.append(environment))
+    for keep in (False, True):
+        apart.timer(keep)([], SMALL, EFFORT, "cpu", None)
+    assert [apart.KEEP.items() <= dict(env).items() for env in asked] == [False, True]
 
 
 class FakeClock:

@@ -12,9 +12,10 @@ namespace {
 // Buffers and sizes of a backward call. Gradients of the sums lie as the saved values do,
 // (D, H/16, S, P, 16): what the products after the loop read without a shuffle. The first G sums of
 // a unit belong to the input's weights, the last G to the hidden state's.
-template <class Cell, class S>
+template <class Cell, class S, class M>
 struct BackwardState {
-  using A = typename ComputeOf<S>::type;
+  using A = typename M::Compute;
+  using E = typename M::Element;
   using V = Vector<A>;
   static constexpr int G = Cell::kGates, P = Cell::kSums;
   static constexpr bool kCarries = Cell::kMemory != Memory::kNone;
@@ -26,17 +27,18 @@ struct BackwardState {
   const int64_t T, N, I, H, R, S_rows, Hb, Rb, Hp, Rp;
   const bool projection;
 
-  A* d_sums;     // (D, Hb, S, P, 16)
+  E* d_sums;     // (D, Hb, S, P, 16) in the type the tiles read
   A* dc;         // (D, N, Hp) gradients of what the cell carries, if anything
   A* c0;         // (D, N, Hp)
-  A* d_hidden;   // (D, Rb, S, 16) gradients of the projected state, projection only
+  E* d_hidden;   // (D, Rb, S, 16) gradients of the projected state, projection only
   A* full;       // (D, S, Hp) hidden states before the projection, projection only
   A* db;         // (threads, 2, D, Hb, P, 16) sums over rows: recent ones, and all before
-  A* packed_hh;  // (D, Rp, G * Hp) in panels: columns of W_hh
-  A* packed_hr;  // (D, Hp, R) in panels: columns of W_hr, projection only
-  A* packed_ih;  // (D, Ip, G * Hp) in panels, dx only
+  E* packed_hh;  // (D, Rp, G * Hp) in panels: columns of W_hh
+  E* packed_hr;  // (D, Hp, R) in panels: columns of W_hr, projection only
+  E* packed_ih;  // (D, Ip, G * Hp) in panels, dx only
   Barrier* barriers;
 
+  static int64_t steps_of(int64_t elements) { return ceil_div(elements, M::kPair); }
   int64_t Ip() const { return round_up(I, kBlock); }
   int groups() const { return plan.direction_groups * plan.row_groups; }
 
@@ -55,15 +57,15 @@ struct BackwardState {
         Rp(Rb * kBlock),
         projection(p.weights[0].w_hr != nullptr) {
     const int D = p.size.D;
-    d_sums = arena.take<A>(D * Hb * S_rows * P * kBlock);
+    d_sums = arena.take<E>(D * Hb * S_rows * P * kBlock);
     dc = kCarries ? arena.take<A>(D * N * Hp) : nullptr;
     c0 = kCarries ? arena.take<A>(D * N * Hp) : nullptr;
-    d_hidden = projection ? arena.take<A>(D * Rb * S_rows * kBlock) : nullptr;
+    d_hidden = projection ? arena.take<E>(D * Rb * S_rows * kBlock) : nullptr;
     full = projection ? arena.take<A>(D * S_rows * Hp) : nullptr;
     db = arena.take<A>(plan.threads * 2 * D * Hb * P * kBlock);
-    packed_hh = arena.take<A>(D * Rp * G * Hp);
-    packed_hr = projection ? arena.take<A>(D * Hp * R) : nullptr;
-    packed_ih = p.dx ? arena.take<A>(D * Ip() * G * Hp) : nullptr;
+    packed_hh = arena.take<E>(D * Rp * G * Hp);
+    packed_hr = projection ? arena.take<E>(D * Hp * Rp) : nullptr;
+    packed_ih = p.dx ? arena.take<E>(D * Ip() * G * Hp) : nullptr;
     barriers = arena.take<Barrier>(groups() + 1);
   }
 
@@ -72,10 +74,10 @@ struct BackwardState {
     barriers[groups()].init(plan.threads);
   }
 
-  A* sum_gradients(int d, int64_t block, int64_t s) const {
+  E* sum_gradients(int d, int64_t block, int64_t s) const {
     return d_sums + ((d * Hb + block) * S_rows + s) * P * kBlock;
   }
-  A* hidden_sum_gradients(int d, int64_t block, int64_t s) const {
+  E* hidden_sum_gradients(int d, int64_t block, int64_t s) const {
     return sum_gradients(d, block, s) + (P - G) * kBlock;
   }
   const A* saved_gates(int d, int64_t block, int64_t s) const {
@@ -87,7 +89,7 @@ struct BackwardState {
   A* bias_sums(int worker, bool all, int d, int64_t block) const {
     return db + (((worker * 2 + all) * p.size.D + d) * Hb + block) * P * kBlock;
   }
-  A* hidden_gradients(int d, int64_t block, int64_t s) const {
+  E* hidden_gradients(int d, int64_t block, int64_t s) const {
     return d_hidden + ((d * Rb + block) * S_rows + s) * kBlock;
   }
 
@@ -98,20 +100,21 @@ struct BackwardState {
     return before >= 0 && before < T && n < p.size.steps.active(before) ? before : -1;
   }
 
-  Panels<A> hidden_panels(int d, int unit_group) const {
+  Panels<M> hidden_panels(int d, int unit_group) const {
     const Range v = vector_slice<A>(R, plan.unit_groups, unit_group);
-    return {v, G * Hp, packed_hh + d * Rp * G * Hp + v.begin * lanes * G * Hp};
+    return {v, steps_of(G * Hp), packed_hh + d * Rp * G * Hp + v.begin * lanes * G * Hp};
   }
-  Panels<A> projection_panels(int d, int unit_group) const {
+  Panels<M> projection_panels(int d, int unit_group) const {
     const Range v = vector_slice<A>(H, plan.unit_groups, unit_group);
-    return {v, R, packed_hr + d * Hp * R + v.begin * lanes * R};
+    return {v, steps_of(R), packed_hr + d * Hp * Rp + v.begin * lanes * steps_of(R) * M::kPair};
   }
 };
 
-template <class Cell, class S>
+template <class Cell, class S, class M>
 struct BackwardWalk {
-  using K = BackwardState<Cell, S>;
+  using K = BackwardState<Cell, S, M>;
   using A = typename K::A;
+  using E = typename K::E;
   using V = typename K::V;
   static constexpr int G = K::G, P = K::P, lanes = K::lanes;
   static constexpr bool kCarries = K::kCarries;
@@ -158,13 +161,15 @@ struct BackwardWalk {
 
   void prepare() const {
     const Weights& w = k.p.weights[d];
-    pack_gate_rows<A, S, G>(k.hidden_panels(d, place.unit_group),
-                            split(G * k.Hp, k.plan.row_groups, place.row_group), Cell::hidden_gate,
-                            static_cast<const S*>(w.w_hh), k.H, k.R);
+    const Panels<M> hh = k.hidden_panels(d, place.unit_group);
+    pack_gate_rows<G>(hh, split(hh.depth, k.plan.row_groups, place.row_group), Cell::hidden_gate,
+                      static_cast<const S*>(w.w_hh), k.H, k.R);
     if (k.projection && place.row_group == 0) {
-      const Panels<A> panels = k.projection_panels(d, place.unit_group);
-      for (int64_t r = 0; r < k.R; ++r)
-        pack_panel_row(panels, r, static_cast<const S*>(w.w_hr) + r * k.H, k.H);
+      const Panels<M> hr = k.projection_panels(d, place.unit_group);
+      for (int64_t step = 0; step < hr.depth; ++step)
+        pack_panel_step(hr, step, k.H, [&](int64_t r) {
+          return r < k.R ? static_cast<const S*>(w.w_hr) + r * k.H : nullptr;
+        });
     }
     if constexpr (kCarries) prepare_carried();
     // Lanes of the last block that no vector of units covers are read by the products as zeros.
@@ -186,9 +191,9 @@ struct BackwardWalk {
   void clear_padding(int64_t from) const {
     for (int64_t t = 0; t < k.T; ++t)
       for (int64_t i = 0; i < group.active(k.p.size.steps.active(t)); ++i) {
-        A* row = k.sum_gradients(d, k.Hb - 1, k.p.size.steps.offset(t) + group.row(i));
+        E* row = k.sum_gradients(d, k.Hb - 1, k.p.size.steps.offset(t) + group.row(i));
         for (int j = 0; j < P; ++j)
-          for (int64_t l = from; l < kBlock; ++l) row[j * kBlock + l] = 0;
+          for (int64_t l = from; l < kBlock; ++l) row[j * kBlock + l] = E{};
       }
   }
 
@@ -210,7 +215,7 @@ struct BackwardWalk {
   // Rows [0, carried) receive a gradient through W_hh; those past `active` end here, in dh0. Rows
   // [carried, active) start here, from dh_n.
   void walk(int64_t step, int64_t carried, int64_t active) const {
-    const Panels<A> panels = k.hidden_panels(d, place.unit_group);
+    const Panels<M> panels = k.hidden_panels(d, place.unit_group);
     for (int64_t i = 0; i < panels.count(); ++i) {
       // To and fro, as forward walks its weights.
       const int64_t panel = step % 2 ? panels.count() - 1 - i : i;
@@ -233,16 +238,16 @@ struct BackwardWalk {
     barrier.wait();
   }
 
-  void product(const Panels<A>& panels, int64_t panel, int64_t step, int64_t first, int n,
+  void product(const Panels<M>& panels, int64_t panel, int64_t step, int64_t first, int n,
                A* out) const {
     const int64_t offset = k.p.size.steps.offset(k.time(d, step - 1));
-    TileProduct<Multiply<A>> tile{{}, 1, G * kBlock, k.Hb, k.S_rows * P * kBlock};
+    TileProduct<M> tile{{}, M::kPair, G * kBlock / M::kPair, k.Hb, k.S_rows * P * kBlock};
     for (int r = 0; r < n; ++r)
       tile.rows[r] = k.hidden_sum_gradients(d, 0, offset + group.row(first + r));
     multiply_tile(n, panels.cols(panel), tile, panels.panel(panel), out, false);
   }
 
-  void final_gradient(const Panels<A>& panels, int64_t panel, int64_t first, int n, A* out) const {
+  void final_gradient(const Panels<M>& panels, int64_t panel, int64_t first, int n, A* out) const {
     const S* dh_n = static_cast<const S*>(k.p.dh_n);
     for (int r = 0; r < n; ++r)
       for (int c = 0; c < panels.cols(panel); ++c) {
@@ -254,7 +259,7 @@ struct BackwardWalk {
 
   // Gradients of the recurrent state that one tile computed: to dh0, or with dy to the cell (or to
   // the projection before it).
-  void receive(const Panels<A>& panels, int64_t panel, int64_t step, int64_t first, int n,
+  void receive(const Panels<M>& panels, int64_t panel, int64_t step, int64_t first, int n,
                bool ended, const A* out) const {
     for (int c = 0; c < panels.cols(panel); ++c) {
       const int64_t vec = panels.first_vector(panel) + c;
@@ -270,7 +275,8 @@ struct BackwardWalk {
         const int64_t s = k.p.size.steps.offset(t) + row;
         const V total = dh + output_gradient(s, u);
         if (k.projection) {
-          store(k.hidden_gradients(d, u / kBlock, s) + u % kBlock, total);
+          // A pair of lanes may hold one past the last hidden unit, read times a zero weight.
+          store(k.hidden_gradients(d, u / kBlock, s) + u % kBlock, keep_first(total, k.R - u));
         } else {
           cell(t, row, s, vec, total);
         }
@@ -311,7 +317,7 @@ struct BackwardWalk {
     if (k.H - u < lanes)
       for (int j = 0; j < P; ++j) d_sum[j] = keep_first(d_sum[j], k.H - u);
     if constexpr (kCarries) store(k.dc + (d * k.N + n) * k.Hp + u, dc);
-    A* to = k.sum_gradients(d, block, s) + lane;
+    E* to = k.sum_gradients(d, block, s) + lane;
     A* sums = bias_sums(false, block) + lane;
 #pragma GCC unroll 8
     for (int j = 0; j < P; ++j) {
@@ -322,7 +328,7 @@ struct BackwardWalk {
   }
 
   void through_projection(int64_t step, int64_t active) const {
-    const Panels<A> panels = k.projection_panels(d, place.unit_group);
+    const Panels<M> panels = k.projection_panels(d, place.unit_group);
     const int64_t t = k.time(d, step);
     const int64_t offset = k.p.size.steps.offset(t);
     for (int64_t panel = 0; panel < panels.count(); ++panel) {
@@ -330,14 +336,14 @@ struct BackwardWalk {
         A out[kMaxRows * kMaxCols * lanes];
         const int cols = panels.cols(panel);
         const int64_t whole = k.R / kBlock, rest = k.R % kBlock;
-        TileProduct<Multiply<A>> tile{{}, 1, kBlock, whole, k.S_rows * kBlock};
+        TileProduct<M> tile{{}, M::kPair, kBlock / M::kPair, whole, k.S_rows * kBlock};
         for (int r = 0; r < n; ++r)
           tile.rows[r] = k.hidden_gradients(d, 0, offset + group.row(first + r));
-        const A* b = panels.panel(panel);
+        const E* b = panels.panel(panel);
         if (whole > 0) multiply_tile(n, cols, tile, b, out, false);
         if (rest > 0) {
           for (int r = 0; r < n; ++r) tile.rows[r] += whole * tile.segment_stride;
-          tile.steps = rest;
+          tile.steps = k.steps_of(rest);
           tile.segments = 1;
           multiply_tile(n, cols, tile, b + whole * kBlock * cols * lanes, out, whole > 0);
         }

@@ -177,7 +177,7 @@ struct PersistentForward : ForwardState<Cell, S, M> {
   static constexpr int kTileVectors = P == 1 ? kMaxCols : 1;
   static constexpr int kTileSize = kMaxCols * lanes;  // a row of a tile, in memory
   // A row of x that tiles cannot read where it lies is copied (converted, padded) first.
-  static constexpr bool kStaged = !Same<S, E>::value || M::kPair > 1;
+  bool stages() const { return !Same<S, E>::value || I % M::kPair != 0; }
 
   const Plan& plan;
   const int64_t depth_x, depth_h;  // tile steps of the two parts
@@ -186,7 +186,7 @@ struct PersistentForward : ForwardState<Cell, S, M> {
   A* bias;            // (D, vectors, P, lanes)
   A* packed_hr;       // (D, Rp, H) in panels, or null
   A* pre;             // (threads, tiles of a slice, chunk_rows, kMaxCols, lanes), hoisting only
-  E* staged;          // (threads, chunk_rows, Ip), kStaged only
+  E* staged;          // (threads, chunk_rows, Ip), if stages()
   const E** rows;     // (threads, chunk_rows)
   Barrier* barriers;  // one a direction and row group, then the team's
 
@@ -209,7 +209,7 @@ struct PersistentForward : ForwardState<Cell, S, M> {
     bias = arena.take<A>(D * this->vectors * P * lanes);
     packed_hr = p.weights[0].w_hr ? arena.take<A>(D * this->Rp * H) : nullptr;
     pre = plan.hoist_steps ? arena.take<A>(threads * slice() * chunk_rows * kTileSize) : nullptr;
-    staged = kStaged ? arena.take<E>(threads * chunk_rows * Ip()) : nullptr;
+    staged = stages() ? arena.take<E>(threads * chunk_rows * Ip()) : nullptr;
     rows = arena.take<const E*>(threads * chunk_rows);
     barriers = arena.take<Barrier>(groups() + 1);
   }
@@ -244,7 +244,7 @@ struct PersistentForward : ForwardState<Cell, S, M> {
     }
   }
 
-  Panels<A> projection_panels(int d, int unit_group) const {
+  Panels<Multiply<A>> projection_panels(int d, int unit_group) const {
     const Range v = vector_slice<A>(R, plan.unit_groups, unit_group);
     return {v, H, packed_hr + d * this->Rp * H + v.begin * lanes * H};
   }
@@ -304,13 +304,12 @@ struct PersistentForward : ForwardState<Cell, S, M> {
 
     const E* input_row(int64_t t, int64_t n, int64_t at) const {
       const S* x = static_cast<const S*>(k.p.x.data) + k.p.x.row(k.p.size.steps, t, n);
-      if constexpr (kStaged) {
-        E* copy = staged + at * k.Ip();
-        stage_row(copy, x, k.I, k.Ip());
-        return copy;
-      } else {
-        return x;
+      if constexpr (Same<S, E>::value) {
+        if (!k.stages()) return x;
       }
+      E* copy = staged + at * k.Ip();
+      stage_row(copy, x, k.I, k.Ip());
+      return copy;
     }
 
     int64_t gather(int64_t at, int64_t of_step) {
@@ -455,7 +454,7 @@ struct PersistentForward : ForwardState<Cell, S, M> {
     }
 
     void project(int64_t active) const {
-      const Panels<A> panels = k.projection_panels(d, place.unit_group);
+      const Panels<Multiply<A>> panels = k.projection_panels(d, place.unit_group);
       for (int64_t panel = 0; panel < panels.count(); ++panel) {
         const int cols = panels.cols(panel);
         for_each_tile(0, active, [&](int64_t first, int n) {

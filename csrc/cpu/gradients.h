@@ -7,21 +7,23 @@
 namespace lstm_fused {
 namespace {
 
-template <class Cell, class S>
-struct Gradients : BackwardState<Cell, S> {
-  using Base = BackwardState<Cell, S>;
+template <class Cell, class S, class M>
+struct Gradients : BackwardState<Cell, S, M> {
+  using Base = BackwardState<Cell, S, M>;
   using Base::G, Base::P, Base::lanes, Base::p, Base::plan, Base::T, Base::N, Base::I, Base::H,
       Base::R, Base::S_rows, Base::Hb, Base::Hp;
   using typename Base::A;
+  using typename Base::E;
   using typename Base::V;
   // Rows of B packed at a time: a panel of them stays in the first-level cache, and the sums, which
   // may exceed the second-level one, are read and written once for that many.
-  static constexpr int64_t kDepth = 128;
+  static constexpr int64_t kDepth = 128 * M::kPair;
   // Rows of dx between two passes over W_ih, whose panels stream from the second-level cache.
   static constexpr int64_t kRowsPerPass = 96;
 
   A* sums;  // of one matrix at a time: (column groups, panels, rows, kMaxCols, lanes)
-  A* b;     // (threads, columns, kDepth)
+  E* b;     // (threads, columns, kDepth)
+  E* a;     // (threads, kDepth, columns of a block) pairs of rows interleaved, pairs only
 
   int64_t packed_rows_size() const { return kDepth * round_up(max64(max64(I, R), H), kBlock); }
 
@@ -31,18 +33,23 @@ struct Gradients : BackwardState<Cell, S> {
     const int64_t sum_rows =
         max64(G * Hp * gate_panels, this->Rp * Split(plan, this->Rb, H).panels());
     sums = arena.take<A>(sum_rows * kMaxCols * lanes);
-    b = arena.take<A>(plan.threads * packed_rows_size());
+    b = arena.take<E>(plan.threads * packed_rows_size());
+    a = M::kPair > 1 ? arena.take<E>(plan.threads * kDepth * G * kBlock) : nullptr;
   }
 
-  Panels<A> input_panels(int d) const {
-    return {{0, ceil_div(I, lanes)}, G * Hp, this->packed_ih + d * this->Ip() * G * Hp};
+  Panels<M> input_panels(int d) const {
+    return {{0, ceil_div(I, lanes)},
+            Base::steps_of(G * Hp),
+            this->packed_ih + d * this->Ip() * G * Hp};
   }
 
   void pack_input_weights(int worker) const {
     if (!p.dx) return;
-    for (int d = 0; d < p.size.D; ++d)
-      pack_gate_rows<A, S, G>(input_panels(d), split(G * Hp, plan.threads, worker),
-                              Cell::input_gate, static_cast<const S*>(p.weights[d].w_ih), H, I);
+    for (int d = 0; d < p.size.D; ++d) {
+      const Panels<M> panels = input_panels(d);
+      pack_gate_rows<G>(panels, split(panels.depth, plan.threads, worker), Cell::input_gate,
+                        static_cast<const S*>(p.weights[d].w_ih), H, I);
+    }
   }
 
   void input_gradient(int worker) const {
@@ -50,18 +57,18 @@ struct Gradients : BackwardState<Cell, S> {
     const Range own = split(S_rows, plan.threads, worker);
     for (int64_t begin = own.begin; begin < own.end; begin += kRowsPerPass) {
       const int64_t end = min64(begin + kRowsPerPass, own.end);
-      const Panels<A> shape = input_panels(0);
+      const Panels<M> shape = input_panels(0);
       for (int64_t panel = 0; panel < shape.count(); ++panel)
         for_each_tile(begin, end,
                       [&](int64_t first, int n) { input_gradient_tile(shape, panel, first, n); });
     }
   }
 
-  void input_gradient_tile(const Panels<A>& shape, int64_t panel, int64_t first, int n) const {
+  void input_gradient_tile(const Panels<M>& shape, int64_t panel, int64_t first, int n) const {
     const int cols = shape.cols(panel);
     A out[kMaxRows * kMaxCols * lanes];
     for (int d = 0; d < p.size.D; ++d) {
-      TileProduct<Multiply<A>> tile{{}, 1, G * kBlock, Hb, S_rows * P * kBlock};
+      TileProduct<M> tile{{}, M::kPair, G * kBlock / M::kPair, Hb, S_rows * P * kBlock};
       for (int r = 0; r < n; ++r) tile.rows[r] = this->sum_gradients(d, 0, first + r);
       multiply_tile(n, cols, tile, input_panels(d).panel(panel), out, d > 0);
     }
@@ -87,22 +94,12 @@ struct Gradients : BackwardState<Cell, S> {
   // A weight gradient: the first `width` columns of `a`, laid out (blocks, S, pitch), times rows of
   // B. Column m of block j is the weight's row of gate_of(m / 16) and unit 16 j + m % 16.
   struct Product {
-    const A* a;
+    const E* a;
     int64_t blocks, width, pitch;
     int (*gate_of)(int);
     int64_t units, columns;
     void* to;  // (gates * units, columns) in S
   };
-
-  // B's row s for each matrix. `t` follows s, which only grows.
-  template <class F>
-  void for_rows(int64_t begin, int64_t end, const F& f) const {
-    int64_t t = 0;
-    for (int64_t s = begin; s < end; ++s) {
-      while (p.size.steps.offset(t + 1) <= s) ++t;
-      f(s, t, s - p.size.steps.offset(t));
-    }
-  }
 
   const S* input_row(int64_t t, int64_t n) const {
     return static_cast<const S*>(p.x.data) + p.x.row(p.size.steps, t, n);
@@ -151,7 +148,7 @@ struct Gradients : BackwardState<Cell, S> {
     const int64_t column_group = worker / shares.block_groups;
     const Range blocks = split(w.blocks, shares.block_groups, worker % shares.block_groups);
     const Range vectors = split(ceil_div(w.columns, lanes), shares.column_groups, column_group);
-    const Panels<A> panels{vectors, kDepth, b + worker * packed_rows_size()};
+    const Panels<M> panels{vectors, kDepth / M::kPair, b + worker * packed_rows_size()};
     A* own_sums = sums + column_group * shares.group_panels * w.blocks * w.width * kMaxCols * lanes;
     // With one pass there is nothing to keep: one block's room, hot in the cache, does for all.
     const bool once = S_rows <= kDepth;
@@ -159,32 +156,63 @@ struct Gradients : BackwardState<Cell, S> {
       const int64_t at = once ? blocks.begin : panel * w.blocks + j;
       return own_sums + at * w.width * kMaxCols * lanes;
     };
+    int64_t t = 0;  // of row s; s only grows
     for (int64_t s0 = 0; s0 < S_rows; s0 += kDepth) {
-      const int64_t depth = min64(kDepth, S_rows - s0);
-      for_rows(s0, s0 + depth, [&](int64_t s, int64_t t, int64_t n) {
-        pack_panel_row<A, B>(panels, s - s0, row_of(s, t, n), w.columns);
-      });
-      for (int64_t j = blocks.begin; j < blocks.end; ++j)
+      const int64_t rows = min64(kDepth, S_rows - s0), depth = Base::steps_of(rows);
+      for (int64_t step = 0; step < depth; ++step)
+        pack_panel_step(panels, step, w.columns, [&](int64_t i) -> const B* {
+          const int64_t s = s0 + i;
+          if (s >= S_rows) return nullptr;
+          while (p.size.steps.offset(t + 1) <= s) ++t;
+          return row_of(s, t, s - p.size.steps.offset(t));
+        });
+      for (int64_t j = blocks.begin; j < blocks.end; ++j) {
+        const Rows block = block_rows(worker, w, w.a + (j * S_rows + s0) * w.pitch, rows);
         for (int64_t panel = 0; panel < panels.count(); ++panel) {
           A* to = sums_of(panel, j);
-          add_block(w, w.a + (j * S_rows + s0) * w.pitch, panels, panel, depth, s0 > 0, to);
-          if (s0 + depth == S_rows) put_rows(w, j, panels, panel, to);
+          add_block(w, block, panels, panel, depth, s0 > 0, to);
+          if (s0 + rows == S_rows) put_rows(w, j, panels, panel, to);
         }
+      }
+    }
+  }
+
+  // Rows of a block as tiles take them: element m of tile step k is at data + k * stride + m *
+  // kPair.
+  struct Rows {
+    const E* data;
+    int64_t stride;
+  };
+
+  // Pairs of rows lie apart: they are interleaved first.
+  Rows block_rows(int worker, const Product& w, const E* from, int64_t rows) const {
+    if constexpr (M::kPair == 1) {
+      return {from, w.pitch};
+    } else {
+      E* to = a + worker * kDepth * G * kBlock;
+      const int64_t width = w.width * M::kPair;
+      for (int64_t i = 0; i < rows; i += M::kPair)
+        for (int64_t m = 0; m < w.width; m += lanes) {
+          const E* const pair[] = {from + i * w.pitch + m,
+                                   i + 1 < rows ? from + (i + 1) * w.pitch + m : nullptr};
+          M::store_b(to + i / M::kPair * width + m * M::kPair, pair, lanes);
+        }
+      return {to, width};
     }
   }
 
   // to (width, kMaxCols, lanes) = (add ? to : 0) + the product of one block and one panel.
-  static void add_block(const Product& w, const A* a, const Panels<A>& panels, int64_t panel,
+  static void add_block(const Product& w, const Rows& block, const Panels<M>& panels, int64_t panel,
                         int64_t depth, bool add, A* to) {
     for_each_tile(0, w.width, [&](int64_t first, int n) {
-      TileProduct<Multiply<A>> tile{{}, w.pitch, depth, 1, 0};
-      for (int r = 0; r < n; ++r) tile.rows[r] = a + first + r;
+      TileProduct<M> tile{{}, block.stride, depth, 1, 0};
+      for (int r = 0; r < n; ++r) tile.rows[r] = block.data + (first + r) * M::kPair;
       multiply_tile(n, panels.cols(panel), tile, panels.panel(panel), to + first * kMaxCols * lanes,
                     add);
     });
   }
 
-  void put_rows(const Product& w, int64_t j, const Panels<A>& panels, int64_t panel,
+  void put_rows(const Product& w, int64_t j, const Panels<M>& panels, int64_t panel,
                 const A* from) const {
     for (int64_t m = 0; m < w.width; ++m) {
       const int64_t unit = j * kBlock + m % kBlock;
@@ -224,7 +252,7 @@ struct Gradients : BackwardState<Cell, S> {
     void run() const {
       k.pack_input_weights(i);
       k.clear_bias_sums(i);
-      BackwardWalk<Cell, S>(k, i).run();
+      BackwardWalk<Cell, S, M>(k, i).run();
       k.barriers[k.groups()].wait();
       k.input_gradient(i);
       k.weight_gradients(i);

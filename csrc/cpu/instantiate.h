@@ -10,20 +10,22 @@ namespace lstm_fused {
 namespace {
 
 template <class S>
-struct ForwardMultiply {
+struct MultiplyOf {
   using type = Multiply<typename ComputeOf<S>::type>;
 };
 #if defined(LSTM_FUSED_BF16_PAIRS)
 template <>
-struct ForwardMultiply<BFloat16> {
+struct MultiplyOf<BFloat16> {
   using type = MultiplyPairs;
 };
 #endif
 
 template <class Cell, class S>
-using Persistent = PersistentForward<Cell, S, typename ForwardMultiply<S>::type>;
+using Persistent = PersistentForward<Cell, S, typename MultiplyOf<S>::type>;
 template <class Cell, class S>
 using Direct = DirectForward<Cell, S, typename ComputeOf<S>::type>;
+template <class Cell, class S>
+using Backward = Gradients<Cell, S, typename MultiplyOf<S>::type>;
 
 // A kernel lays out its scratch memory when it is made; its Worker is one thread's part.
 template <class Kernel, class Params>
@@ -57,8 +59,8 @@ int64_t forward_scratch(const ForwardParams& p, const Plan& plan) {
 
 template <class Cell, class S>
 inline constexpr Kernel kKernel = {forward_scratch<Cell, S>, forward<Cell, S>,
-                                   scratch_bytes<Gradients<Cell, S>, BackwardParams>,
-                                   run<Gradients<Cell, S>, BackwardParams>};
+                                   scratch_bytes<Backward<Cell, S>, BackwardParams>,
+                                   run<Backward<Cell, S>, BackwardParams>};
 
 template <class Cell>
 const Kernel* kernel_of_dtype(DType dtype) {

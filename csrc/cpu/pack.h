@@ -151,51 +151,58 @@ void pack_rows_as_lanes(typename M::Element* dst, int64_t dst_stride, const S* w
 }
 
 // A range of column vectors of B, cut into panels of at most kMaxCols.
-template <class A>
+template <class M>
 struct Panels {
+  using E = typename M::Element;
   Range vectors;
-  int64_t depth;  // rows of B
-  A* data;
+  int64_t depth;  // tile steps: rows of B, or pairs of them
+  E* data;
 
-  static constexpr int lanes = VectorOf<A>::lanes;
+  static constexpr int lanes = VectorOf<typename M::Compute>::lanes;
+  static constexpr int width = lanes * M::kPair;  // elements of a vector
   int64_t count() const { return ceil_div(vectors.size(), kMaxCols); }
   int cols(int64_t panel) const {
     return static_cast<int>(min64(kMaxCols, vectors.size() - panel * kMaxCols));
   }
   int64_t first_vector(int64_t panel) const { return vectors.begin + panel * kMaxCols; }
-  A* panel(int64_t p) const { return data + p * kMaxCols * depth * lanes; }
+  E* panel(int64_t p) const { return data + p * kMaxCols * depth * width; }
 };
 
-// Row k of every panel from a row of n elements; a null row is zeros.
-template <class A, class S>
-void pack_panel_row(const Panels<A>& panels, int64_t k, const S* row, int64_t n) {
-  using V = Vector<A>;
-  constexpr int lanes = VectorOf<A>::lanes;
+// Tile step `step` of every panel from rows of n elements; row_of(k) is row k of B, null for zeros.
+template <class M, class RowOf>
+void pack_panel_step(const Panels<M>& panels, int64_t step, int64_t n, const RowOf& row_of) {
+  using Row = decltype(row_of(0));
+  constexpr int lanes = Panels<M>::lanes, width = Panels<M>::width;
+  Row rows[M::kPair];
+  for (int i = 0; i < M::kPair; ++i) rows[i] = row_of(step * M::kPair + i);
   for (int64_t p = 0; p < panels.count(); ++p) {
     const int cols = panels.cols(p);
-    A* dst = panels.panel(p) + k * cols * lanes;
+    typename M::Element* dst = panels.panel(p) + step * cols * width;
     for (int c = 0; c < cols; ++c) {
       const int64_t at = (panels.first_vector(p) + c) * lanes;
-      store(dst + c * lanes, row && at < n ? load_first<V>(row + at, n - at) : V{});
+      Row from[M::kPair];
+      for (int i = 0; i < M::kPair; ++i) from[i] = rows[i] && at < n ? rows[i] + at : nullptr;
+      M::store_b(dst + c * width, from, n - at);
     }
   }
 }
 
-// Rows `range` of panels of w (G * H, n), its rows taken in the order of the gradients of the sums:
-// block, sum, lane. gate_of gives a sum's gate.
-template <class A, class S, int G>
-void pack_gate_rows(const Panels<A>& panels, Range range, int (*gate_of)(int), const S* w,
+// Tile steps `range` of panels of w (G * H, n), its rows taken in the order of the gradients of the
+// sums: block, sum, lane. gate_of gives a sum's gate.
+template <int G, class M, class S>
+void pack_gate_rows(const Panels<M>& panels, Range range, int (*gate_of)(int), const S* w,
                     int64_t H, int64_t n) {
-  for (int64_t k = range.begin; k < range.end; ++k) {
-    const int64_t gate = gate_of(k / kBlock % G);
-    const int64_t u = k / (G * kBlock) * kBlock + k % kBlock;
-    pack_panel_row(panels, k, u < H ? w + (gate * H + u) * n : nullptr, n);
-  }
+  for (int64_t step = range.begin; step < range.end; ++step)
+    pack_panel_step(panels, step, n, [&](int64_t k) {
+      const int64_t gate = gate_of(k / kBlock % G);
+      const int64_t u = k / (G * kBlock) * kBlock + k % kBlock;
+      return u < H ? w + (gate * H + u) * n : nullptr;
+    });
 }
 
 // Panels whose column p is row p of w (n, K): B = w transposed.
 template <class A, class S>
-void pack_transposed(const Panels<A>& panels, const S* w, int64_t n, int64_t K) {
+void pack_transposed(const Panels<Multiply<A>>& panels, const S* w, int64_t n, int64_t K) {
   constexpr int lanes = VectorOf<A>::lanes;
   for (int64_t p = 0; p < panels.count(); ++p) {
     const int cols = panels.cols(p);

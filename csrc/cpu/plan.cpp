@@ -35,9 +35,11 @@ struct Partition {
   int threads() const { return direction_groups * row_groups * unit_groups; }
 };
 
-bool hoists(const Problem& p) {
-  const bool storage_is_compute = p.dtype == DType::kFloat32 || p.dtype == DType::kFloat64;
-  return !storage_is_compute || p.N < kHoistBelowRows;
+// Rows that tiles cannot read where they lie are staged many steps at a time.
+bool hoists(const Problem& p, const Machine& m) {
+  const bool in_place = p.dtype == DType::kFloat32 || p.dtype == DType::kFloat64 ||
+                        (multiplies_pairs(m.isa, p.dtype) && p.I % 2 == 0);
+  return !in_place || p.N < kHoistBelowRows;
 }
 
 // One step of k for all rows and one vector of units. The thread reads `bytes` of weights in turn,
@@ -54,7 +56,7 @@ double cost(const Problem& p, const Machine& m, const Partition& part) {
   const double rows = ceil_div(p.N, part.row_groups);
   const double depth = p.I + p.R;
   const double gates = info(p.cell).gates;
-  const double bytes = blocks * (hoists(p) ? p.R : depth) * gates * vector_bytes(m.isa);
+  const double bytes = blocks * (hoists(p, m) ? p.R : depth) * gates * vector_bytes(m.isa);
   const double tiles = tile_cycles(rows, m, bytes) * gates / kTileCols;
   double step = blocks * (depth * tiles + rows * kCellCyclesPerVector);
   if (p.projection) step += blocks * p.R * tiles / gates;
@@ -113,15 +115,14 @@ Plan plan_forward(const Problem& p, const Machine& m) {
     return plan;
   }
   const int64_t rows = std::max<int64_t>(1, ceil_div(p.N, part.row_groups));
-  if (hoists(p)) {
+  if (hoists(p, m)) {
     plan.hoist_steps = std::clamp<int64_t>(kHoistRows / rows, 1, std::max<int64_t>(p.T, 1));
   }
   return plan;
 }
 
 Plan plan_backward(const Problem& p, const Machine& m) {
-  return with_partition(p, {m.isa == Isa::kAvx512Bf16 ? Isa::kAvx512 : m.isa, m.threads},
-                        best_partition(p, m));
+  return with_partition(p, m, best_partition(p, m));
 }
 
 int tile_rows(Isa isa) {

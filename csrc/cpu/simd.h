@@ -69,12 +69,19 @@ LSTM_FUSED_INLINE VFloat widen(VUint16 raw, BFloat16) {
   return bit_cast<VFloat>(__builtin_convertvector(raw, VUint32) << 16);
 }
 
+#if defined(LSTM_FUSED_BF16_PAIRS)
+// As the products, this takes a subnormal for zero.
+LSTM_FUSED_INLINE VUint16 narrow(VFloat v, BFloat16) {
+  return bit_cast<VUint16>(_mm512_cvtneps_pbh(bit_cast<__m512>(v)));
+}
+#else
 LSTM_FUSED_INLINE VUint16 narrow(VFloat v, BFloat16) {
   const VUint32 u = bit_cast<VUint32>(v);
   const VUint32 rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   const VUint32 quiet = (u >> 16) | 0x40;
   return __builtin_convertvector((u & 0x7fffffff) > 0x7f800000 ? quiet : rounded, VUint16);
 }
+#endif
 
 #if defined(LSTM_FUSED_F16C) && LSTM_FUSED_VECTOR_BYTES == 64
 LSTM_FUSED_INLINE VFloat widen(VUint16 raw, Half) {
@@ -168,6 +175,16 @@ LSTM_FUSED_INLINE V keep_first(V v, int64_t n) {
   constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
   for (int64_t l = n; l < lanes; ++l) v[l] = 0;
   return v;
+}
+
+// The first n elements as bfloat16 bits, rounded if need be; the rest zero.
+LSTM_FUSED_INLINE VUint16 load_bits(const BFloat16* p, int64_t n) {
+  VUint16 raw = {};
+  __builtin_memcpy(&raw, p, n >= kVectorBytes / 4 ? sizeof(raw) : n * sizeof(*p));
+  return raw;
+}
+LSTM_FUSED_INLINE VUint16 load_bits(const float* p, int64_t n) {
+  return narrow(load_first<VFloat>(p, n), BFloat16{});
 }
 
 // v rounded to the storage type, still in the compute type: what a later step may read back.

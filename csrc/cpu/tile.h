@@ -10,6 +10,7 @@ namespace {
 // Registers decide the tile: 6 x 4 accumulators of 32 registers, 3 x 4 of 16.
 constexpr int kMaxRows = LSTM_FUSED_TILE_ROWS;
 constexpr int kMaxCols = 4;
+constexpr int64_t kLine = 64;  // bytes of a cache line
 
 // How a tile multiplies. `Element` is what A is stored in, `kPair` how many of them one step takes,
 // `Packed` the same for B: a vector of the panel holds kPair consecutive k for each lane.
@@ -21,6 +22,11 @@ struct Multiply {
   using V = Vector<A>;
   static LSTM_FUSED_INLINE V broadcast(const A* a) { return splat_of<V>(*a); }
   static LSTM_FUSED_INLINE V load_b(const A* b) { return load<V>(b); }
+  // A vector of the panel from the first n elements of row k; a null row is zeros.
+  template <class S>
+  static LSTM_FUSED_INLINE void store_b(A* to, const S* const (&row)[kPair], int64_t n) {
+    store(to, row[0] ? load_first<V>(row[0], n) : V{});
+  }
   static LSTM_FUSED_INLINE V multiply_add(V acc, V a, V b) { return acc + a * b; }
 };
 
@@ -40,6 +46,14 @@ struct MultiplyPairs {
     VUint32 v;
     __builtin_memcpy(&v, b, sizeof(v));
     return v;
+  }
+  template <class S>
+  static LSTM_FUSED_INLINE void store_b(BFloat16* to, const S* const (&row)[kPair], int64_t n) {
+    const auto bits = [n](const S* p) {
+      return __builtin_convertvector(p ? load_bits(p, n) : VUint16{}, VUint32);
+    };
+    const VUint32 v = bits(row[0]) | bits(row[1]) << 16;
+    __builtin_memcpy(to, &v, sizeof(v));
   }
   static LSTM_FUSED_INLINE VFloat multiply_add(VFloat acc, VUint32 a, VUint32 b) {
     return bit_cast<VFloat>(
@@ -172,6 +186,13 @@ void tile_product(const TileProduct<M>& p, const typename M::Element* b, typenam
   int64_t summed = 0;
   for (int64_t s = 0; s < p.segments; ++s) {
     if (p.stride == M::kPair) {
+      // The next segment lies far off, and another core may have written it just now.
+      if (s + 1 < p.segments) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+          for (int64_t k = 0; k < p.steps * M::kPair; k += kLine / sizeof(*b))
+            __builtin_prefetch(rows[r] + p.segment_stride + k);
+      }
       accumulate<M, R, C>(acc, rows, M::kPair, b, p.steps);
     } else {
       accumulate<M, R, C>(acc, rows, p.stride, b, p.steps);
