@@ -144,13 +144,12 @@ struct Call {
   }
 
   // The data of a tensor of exactly this shape, or null.
-  template <int Dims>
-  void* data(PyObject* object, const int64_t (&shape)[Dims], PyObject** like = nullptr) const {
+  void* data(PyObject* object, const int64_t* shape, int dims, PyObject** like = nullptr) const {
     dlpack::Tensor t;
-    if (!view(object, t) || t.ndim != Dims || !has_dtype(t)) return nullptr;
+    if (!view(object, t) || t.ndim != dims || !has_dtype(t)) return nullptr;
     int64_t pitch = 1;
     bool plain = true;
-    for (int i = Dims; i-- > 0;) {
+    for (int i = dims; i-- > 0;) {
       if (t.shape[i] != shape[i]) return nullptr;
       plain = plain && t.strides[i] == pitch;
       pitch *= shape[i];
@@ -161,20 +160,41 @@ struct Call {
 
   // A new tensor of x's dtype; like: one of the same shape and strides, if there is, which is
   // quicker to allocate after.
-  Owned allocate(PyObject* x, PyObject* like, const int64_t (&shape)[3], void*& to) const {
+  Owned allocate(PyObject* x, PyObject* like, const int64_t* shape, int dims, void*& to) const {
     Owned made(nullptr);
     if (like) {
       made.p = PyObject_CallOneArg(torch.empty_like, like);
     } else {
-      const Owned sizes(Py_BuildValue("(LLL)", shape[0], shape[1], shape[2]));
-      made.p = PyObject_CallMethodOneArg(x, torch.new_empty, sizes.p);
+      const Owned sizes(PyTuple_New(dims));
+      for (int i = 0; sizes.p && i < dims; ++i)
+        PyTuple_SET_ITEM(sizes.p, i, PyLong_FromLongLong(shape[i]));
+      if (sizes.p) made.p = PyObject_CallMethodOneArg(x, torch.new_empty, sizes.p);
     }
     dlpack::Tensor t;
     if (!made.p || torch.dlpack->dltensor_from_py_object_no_sync(made.p, &t) != 0) return made;
     to = static_cast<char*>(t.data) + t.byte_offset;
-    if (poisoning()) std::memset(to, 0xff, shape[0] * shape[1] * shape[2] * t.type_bits / 8);
+    if (poisoning()) {
+      int64_t size = t.type_bits / 8;
+      for (int i = 0; i < dims; ++i) size *= shape[i];
+      std::memset(to, 0xff, size);
+    }
     return made;
   }
+};
+
+// What a layer reads: (T, N, I) by its strides.
+struct Input {
+  void* data;
+  int64_t T, N, I, step, row;
+
+  // x has three dimensions, or those of a single step.
+  explicit Input(const dlpack::Tensor& x)
+      : data(x.data),
+        T(x.ndim > 2 ? x.shape[0] : 1),
+        N(x.ndim > 1 ? x.shape[x.ndim - 2] : 1),
+        I(x.shape[x.ndim - 1]),
+        step(x.ndim > 2 ? x.strides[0] : 0),
+        row(x.ndim > 1 ? x.strides[x.ndim - 2] : 0) {}
 };
 
 // A module's layers, one after the other, as far as they are plain.
@@ -195,15 +215,15 @@ struct Layers {
     return PyDict_GetItemWithError(params, name);
   }
 
-  bool read_sizes(const dlpack::Tensor& x) {
+  bool read_sizes(const Input& x) {
     each = PyList_GET_SIZE(names) / (L * D);
     bias = each >= 4;
     projection = each % 2 == 1;
     PyObject* w_hh = weight(0, 0, 1);
     dlpack::Tensor t;
     if (!w_hh || !call.view(w_hh, t) || t.ndim != 2 || each < 2 || each > 5) return false;
-    size = {{x.shape[0], x.shape[1], nullptr, nullptr},
-            x.shape[2],
+    size = {{x.T, x.N, nullptr, nullptr},
+            x.I,
             t.shape[0] / info(cell).gates,
             t.shape[1],
             D};
@@ -215,9 +235,9 @@ struct Layers {
     const int64_t rows = info(cell).gates * size.H;
     const int64_t I = layer ? D * size.R : size.I;
     for (int d = 0; d < D; ++d) {
-      const auto get = [&](size_t i, const auto& shape) -> void* {
+      const auto get = [&]<int Dims>(size_t i, const int64_t(&shape)[Dims]) -> void* {
         PyObject* w = weight(layer, d, i);
-        return w ? call.data(w, shape) : nullptr;
+        return w ? call.data(w, shape, Dims) : nullptr;
       };
       const int64_t ih[2] = {rows, I}, hh[2] = {rows, size.R}, b[1] = {rows};
       const int64_t hr[2] = {size.R, size.H};
@@ -244,8 +264,12 @@ struct State {
 };
 
 // Runs all layers; x is read as `input` says. Returns the result as the module does, None to leave
-// the call to the operator, or null with a Python error.
-PyObject* run(Layers& m, PyObject* x, const dlpack::Tensor& input, PyObject* hx) {
+// the call to the operator, or null with a Python error. A single step returns its states alone,
+// with as many dimensions as x.
+PyObject* run(Layers& m, PyObject* x, const dlpack::Tensor& view, PyObject* hx) {
+  const Input input(view);
+  const int dims = view.ndim;
+  const bool single = dims < 3;
   const auto leave = [] {
     PyErr_Clear();
     return Py_NewRef(Py_None);
@@ -258,7 +282,8 @@ PyObject* run(Layers& m, PyObject* x, const dlpack::Tensor& input, PyObject* hx)
     if (states == 2 && (!PyTuple_CheckExact(hx) || PyTuple_GET_SIZE(hx) != 2)) return leave();
     for (int i = 0; i < states; ++i) {
       PyObject* given = states == 2 ? PyTuple_GET_ITEM(hx, i) : hx;
-      state[i].initial = static_cast<char*>(m.call.data(given, state[i].shape, &state[i].like));
+      state[i].initial =
+          static_cast<char*>(m.call.data(given, state[i].shape + 3 - dims, dims, &state[i].like));
       if (!state[i].initial) return leave();
     }
   }
@@ -268,17 +293,18 @@ PyObject* run(Layers& m, PyObject* x, const dlpack::Tensor& input, PyObject* hx)
 
   Owned ends[2] = {Owned(nullptr), Owned(nullptr)};
   for (int i = 0; i < states; ++i) {
-    ends[i].p = m.call.allocate(x, state[i].like, state[i].shape, state[i].last).release();
+    ends[i].p =
+        m.call.allocate(x, state[i].like, state[i].shape + 3 - dims, dims, state[i].last).release();
     if (!state[i].last) return nullptr;
   }
   Owned y(nullptr);
   const int64_t y_shape[3] = {T, N, m.D * size.R};
-  dlpack::Tensor from = input;
+  Input from = input;
   for (int k = 0; k < m.L; ++k) {
     ForwardParams p{};
     p.size = size;
-    p.size.I = from.shape[2];
-    p.x = {from.data, from.strides[0], from.strides[1]};
+    p.size.I = from.I;
+    p.x = {from.data, from.step, from.row};
     std::copy(weights[k].begin(), weights[k].end(), p.weights);
     const auto part = [&](int i, void* base) -> void* {
       const int64_t elements = k * m.D * N * state[i].shape[2];
@@ -290,10 +316,15 @@ PyObject* run(Layers& m, PyObject* x, const dlpack::Tensor& input, PyObject* hx)
       p.c0 = part(1, state[1].initial);
       p.c_n = part(1, state[1].last);
     }
-    const bool as_input = k > 0 || (size.I == y_shape[2] && input.strides[2] == 1 &&
-                                    input.strides[1] == size.I && input.strides[0] == N * size.I);
+    const bool as_input = k > 0 || (size.I == y_shape[2] && view.strides[dims - 1] == 1 &&
+                                    input.row == size.I && input.step == N * size.I);
     PyObject* before = k ? y.p : x;
-    Owned made = m.call.allocate(x, as_input ? before : nullptr, y_shape, p.y);
+    Owned made(nullptr);
+    if (single) {
+      p.y = p.h_n;  // the same values
+    } else {
+      made.p = m.call.allocate(x, as_input ? before : nullptr, y_shape, 3, p.y).release();
+    }
     if (!p.y) return nullptr;
     const Problem problem = problem_of(m.cell, m.call.dtype, p.size, m.projection, false);
     std::exception_ptr failed;
@@ -307,20 +338,27 @@ PyObject* run(Layers& m, PyObject* x, const dlpack::Tensor& input, PyObject* hx)
     if (failed) std::rethrow_exception(failed);
     Owned old(y.p);  // the layer below's output, read until now
     y.p = made.release();
-    if (k + 1 < m.L && !m.call.view(y.p, from)) return nullptr;
+    if (k + 1 < m.L) {
+      dlpack::Tensor above;
+      if (!m.call.view(y.p, above)) return nullptr;
+      from = Input(above);
+    }
   }
   PyObject* end = states == 2 ? PyTuple_Pack(2, ends[0].p, ends[1].p) : ends[0].release();
+  if (single) return end;
   const Owned owned_end(end);
   return end ? PyTuple_Pack(2, y.p, end) : nullptr;
 }
 
-PyObject* infer_checked(PyObject* const* args) {
+// args: names, params, x, hx, cell; for a layer's steps directions and layers too.
+PyObject* infer_checked(PyObject* const* args, bool single) {
   const Torch* t = torch();
   if (!t || !nobody_watches(*t)) {
     PyErr_Clear();
     return Py_NewRef(Py_None);
   }
-  const long cell = PyLong_AsLong(args[4]), D = PyLong_AsLong(args[5]), L = PyLong_AsLong(args[6]);
+  const long cell = PyLong_AsLong(args[4]);
+  const long D = single ? 1 : PyLong_AsLong(args[5]), L = single ? 1 : PyLong_AsLong(args[6]);
   const bool fits = PyList_CheckExact(args[0]) && PyDict_CheckExact(args[1]) && cell >= 0 &&
                     cell < kCellCount && (D == 1 || D == 2) && L >= 1 &&
                     PyList_GET_SIZE(args[0]) >= L * D;
@@ -332,8 +370,9 @@ PyObject* infer_checked(PyObject* const* args) {
            args[1],
            0};
   dlpack::Tensor x;
-  if (!fits || !m.call.view(args[2], x, true) || x.ndim != 3 || !Call::dtype_of(x, m.call.dtype) ||
-      (x.strides[2] != 1 && x.shape[2] != 1) || !m.read_sizes(x)) {
+  if (!fits || !m.call.view(args[2], x, true) ||
+      (single ? x.ndim != 1 && x.ndim != 2 : x.ndim != 3) || !Call::dtype_of(x, m.call.dtype) ||
+      (x.strides[x.ndim - 1] != 1 && x.shape[x.ndim - 1] != 1) || !m.read_sizes(Input(x))) {
     PyErr_Clear();
     return Py_NewRef(Py_None);
   }
@@ -343,12 +382,14 @@ PyObject* infer_checked(PyObject* const* args) {
 }  // namespace
 
 PyObject* infer(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 7) {
-    PyErr_SetString(PyExc_TypeError, "infer takes names, params, x, hx, cell, directions, layers");
+  if (count != 5 && count != 7) {
+    PyErr_SetString(PyExc_TypeError,
+                    "infer takes names, params, x, hx, cell, and directions, layers unless it is "
+                    "one step");
     return nullptr;
   }
   try {
-    return infer_checked(args);
+    return infer_checked(args, count == 5);
   } catch (const std::bad_alloc&) {
     return PyErr_NoMemory();
   } catch (const std::exception& error) {

@@ -22,6 +22,8 @@ CELLS = _plan.cells()  # by name: id, gates, sums, memory; csrc/cells/cells.h
 _IDS = {name: cell["id"] for name, cell in CELLS.items()}
 _IDS_BY_MODE = {name.upper(): number for name, number in _IDS.items()}
 _BY_ID = {cell["id"]: cell for cell in CELLS.values()}
+_STEP_WEIGHTS = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]  # of torch.nn's cells
+_STEP_WEIGHTS_WITHOUT_BIAS = _STEP_WEIGHTS[:2]
 _BLOCK = 16  # units to a block of the gates saved on the CPU, csrc/params.h
 
 cuda.load()
@@ -91,6 +93,12 @@ def infer(module, input, hx):
         layers,
     )
     return (found[0].transpose(0, 1), found[1]) if first and found is not None else found
+
+
+def infer_step(module, input, hx):
+    """`infer` for a single-step cell: input (N, I) or (I,), and the states it returns likewise."""
+    names = _STEP_WEIGHTS if module.bias else _STEP_WEIGHTS_WITHOUT_BIAS
+    return _C.infer(names, module._parameters, input, hx, _IDS.get(module._cell(), -1))
 
 
 class _Layer(torch.autograd.Function):

@@ -43,5 +43,6 @@ def use(monkeypatch):
     monkeypatch.setattr(ops, "_forward_op", cuda_layer.forward)
     monkeypatch.setattr(ops, "_backward_op", cuda_layer.backward)
     monkeypatch.setattr(ops, "infer", lambda module, input, hx: None)
+    monkeypatch.setattr(ops, "infer_step", lambda module, input, hx: None)
     monkeypatch.setattr(ops, "last_run", lambda device=None: cuda.last_run())
     cuda.device_properties.cache_clear()

@@ -27,15 +27,18 @@ PROBLEMS = (
 
 @pytest.fixture
 def short_way(monkeypatch):
-    """Every result of ops.infer, None included."""
+    """Every result of ops.infer and ops.infer_step, None included."""
     taken = []
-    infer = ops.infer
 
-    def noted(*args):
-        taken.append(infer(*args))
-        return taken[-1]
+    def noting(infer):
+        def noted(*args):
+            taken.append(infer(*args))
+            return taken[-1]
 
-    monkeypatch.setattr(ops, "infer", noted)
+        return noted
+
+    for name in ("infer", "infer_step"):
+        monkeypatch.setattr(ops, name, noting(getattr(ops, name)))
     return taken
 
 
@@ -55,6 +58,55 @@ def test_same_as_the_operator(problem, dtype, short_way, monkeypatch):
         for name, t in usual.tensors.items():
             assert torch.equal(quick.tensors[name], t), (isa, name)
             assert quick.tensors[name].stride() == t.stride(), (isa, name)
+
+
+STEPS = {
+    "lstm": lstm_fused.LSTMCell,
+    "gru": lstm_fused.GRUCell,
+    "tanh": lstm_fused.RNNCell,
+    "relu": lambda *sizes, **options: lstm_fused.RNNCell(*sizes, nonlinearity="relu", **options),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", STEPS)
+def test_steps_are_the_same_as_the_operator(cell, dtype, short_way, monkeypatch):
+    for bias, state, rows, threads in (
+        (True, True, (3,), 1),
+        (False, True, (7,), 2),
+        (True, False, (1,), 1),
+        (True, True, (), 1),
+    ):
+        torch.set_num_threads(threads)
+        module = STEPS[cell](9, 17, bias=bias, dtype=dtype).requires_grad_(False)
+        x = torch.randn(*rows, 9).to(dtype)
+        h, c = torch.randn(2, *rows, 17).to(dtype)
+        hx = None if not state else (h, c) if cell == "lstm" else h
+        quick = module(x, hx)
+        assert short_way.pop() is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "infer_step", lambda *_: None)
+            usual = module(x, hx)
+        assert type(quick) is type(usual)
+        for one, other in zip(
+            *([t] if h is t or torch.is_tensor(t) else t for t in (quick, usual)), strict=True
+        ):
+            assert torch.equal(one, other) and one.stride() == other.stride()
+            assert one.untyped_storage().data_ptr() not in [t.data_ptr() for t in (x, h, c)]
+
+
+def test_steps_are_left_to_the_operator(short_way):
+    module, x = lstm_fused.LSTMCell(4, 6), torch.randn(3, 4)
+    assert module(x)[0].requires_grad
+    module.requires_grad_(False)
+    h, c = torch.zeros(2, 3, 6)
+    for odd in ([h, c], (h, c.expand(2, 3, 6)[1].t().contiguous().t())):
+        module(x, odd)
+    with pytest.raises(RuntimeError):
+        module(x, (h, c[:2]))
+    with pytest.raises(RuntimeError):
+        module(torch.randn(3, 5), (h, c))
+    assert short_way == [None] * 5
 
 
 def small(**options):
