@@ -222,11 +222,7 @@ struct Layers {
     PyObject* w_hh = weight(0, 0, 1);
     dlpack::Tensor t;
     if (!w_hh || !call.view(w_hh, t) || t.ndim != 2 || each < 2 || each > 5) return false;
-    size = {{x.T, x.N, nullptr, nullptr},
-            x.I,
-            t.shape[0] / info(cell).gates,
-            t.shape[1],
-            D};
+    size = {{x.T, x.N, nullptr, nullptr}, x.I, t.shape[0] / info(cell).gates, t.shape[1], D};
     return size.H > 0 && size.R > 0 && size.I > 0 && size.steps.T > 0 && size.steps.N > 0 &&
            (projection ? own_state() : size.R == size.H);
   }
@@ -235,7 +231,7 @@ struct Layers {
     const int64_t rows = info(cell).gates * size.H;
     const int64_t I = layer ? D * size.R : size.I;
     for (int d = 0; d < D; ++d) {
-      const auto get = [&]<int Dims>(size_t i, const int64_t(&shape)[Dims]) -> void* {
+      const auto get = [&]<int Dims>(size_t i, const int64_t (&shape)[Dims]) -> void* {
         PyObject* w = weight(layer, d, i);
         return w ? call.data(w, shape, Dims) : nullptr;
       };
@@ -254,6 +250,24 @@ struct Layers {
 int64_t bytes_of(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
+
+// Products of a layer that take less time than handing over the interpreter's lock.
+constexpr int64_t kFewProducts = 100'000;
+
+int64_t products(const LayerSizes& size, int64_t gates) {
+  return size.steps.T * size.steps.N * size.D * gates * size.H * (size.I + size.R);
+}
+
+// The interpreter's lock is let go of.
+class Unlocked {
+ public:
+  Unlocked() : state_(PyEval_SaveThread()) {}
+  ~Unlocked() { PyEval_RestoreThread(state_); }
+  Unlocked(const Unlocked&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
 
 // An initial or final state over all layers; null data for zeros.
 struct State {
@@ -327,15 +341,12 @@ PyObject* run(Layers& m, PyObject* x, const dlpack::Tensor& view, PyObject* hx) 
     }
     if (!p.y) return nullptr;
     const Problem problem = problem_of(m.cell, m.call.dtype, p.size, m.projection, false);
-    std::exception_ptr failed;
-    Py_BEGIN_ALLOW_THREADS;
-    try {
+    if (products(p.size, info(m.cell).gates) <= kFewProducts) {
       launch(problem, p);
-    } catch (...) {
-      failed = std::current_exception();
+    } else {
+      const Unlocked other_threads_run;
+      launch(problem, p);
     }
-    Py_END_ALLOW_THREADS;
-    if (failed) std::rethrow_exception(failed);
     Owned old(y.p);  // the layer below's output, read until now
     y.p = made.release();
     if (k + 1 < m.L) {

@@ -39,87 +39,109 @@ struct DirectForward : ForwardState<Cell, S, Multiply<A_>> {
   // Vectors summed before the sum joins the total: a long dot product in pieces is more exact.
   static constexpr int64_t kPiece = 32;
 
-  // Units whose dot products run side by side: a cell of few gates needs several to hide latency.
-  static constexpr int kUnits = kMaxCols / G < lanes ? kMaxCols / G : lanes;
-  static constexpr int kDots = kUnits * G;
-
-  // acc[i][r] += the sum over k of w[i][k] * a[r][k], lane by lane.
+  // Units whose dot products run side by side, to hide latency: fewer where rows do that.
   template <int Rows>
-  static LSTM_FUSED_INLINE void multiply_rows(const S* const (&w)[kDots], int64_t K,
-                                              const A* const* a, V (&acc)[kDots][Rows]) {
+  static constexpr int kUnits = (Rows <= 2 ? 2 * kMaxCols : kMaxCols) / G;
+
+  // A weight's rows of each gate, from the first unit of a vector on.
+  struct GateRows {
+    const S* w[G];
+
+    GateRows(const void* weights, int (*gate)(int), int64_t H, int64_t K, int64_t u0) {
+      for (int j = 0; j < G; ++j) w[j] = static_cast<const S*>(weights) + (gate(j) * H + u0) * K;
+    }
+  };
+
+  // Of them those of some units: the gates of one, then those of the next, the last again for each
+  // that the layer has not got.
+  template <int Units>
+  struct WeightRows {
+    const S* w[Units * G];
+
+    LSTM_FUSED_INLINE WeightRows(const GateRows& gates, int64_t K, int64_t u, int64_t last) {
+#pragma GCC unroll 8
+      for (int i = 0; i < Units * G; ++i) w[i] = gates.w[i % G] + min64(u + i / G, last) * K;
+    }
+  };
+
+  // Products of G gates belong to the sums [First, First + G) of their unit.
+  template <int First>
+  static constexpr int sum_of(int dot) {
+    return dot / G * P + First + dot % G;
+  }
+
+  // acc[sum][r] += the sum over k of w[dot][k] * a[r][k], lane by lane.
+  template <int First, int Rows, int Units>
+  static LSTM_FUSED_INLINE void multiply_rows(const WeightRows<Units>& rows, int64_t K,
+                                              const A* const* a, V (&acc)[Units * P][Rows]) {
     const int64_t whole = K / lanes * lanes;
-    for (int64_t k = 0; k < whole; k += kPiece * lanes)
-      multiply_piece<Rows>(w, k, min64(k + kPiece * lanes, whole), a, acc);
+    if (whole <= kPiece * lanes) {
+      multiply_piece<First>(rows, 0, whole, a, acc);
+    } else {
+      for (int64_t k = 0; k < whole; k += kPiece * lanes) {
+        V piece[Units * P][Rows] = {};
+        multiply_piece<First>(rows, k, min64(k + kPiece * lanes, whole), a, piece);
+#pragma GCC unroll 8
+        for (int i = 0; i < Units * G; ++i)
+#pragma GCC unroll 4
+          for (int r = 0; r < Rows; ++r) acc[sum_of<First>(i)][r] += piece[sum_of<First>(i)][r];
+      }
+    }
     if (whole == K) return;
-    for (int i = 0; i < kDots; ++i) {
-      const V row = load_first<V>(w[i] + whole, K - whole);
-      for (int r = 0; r < Rows; ++r) acc[i][r] += row * load_first<V>(a[r] + whole, K - whole);
+    for (int i = 0; i < Units * G; ++i) {
+      const V row = load_first<V>(rows.w[i] + whole, K - whole);
+      for (int r = 0; r < Rows; ++r)
+        acc[sum_of<First>(i)][r] += row * load_first<V>(a[r] + whole, K - whole);
     }
   }
 
-  template <int Rows>
-  static LSTM_FUSED_INLINE void multiply_piece(const S* const (&w)[kDots], int64_t begin,
+  template <int First, int Rows, int Units>
+  static LSTM_FUSED_INLINE void multiply_piece(const WeightRows<Units>& rows, int64_t begin,
                                                int64_t end, const A* const* a,
-                                               V (&acc)[kDots][Rows]) {
-    V piece[kDots][Rows] = {};
+                                               V (&acc)[Units * P][Rows]) {
     for (int64_t k = begin; k < end; k += lanes) {
       V x[Rows];
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) x[r] = load<V>(a[r] + k);
+#pragma GCC unroll 8
+      for (int i = 0; i < Units * G; ++i) {
+        __builtin_prefetch(rows.w[i] + k + kAhead);
+        const V row = load<V>(rows.w[i] + k);
 #pragma GCC unroll 4
-      for (int i = 0; i < kDots; ++i) {
-        __builtin_prefetch(w[i] + k + kAhead);
-        const V row = load<V>(w[i] + k);
-#pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r) piece[i][r] += row * x[r];
+        for (int r = 0; r < Rows; ++r) acc[sum_of<First>(i)][r] += row * x[r];
       }
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < kDots; ++i)
-#pragma GCC unroll 4
-      for (int r = 0; r < Rows; ++r) acc[i][r] += piece[i][r];
-  }
-
-  // Dot products of units [u, u + kUnits) that are below H, into lane u - u0 of sums [First, ...).
-  template <int First, int Rows>
-  LSTM_FUSED_INLINE void add_dots(const void* weights, int (*gate)(int), int64_t K, int64_t u0,
-                                  int64_t u, const A* const* a, V (&dots)[P][Rows][lanes]) const {
-    const S* w[kDots];
-    for (int i = 0; i < kDots; ++i) {
-      const int64_t row = gate(i % G) * H + min64(u + i / G, H - 1);
-      w[i] = static_cast<const S*>(weights) + row * K;
-    }
-    V acc[kDots][Rows] = {};
-    multiply_rows<Rows>(w, K, a, acc);
-    for (int i = 0; i < kDots; ++i)
-      for (int r = 0; r < Rows; ++r) {
-        V& dot = dots[First + i % G][r][u - u0 + i / G];
-        dot = dot + acc[i][r];
-      }
   }
 
   // One vector of units of `Rows` batch rows, from the dot products to the stored state.
   template <int Rows>
   void cell(int d, int64_t step, int64_t vec, const int64_t* n, const A* const* x) const {
+    constexpr int Units = kUnits<Rows> < lanes ? kUnits<Rows> : lanes;
+    static_assert(lanes % Units == 0);
     const Weights& w = p.weights[d];
     const int64_t u0 = vec * lanes;
     const A* h[Rows];
     for (int r = 0; r < Rows; ++r) h[r] = this->hidden(d, step, n[r]);
-    V dots[P][Rows][lanes] = {};
+    const GateRows ih(w.w_ih, Cell::input_gate, H, I, u0), hh(w.w_hh, Cell::hidden_gate, H, R, u0);
+    V dots[P][Rows][lanes];
     const bool has_hidden = step > 0 || p.h0;
-    for (int64_t u = u0; u < min64(u0 + lanes, H); u += kUnits) {
-      add_dots<0>(w.w_ih, Cell::input_gate, I, u0, u, x, dots);
-      if (has_hidden) add_dots<P - G>(w.w_hh, Cell::hidden_gate, R, u0, u, h, dots);
+    const int64_t last = min64(lanes, H - u0) - 1;
+    for (int64_t u = 0; u < lanes; u += Units) {
+      V acc[Units * P][Rows] = {};
+      if (u <= last) {
+        multiply_rows<0>(WeightRows<Units>(ih, I, u, last), I, x, acc);
+        if (has_hidden) multiply_rows<P - G>(WeightRows<Units>(hh, R, u, last), R, h, acc);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < Units; ++i)
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+          for (int j = 0; j < P; ++j) dots[j][r][u + i] = acc[i * P + j][r];
     }
     for (int r = 0; r < Rows; ++r) {
       V sums[P];
-      for (int j = 0; j < P; ++j) {
-        transpose(dots[j][r]);
-        V sum = dots[j][r][0];
-#pragma GCC unroll 16
-        for (int l = 1; l < lanes; ++l) sum += dots[j][r][l];
-        sums[j] = sum + this->bias_sum(w, j, u0);
-      }
+      for (int j = 0; j < P; ++j) sums[j] = sums_as_lanes(dots[j][r]) + this->bias_sum(w, j, u0);
       this->finish(d, step, n[r], vec, sums);
     }
   }

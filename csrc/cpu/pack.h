@@ -108,6 +108,34 @@ LSTM_FUSED_INLINE void transpose(V* rows) {
   transpose_stage<1>(rows);
 }
 
+// The sum of each row's lanes, that of row l in lane l. Each stage halves the rows: of two that are
+// Step apart it adds the halves that belong together, one row's to lanes without the bit Step.
+template <int Step, class V>
+LSTM_FUSED_INLINE void sum_stage(V* rows) {
+  constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
+  using Bits = typename VectorOf<decltype(V{}[0] + 0)>::bits;
+  Bits own = {}, other = {};
+#pragma GCC unroll 16
+  for (int l = 0; l < lanes; ++l) {
+    own[l] = (l & Step) ? lanes + l : l;
+    other[l] = (l & Step) ? lanes + l - Step : l + Step;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < Step; ++i)
+    rows[i] = __builtin_shuffle(rows[i], rows[i + Step], own) +
+              __builtin_shuffle(rows[i], rows[i + Step], other);
+}
+
+template <class V>
+LSTM_FUSED_INLINE V sums_as_lanes(V* rows) {
+  constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
+  if constexpr (lanes > 8) sum_stage<8>(rows);
+  if constexpr (lanes > 4) sum_stage<4>(rows);
+  if constexpr (lanes > 2) sum_stage<2>(rows);
+  sum_stage<1>(rows);
+  return rows[0];
+}
+
 // One vector of `lanes` tile steps from a row of K elements, starting at step k.
 template <class M, class S>
 LSTM_FUSED_INLINE typename M::V load_steps(const S* row, int64_t k, int64_t K) {
