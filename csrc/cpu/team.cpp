@@ -3,8 +3,11 @@
 #include <omp.h>
 #include <pthread.h>
 #include <sched.h>
+#include <strings.h>
 
 #include <atomic>
+#include <chrono>
+#include <cstdlib>
 
 namespace lstm_fused {
 namespace {
@@ -16,6 +19,19 @@ void note_fork() {
 }
 
 [[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, note_fork);
+
+// How long a thread spins before it sleeps. A thread that slept gets its core back from a busy
+// neighbour after a time slice of some milliseconds, at every barrier anew; one that spins loses no
+// more than its share. As long as OpenMP's own threads spin, and longer than a slice.
+constexpr std::chrono::milliseconds kPatience{10};
+constexpr int kFirstPauses = 256;  // before the clock is read at all
+constexpr int kPauses = 64;        // between two looks at it
+
+// Whether the user asked OpenMP's threads to sleep when they wait.
+bool passive() {
+  const char* policy = std::getenv("OMP_WAIT_POLICY");
+  return policy && strcasecmp(policy, "passive") == 0;
+}
 
 // Cores this process may run on: fewer than the threads asked for means that spinning is harmful.
 int allowed_cores() {
@@ -60,10 +76,11 @@ bool run_team(int threads, void (*work)(void*, int), void* context) {
 
 void Barrier::init(int size) {
   static const int cores = allowed_cores();
+  static const bool impatient = passive();
   arrived_ = 0;
   generation_ = 0;
   size_ = size;
-  spins_ = size <= cores ? 4000 : 50;
+  patient_ = size <= cores && !impatient;
 }
 
 void Barrier::wait() {
@@ -77,9 +94,18 @@ void Barrier::wait() {
     current.notify_all();
     return;
   }
-  for (int i = 0; i < spins_; ++i) {
-    if (current.load(std::memory_order_acquire) != generation) return;
-    pause_cpu();
+  const auto passed = [&](int pauses) {
+    for (int i = 0; i < pauses; ++i) {
+      if (current.load(std::memory_order_acquire) != generation) return true;
+      pause_cpu();
+    }
+    return false;
+  };
+  if (passed(kFirstPauses)) return;
+  if (patient_) {
+    using Clock = std::chrono::steady_clock;
+    for (const auto end = Clock::now() + kPatience; Clock::now() < end;)
+      if (passed(kPauses)) return;
   }
   while (current.load(std::memory_order_acquire) == generation) {
     current.wait(generation, std::memory_order_acquire);
