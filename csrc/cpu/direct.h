@@ -33,15 +33,12 @@ struct DirectForward : ForwardState<Cell, S, Multiply<A_>> {
     for (int i = 0; i < groups(); ++i) barriers[i].init(plan.unit_groups);
   }
 
-  // Weights are asked for so many elements before they are used: rows follow each other.
-  static constexpr int64_t kAhead = 2048 / sizeof(S);
-
   // Vectors summed before the sum joins the total: a long dot product in pieces is more exact.
   static constexpr int64_t kPiece = 32;
 
-  // Units whose dot products run side by side, to hide latency: fewer where rows do that.
-  template <int Rows>
-  static constexpr int kUnits = (Rows <= 2 ? 2 * kMaxCols : kMaxCols) / G;
+  // Units whose dot products run side by side: four rows of weights hide the latency of a
+  // multiply-add, and eight are read from the second-level cache at little more than half the rate.
+  static constexpr int kUnits = kMaxCols / G < lanes ? kMaxCols / G : lanes;
 
   // A weight's rows of each gate, from the first unit of a vector on.
   struct GateRows {
@@ -54,13 +51,12 @@ struct DirectForward : ForwardState<Cell, S, Multiply<A_>> {
 
   // Of them those of some units: the gates of one, then those of the next, the last again for each
   // that the layer has not got.
-  template <int Units>
   struct WeightRows {
-    const S* w[Units * G];
+    const S* w[kUnits * G];
 
     LSTM_FUSED_INLINE WeightRows(const GateRows& gates, int64_t K, int64_t u, int64_t last) {
 #pragma GCC unroll 8
-      for (int i = 0; i < Units * G; ++i) w[i] = gates.w[i % G] + min64(u + i / G, last) * K;
+      for (int i = 0; i < kUnits * G; ++i) w[i] = gates.w[i % G] + min64(u + i / G, last) * K;
     }
   };
 
@@ -71,41 +67,39 @@ struct DirectForward : ForwardState<Cell, S, Multiply<A_>> {
   }
 
   // acc[sum][r] += the sum over k of w[dot][k] * a[r][k], lane by lane.
-  template <int First, int Rows, int Units>
-  static LSTM_FUSED_INLINE void multiply_rows(const WeightRows<Units>& rows, int64_t K,
-                                              const A* const* a, V (&acc)[Units * P][Rows]) {
+  template <int First, int Rows>
+  static LSTM_FUSED_INLINE void multiply_rows(const WeightRows& rows, int64_t K, const A* const* a,
+                                              V (&acc)[kUnits * P][Rows]) {
     const int64_t whole = K / lanes * lanes;
     if (whole <= kPiece * lanes) {
       multiply_piece<First>(rows, 0, whole, a, acc);
     } else {
       for (int64_t k = 0; k < whole; k += kPiece * lanes) {
-        V piece[Units * P][Rows] = {};
+        V piece[kUnits * P][Rows] = {};
         multiply_piece<First>(rows, k, min64(k + kPiece * lanes, whole), a, piece);
 #pragma GCC unroll 8
-        for (int i = 0; i < Units * G; ++i)
+        for (int i = 0; i < kUnits * G; ++i)
 #pragma GCC unroll 4
           for (int r = 0; r < Rows; ++r) acc[sum_of<First>(i)][r] += piece[sum_of<First>(i)][r];
       }
     }
     if (whole == K) return;
-    for (int i = 0; i < Units * G; ++i) {
+    for (int i = 0; i < kUnits * G; ++i) {
       const V row = load_first<V>(rows.w[i] + whole, K - whole);
       for (int r = 0; r < Rows; ++r)
         acc[sum_of<First>(i)][r] += row * load_first<V>(a[r] + whole, K - whole);
     }
   }
 
-  template <int First, int Rows, int Units>
-  static LSTM_FUSED_INLINE void multiply_piece(const WeightRows<Units>& rows, int64_t begin,
-                                               int64_t end, const A* const* a,
-                                               V (&acc)[Units * P][Rows]) {
+  template <int First, int Rows>
+  static LSTM_FUSED_INLINE void multiply_piece(const WeightRows& rows, int64_t begin, int64_t end,
+                                               const A* const* a, V (&acc)[kUnits * P][Rows]) {
     for (int64_t k = begin; k < end; k += lanes) {
       V x[Rows];
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) x[r] = load<V>(a[r] + k);
 #pragma GCC unroll 8
-      for (int i = 0; i < Units * G; ++i) {
-        __builtin_prefetch(rows.w[i] + k + kAhead);
+      for (int i = 0; i < kUnits * G; ++i) {
         const V row = load<V>(rows.w[i] + k);
 #pragma GCC unroll 4
         for (int r = 0; r < Rows; ++r) acc[sum_of<First>(i)][r] += row * x[r];
@@ -116,8 +110,7 @@ struct DirectForward : ForwardState<Cell, S, Multiply<A_>> {
   // One vector of units of `Rows` batch rows, from the dot products to the stored state.
   template <int Rows>
   void cell(int d, int64_t step, int64_t vec, const int64_t* n, const A* const* x) const {
-    constexpr int Units = kUnits<Rows> < lanes ? kUnits<Rows> : lanes;
-    static_assert(lanes % Units == 0);
+    static_assert(lanes % kUnits == 0);
     const Weights& w = p.weights[d];
     const int64_t u0 = vec * lanes;
     const A* h[Rows];
@@ -126,14 +119,14 @@ struct DirectForward : ForwardState<Cell, S, Multiply<A_>> {
     V dots[P][Rows][lanes];
     const bool has_hidden = step > 0 || p.h0;
     const int64_t last = min64(lanes, H - u0) - 1;
-    for (int64_t u = 0; u < lanes; u += Units) {
-      V acc[Units * P][Rows] = {};
+    for (int64_t u = 0; u < lanes; u += kUnits) {
+      V acc[kUnits * P][Rows] = {};
       if (u <= last) {
-        multiply_rows<0>(WeightRows<Units>(ih, I, u, last), I, x, acc);
-        if (has_hidden) multiply_rows<P - G>(WeightRows<Units>(hh, R, u, last), R, h, acc);
+        multiply_rows<0>(WeightRows(ih, I, u, last), I, x, acc);
+        if (has_hidden) multiply_rows<P - G>(WeightRows(hh, R, u, last), R, h, acc);
       }
 #pragma GCC unroll 8
-      for (int i = 0; i < Units; ++i)
+      for (int i = 0; i < kUnits; ++i)
 #pragma GCC unroll 4
         for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4

@@ -20,10 +20,13 @@ struct Gradients : BackwardState<Cell, S, M> {
   static constexpr int64_t kDepth = 128 * M::kPair;
   // Rows of dx between two passes over W_ih, whose panels stream from the second-level cache.
   static constexpr int64_t kRowsPerPass = 96;
+  // And blocks of hidden units of such a panel.
+  static constexpr int64_t kBlocksPerPass = 16;
 
-  A* sums;  // of one matrix at a time: (column groups, panels, rows, kMaxCols, lanes)
-  E* b;     // (threads, columns, kDepth)
-  E* a;     // (threads, kDepth, columns of a block) pairs of rows interleaved, pairs only
+  A* sums;     // of one matrix at a time: (column groups, panels, rows, kMaxCols, lanes)
+  E* b;        // (threads, columns, kDepth)
+  A* dx_sums;  // (threads, kRowsPerPass, kMaxCols, lanes), dx only
+  E* a;        // (threads, kDepth, columns of a block) pairs of rows interleaved, pairs only
 
   int64_t packed_rows_size() const { return kDepth * round_up(max64(max64(I, R), H), kBlock); }
 
@@ -34,13 +37,13 @@ struct Gradients : BackwardState<Cell, S, M> {
         max64(G * Hp * gate_panels, this->Rp * Split(plan, this->Rb, H).panels());
     sums = arena.take<A>(sum_rows * kMaxCols * lanes);
     b = arena.take<E>(plan.threads * packed_rows_size());
+    dx_sums = p.dx ? arena.take<A>(plan.threads * kRowsPerPass * kMaxCols * lanes) : nullptr;
     a = M::kPair > 1 ? arena.take<E>(plan.threads * kDepth * G * kBlock) : nullptr;
   }
 
   Panels<M> input_panels(int d) const {
-    return {{0, ceil_div(I, lanes)},
-            Base::steps_of(G * Hp),
-            this->packed_ih + d * this->Ip() * G * Hp};
+    return {
+        {0, ceil_div(I, lanes)}, Base::steps_of(G * Hp), this->packed_ih + d * this->Ip() * G * Hp};
   }
 
   void pack_input_weights(int worker) const {
@@ -59,24 +62,34 @@ struct Gradients : BackwardState<Cell, S, M> {
       const int64_t end = min64(begin + kRowsPerPass, own.end);
       const Panels<M> shape = input_panels(0);
       for (int64_t panel = 0; panel < shape.count(); ++panel)
-        for_each_tile(begin, end,
-                      [&](int64_t first, int n) { input_gradient_tile(shape, panel, first, n); });
+        input_gradient_panel(worker, shape, panel, begin, end);
     }
   }
 
-  void input_gradient_tile(const Panels<M>& shape, int64_t panel, int64_t first, int n) const {
+  // Rows [begin, end) of one panel of columns: so much of the panel for all rows, then the rest, as
+  // stays in the second-level cache beside the rows.
+  void input_gradient_panel(int worker, const Panels<M>& shape, int64_t panel, int64_t begin,
+                            int64_t end) const {
     const int cols = shape.cols(panel);
-    A out[kMaxRows * kMaxCols * lanes];
-    for (int d = 0; d < p.size.D; ++d) {
-      TileProduct<M> tile{{}, M::kPair, G * kBlock / M::kPair, Hb, S_rows * P * kBlock};
-      for (int r = 0; r < n; ++r) tile.rows[r] = this->sum_gradients(d, 0, first + r);
-      multiply_tile(n, cols, tile, input_panels(d).panel(panel), out, d > 0);
-    }
-    for (int r = 0; r < n; ++r)
+    A* sums = dx_sums + worker * kRowsPerPass * kMaxCols * lanes;
+    for (int d = 0; d < p.size.D; ++d)
+      for (int64_t block = 0; block < Hb; block += kBlocksPerPass) {
+        TileProduct<M> tile{{},
+                            M::kPair,
+                            G * kBlock / M::kPair,
+                            min64(kBlocksPerPass, Hb - block),
+                            S_rows * P * kBlock};
+        const E* b = input_panels(d).panel(panel) + block * tile.steps * cols * Panels<M>::width;
+        for_each_tile(begin, end, [&](int64_t first, int n) {
+          for (int r = 0; r < n; ++r) tile.rows[r] = this->sum_gradients(d, block, first + r);
+          multiply_tile(n, cols, tile, b, sums + (first - begin) * kMaxCols * lanes, d + block > 0);
+        });
+      }
+    for (int64_t s = begin; s < end; ++s)
       for (int c = 0; c < cols; ++c) {
         const int64_t i = (shape.first_vector(panel) + c) * lanes;
-        store_first(static_cast<S*>(p.dx) + (first + r) * I + i,
-                    load<V>(out + (r * kMaxCols + c) * lanes), I - i);
+        store_first(static_cast<S*>(p.dx) + s * I + i,
+                    load<V>(sums + ((s - begin) * kMaxCols + c) * lanes), I - i);
       }
   }
 

@@ -183,6 +183,13 @@ void tile_product(const TileProduct<M>& p, const typename M::Element* b, typenam
   const typename M::Element* rows[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) rows[r] = p.rows[r];
+  // What is added to may lie far off, too.
+  if (add) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) __builtin_prefetch(out + (r * kMaxCols + c) * lanes, 1);
+  }
   int64_t summed = 0;
   for (int64_t s = 0; s < p.segments; ++s) {
     if (p.stride == M::kPair) {
