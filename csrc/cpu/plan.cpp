@@ -7,7 +7,7 @@ namespace {
 
 // Costs in core cycles, rough on purpose: they rank partitions, they predict nothing.
 constexpr double kBarrierCycles = 700;
-constexpr double kForkCycles = 6000;
+constexpr double kForkCycles = 8000;
 constexpr double kCellCyclesPerVector = 60;
 // A tile step's 4 vectors of weights from the second-level cache, and from beyond it.
 constexpr int kTileCols = 4;
@@ -50,7 +50,7 @@ double tile_cycles(int64_t rows, const Machine& m, double bytes) {
   return std::max(2.0 * rows, first + kNearCyclesPerStep * (tiles - 1));
 }
 
-double cost(const Problem& p, const Machine& m, const Partition& part) {
+double cost(const Problem& p, const Machine& m, KernelKind kernel, const Partition& part) {
   const int per_block = kBlock / std::min(kBlock, lanes(m, p.dtype));
   const double blocks = ceil_div(ceil_div(p.H, kBlock), part.unit_groups) * per_block;
   const double rows = ceil_div(p.N, part.row_groups);
@@ -61,15 +61,17 @@ double cost(const Problem& p, const Machine& m, const Partition& part) {
   double step = blocks * (depth * tiles + rows * kCellCyclesPerVector);
   if (p.projection) step += blocks * p.R * tiles / gates;
   if (part.unit_groups > 1) step += kBarrierCycles * (p.projection ? 2 : 1);
-  const double pack = blocks * depth * gates * kPackCyclesPerVector / part.row_groups;
+  const double pack = kernel == KernelKind::kDirect
+                          ? 0
+                          : blocks * depth * gates * kPackCyclesPerVector / part.row_groups;
   const double directions = ceil_div(p.D, part.direction_groups);
   return directions * (p.T * step + pack) + (part.threads() > 1 ? kForkCycles : 0);
 }
 
-Partition best_partition(const Problem& p, const Machine& m) {
+Partition best_partition(const Problem& p, const Machine& m, KernelKind kernel) {
   const int64_t blocks = ceil_div(p.H, kBlock);
   Partition best{1, 1, 1};
-  double best_cost = cost(p, m, best);
+  double best_cost = cost(p, m, kernel, best);
   for (int d = 1; d <= std::min(p.D, m.threads); ++d) {
     const int rest = m.threads / d;
     for (int r = 1; r <= rest && r <= std::max<int64_t>(p.N, 1); ++r) {
@@ -77,7 +79,7 @@ Partition best_partition(const Problem& p, const Machine& m) {
       // Only the largest count, and one thread: between them a partition is never the best by much.
       for (const int u : {1, u_max}) {
         const Partition candidate{d, r, u};
-        const double c = cost(p, m, candidate);
+        const double c = cost(p, m, kernel, candidate);
         if (c < best_cost) {
           best_cost = c;
           best = candidate;
@@ -88,9 +90,9 @@ Partition best_partition(const Problem& p, const Machine& m) {
   return best;
 }
 
-Plan with_partition(const Problem& p, const Machine& m, const Partition& part) {
+Plan with_partition(const Problem& p, const Machine& m, KernelKind kernel, const Partition& part) {
   Plan plan{};
-  plan.kernel = KernelKind::kPersistent;
+  plan.kernel = kernel;
   plan.dtype = p.dtype;
   plan.isa = m.isa == Isa::kAvx512Bf16 && !multiplies_pairs(m.isa, p.dtype) ? Isa::kAvx512 : m.isa;
   plan.threads = part.threads();
@@ -107,10 +109,11 @@ Plan with_partition(const Problem& p, const Machine& m, const Partition& part) {
 }  // namespace
 
 Plan plan_forward(const Problem& p, const Machine& m) {
-  const Partition part = best_partition(p, m);
-  Plan plan = with_partition(p, m, part);
-  if (p.T <= kDirectMaxSteps && p.N <= kDirectMaxRows && !p.projection) {
-    plan.kernel = KernelKind::kDirect;
+  const bool direct = p.T <= kDirectMaxSteps && p.N <= kDirectMaxRows && !p.projection;
+  const KernelKind kernel = direct ? KernelKind::kDirect : KernelKind::kPersistent;
+  const Partition part = best_partition(p, m, kernel);
+  Plan plan = with_partition(p, m, kernel, part);
+  if (direct) {
     if (plan.isa == Isa::kAvx512Bf16) plan.isa = Isa::kAvx512;
     return plan;
   }
@@ -122,7 +125,8 @@ Plan plan_forward(const Problem& p, const Machine& m) {
 }
 
 Plan plan_backward(const Problem& p, const Machine& m) {
-  return with_partition(p, m, best_partition(p, m));
+  constexpr KernelKind kernel = KernelKind::kPersistent;
+  return with_partition(p, m, kernel, best_partition(p, m, kernel));
 }
 
 int tile_rows(Isa isa) {
