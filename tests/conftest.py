@@ -1,11 +1,14 @@
 """Poison is on in every test: what a kernel should write and does not comes out as NaN."""
 
 import os
+from contextlib import nullcontext
 
 os.environ["LSTM_FUSED_POISON"] = "1"  # read once, when the first layer runs
 
+import emulated
 import pytest
 import torch
+from paths import DEVICES
 
 import lstm_fused.recurrent
 from lstm_fused import ops
@@ -42,3 +45,26 @@ def same_start():
     torch.set_num_threads(1)
     ops.set_isa(None)
     lstm_fused.recurrent._warned.clear()
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        *[pytest.param(d, marks=pytest.mark.cuda) for d in DEVICES if d != "cpu"],
+        "emulated",
+    ]
+)
+def device(request, monkeypatch):
+    """Where the test runs: what it makes lies on that device, or on the CPU for CUDA's kernels
+    emulated there. Files whose every test runs everywhere use it by their pytestmark."""
+    if request.param == "emulated":
+        if request.node.get_closest_marker("dispatched"):
+            pytest.skip("the emulation stands behind no operator of torch's dispatcher")
+        with emulated.kernels():
+            yield request.param
+        return
+    if request.param != "cpu":
+        last_run = ops.last_run
+        monkeypatch.setattr(ops, "last_run", lambda device=request.param: last_run(device))
+    with nullcontext() if request.param == "cpu" else torch.device(request.param):
+        yield request.param

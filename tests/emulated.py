@@ -1,10 +1,13 @@
 """The CUDA kernels on the host: builds tests/emulation and puts it in the kernels' place."""
 
 import subprocess
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
+import pytest
 import torch
+from cuda_cases import tf32
 
 from lstm_fused import cuda, cuda_layer, ops
 
@@ -36,13 +39,18 @@ def library():
     return torch.ops.lstm_fused_emulation
 
 
-def use(monkeypatch):
-    """Until monkeypatch is undone every layer on the CPU runs the CUDA kernels, emulated."""
-    monkeypatch.setattr(cuda, "kernels", library())
-    monkeypatch.setattr(cuda, "index_of", lambda device: 0)
-    monkeypatch.setattr(ops, "_forward_op", cuda_layer.forward)
-    monkeypatch.setattr(ops, "_backward_op", cuda_layer.backward)
-    monkeypatch.setattr(ops, "infer", lambda module, input, hx: None)
-    monkeypatch.setattr(ops, "infer_step", lambda module, input, hx: None)
-    monkeypatch.setattr(ops, "last_run", lambda device=None: cuda.last_run())
+@contextmanager
+def kernels():
+    """Meanwhile every layer on the CPU runs the CUDA kernels, emulated, without TF32."""
+    with pytest.MonkeyPatch.context() as patch, tf32(False):
+        patch.setattr(cuda, "kernels", library())
+        patch.setattr(cuda, "index_of", lambda device: 0)
+        patch.setattr(ops, "_forward_op", cuda_layer.forward)
+        patch.setattr(ops, "_backward_op", cuda_layer.backward)
+        patch.setattr(ops, "infer", lambda module, input, hx: None)
+        patch.setattr(ops, "infer_step", lambda module, input, hx: None)
+        patch.setattr(ops, "last_run", lambda device=None: cuda.last_run())
+        cuda.device_properties.cache_clear()
+        yield
+    cuda.set_plan(None)
     cuda.device_properties.cache_clear()

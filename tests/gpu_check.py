@@ -44,7 +44,9 @@ def commands(part, out):
         return [[*check, "--inside", "smoke"]]
     if part == "parity":
         parallel = ["-n", "8"] if has("xdist") else []
-        paths = ["tests"] if has("hypothesis") else ["tests/test_cuda.py"]
+        names = ("cuda", "module", "module_inputs", "autograd", "cells")
+        few = [f"tests/test_{name}.py" for name in names]
+        paths = ["tests"] if has("hypothesis") else few
         return [[PYTHON, "-m", "pytest", "-m", "cuda", "--maxfail=20", *parallel, *paths]]
     if part == "sanitizer":
         tool = shutil.which("compute-sanitizer")

@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 import lstm_fused
 from lstm_fused import ops
 
+pytestmark = pytest.mark.usefixtures("device")
+
 SMALL = Problem(3, 2, 3, 4, dtype=torch.float64)
 CHECKED = (
     SMALL,
@@ -277,6 +279,7 @@ SAVED_BY_US = ("y", "bias_hh_l0")
 CHANGED = ["x", "h0", "c0", "y", "h_n", "c_n", "weight_ih_l0", "bias_hh_l0"]
 
 
+@pytest.mark.dispatched
 @pytest.mark.parametrize(
     "cell, changed",
     [(cell, name) for cell in CELLS for name in CHANGED if has_cell_state(cell) or name[0] != "c"],
@@ -335,6 +338,7 @@ def test_func_grad_of_grad(cell):
     assert_close(second(lstm_fused), second(torch.nn))
 
 
+@pytest.mark.dispatched
 @each_cell
 @pytest.mark.parametrize("form", ["dense", "sorted"])
 def test_func_jacrev(form, cell):

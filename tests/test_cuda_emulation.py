@@ -23,12 +23,9 @@ from lstm_fused import cuda, ops
 
 
 @pytest.fixture(autouse=True)
-def emulation(monkeypatch):
-    emulated.use(monkeypatch)
-    with tf32(False):
+def emulation():
+    with emulated.kernels():
         yield
-    cuda.set_plan(None)
-    cuda.device_properties.cache_clear()
 
 
 def assert_ran(kind, problem, outcome):

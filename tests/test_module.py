@@ -28,6 +28,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import lstm_fused
 
+pytestmark = pytest.mark.usefixtures("device")
+
 ARGUMENTS = [
     ((3, 4), {}),
     ((3, 4, 2, False, True, 0.25, True, 2), {}),

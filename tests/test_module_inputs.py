@@ -27,6 +27,8 @@ from beside import (
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def sorted_pack(state):
     return pack_padded_sequence(draw(T, N, I), [5, 3, 1]), state
