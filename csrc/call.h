@@ -11,8 +11,8 @@ namespace lstm_fused {
 //   h_0 (L*D, N, R) and c_0 (L*D, N, H); cell: its id
 // Returns (y (T, N, D*R), h_n) or (y, (h_n, c_n)).
 //
-// infer(names, params, x, hx, cell): a single step; x (N, I) or (I,), states (N, H) or (H,). Returns
-// h_1, or (h_1, c_1).
+// infer(names, params, x, hx, cell): a single step; x (N, I) or (I,), states (N, H) or (H,).
+// Returns h_1, or (h_1, c_1).
 PyObject* infer(PyObject*, PyObject* const* args, Py_ssize_t count);
 
 }  // namespace lstm_fused
