@@ -72,14 +72,13 @@ def ask(task: dict, environment, part) -> dict[str, dict]:
 
 def child(task: dict, tell) -> dict[str, dict]:
     from bench import measure, problem
-    from bench.providers import PROVIDERS
 
     measure.quiet()
     torch.set_num_threads(task["threads"])
     work = Workload(**task["work"])
     measure.set_precision(work, task["device"])
     built = problem.build(work, task["device"])
-    runs = {name: PROVIDERS[name].build(built) for name in task["names"]}
+    runs = {name: provider.build(built) for name, provider in measure.chosen(task["names"]).items()}
     effort = Effort(**task["effort"])
     return measure.clocked(runs, work, effort, task["device"], lambda part: tell({"part": part}))
 

@@ -2,13 +2,13 @@
 
 import math
 
-from bench import report
-from bench.providers import AGAIN, BASELINE, PROVIDERS
+from bench import measure, report
+from bench.providers import AGAIN, BASELINE
 from bench.report import spread_of
 
 
 def providers() -> dict:
-    return {name: PROVIDERS[name] for name in (BASELINE, AGAIN)}
+    return measure.chosen((BASELINE, AGAIN))
 
 
 def finding(row: dict) -> tuple[float, float]:

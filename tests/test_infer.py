@@ -4,6 +4,7 @@ import multiprocessing
 
 import pytest
 import torch
+from beside import states_of
 from oracle import Problem, run_module
 from paths import DTYPES, isas_for
 from torch.autograd import forward_ad
@@ -88,9 +89,7 @@ def test_steps_are_the_same_as_the_operator(cell, dtype, short_way, monkeypatch)
             patch.setattr(ops, "infer_step", lambda *_: None)
             usual = module(x, hx)
         assert type(quick) is type(usual)
-        for one, other in zip(
-            *([t] if h is t or torch.is_tensor(t) else t for t in (quick, usual)), strict=True
-        ):
+        for one, other in zip(states_of(quick), states_of(usual), strict=True):
             assert torch.equal(one, other) and one.stride() == other.stride()
             assert one.untyped_storage().data_ptr() not in [t.data_ptr() for t in (x, h, c)]
 
