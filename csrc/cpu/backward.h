@@ -222,7 +222,7 @@ struct BackwardWalk {
       const auto each = [&](int64_t begin, int64_t end, bool recurrent) {
         for_each_tile(begin, end, [&](int64_t first, int n) {
           A out[kMaxRows * kMaxCols * lanes];
-          recurrent ? product(panels, panel, step, first, n, out)
+          recurrent ? product(panels, panel, step, first, n, first < active, out)
                     : final_gradient(panels, panel, first, n, out);
           receive(panels, panel, step, first, n, first >= active, out);
         });
@@ -239,12 +239,42 @@ struct BackwardWalk {
   }
 
   void product(const Panels<M>& panels, int64_t panel, int64_t step, int64_t first, int n,
-               A* out) const {
+               bool goes_on, A* out) const {
     const int64_t offset = k.p.size.steps.offset(k.time(d, step - 1));
     TileProduct<M> tile{{}, M::kPair, G * kBlock / M::kPair, k.Hb, k.S_rows * P * kBlock};
+    Lines lines;
+    if (goes_on && !k.projection) tile.ahead = lines_of_cells(panels, panel, step, first, n, lines);
     for (int r = 0; r < n; ++r)
       tile.rows[r] = k.hidden_sum_gradients(d, 0, offset + group.row(first + r));
     multiply_tile(n, panels.cols(panel), tile, panels.panel(panel), out, false);
+  }
+
+  // Lines that `cell` touches for a tile of the recurrent state. The backward pass comes to each
+  // once, long after the forward pass did.
+  using Lines = const void * [kMaxRows * kMaxCols * (2 * P + 2)];
+  Ahead lines_of_cells(const Panels<M>& panels, int64_t panel, int64_t step, int64_t first, int n,
+                       Lines& lines) const {
+    const int64_t t = k.time(d, step);
+    int64_t count = 0;
+    for (int c = 0; c < panels.cols(panel); ++c) {
+      const int64_t u = (panels.first_vector(panel) + c) * lanes;
+      const int64_t block = u / kBlock, lane = u % kBlock;
+      for (int r = 0; r < n; ++r) {
+        const int64_t row = group.row(first + r);
+        const int64_t s = k.p.size.steps.offset(t) + row;
+        for (int j = 0; j < P; ++j) {
+          lines[count++] = k.saved_gates(d, block, s) + j * kBlock + lane;
+          lines[count++] = k.sum_gradients(d, block, s) + j * kBlock + lane;
+        }
+        if constexpr (kCarries) {
+          const int64_t before = k.previous_time(d, t, row);
+          if (before >= 0)
+            lines[count++] = k.saved_cell(d, block, k.p.size.steps.offset(before) + row) + lane;
+        }
+        if (k.p.dy) lines[count++] = static_cast<const S*>(k.p.dy) + (s * k.p.size.D + d) * k.R + u;
+      }
+    }
+    return {lines, count};
   }
 
   void final_gradient(const Panels<M>& panels, int64_t panel, int64_t first, int n, A* out) const {

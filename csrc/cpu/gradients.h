@@ -181,9 +181,11 @@ struct Gradients : BackwardState<Cell, S, M> {
         });
       for (int64_t j = blocks.begin; j < blocks.end; ++j) {
         const Rows block = block_rows(worker, w, w.a + (j * S_rows + s0) * w.pitch, rows);
+        NextBlock next{w, j + 1 < blocks.end ? w.a + ((j + 1) * S_rows + s0) * w.pitch : nullptr,
+                       rows, panels.count()};
         for (int64_t panel = 0; panel < panels.count(); ++panel) {
           A* to = sums_of(panel, j);
-          add_block(w, block, panels, panel, depth, s0 > 0, to);
+          add_block(w, block, panels, panel, depth, s0 > 0, to, next);
           if (s0 + rows == S_rows) put_rows(w, j, panels, panel, to);
         }
       }
@@ -214,10 +216,25 @@ struct Gradients : BackwardState<Cell, S, M> {
     }
   }
 
+  // The block after this one, asked for a part before each tile of this one.
+  struct NextBlock {
+    const E* at;
+    int64_t lines, each, asked = 0;
+    NextBlock(const Product& w, const E* from, int64_t rows, int64_t panels)
+        : at(from),
+          lines(from ? rows * w.pitch * static_cast<int64_t>(sizeof(E)) / kLine : 0),
+          each(ceil_div(lines, max64(1, panels) * ceil_div(w.width, kMaxRows))) {}
+    void ask() {
+      for (const int64_t end = min64(asked + each, lines); asked < end; ++asked)
+        __builtin_prefetch(at + asked * (kLine / sizeof(E)), 0, 2);
+    }
+  };
+
   // to (width, kMaxCols, lanes) = (add ? to : 0) + the product of one block and one panel.
   static void add_block(const Product& w, const Rows& block, const Panels<M>& panels, int64_t panel,
-                        int64_t depth, bool add, A* to) {
+                        int64_t depth, bool add, A* to, NextBlock& next) {
     for_each_tile(0, w.width, [&](int64_t first, int n) {
+      next.ask();
       TileProduct<M> tile{{}, block.stride, depth, 1, 0};
       for (int r = 0; r < n; ++r) tile.rows[r] = block.data + (first + r) * M::kPair;
       multiply_tile(n, panels.cols(panel), tile, panels.panel(panel), to + first * kMaxCols * lanes,

@@ -157,14 +157,16 @@ void pack_rows_as_lanes(typename M::Element* dst, int64_t dst_stride, const S* w
   constexpr int lanes = VectorOf<typename M::Compute>::lanes;
   const int64_t steps = ceil_div(K, M::kPair);
   for (int64_t k = 0; k < steps; k += lanes) {
-    V tile[lanes] = {};
-    const int64_t valid = min64(lanes, rows);
-    if (valid == lanes && (k + lanes) * M::kPair <= K) {
+    V tile[lanes];
+    if (rows >= lanes && (k + lanes) * M::kPair <= K) {
 #pragma GCC unroll 16
-      for (int l = 0; l < lanes; ++l) tile[l] = load_steps<M>(w + l * K, k, K);
+      for (int l = 0; l < lanes; ++l) tile[l] = load_steps<M>(w + l * K, k, (k + lanes) * M::kPair);
     } else {
-      for (int64_t l = 0; l < valid; ++l) tile[l] = load_steps<M>(w + l * K, k, K);
+      for (int64_t l = 0; l < lanes; ++l) tile[l] = l < rows ? load_steps<M>(w + l * K, k, K) : V{};
     }
+    // What the next block will write: a line a step, too far apart to be foreseen.
+#pragma GCC unroll 16
+    for (int l = 0; l < lanes; ++l) __builtin_prefetch(dst + (k + lanes + l) * dst_stride, 1);
     transpose(tile);
     const int64_t here = min64(lanes, steps - k);
     if (here == lanes) {

@@ -63,6 +63,36 @@ LSTM_FUSED_INLINE To bit_cast(const From& from) {
   return to;
 }
 
+// v held to [low, high]; NaN stays NaN. The instructions return their last operand where one is
+// NaN; g++ 12 finds them by itself for no vector of these.
+#if defined(LSTM_FUSED_F16C) && LSTM_FUSED_VECTOR_BYTES == 64
+LSTM_FUSED_INLINE VFloat clamp(VFloat v, float low, float high) {
+  __m512 x = bit_cast<__m512>(v);  // masked, all lanes on: the plain ones make g++ 12 warn
+  x = _mm512_mask_max_ps(x, 0xffff, _mm512_set1_ps(low), x);
+  return bit_cast<VFloat>(_mm512_mask_min_ps(x, 0xffff, _mm512_set1_ps(high), x));
+}
+LSTM_FUSED_INLINE VDouble clamp(VDouble v, double low, double high) {
+  __m512d x = bit_cast<__m512d>(v);
+  x = _mm512_mask_max_pd(x, 0xff, _mm512_set1_pd(low), x);
+  return bit_cast<VDouble>(_mm512_mask_min_pd(x, 0xff, _mm512_set1_pd(high), x));
+}
+#elif defined(LSTM_FUSED_F16C)
+LSTM_FUSED_INLINE VFloat clamp(VFloat v, float low, float high) {
+  const __m256 x = _mm256_max_ps(_mm256_set1_ps(low), bit_cast<__m256>(v));
+  return bit_cast<VFloat>(_mm256_min_ps(_mm256_set1_ps(high), x));
+}
+LSTM_FUSED_INLINE VDouble clamp(VDouble v, double low, double high) {
+  const __m256d x = _mm256_max_pd(_mm256_set1_pd(low), bit_cast<__m256d>(v));
+  return bit_cast<VDouble>(_mm256_min_pd(_mm256_set1_pd(high), x));
+}
+#else
+template <class V>
+LSTM_FUSED_INLINE V clamp(V v, decltype(V{}[0] + 0) low, decltype(V{}[0] + 0) high) {
+  v = v < low ? splat_of<V>(low) : v;
+  return v > high ? splat_of<V>(high) : v;
+}
+#endif
+
 // ---- loads and stores in the compute type A, from and to the storage type S ----
 
 LSTM_FUSED_INLINE VFloat widen(VUint16 raw, BFloat16) {

@@ -161,6 +161,13 @@ LSTM_FUSED_INLINE void accumulate(typename M::V (&acc)[R][C],
     for (int c = 0; c < C; ++c) acc[r][c] = total[r][c];
 }
 
+// Memory that what follows a product will touch and no cache holds. The product asks for it a few
+// lines at a time: of many at once a core drops most.
+struct Ahead {
+  const void* const* lines;
+  int64_t count;
+};
+
 // A product of any R <= kMaxRows, C <= kMaxCols. A comes in segments: step k of segment s of row r
 // is rows[r] + s * segment_stride + k * stride; B is contiguous over all of them.
 template <class M>
@@ -170,6 +177,7 @@ struct TileProduct {
   int64_t steps;  // of each segment
   int64_t segments;
   int64_t segment_stride;
+  Ahead ahead = {};
 };
 
 // out[r][c] = product + (add ? out : 0), out having kMaxCols vectors a row.
@@ -190,8 +198,10 @@ void tile_product(const TileProduct<M>& p, const typename M::Element* b, typenam
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) __builtin_prefetch(out + (r * kMaxCols + c) * lanes, 1);
   }
-  int64_t summed = 0;
+  int64_t summed = 0, asked = 0;
   for (int64_t s = 0; s < p.segments; ++s) {
+    for (const int64_t end = p.ahead.count * (s + 1) / p.segments; asked < end; ++asked)
+      __builtin_prefetch(p.ahead.lines[asked]);
     if (p.stride == M::kPair) {
       // The next segment lies far off, and another core may have written it just now.
       if (s + 1 < p.segments) {
