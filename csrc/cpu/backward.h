@@ -222,9 +222,10 @@ struct BackwardWalk {
       const auto each = [&](int64_t begin, int64_t end, bool recurrent) {
         for_each_tile(begin, end, [&](int64_t first, int n) {
           A out[kMaxRows * kMaxCols * lanes];
-          recurrent ? product(panels, panel, step, first, n, first < active, out)
+          const bool ended = first >= active;
+          recurrent ? product(panels, panel, step, first, n, ended, out)
                     : final_gradient(panels, panel, first, n, out);
-          receive(panels, panel, step, first, n, first >= active, out);
+          receive(panels, panel, step, first, n, ended, out);
         });
       };
       each(0, min64(carried, active), true);
@@ -239,11 +240,11 @@ struct BackwardWalk {
   }
 
   void product(const Panels<M>& panels, int64_t panel, int64_t step, int64_t first, int n,
-               bool goes_on, A* out) const {
+               bool ended, A* out) const {
     const int64_t offset = k.p.size.steps.offset(k.time(d, step - 1));
     TileProduct<M> tile{{}, M::kPair, G * kBlock / M::kPair, k.Hb, k.S_rows * P * kBlock};
     Lines lines;
-    if (goes_on && !k.projection) tile.ahead = lines_of_cells(panels, panel, step, first, n, lines);
+    if (!ended && !k.projection) tile.ahead = lines_of_cells(panels, panel, step, first, n, lines);
     for (int r = 0; r < n; ++r)
       tile.rows[r] = k.hidden_sum_gradients(d, 0, offset + group.row(first + r));
     multiply_tile(n, panels.cols(panel), tile, panels.panel(panel), out, false);
@@ -266,12 +267,8 @@ struct BackwardWalk {
           lines[count++] = k.saved_gates(d, block, s) + j * kBlock + lane;
           lines[count++] = k.sum_gradients(d, block, s) + j * kBlock + lane;
         }
-        if constexpr (kCarries) {
-          const int64_t before = k.previous_time(d, t, row);
-          if (before >= 0)
-            lines[count++] = k.saved_cell(d, block, k.p.size.steps.offset(before) + row) + lane;
-        }
-        if (k.p.dy) lines[count++] = static_cast<const S*>(k.p.dy) + (s * k.p.size.D + d) * k.R + u;
+        if constexpr (kCarries) lines[count++] = carried_into(t, row, u);
+        if (k.p.dy) lines[count++] = output_gradient_at(s, u);
       }
     }
     return {lines, count};
@@ -321,10 +318,18 @@ struct BackwardWalk {
     store_first(static_cast<S*>(k.p.dh0) + (d * k.N + row) * k.R + u, dh, k.R - u);
   }
 
+  const S* output_gradient_at(int64_t s, int64_t u) const {
+    return static_cast<const S*>(k.p.dy) + (s * k.p.size.D + d) * k.R + u;
+  }
   V output_gradient(int64_t s, int64_t u) const {
-    if (!k.p.dy) return V{};
-    const S* dy = static_cast<const S*>(k.p.dy) + (s * k.p.size.D + d) * k.R + u;
-    return load_first<V>(dy, k.R - u);
+    return k.p.dy ? load_first<V>(output_gradient_at(s, u), k.R - u) : V{};
+  }
+
+  // What step t of row n began with, from unit u on: c0, or what was saved a step before.
+  const A* carried_into(int64_t t, int64_t n, int64_t u) const {
+    const int64_t before = k.previous_time(d, t, n);
+    if (before < 0) return k.c0 + (d * k.N + n) * k.Hp + u;
+    return k.saved_cell(d, u / kBlock, k.p.size.steps.offset(before) + n) + u % kBlock;
   }
 
   void cell(int64_t t, int64_t n, int64_t s, int64_t vec, const V& dh) const {
@@ -336,10 +341,7 @@ struct BackwardWalk {
     for (int j = 0; j < P; ++j) saved[j] = load<V>(from + j * kBlock);
     V c_prev = {}, c = {}, dc = {};
     if constexpr (kCarries) {
-      const int64_t before = k.previous_time(d, t, n);
-      c_prev = before < 0
-                   ? load<V>(k.c0 + (d * k.N + n) * k.Hp + u)
-                   : load<V>(k.saved_cell(d, block, k.p.size.steps.offset(before) + n) + lane);
+      c_prev = load<V>(carried_into(t, n, u));
       c = load<V>(k.saved_cell(d, block, s) + lane);
       dc = load<V>(k.dc + (d * k.N + n) * k.Hp + u);
     }
