@@ -107,8 +107,7 @@ void launch(const Tensor& like, int64_t cell, const Plan& plan, const Recurrence
             const Product* second, const Steps& steps) {
   void* stream = nullptr;
 #if !defined(LSTM_FUSED_EMULATION)
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
 #endif
   const DeviceGuard guard(like.get_device_index());
   const char* error = run_of(dtype_of(like, "y"), plan.tf32)(static_cast<CellKind>(cell), plan,
