@@ -119,9 +119,4 @@ void force_isa(const std::string& wanted) {
   forced_isa.store(wanted.empty() ? -1 : static_cast<int>(checked_isa(wanted, "isa")));
 }
 
-bool poisoning() {
-  static const bool on = std::getenv("LSTM_FUSED_POISON") != nullptr;
-  return on;
-}
-
 }  // namespace lstm_fused

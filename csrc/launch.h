@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu/kernels.h"
+#include "poison.h"
 
 namespace lstm_fused {
 
@@ -31,8 +32,5 @@ const Run& last_run();
 // LSTM_FUSED_ISA may hold too.
 Isa current_isa();
 void force_isa(const std::string& name);  // empty: the best one again
-
-// LSTM_FUSED_POISON=1 fills whatever a kernel must overwrite with NaN, scratch included.
-bool poisoning();
 
 }  // namespace lstm_fused

@@ -11,12 +11,11 @@
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <array>
-#include <cstring>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "launch.h"
+#include "params.h"
 
 namespace lstm_fused {
 
@@ -38,21 +37,22 @@ inline ScalarType compute_dtype(DType dtype) {
   return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
-inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
+// On the device of `like`.
+inline Tensor allocate(const std::vector<int64_t>& shape, ScalarType dtype, const Tensor& like) {
   std::vector<int64_t> strides(shape.size());
   int64_t stride = 1;
   for (size_t i = shape.size(); i-- > 0;) {
     strides[i] = stride;
     stride *= shape[i] > 0 ? shape[i] : 1;
   }
+  int32_t device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor t(handle);
-  if (poisoning() && t.numel() > 0) std::memset(t.data_ptr(), 0xff, t.numel() * t.element_size());
-  return t;
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+      like.get_device_index(), &handle));
+  return Tensor(handle);
 }
 
 inline std::string describe(const Tensor& t) {
@@ -77,8 +77,13 @@ inline std::vector<int64_t> shape_of(const Tensor& t) {
   return {t.sizes().begin(), t.sizes().end()};
 }
 
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.is_cuda() == b.is_cuda() &&
+         a.get_device_index() == b.get_device_index();
+}
+
 inline void check_like(const Tensor& t, const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU, as x is");
+  STD_TORCH_CHECK(same_device(t, x), name, " must be on the device of x");
   STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
 }
 

@@ -22,7 +22,6 @@ _NEVER_RUN = (
 
 kernels = torch.ops.lstm_fused_cuda  # tests put the emulation's here
 _forced_kind = ""
-_last_run = {}
 
 
 def available():
@@ -64,16 +63,33 @@ def set_plan(kind=None):
     _forced_kind = kind or ""
 
 
+def forced_kind():
+    """What set_plan was given, "" for the best."""
+    return _forced_kind
+
+
 def last_run():
     """What the newest forward or backward call ran, as a dict; empty before any."""
-    return dict(_last_run)
+    return words_as_dict(kernels.last_run())
+
+
+def words_as_dict(words):
+    """{"a": 1, "b": "c"} of "a=1 b=c"."""
+    pairs = (word.split("=") for word in words.split())
+    return {key: int(value) if value.isdigit() else value for key, value in pairs}
+
+
+@lru_cache
+def say_never_run():
+    """A warning, the first time."""
+    if torch.version.cuda is not None:
+        warnings.warn(_NEVER_RUN, stacklevel=4)
 
 
 @lru_cache
 def device_properties(index):
     """(major, minor, SMs, bytes of shared memory a block may have, CTAs of a cluster)."""
-    if torch.version.cuda is not None:
-        warnings.warn(_NEVER_RUN, stacklevel=2)
+    say_never_run()
     return tuple(kernels.device_properties(index))
 
 
@@ -100,17 +116,5 @@ def plan_on(device, cell, dtype, T, N, H, R, directions):
     """The forward plan of a layer on a CUDA device now; dtype: a torch.dtype or its name."""
     name = str(dtype).removeprefix("torch.")
     tf32 = name == "float32" and tf32_allowed()
-    return choose(device, name, T, N, H, R, directions, CELLS[cell][0], R != H, tf32, False)
-
-
-def choose(device, *sizes_to_backward, step=False):
-    """plan, for a torch.device; step: no other kind will do."""
-    *sizes, backward = sizes_to_backward
-    kind = "step" if step else _forced_kind
-    return plan(*sizes, device_properties(index_of(device)), backward, kind)
-
-
-def note(**ran):
-    """Keep what ran for last_run."""
-    _last_run.clear()
-    _last_run.update(ran)
+    sizes = (name, T, N, H, R, directions, CELLS[cell][0], R != H, tf32)
+    return plan(*sizes, device_properties(index_of(device)), False, _forced_kind)

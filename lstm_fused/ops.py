@@ -344,8 +344,7 @@ def last_run(device="cpu"):
     """
     if device == "cuda":
         return cuda.last_run()
-    words = (word.split("=") for word in torch.ops.lstm_fused.last_run().split())
-    return {key: int(value) if value.isdigit() else value for key, value in words}
+    return cuda.words_as_dict(torch.ops.lstm_fused.last_run())
 
 
 def plan(

@@ -155,10 +155,10 @@ def test_no_rows_and_one_step():
     [
         ({"x": torch.zeros(3, 2)}, r"x has shape \(3, 2\) but must be \(T, N, I\)"),
         ({"x": torch.zeros(3, 2, 4).int()}, "x must be float32, float64"),
-        ({"w_hh": torch.zeros(20, 4)}, "without a projection R must be H"),
-        ({"w_hh": torch.zeros(20, 5).double()}, "w_hh must have the dtype of x"),
+        ({"w_hh": torch.zeros(20, 4)}, "without a projection it must be"),
+        ({"w_hh": torch.zeros(20, 5).double()}, "every weight must have the dtype of x"),
         ({"w_ih": torch.zeros(20, 3)}, r"w_ih has shape \(20, 3\) but must be \(20, 4\)"),
-        ({"state0": (torch.zeros(1, 2, 5),)}, "state0 must hold 2 tensors or nothing"),
+        ({"state0": (torch.zeros(1, 2, 5),)}, "state0 must hold h0 and c0 or nothing"),
         ({"batch_sizes": torch.tensor([2, 1])}, r"packed x has shape"),
     ],
 )

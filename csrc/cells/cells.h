@@ -52,7 +52,7 @@ inline constexpr CellInfo kCells[] = {
 #undef LSTM_FUSED_INFO
 };
 
-LSTM_FUSED_INLINE constexpr const CellInfo& info(CellKind cell) {
+inline constexpr const CellInfo& info(CellKind cell) {
   return kCells[static_cast<int>(cell)];
 }
 

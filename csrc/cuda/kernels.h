@@ -7,13 +7,6 @@
 
 namespace lstm_fused::cuda {
 
-// By CellKind: blocks of rows of w_ih and w_hh.
-inline constexpr int kGatesOf[] = {
-#define LSTM_FUSED_GATES(name, Cell) Cell::kGates,
-    LSTM_FUSED_CELLS(LSTM_FUSED_GATES)
-#undef LSTM_FUSED_GATES
-};
-
 // Runs a plan on a stream: the recurrence's product and, with a projection, the second of a step.
 // steps: on the host; params.steps: on the device, for a persistent plan. Null, or what went wrong.
 using Run = const char*(CellKind cell, const Plan& plan, const RecurrenceParams& params,

@@ -1,6 +1,10 @@
-// The recurrence on a CUDA device as two operators, on torch's stable ABI. Everything around it,
-// allocation included, is lstm_fused/cuda.py's: these check what they are given and launch.
-#include "../stable.h"
+// The recurrence on a CUDA device as two operators, on torch's stable ABI: forward with the product
+// of x and W_ih before it, and the walk back through time, whose products are left to
+// lstm_fused/cuda_layer.py. Both plan, lay out what a pass works in, and launch.
+#include <mutex>
+
+#include "../layer.h"
+#include "../poison.h"
 #include "kernels.h"
 #include "primitives.h"
 
@@ -15,35 +19,10 @@
 namespace lstm_fused::cuda {
 namespace {
 
-using Tensors = std::vector<Tensor>;
-using MaybeTensor = std::optional<Tensor>;
 using Shape = std::vector<int64_t>;
 
-void* data(const Tensor& t, const Shape& shape, const char* name) {
-  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
-  check_shape(t, shape, name);
-  return t.data_ptr();
-}
-void* data(const MaybeTensor& t, const Shape& shape, const char* name) {
-  return t ? data(*t, shape, name) : nullptr;
-}
-// One for each direction, or none.
-void* data(const Tensors& ts, size_t i, const Shape& shape, const char* name) {
-  return i < ts.size() ? data(ts[i], shape, name) : nullptr;
-}
-
-Plan read_plan(const std::vector<int64_t>& v, bool backward) {
-  STD_TORCH_CHECK(v.size() == 7 && v[0] >= 0 && v[0] < kPlanKinds, "no such plan");
-  Plan plan{};
-  plan.kind = static_cast<PlanKind>(v[0]);
-  plan.backward = backward;
-  plan.tf32 = v[1] != 0;
-  plan.tile_rows = static_cast<int>(v[2]);
-  plan.unit_tiles = static_cast<int>(v[3]);
-  plan.unit_ctas = static_cast<int>(v[4]);
-  plan.row_groups = static_cast<int>(v[5]);
-  plan.shared_bytes = v[6];
-  return plan;
+void check(const char* error, const char* what) {
+  STD_TORCH_CHECK(error == nullptr, "lstm_fused, ", what, ": ", error);
 }
 
 Run* run_of(DType dtype, bool tf32) {
@@ -56,173 +35,423 @@ Run* run_of(DType dtype, bool tf32) {
   return nullptr;
 }
 
-// Steps on the host, with offsets kept in `offsets`.
-Steps read_steps(const MaybeTensor& sizes, int64_t rows, int64_t N, std::vector<int64_t>& offsets) {
-  if (!sizes) return {rows / N, N, nullptr, nullptr};
-  STD_TORCH_CHECK(
-      sizes->is_cpu() && sizes->is_contiguous() && sizes->scalar_type() == ScalarType::Long,
-      "batch_sizes must be contiguous int64 on the CPU");
-  const int64_t* size = sizes->const_data_ptr<int64_t>();
-  offsets.assign(1, 0);
-  for (int64_t t = 0; t < sizes->numel(); ++t) {
-    STD_TORCH_CHECK(size[t] > 0 && size[t] <= (t ? size[t - 1] : N),
-                    "batch_sizes must be positive and must not grow");
-    offsets.push_back(offsets.back() + size[t]);
+// Asked once for each device: the driver takes its time.
+Device device_of(int index) {
+  static std::mutex mutex;
+  static std::vector<std::optional<Device>> known;
+  const std::lock_guard lock(mutex);
+  const size_t at = index < 0 ? 0 : index;
+  if (known.size() <= at) known.resize(at + 1);
+  if (!known[at]) {
+    Device device{};
+    const DeviceGuard guard(index);
+    check(read_device(static_cast<int>(at), device), "device");
+    known[at] = device;
   }
-  STD_TORCH_CHECK(offsets.back() == rows && offsets.size() > 1 && size[0] == N,
-                  "batch_sizes add up to ", offsets.back(), " but there are ", rows, " rows");
-  return {sizes->numel(), N, size, offsets.data()};
+  return *known[at];
 }
 
-// The same on the device: steps (2, T + 1), sizes and offsets.
-Steps on_device(const Steps& host, const MaybeTensor& steps) {
-  if (!host.sizes) return host;
-  const int64_t* all = static_cast<const int64_t*>(data(steps, {2, host.T + 1}, "steps"));
-  return {host.T, host.N, all, all ? all + host.T + 1 : nullptr};
-}
-
-// exchange: (halves, D, rows, columns).
-Exchange read_exchange(const Tensor& t, int D, int64_t N, int tile_rows, const char* name) {
-  STD_TORCH_CHECK(t.is_contiguous() && t.dim() == 4 && t.size(1) == D && t.size(0) <= 2, name,
-                  " has shape ", describe(t));
-  STD_TORCH_CHECK(t.size(2) >= round_up(N, tile_rows), name, " has too few rows");
-  const int64_t bytes = t.size(3) * t.element_size();
-  STD_TORCH_CHECK(bytes % kKBytes == 0, name, " has rows of ", bytes, " bytes");
-  return {static_cast<char*>(t.data_ptr()), t.size(0) == 2 ? D * t.size(2) * bytes : 0, t.size(2),
-          bytes};
-}
-
-Product read_product(const Tensors& a, int64_t gates, int64_t units, const Exchange& in,
-                     const Exchange& out, const char* name) {
-  Product product{{nullptr, nullptr}, units, in, out};
-  for (size_t d = 0; d < a.size(); ++d) {
-    const int64_t columns = in.bytes / a[d].element_size();
-    product.a[d] = static_cast<const char*>(data(a[d], {gates * units, columns}, name));
-    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(product.a[d]) % 16 == 0, name, " is not aligned");
+// The newest call of any thread: autograd has its own.
+class LastRun {
+ public:
+  void set(std::string words) {
+    const std::lock_guard lock(mutex_);
+    words_ = std::move(words);
   }
-  return product;
-}
+  std::string get() {
+    const std::lock_guard lock(mutex_);
+    return words_;
+  }
 
-void launch(const Tensor& like, int64_t cell, const Plan& plan, const RecurrenceParams& params,
-            const Product* second, const Steps& steps) {
-  void* stream = nullptr;
-#if !defined(LSTM_FUSED_EMULATION)
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
-#endif
-  const DeviceGuard guard(like.get_device_index());
-  const char* error = run_of(dtype_of(like, "y"), plan.tf32)(static_cast<CellKind>(cell), plan,
-                                                             params, second, steps, stream);
-  STD_TORCH_CHECK(error == nullptr, "lstm_fused, ", name(plan.kind), " plan: ", error);
-}
-
-struct Sizes {
-  int64_t S, N, H, R, D, gates, sums;
+ private:
+  std::mutex mutex_;
+  std::string words_;
 };
 
-RecurrenceParams sized(const Sizes& z, const Steps& steps, bool projection) {
-  RecurrenceParams p{};
-  p.steps = steps;
-  p.s_end = steps.T;
-  p.S = z.S;
-  p.N = z.N;
-  p.H = z.H;
-  p.R = z.R;
-  p.D = static_cast<int>(z.D);
-  p.projection = projection;
-  return p;
+LastRun& last_run() {
+  static LastRun last;
+  return last;
 }
 
-void check_cell(int64_t cell) {
-  STD_TORCH_CHECK(cell >= 0 && cell < kCellCount, "unknown cell ", cell);
+const char* dtype_name(DType dtype) {
+  constexpr const char* names[kDTypeCount] = {"float32", "float64", "bfloat16", "float16"};
+  return names[static_cast<int>(dtype)];
 }
 
-void forward(Tensor pre, Tensors w_hh, Tensors bias, Tensors w_hr, Tensors state0,
-             MaybeTensor batch_sizes, MaybeTensor steps, Tensor y, Tensor h_n, MaybeTensor c_n,
-             MaybeTensor gates, MaybeTensor cells, Tensor carry, Tensors exchange,
-             MaybeTensor barrier, int64_t cell, int64_t sums, std::vector<int64_t> planned) {
-  check_cell(cell);
-  STD_TORCH_CHECK(h_n.dim() == 3 && carry.dim() == 3 && y.dim() == 2, "h_n, carry and y");
-  const Sizes z{y.size(0),   h_n.size(1),    carry.size(2), h_n.size(2),
-                h_n.size(0), kGatesOf[cell], sums};
-  const Plan plan = read_plan(planned, false);
-  std::vector<int64_t> offsets;
-  const Steps host = read_steps(batch_sizes, z.S, z.N, offsets);
-  const bool projection = !w_hr.empty(), persistent = plan.kind != PlanKind::kStep;
-  RecurrenceParams p = sized(z, persistent ? on_device(host, steps) : Steps{}, projection);
-  p.s_end = host.T;
-  p.pre = data(pre, {z.S, z.D, z.gates * z.H}, "pre");
-  for (int64_t d = 0; d < z.D; ++d) {
-    p.b_ih[d] = data(bias, 2 * d, {z.gates * z.H}, "b_ih");
-    p.b_hh[d] = data(bias, 2 * d + 1, {z.gates * z.H}, "b_hh");
+int64_t bytes_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+int64_t compute_bytes(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : 4;
+}
+
+PlanKind kind_named(const std::string& wanted) {
+  for (int kind = 0; kind < kPlanKinds; ++kind)
+    if (wanted == name(static_cast<PlanKind>(kind))) return static_cast<PlanKind>(kind);
+  STD_TORCH_CHECK(false, "no such plan: ", wanted);
+  return PlanKind::kStep;
+}
+
+// A pass over a layer: its plan, and the memory it works in beside its tensors. That is one
+// allocation, parts of which are asked for first and then lie where `at` says.
+class Pass {
+ public:
+  Pass(const Layer& layer, const Tensor& x, bool tf32, const std::string& kind, bool backward)
+      : layer_(layer), x_(x), size_(layer.size), guard_(x.get_device_index()) {
+#if !defined(LSTM_FUSED_EMULATION)
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_));
+#endif
+    tf32 = tf32 && layer.dtype == DType::kFloat32;
+    const Device device = device_of(x.get_device_index());
+    STD_TORCH_CHECK(supported(device),
+                    "the fused kernels need compute capability 8.0 or later, not ", device.major,
+                    ".", device.minor);
+    const Steps& steps = size_.steps;
+    const Problem problem{layer.dtype, steps.T, steps.N,          size_.H, size_.R,
+                          size_.D,     gates(), layer.projection, tf32};
+    // In a CUDA graph packed data's sizes cannot be copied to the device for the other plans.
+    const bool only_step = steps.sizes && is_capturing(stream_);
+    std::optional<Plan> made;
+    if (only_step || !kind.empty()) {
+      made = plan_as(only_step ? PlanKind::kStep : kind_named(kind), problem, device, backward);
+      if (!made) made = plan_as(PlanKind::kStep, problem, device, backward);
+    } else {
+      made = make_plan(problem, device, backward);
+    }
+    plan_ = *made;
+    const auto number = [](const char* key, int64_t value) {
+      return std::string(" ") + key + "=" + std::to_string(value);
+    };
+    last_run().set(std::string("pass=") + (backward ? "backward" : "forward") +
+                   " dtype=" + dtype_name(layer.dtype) + " kernel=" + name(plan_.kind) +
+                   number("tile_rows", plan_.tile_rows) + number("unit_ctas", plan_.unit_ctas) +
+                   number("row_groups", plan_.row_groups) + number("tf32", plan_.tf32));
   }
-  p.h0 = data(state0, 0, {z.D, z.N, z.R}, "h0");
-  p.c0 = data(state0, 1, {z.D, z.N, z.H}, "c0");
-  p.y = data(y, {z.S, z.D * z.R}, "y");
-  p.h_n = data(h_n, {z.D, z.N, z.R}, "h_n");
-  p.c_n = data(c_n, {z.D, z.N, z.H}, "c_n");
-  p.gates = data(gates, {z.S, z.D, z.sums, z.H}, "gates");
-  p.cells = data(cells, {z.S, z.D, z.H}, "cells");
-  p.carry = data(carry, {z.D, z.N, z.H}, "carry");
-  if (barrier) p.barrier = static_cast<unsigned long long*>(barrier->data_ptr());
-  STD_TORCH_CHECK(exchange.size() == (projection ? 2u : 1u), "exchange");
-  const Exchange h = read_exchange(exchange[0], p.D, z.N, plan.tile_rows, "h");
-  const Exchange hidden =
-      projection ? read_exchange(exchange[1], p.D, z.N, plan.tile_rows, "hidden") : h;
-  p.product = read_product(w_hh, z.gates, z.H, h, hidden, "w_hh");
-  const Product second = projection ? read_product(w_hr, 1, z.R, hidden, h, "w_hr") : Product{};
-  launch(y, cell, plan, p, projection ? &second : nullptr, host);
+
+  int gates() const { return info(layer_.cell).gates; }
+  bool persistent() const { return plan_.kind != PlanKind::kStep; }
+  Memory memory() const { return info(layer_.cell).memory; }
+
+  // Offsets of bytes that begin as zeros, if not `raw`: ask for those first.
+  int64_t room(int64_t bytes, bool raw = false) {
+    const int64_t at = total_;
+    total_ += round_up(bytes, 256);
+    if (!raw) zeros_ = total_;
+    return at;
+  }
+
+  void allocate_rooms() {
+    work_ = allocate({total_}, ScalarType::Byte, x_);
+    base_ = static_cast<char*>(work_->data_ptr());
+    check(fill_async(base_, 0, zeros_, stream_), "work memory");
+    if (poisoning()) check(fill_async(base_ + zeros_, 0xff, total_ - zeros_, stream_), "poison");
+  }
+
+  char* at(int64_t room) const { return base_ + room; }
+
+  // A tensor on x's device.
+  Tensor empty(const Shape& shape, ScalarType dtype) const {
+    Tensor t = allocate(shape, dtype, x_);
+    const int64_t bytes = t.numel() * t.element_size();
+    if (poisoning() && bytes) check(fill_async(t.data_ptr(), 0xff, bytes, stream_), "poison");
+    return t;
+  }
+  Tensor empty(const Shape& shape) const { return empty(shape, x_.scalar_type()); }
+  Tensor maybe(bool wanted, const Shape& shape) const { return empty(wanted ? shape : Shape{0}); }
+
+  // What one step hands to the next, `values` of a row; halves: 2 if no launch lies between.
+  struct Handed {
+    int64_t room;
+    Exchange exchange;
+  };
+  Handed exchange(int halves, int64_t row_bytes) {
+    const int64_t rows = round_up(size_.steps.N, plan_.tile_rows);
+    const int64_t half = size_.D * rows * row_bytes;
+    return {room(halves * half), {nullptr, halves == 2 ? half : 0, rows, row_bytes}};
+  }
+  Exchange placed(const Handed& handed) const {
+    Exchange e = handed.exchange;
+    e.data = at(handed.room);
+    return e;
+  }
+
+  // Weights (rows, columns) in rows of `padded` bytes, which begin as multiples of 16 do.
+  struct Operand {
+    const char* given;
+    int64_t rows, bytes, padded, room;
+  };
+  Operand operand(const void* w, int64_t rows, int64_t columns) {
+    const int64_t bytes = columns * bytes_of(layer_.dtype);
+    const int64_t padded = row_bytes(layer_.dtype, columns);
+    const bool as_it_is = bytes == padded && reinterpret_cast<uintptr_t>(w) % 16 == 0;
+    return {static_cast<const char*>(w), rows, bytes, padded, as_it_is ? -1 : room(rows * padded)};
+  }
+  const char* placed(const Operand& w) const {
+    if (w.room < 0) return w.given;
+    copy_rows(at(w.room), w.padded, w.given, w.bytes, w.bytes, w.rows);
+    return at(w.room);
+  }
+
+  void copy_rows(char* to, int64_t pitch, const void* from, int64_t from_pitch, int64_t bytes,
+                 int64_t rows) const {
+    check(copy_rows_async(to, pitch, from, from_pitch, bytes, rows, stream_), "copy");
+  }
+
+  // Counters for the CTAs of a grid to meet at.
+  int64_t barrier_room() {
+    const int64_t groups = plan_.kind == PlanKind::kGrid ? size_.D * plan_.row_groups : 0;
+    return room(groups * sizeof(unsigned long long));
+  }
+  // Packed data's sizes and offsets, (2, T + 1), for a persistent kernel.
+  int64_t steps_room() {
+    return room(persistent() && size_.steps.sizes ? 2 * (size_.steps.T + 1) * 8 : 0, true);
+  }
+  int64_t carry_room() {
+    const bool carries = memory() != Memory::kNone;
+    return room(carries ? size_.D * size_.steps.N * size_.H * compute_bytes(layer_.dtype) : 0,
+                true);
+  }
+
+  // What both passes give to a kernel.
+  RecurrenceParams params(const ForwardParams& given, int64_t barrier, int64_t steps,
+                          int64_t carry) const {
+    const Steps& host = size_.steps;
+    RecurrenceParams p{};
+    p.s_end = host.T;
+    p.S = host.rows();
+    p.N = host.N;
+    p.H = size_.H;
+    p.R = size_.R;
+    p.D = size_.D;
+    p.projection = layer_.projection;
+    p.h0 = given.h0;
+    p.c0 = given.c0;
+    p.carry = at(carry);
+    if (plan_.kind == PlanKind::kGrid)
+      p.barrier = reinterpret_cast<unsigned long long*>(at(barrier));
+    if (!persistent()) return p;
+    p.steps = host;
+    if (host.sizes) {
+      std::vector<int64_t> both(2 * (host.T + 1));
+      std::copy(host.sizes, host.sizes + host.T, both.begin());
+      std::copy(host.offsets, host.offsets + host.T + 1, both.begin() + host.T + 1);
+      check(upload_async(at(steps), both.data(), both.size() * 8, stream_), "batch_sizes");
+      p.steps.sizes = reinterpret_cast<const int64_t*>(at(steps));
+      p.steps.offsets = p.steps.sizes + host.T + 1;
+    }
+    return p;
+  }
+
+  void launch(const RecurrenceParams& p, const Product* second) const {
+    check(run_of(layer_.dtype, plan_.tf32)(layer_.cell, plan_, p, second, size_.steps, stream_),
+          name(plan_.kind));
+  }
+
+ private:
+  const Layer& layer_;
+  const Tensor& x_;
+  const LayerSizes& size_;
+  const DeviceGuard guard_;
+  void* stream_ = nullptr;
+  Plan plan_{};
+  int64_t total_ = 0, zeros_ = 0;
+  std::optional<Tensor> work_;
+  char* base_ = nullptr;
+};
+
+// a (n, k) times the transpose of b (m, k), accumulated and given in the compute dtype.
+Tensor product(const Tensor& a, const Tensor& b) {
+  using torch::stable::detail::from;
+  const ScalarType dtype = a.scalar_type();
+  const bool narrow = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+  const Tensor turned = torch::stable::transpose(b, 0, 1);
+#if defined(LSTM_FUSED_EMULATION)
+  // torch has no product of 16 bits with float32 results on the CPU.
+  if (narrow)
+    return torch::stable::matmul(torch::stable::to(a, ScalarType::Float),
+                                 torch::stable::to(turned, ScalarType::Float));
+#endif
+  std::array<StableIValue, 3> stack{from(a), from(turned), from(ScalarType::Float)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mm", narrow ? "dtype" : "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-void backward(Tensors w_hh_t, Tensors w_hr_t, Tensors state0, MaybeTensor batch_sizes,
-              MaybeTensor steps, Tensor gates, MaybeTensor cells, MaybeTensor dy, MaybeTensor dh_n,
-              MaybeTensor dc_n, Tensor d_gates, MaybeTensor hidden, MaybeTensor d_hidden,
-              MaybeTensor dh0, MaybeTensor dc0, Tensor carry, Tensors exchange, MaybeTensor barrier,
-              int64_t R, int64_t cell, std::vector<int64_t> planned) {
-  check_cell(cell);
-  STD_TORCH_CHECK(d_gates.dim() == 4 && carry.dim() == 3, "d_gates and carry");
-  const Sizes z{d_gates.size(0), carry.size(1),  carry.size(2),  R,
-                carry.size(0),   kGatesOf[cell], d_gates.size(2)};
-  const Plan plan = read_plan(planned, true);
-  std::vector<int64_t> offsets;
-  const Steps host = read_steps(batch_sizes, z.S, z.N, offsets);
-  const bool projection = !w_hr_t.empty(), persistent = plan.kind != PlanKind::kStep;
-  RecurrenceParams p = sized(z, persistent ? on_device(host, steps) : Steps{}, projection);
+// x.W_ih of all steps, (S, D * G * H).
+Tensor input_product(const Pass& pass, const Layer& layer, const Tensor& x, const Tensor& w_ih) {
+  const LayerSizes& s = layer.size;
+  const Tensor rows = torch::stable::reshape(x, {s.steps.rows(), s.I});
+  if (s.D == 1) return product(rows, w_ih);
+  const int64_t height = pass.gates() * s.H, bytes = height * s.I * bytes_of(layer.dtype);
+  const Tensor both = pass.empty({2 * height, s.I});
+  for (int d = 0; d < 2; ++d)
+    pass.copy_rows(static_cast<char*>(both.data_ptr()) + d * bytes, bytes, layer.weights[d].w_ih,
+                   bytes, bytes, 1);
+  return product(rows, both);
+}
+
+Shape gates_shape(const Layer& layer) {
+  const LayerSizes& s = layer.size;
+  return {s.steps.rows(), s.D, info(layer.cell).sums, s.H};
+}
+Shape cells_shape(const Layer& layer) {
+  if (info(layer.cell).memory == Memory::kNone) return {0};
+  return {layer.size.steps.rows(), layer.size.D, layer.size.H};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor x, MaybeTensor batch_sizes,
+                                                           Tensors state0, Tensors weights,
+                                                           int64_t cell, int64_t directions,
+                                                           bool training, bool tf32,
+                                                           std::string kind) {
+  Layer layer = read_layer(x, batch_sizes, weights, cell, directions);
+  const LayerSizes& s = layer.size;
+  const Steps& steps = s.steps;
+  STD_TORCH_CHECK(steps.T > 0, "x must have at least one time step");
+  const ForwardParams given = lstm_fused::given<ForwardParams>(layer, x, state0);
+  Pass pass(layer, x, tf32, kind, false);
+  const ScalarType compute = compute_dtype(layer.dtype);
+  Tensor y = pass.empty(output_shape(layer, x));
+  Tensor h_n = pass.empty({s.D, steps.N, s.R});
+  Tensor c_n = pass.maybe(has_cell_state(layer), {s.D, steps.N, s.H});
+  Tensor cells = pass.empty(training ? cells_shape(layer) : Shape{0}, compute);
+  if (steps.N == 0)
+    return {y, h_n, c_n, pass.empty(training ? gates_shape(layer) : Shape{0}, compute), cells};
+
+  const Tensor pre = input_product(pass, layer, x, weights[0]);
+  // Each unit's sums are read before its gates are written.
+  const bool in_place = info(layer.cell).sums == pass.gates();
+  Tensor gates = !training  ? pass.empty({0}, compute)
+                 : in_place ? torch::stable::view(pre, gates_shape(layer))
+                            : pass.empty(gates_shape(layer), compute);
+
+  const int64_t width = row_bytes(layer.dtype, s.R);
+  const auto h = pass.exchange(2, width);
+  const auto hidden = layer.projection ? pass.exchange(1, row_bytes(layer.dtype, s.H)) : h;
+  std::vector<Pass::Operand> w_hh, w_hr;
+  for (int d = 0; d < s.D; ++d) {
+    w_hh.push_back(pass.operand(layer.weights[d].w_hh, pass.gates() * s.H, s.R));
+    if (layer.projection) w_hr.push_back(pass.operand(layer.weights[d].w_hr, s.R, s.H));
+  }
+  const int64_t barrier = pass.barrier_room(), on_device = pass.steps_room();
+  const int64_t carry = pass.carry_room();
+  pass.allocate_rooms();
+
+  RecurrenceParams p = pass.params(given, barrier, on_device, carry);
+  p.pre = pre.data_ptr();
+  p.y = y.data_ptr();
+  p.h_n = h_n.data_ptr();
+  if (has_cell_state(layer)) p.c_n = c_n.data_ptr();
+  if (training) p.gates = gates.data_ptr();
+  if (training && pass.memory() != Memory::kNone) p.cells = cells.data_ptr();
+  p.product = {{}, s.H, pass.placed(h), pass.placed(hidden)};
+  Product second{{}, s.R, p.product.out, p.product.in};
+  for (int d = 0; d < s.D; ++d) {
+    p.b_ih[d] = layer.weights[d].b_ih;
+    p.b_hh[d] = layer.weights[d].b_hh;
+    p.product.a[d] = pass.placed(w_hh[d]);
+    if (layer.projection) second.a[d] = pass.placed(w_hr[d]);
+    const int64_t bytes = s.R * bytes_of(layer.dtype);
+    // Both halves: a row of packed data may begin at any step.
+    for (int half = 0; given.h0 && half < (steps.sizes ? 2 : 1); ++half)
+      pass.copy_rows(p.product.in.at(half, d, 0), width,
+                     static_cast<const char*>(given.h0) + d * steps.N * bytes, bytes, bytes,
+                     steps.N);
+  }
+  pass.launch(p, layer.projection ? &second : nullptr);
+  return {y, h_n, c_n, gates, cells};
+}
+
+void check_saved(const Tensor& t, const Tensor& x, DType dtype, const Shape& shape,
+                 const char* name) {
+  STD_TORCH_CHECK(same_device(t, x) && t.is_contiguous() && t.scalar_type() == compute_dtype(dtype),
+                  name, " must be as saved by recurrent_forward in training");
+  check_shape(t, shape, name);
+}
+
+// One a direction, contiguous and 16-byte aligned.
+const char* turned_weights(const Tensors& w, int d, const Tensor& x, const Shape& shape,
+                           const char* name) {
+  STD_TORCH_CHECK(static_cast<size_t>(d) < w.size(), name, " must hold one for each direction");
+  check_like(w[d], x, name);
+  check_shape(w[d], shape, name);
+  const void* data = w[d].data_ptr();
+  STD_TORCH_CHECK(w[d].is_contiguous() && reinterpret_cast<uintptr_t>(data) % 16 == 0, name,
+                  " must be contiguous and aligned");
+  return static_cast<const char*>(data);
+}
+
+// w_hh_t: (R, G, H) and w_hr_t (H, R) for each direction, the last dimension padded by zeros to
+// whole products. Returns the gradients of all sums and of the initial states; with a projection h
+// before it and the gradient of h after it, else nothing.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    Tensor x, MaybeTensor batch_sizes, Tensors state0, Tensors weights, Tensors w_hh_t,
+    Tensors w_hr_t, Tensor gates, Tensor cells, MaybeTensor dy, MaybeTensor dh_n, MaybeTensor dc_n,
+    int64_t cell, int64_t directions, bool dh0_too, bool dc0_too, bool tf32, std::string kind) {
+  Layer layer = read_layer(x, batch_sizes, weights, cell, directions);
+  const LayerSizes& s = layer.size;
+  const int64_t N = s.steps.N, S = s.steps.rows();
+  STD_TORCH_CHECK(N > 0, "there must be a row");
+  STD_TORCH_CHECK(has_cell_state(layer) || (!dc0_too && !dc_n), "cell ", info(layer.cell).name,
+                  " has no c0 or c_n to have a gradient");
+  const ForwardParams given = lstm_fused::given<ForwardParams>(layer, x, state0);
+  check_saved(gates, x, layer.dtype, gates_shape(layer), "gates");
+  check_saved(cells, x, layer.dtype, cells_shape(layer), "cells");
+  Pass pass(layer, x, tf32, kind, true);
+  Tensor d_gates = pass.empty(gates_shape(layer));
+  Tensor dh0 = pass.maybe(dh0_too, {s.D, N, s.R});
+  Tensor dc0 = pass.maybe(dc0_too, {s.D, N, s.H});
+  Tensor hidden = pass.maybe(layer.projection, {S, s.D, s.H});
+  Tensor d_hidden = pass.maybe(layer.projection, {S, s.D, s.R});
+
+  const int64_t hidden_row = row_bytes(layer.dtype, s.H), width = row_bytes(layer.dtype, s.R);
+  const auto of_gates = pass.exchange(2, pass.gates() * hidden_row);
+  const auto of_h = layer.projection ? pass.exchange(1, width) : of_gates;
+  const int64_t barrier = pass.barrier_room(), on_device = pass.steps_room();
+  const int64_t carry = pass.carry_room();
+  pass.allocate_rooms();
+
+  RecurrenceParams p = pass.params(given, barrier, on_device, carry);
   // A step past the end where the initial state's gradients are wanted.
-  p.s_end = host.T + (dh0 || dc0 ? 1 : 0);
-  p.h0 = data(state0, 0, {z.D, z.N, z.R}, "h0");
-  p.c0 = data(state0, 1, {z.D, z.N, z.H}, "c0");
-  p.gates = data(gates, {z.S, z.D, z.sums, z.H}, "gates");
-  p.cells = data(cells, {z.S, z.D, z.H}, "cells");
-  p.dy = data(dy, {z.S, z.D * z.R}, "dy");
-  p.dh_n = data(dh_n, {z.D, z.N, z.R}, "dh_n");
-  p.dc_n = data(dc_n, {z.D, z.N, z.H}, "dc_n");
-  p.d_gates = data(d_gates, {z.S, z.D, z.sums, z.H}, "d_gates");
-  p.hidden = data(hidden, {z.S, z.D, z.H}, "hidden");
-  p.d_hidden = data(d_hidden, {z.S, z.D, z.R}, "d_hidden");
-  p.dh0 = data(dh0, {z.D, z.N, z.R}, "dh0");
-  p.dc0 = data(dc0, {z.D, z.N, z.H}, "dc0");
-  p.carry = data(carry, {z.D, z.N, z.H}, "carry");
-  if (barrier) p.barrier = static_cast<unsigned long long*>(barrier->data_ptr());
-  STD_TORCH_CHECK(exchange.size() == (projection ? 2u : 1u), "exchange");
-  const Exchange dg = read_exchange(exchange[0], p.D, z.N, plan.tile_rows, "d_gates' exchange");
-  if (!projection) {
-    p.product = read_product(w_hh_t, 1, z.H, dg, dg, "w_hh_t");
-    return launch(d_gates, cell, plan, p, nullptr, host);
+  p.s_end += dh0_too || dc0_too;
+  p.gates = gates.data_ptr();
+  if (pass.memory() != Memory::kNone) p.cells = cells.data_ptr();
+  const auto shaped = [&](const MaybeTensor& t, Shape shape, const char* name) -> const void* {
+    if (!t) return nullptr;
+    check_like(*t, x, name);
+    check_shape(*t, shape, name);
+    return layer.keep(*t).data_ptr();
+  };
+  p.dy = shaped(dy, output_shape(layer, x), "dy");
+  p.dh_n = shaped(dh_n, {s.D, N, s.R}, "dh_n");
+  p.dc_n = shaped(dc_n, {s.D, N, s.H}, "dc_n");
+  p.d_gates = d_gates.data_ptr();
+  if (dh0_too) p.dh0 = dh0.data_ptr();
+  if (dc0_too) p.dc0 = dc0.data_ptr();
+  const int64_t each = hidden_row / bytes_of(layer.dtype);
+  p.product = {{}, layer.projection ? s.R : s.H, pass.placed(of_gates), pass.placed(of_h)};
+  Product second{{}, s.H, p.product.out, p.product.in};
+  for (int d = 0; d < s.D; ++d) {
+    p.product.a[d] = turned_weights(w_hh_t, d, x, {s.R, pass.gates() * each}, "w_hh_t");
+    if (layer.projection)
+      second.a[d] = turned_weights(w_hr_t, d, x, {s.H, width / bytes_of(layer.dtype)}, "w_hr_t");
   }
-  STD_TORCH_CHECK(hidden && d_hidden, "a projection needs hidden and d_hidden");
-  const Exchange dh = read_exchange(exchange[1], p.D, z.N, plan.tile_rows, "d_h's exchange");
-  p.product = read_product(w_hh_t, 1, z.R, dg, dh, "w_hh_t");
-  const Product second = read_product(w_hr_t, 1, z.H, dh, dg, "w_hr_t");
-  launch(d_gates, cell, plan, p, &second, host);
+  if (layer.projection) {
+    p.hidden = hidden.data_ptr();
+    p.d_hidden = d_hidden.data_ptr();
+  }
+  pass.launch(p, layer.projection ? &second : nullptr);
+  return {d_gates, dh0, dc0, hidden, d_hidden};
 }
 
 // (major, minor, SMs, shared bytes of a block, CTAs of a cluster).
 std::vector<int64_t> device_properties(int64_t index) {
-  Device device{};
-  const DeviceGuard guard(static_cast<int>(index));
-  const char* error = read_device(static_cast<int>(index), device);
-  STD_TORCH_CHECK(error == nullptr, "device ", index, ": ", error);
-  return {device.major, device.minor, device.sms, device.shared_bytes, device.cluster_ctas};
+  const Device d = device_of(static_cast<int>(index));
+  return {d.major, d.minor, d.sms, d.shared_bytes, d.cluster_ctas};
+}
+
+std::string describe_last_run() {
+  return last_run().get();
 }
 
 }  // namespace
@@ -230,16 +459,16 @@ std::vector<int64_t> device_properties(int64_t index) {
 
 STABLE_TORCH_LIBRARY(LSTM_FUSED_LIBRARY, m) {
   m.def(
-      "forward(Tensor pre, Tensor[] w_hh, Tensor[] bias, Tensor[] w_hr, Tensor[] state0, "
-      "Tensor? batch_sizes, Tensor? steps, Tensor y, Tensor h_n, Tensor? c_n, Tensor? gates, "
-      "Tensor? cells, Tensor carry, Tensor[] exchange, Tensor? barrier, int cell, int sums, "
-      "int[] plan) -> ()");
+      "forward(Tensor x, Tensor? batch_sizes, Tensor[] state0, Tensor[] weights, int cell, "
+      "int directions, bool training, bool tf32, str kind) "
+      "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
   m.def(
-      "backward(Tensor[] w_hh_t, Tensor[] w_hr_t, Tensor[] state0, Tensor? batch_sizes, "
-      "Tensor? steps, Tensor gates, Tensor? cells, Tensor? dy, Tensor? dh_n, Tensor? dc_n, "
-      "Tensor d_gates, Tensor? hidden, Tensor? d_hidden, Tensor? dh0, Tensor? dc0, Tensor carry, "
-      "Tensor[] exchange, Tensor? barrier, int R, int cell, int[] plan) -> ()");
+      "backward(Tensor x, Tensor? batch_sizes, Tensor[] state0, Tensor[] weights, "
+      "Tensor[] w_hh_t, Tensor[] w_hr_t, Tensor gates, Tensor cells, Tensor? dy, Tensor? dh_n, "
+      "Tensor? dc_n, int cell, int directions, bool dh0_too, bool dc0_too, bool tf32, str kind) "
+      "-> (Tensor d_gates, Tensor dh0, Tensor dc0, Tensor hidden, Tensor d_hidden)");
   m.def("device_properties(int index) -> int[]");
+  m.def("last_run() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(LSTM_FUSED_LIBRARY, LSTM_FUSED_KEY, m) {
@@ -249,4 +478,5 @@ STABLE_TORCH_LIBRARY_IMPL(LSTM_FUSED_LIBRARY, LSTM_FUSED_KEY, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(LSTM_FUSED_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("device_properties", TORCH_BOX(&lstm_fused::cuda::device_properties));
+  m.impl("last_run", TORCH_BOX(&lstm_fused::cuda::describe_last_run));
 }

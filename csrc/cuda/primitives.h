@@ -208,6 +208,33 @@ class DeviceGuard {
   int before_ = 0;
 };
 
+inline const char* fill_async(void* to, int byte, int64_t bytes, void* stream) {
+  return bytes ? error_of(cudaMemsetAsync(to, byte, bytes, static_cast<cudaStream_t>(stream)))
+               : nullptr;
+}
+// Rows of `bytes` bytes each, the rows apart by their pitches.
+inline const char* copy_rows_async(void* to, int64_t pitch, const void* from, int64_t from_pitch,
+                                   int64_t bytes, int64_t rows, void* stream) {
+  const auto on = static_cast<cudaStream_t>(stream);
+  // A pitch may have 31 bits.
+  if (rows == 1 || (pitch == bytes && from_pitch == bytes))
+    return error_of(cudaMemcpyAsync(to, from, bytes * rows, cudaMemcpyDeviceToDevice, on));
+  return error_of(
+      cudaMemcpy2DAsync(to, pitch, from, from_pitch, bytes, rows, cudaMemcpyDeviceToDevice, on));
+}
+// From the host's pageable memory, which may be freed when this returns.
+inline const char* upload_async(void* to, const void* from, int64_t bytes, void* stream) {
+  return error_of(
+      cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream)));
+}
+// Whether what is launched there goes into a CUDA graph.
+inline bool is_capturing(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
+  if (error != cudaSuccess) cudaGetLastError();  // it is nobody else's
+  return status != cudaStreamCaptureStatusNone;
+}
+
 static __global__ void probe_kernel() {}
 
 // Whether clusters of this many CTAs, each with all the shared memory of its SM, have room: 16 of
