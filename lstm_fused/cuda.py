@@ -88,7 +88,8 @@ def say_never_run():
 
 @lru_cache
 def device_properties(index):
-    """(major, minor, SMs, bytes of shared memory a block may have, CTAs of a cluster)."""
+    """(major, minor, SMs, bytes of shared memory a block may have, CTAs of the largest cluster,
+    clusters of that size that run at once)."""
     say_never_run()
     return tuple(kernels.device_properties(index))
 

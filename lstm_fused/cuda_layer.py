@@ -29,18 +29,18 @@ def _ieee_products():
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     try:
-        older = matmul.allow_tf32
+        older = torch.get_float32_matmul_precision()
     except RuntimeError:
-        older = False
-    if older:
-        matmul.allow_tf32 = False
+        older = "highest"
+    if older != "highest":
+        torch.set_float32_matmul_precision("highest")
     else:
         matmul.fp32_precision = "ieee"
     try:
         yield
     finally:
-        if older:
-            matmul.allow_tf32 = True
+        if older != "highest":
+            torch.set_float32_matmul_precision(older)
         else:
             matmul.fp32_precision = before
 
@@ -136,13 +136,14 @@ class _Backward:
     def gradients(self, gates, cells, dy, dh_n, dc_n, tf32):
         if self.N == 0:
             return self._nothing()
-        self.d_gates, dh0, dc0, self.hidden, self.d_hidden = cuda.kernels.backward(
+        self.d_gates, dh0, dc0, self.hidden, self.d_hidden, self.before = cuda.kernels.backward(
             self.x,
             self.batch_sizes,
             self.state0,
             self.given,
             [self._turned(w[1], self.G) for w in self.weights],
             [self._turned(w[-1], 1) for w in self.weights] if self.projection else [],
+            self.y,
             gates,
             cells,
             dy,
@@ -201,7 +202,7 @@ class _Backward:
         """w's gates, (G * H, ...), in another order."""
         if order == sorted(order):
             return w
-        return w.unflatten(0, (self.G, self.H))[order].flatten(0, 1)
+        return torch.cat([w[g * self.H : (g + 1) * self.H] for g in order])
 
     def _weight_gradients(self, d):
         each = len(self.weights[d])
@@ -237,9 +238,7 @@ class _Backward:
         grad, y = self._hidden_part(d), self.y.view(self.S, self.D, self.R)[:, d]
         h0 = self.state0[0][d] if self.state0 else None
         if self.batch_sizes is not None:
-            start = y.new_zeros(self.N, self.R) if h0 is None else h0
-            before = torch.cat((y, start))[self._rows_before(d)]
-            return _product(grad.t(), before)
+            return _product(grad.t(), self.before[:, d])
         if h0 is None:
             if self.T == 1:
                 return grad.new_zeros(self.G * self.H, self.R)
@@ -249,16 +248,3 @@ class _Backward:
             return _product(later.t(), earlier)
         before = torch.cat((h0, y[: -self.N]) if d == 0 else (y[self.N :], h0))
         return _product(grad.t(), before)
-
-    def _rows_before(self, d):
-        """Where each row of packed data had its h before: in y (S, R), or from S on in h0."""
-        sizes = self.batch_sizes
-        offsets = torch.zeros(self.T + 1, dtype=torch.int64)
-        offsets[1:] = sizes.cumsum(0)
-        step = torch.arange(self.T).repeat_interleave(sizes)
-        row = torch.arange(self.S) - offsets[step]
-        other = step - 1 if d == 0 else step + 1
-        inside = (other >= 0) & (other < self.T)
-        other = other.clamp(0, self.T - 1)
-        inside &= row < sizes[other]
-        return torch.where(inside, offsets[other] + row, self.S + row).to(self.x.device)

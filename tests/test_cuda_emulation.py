@@ -85,6 +85,10 @@ exec(sys.argv[2])
         ("matmul.allow_tf32 = True", "assert matmul.allow_tf32"),
         ("matmul.fp32_precision = 'tf32'", ""),
         ("torch.set_float32_matmul_precision('high')", "assert matmul.allow_tf32"),
+        (
+            "torch.set_float32_matmul_precision('medium')",
+            "assert torch.get_float32_matmul_precision() == 'medium'",
+        ),
     ],
 )
 def test_products_without_tf32(switch, after):

@@ -7,24 +7,25 @@ import pytest
 from lstm_fused import _plan, cuda
 
 # Compute capability, SMs, shared memory a block may opt in to, CTAs of the largest cluster; from
-# the CUDA programming guide's table of compute capabilities and the vendor's data sheets.
+# the CUDA programming guide's table of compute capabilities and the vendor's data sheets. Last, how
+# many such clusters run at once, of which no sheet speaks: guesses.
 DEVICES = {
-    "A100": (8, 0, 108, 163 << 10, 1),
-    "A10": (8, 6, 72, 99 << 10, 1),
-    "L40S": (8, 9, 142, 99 << 10, 1),
-    "H100 PCIe": (9, 0, 114, 227 << 10, 16),
-    "H100": (9, 0, 132, 227 << 10, 16),
-    "H200": (9, 0, 132, 227 << 10, 16),
-    "B200": (10, 0, 148, 227 << 10, 16),
-    "RTX 5090": (12, 0, 170, 99 << 10, 8),
-    "one SM": (9, 0, 1, 227 << 10, 16),
+    "A100": (8, 0, 108, 163 << 10, 1, 0),
+    "A10": (8, 6, 72, 99 << 10, 1, 0),
+    "L40S": (8, 9, 142, 99 << 10, 1, 0),
+    "H100 PCIe": (9, 0, 114, 227 << 10, 16, 6),
+    "H100": (9, 0, 132, 227 << 10, 16, 8),
+    "H200": (9, 0, 132, 227 << 10, 16, 8),
+    "B200": (10, 0, 148, 227 << 10, 16, 8),
+    "RTX 5090": (12, 0, 170, 99 << 10, 8, 20),
+    "one SM": (9, 0, 1, 227 << 10, 1, 0),
 }
 DTYPES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 ROWS = (1, 8, 9, 16, 33, 64, 128, 300, 4096, 10**6, 10**7)
 UNITS = (1, 7, 16, 64, 100, 256, 512, 640, 768, 800, 1024, 1500, 1900, 2048, 4096, 10**5)
 REGISTERS = 64 << 10  # of every SM since 7.0
 MOST_REGISTERS = 255  # of a thread
-HELD = 96 * 4  # bytes of weights a thread of the grid plan has in registers, at most
+HELD = 128 * 4  # bytes of weights a thread has in registers, at most
 
 
 def plans():
@@ -42,7 +43,7 @@ def test_within_the_device():
     seen = set()
     for case, p in plans():
         name, dtype, T, N, H, _, D, gates, _, _, _, backward, kind = case
-        *_, sms, shared, cluster = DEVICES[name]
+        *_, sms, shared, cluster, _ = DEVICES[name]
         seen.add((p.kind, backward))
         assert p.kind == kind or not kind, case
         assert p.shared_bytes <= shared, (case, p)
@@ -57,21 +58,20 @@ def test_within_the_device():
             assert p.threads * MOST_REGISTERS <= REGISTERS, (case, p)
         if p.kind == "cluster":
             assert DEVICES[name][0] >= 9 and p.unit_ctas <= cluster, (case, p)
-            assert p.threads * 128 <= REGISTERS, (case, p)
+            assert p.threads <= 512, (case, p)
             assert p.row_groups * p.tile_rows >= N, (case, p)
         if p.kind != "step":
             assert dtype != "float64", case
             # The weights, a row of A for each gate and unit, are somewhere.
             weights = p.unit_tiles * 16 * gates * H * DTYPES[dtype]
-            registers = HELD * p.threads if p.kind == "grid" else 0
-            assert weights <= p.shared_bytes + registers, (case, p)
+            assert weights <= p.shared_bytes + HELD * p.threads, (case, p)
             assert T > 1 or kind, case
     assert seen == set(product(("step", "grid", "cluster"), (False, True)))
 
 
 def test_old_devices_are_refused():
     with pytest.raises(ValueError, match="compute capability 8.0 or later, this is 7.5"):
-        _plan.cuda_plan("float32", 9, 1, 8, 8, 1, 4, False, True, (7, 5, 40, 64 << 10, 1))
+        _plan.cuda_plan("float32", 9, 1, 8, 8, 1, 4, False, True, (7, 5, 40, 64 << 10, 1, 0))
 
 
 def kind_on(name, dtype, T, N, H, D=1, projection=False, backward=False):
@@ -82,8 +82,11 @@ def kind_on(name, dtype, T, N, H, D=1, projection=False, backward=False):
 
 def test_plans_of_known_problems():
     assert kind_on("H200", "bfloat16", 100, 16, 256) == "cluster"
-    assert kind_on("H200", "bfloat16", 100, 16, 768) == "grid"
+    assert kind_on("H200", "bfloat16", 100, 16, 768) == "cluster"
     assert kind_on("H200", "bfloat16", 100, 16, 768, backward=True) == "grid"
+    assert kind_on("H200", "bfloat16", 100, 16, 1024) == "grid"
+    assert kind_on("H200", "bfloat16", 100, 32, 2048) == "grid"
+    assert kind_on("H200", "bfloat16", 100, 2048, 512) == "step"
     assert kind_on("H200", "bfloat16", 100, 16, 1024, D=2) == "grid"
     assert kind_on("A100", "float16", 100, 16, 512) == "grid"
     assert kind_on("H200", "bfloat16", 100, 16, 4096) == "step"

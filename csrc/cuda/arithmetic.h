@@ -84,8 +84,8 @@ struct TensorCores {
   static constexpr bool kTensorCores = true;
 
   template <int kM, int kN>
-  static LSTM_FUSED_DEVICE void multiply(Acc (&acc)[kM][kN][4], const char* a, int64_t a_tile,
-                                         int64_t a_row, const char* b, int64_t b_row) {
+  static LSTM_FUSED_DEVICE void multiply(Acc (&acc)[kM][kN][4], const char* a, int a_tile,
+                                         int a_row, const char* b, int b_row) {
     const int lane = thread_index() % 32;
     const int matrix = lane / 8, row = lane % 8;
     uint32_t right[kN][2];
@@ -103,7 +103,7 @@ struct TensorCores {
   // The same with A in registers, as load_held left it.
   template <int kM, int kN>
   static LSTM_FUSED_DEVICE void multiply_held(Acc (&acc)[kM][kN][4], const uint32_t (&left)[kM][4],
-                                              const char* b, int64_t b_row) {
+                                              const char* b, int b_row) {
     uint32_t right[kN][2];
     load_right(right, b, b_row);
     LSTM_FUSED_UNROLL
@@ -126,7 +126,7 @@ struct TensorCores {
 
  private:
   template <int kN>
-  static LSTM_FUSED_DEVICE void load_right(uint32_t (&right)[kN][2], const char* b, int64_t b_row) {
+  static LSTM_FUSED_DEVICE void load_right(uint32_t (&right)[kN][2], const char* b, int b_row) {
     const int lane = thread_index() % 32;
     const int matrix = lane / 8, row = lane % 8;
     if constexpr (kN == 1) {
@@ -193,8 +193,8 @@ struct Plain {
   };
 
   template <int kM, int kN>
-  static LSTM_FUSED_DEVICE void multiply(Acc (&acc)[kM][kN][4], const char* a, int64_t a_tile,
-                                         int64_t a_row, const char* b, int64_t b_row) {
+  static LSTM_FUSED_DEVICE void multiply(Acc (&acc)[kM][kN][4], const char* a, int a_tile,
+                                         int a_row, const char* b, int b_row) {
     const int lane = thread_index() % 32;
     LSTM_FUSED_ROLLED  // twice the loads under way would spill in a cluster's 128 registers
         for (int at = 0; at < kKBytes; at += 16) {

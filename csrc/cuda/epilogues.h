@@ -3,8 +3,10 @@
 //   kOut       values a unit publishes for the next product
 //   kBackward  whether the walk is the backward one
 //   reach      rows the product is wanted for
-//   fetch      what can be read before the product is known
-//   apply      the rest; false where nothing is published
+//   Unit       what is known of a unit of a row, from fetch to store
+//   fetch      reads what is there before the product is known
+//   apply      from the product to what the next one needs; false where nothing is published
+//   store      writes what only later launches need
 // n: row, u: unit, d: direction.
 #pragma once
 
@@ -37,16 +39,17 @@ struct ForwardCell {
   static constexpr bool kBackward = false;
   static constexpr int kFirstHidden = Cell::kSums - Cell::kGates;
 
-  struct Fetched {
+  struct Unit {
     C sum[Cell::kSums];
-    C c_prev;
+    C c_prev, c;
+    S h;
   };
 
   static LSTM_FUSED_DEVICE int64_t gate(int m) { return Cell::hidden_gate(m); }
   static LSTM_FUSED_DEVICE int64_t reach(const StepRows& rows) { return rows.active; }
 
   static LSTM_FUSED_DEVICE void fetch(const RecurrenceParams& p, const StepRows& rows, int d,
-                                      int64_t n, int64_t u, Fetched& f) {
+                                      int64_t n, int64_t u, Unit& f) {
     const C* pre = as<C>(p.pre) + data_row(p, rows, d, n) * kGates * p.H + u;
     LSTM_FUSED_UNROLL
     for (int j = 0; j < Cell::kSums; ++j) f.sum[j] = 0;
@@ -72,32 +75,35 @@ struct ForwardCell {
     }
   }
 
-  static LSTM_FUSED_DEVICE bool apply(const RecurrenceParams& p, const StepRows& rows, int d,
-                                      int64_t n, int64_t u, Fetched& f, const C (&total)[kGates],
+  static LSTM_FUSED_DEVICE bool apply(const StepRows&, int64_t, Unit& f, const C (&total)[kGates],
                                       S (&out)[kOut]) {
     LSTM_FUSED_UNROLL
     for (int j = 0; j < kGates; ++j) f.sum[kFirstHidden + j] += total[j];
-    C c = 0;
-    const S h = round_to<S>(Cell::forward(f.sum, f.c_prev, c));
+    f.c = 0;
+    f.h = round_to<S>(Cell::forward(f.sum, f.c_prev, f.c));
+    out[0] = f.h;
+    return true;
+  }
+
+  static LSTM_FUSED_DEVICE void store(const RecurrenceParams& p, const StepRows& rows, int d,
+                                      int64_t n, int64_t u, const Unit& f) {
     const int64_t state = (d * p.N + n) * p.H + u, row = data_row(p, rows, d, n);
     const bool ends = n >= rows.after;
     if constexpr (Cell::kMemory != Memory::kNone) {
-      as<C>(p.carry)[state] = c;
-      if (p.cells) as<C>(p.cells)[row * p.H + u] = c;
+      as<C>(p.carry)[state] = f.c;
+      if (p.cells) as<C>(p.cells)[row * p.H + u] = f.c;
     }
     if constexpr (Cell::kMemory == Memory::kCell)
-      if (ends) as<S>(p.c_n)[state] = round_to<S>(c);
+      if (ends) as<S>(p.c_n)[state] = round_to<S>(f.c);
     if (!p.projection) {
-      as<S>(p.y)[row * p.R + u] = h;
-      if (ends) as<S>(p.h_n)[state] = h;
+      as<S>(p.y)[row * p.R + u] = f.h;
+      if (ends) as<S>(p.h_n)[state] = f.h;
     }
     if (p.gates) {
       C* gates = as<C>(p.gates) + row * Cell::kSums * p.H + u;
       LSTM_FUSED_UNROLL
       for (int j = 0; j < Cell::kSums; ++j) gates[j * p.H] = f.sum[j];
     }
-    out[0] = h;
-    return true;
   }
 };
 
@@ -108,20 +114,25 @@ struct Project {
   static constexpr int kGates = 1;
   static constexpr int kOut = 1;
   static constexpr bool kBackward = false;
-  struct Fetched {};
+  struct Unit {
+    S h;
+  };
 
   static LSTM_FUSED_DEVICE int64_t gate(int) { return 0; }
   static LSTM_FUSED_DEVICE int64_t reach(const StepRows& rows) { return rows.active; }
   static LSTM_FUSED_DEVICE void fetch(const RecurrenceParams&, const StepRows&, int, int64_t,
-                                      int64_t, Fetched&) {}
+                                      int64_t, Unit&) {}
 
-  static LSTM_FUSED_DEVICE bool apply(const RecurrenceParams& p, const StepRows& rows, int d,
-                                      int64_t n, int64_t u, Fetched&, const C (&total)[1],
+  static LSTM_FUSED_DEVICE bool apply(const StepRows&, int64_t, Unit& f, const C (&total)[1],
                                       S (&out)[1]) {
-    out[0] = round_to<S>(total[0]);
-    as<S>(p.y)[data_row(p, rows, d, n) * p.R + u] = out[0];
-    if (n >= rows.after) as<S>(p.h_n)[(d * p.N + n) * p.R + u] = out[0];
+    out[0] = f.h = round_to<S>(total[0]);
     return true;
+  }
+
+  static LSTM_FUSED_DEVICE void store(const RecurrenceParams& p, const StepRows& rows, int d,
+                                      int64_t n, int64_t u, const Unit& f) {
+    as<S>(p.y)[data_row(p, rows, d, n) * p.R + u] = f.h;
+    if (n >= rows.after) as<S>(p.h_n)[(d * p.N + n) * p.R + u] = f.h;
   }
 };
 
@@ -133,6 +144,19 @@ LSTM_FUSED_DEVICE Compute<S> outer_gradient(const RecurrenceParams& p, const Ste
   if (p.dy) dh += load(as<S>(p.dy)[data_row(p, rows, d, n) * p.R + u]);
   if (p.dh_n && n >= rows.before) dh += load(as<S>(p.dh_n)[(d * p.N + n) * p.R + u]);
   return dh;
+}
+
+// What the gradient of w_hh is a product with.
+template <class S>
+LSTM_FUSED_DEVICE void store_before(const RecurrenceParams& p, const StepRows& rows, int d,
+                                    int64_t n, int64_t u) {
+  if (!p.before) return;
+  S h{};
+  if (n < rows.after)
+    h = as<S>(p.h)[((rows.offset_after + n) * p.D + d) * p.R + u];
+  else if (p.h0)
+    h = as<S>(p.h0)[(d * p.N + n) * p.R + u];
+  as<S>(p.before)[data_row(p, rows, d, n) * p.R + u] = h;
 }
 
 // Rows alive, and those whose walk back ended with the step before: what d_gates pass on to them is
@@ -149,16 +173,18 @@ struct BackwardCell {
   static constexpr bool kBackward = true;
   static constexpr int kFirstHidden = Cell::kSums - Cell::kGates;
 
-  struct Fetched {
+  struct Unit {
     C saved[Cell::kSums];
-    C c_prev, c, dh, dc;
+    C c_prev, c, dh, dc;  // of h0, where a row's walk has ended: dh
+    C d_sum[Cell::kSums];
+    C h;
   };
 
   static LSTM_FUSED_DEVICE int64_t gate(int) { return 0; }
   static LSTM_FUSED_DEVICE int64_t reach(const StepRows& rows) { return backward_reach(rows); }
 
   static LSTM_FUSED_DEVICE void fetch(const RecurrenceParams& p, const StepRows& rows, int d,
-                                      int64_t n, int64_t u, Fetched& f) {
+                                      int64_t n, int64_t u, Unit& f) {
     const int64_t state = (d * p.N + n) * p.H + u;
     f.dc = 0;
     if constexpr (Cell::kMemory != Memory::kNone) {
@@ -184,28 +210,34 @@ struct BackwardCell {
     f.dh = p.projection ? C(0) : outer_gradient<S>(p, rows, d, n, u);
   }
 
-  static LSTM_FUSED_DEVICE bool apply(const RecurrenceParams& p, const StepRows& rows, int d,
-                                      int64_t n, int64_t u, Fetched& f, const C (&total)[1],
+  static LSTM_FUSED_DEVICE bool apply(const StepRows& rows, int64_t n, Unit& f, const C (&total)[1],
                                       S (&out)[kOut]) {
-    const int64_t state = (d * p.N + n) * p.H + u;
     if (n >= rows.active) {
-      const bool of_h = Cell::kMemory == Memory::kHidden;
-      if (p.dh0 && !p.projection)
-        as<S>(p.dh0)[state] = round_to<S>(of_h ? total[0] + f.dc : total[0]);
-      if (p.dc0) as<S>(p.dc0)[state] = round_to<S>(f.dc);
+      f.dh = Cell::kMemory == Memory::kHidden ? total[0] + f.dc : total[0];
       return false;
     }
-    C d_sum[Cell::kSums];
-    const C h = Cell::backward(f.saved, f.c_prev, f.c, f.dh + total[0], f.dc, d_sum);
+    f.h = Cell::backward(f.saved, f.c_prev, f.c, f.dh + total[0], f.dc, f.d_sum);
+    LSTM_FUSED_UNROLL
+    for (int j = 0; j < kOut; ++j)
+      out[Cell::hidden_gate(j)] = round_to<S>(f.d_sum[kFirstHidden + j]);
+    return true;
+  }
+
+  static LSTM_FUSED_DEVICE void store(const RecurrenceParams& p, const StepRows& rows, int d,
+                                      int64_t n, int64_t u, const Unit& f) {
+    const int64_t state = (d * p.N + n) * p.H + u;
+    if (n >= rows.active) {
+      if (p.dh0 && !p.projection) as<S>(p.dh0)[state] = round_to<S>(f.dh);
+      if (p.dc0) as<S>(p.dc0)[state] = round_to<S>(f.dc);
+      return;
+    }
     if constexpr (Cell::kMemory != Memory::kNone) as<C>(p.carry)[state] = f.dc;
     const int64_t row = data_row(p, rows, d, n);
-    if (p.hidden) as<S>(p.hidden)[row * p.H + u] = round_to<S>(h);
+    if (p.hidden) as<S>(p.hidden)[row * p.H + u] = round_to<S>(f.h);
     S* d_gates = as<S>(p.d_gates) + row * Cell::kSums * p.H + u;
     LSTM_FUSED_UNROLL
-    for (int j = 0; j < Cell::kSums; ++j) d_gates[j * p.H] = round_to<S>(d_sum[j]);
-    LSTM_FUSED_UNROLL
-    for (int j = 0; j < kOut; ++j) out[Cell::hidden_gate(j)] = round_to<S>(d_sum[kFirstHidden + j]);
-    return true;
+    for (int j = 0; j < Cell::kSums; ++j) d_gates[j * p.H] = round_to<S>(f.d_sum[j]);
+    if (!p.projection) store_before<S>(p, rows, d, n, u);
   }
 };
 
@@ -217,28 +249,33 @@ struct JoinGradients {
   static constexpr int kGates = 1;
   static constexpr int kOut = 1;
   static constexpr bool kBackward = true;
-  struct Fetched {
+  struct Unit {
     C dh;
+    S joined;
   };
 
   static LSTM_FUSED_DEVICE int64_t gate(int) { return 0; }
   static LSTM_FUSED_DEVICE int64_t reach(const StepRows& rows) { return backward_reach(rows); }
 
   static LSTM_FUSED_DEVICE void fetch(const RecurrenceParams& p, const StepRows& rows, int d,
-                                      int64_t n, int64_t u, Fetched& f) {
-    if (n < rows.active) f.dh = outer_gradient<S>(p, rows, d, n, u);
+                                      int64_t n, int64_t u, Unit& f) {
+    f.dh = n < rows.active ? outer_gradient<S>(p, rows, d, n, u) : C(0);
   }
 
-  static LSTM_FUSED_DEVICE bool apply(const RecurrenceParams& p, const StepRows& rows, int d,
-                                      int64_t n, int64_t u, Fetched& f, const C (&total)[1],
+  static LSTM_FUSED_DEVICE bool apply(const StepRows& rows, int64_t n, Unit& f, const C (&total)[1],
                                       S (&out)[1]) {
+    out[0] = f.joined = round_to<S>(f.dh + total[0]);
+    return n < rows.active;
+  }
+
+  static LSTM_FUSED_DEVICE void store(const RecurrenceParams& p, const StepRows& rows, int d,
+                                      int64_t n, int64_t u, const Unit& f) {
     if (n >= rows.active) {
-      if (p.dh0) as<S>(p.dh0)[(d * p.N + n) * p.R + u] = round_to<S>(total[0]);
-      return false;
+      if (p.dh0) as<S>(p.dh0)[(d * p.N + n) * p.R + u] = f.joined;
+      return;
     }
-    out[0] = round_to<S>(f.dh + total[0]);
-    as<S>(p.d_hidden)[data_row(p, rows, d, n) * p.R + u] = out[0];
-    return true;
+    as<S>(p.d_hidden)[data_row(p, rows, d, n) * p.R + u] = f.joined;
+    store_before<S>(p, rows, d, n, u);
   }
 };
 

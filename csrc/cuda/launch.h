@@ -11,7 +11,7 @@
 namespace lstm_fused::cuda {
 namespace {
 
-template <class Math, class Epilogue, int kTiles, PlanKind kKind>
+template <class Math, class Epilogue, int kTiles, PlanKind kKind, int kMostTiles = 1>
 const char* launch(const Plan& plan, const RecurrenceParams& p, int64_t units, int64_t row_groups,
                    int64_t shared, void* stream) {
   Launch how{};
@@ -25,7 +25,8 @@ const char* launch(const Plan& plan, const RecurrenceParams& p, int64_t units, i
   how.cooperative = kKind == PlanKind::kGrid;
   how.stream = stream;
   static Prepared prepared;
-  return launch_kernel(recurrence_kernel<Math, Epilogue, kTiles, kKind>, how, p, prepared);
+  return launch_kernel(recurrence_kernel<Math, Epilogue, kTiles, kKind, kMostTiles>, how, p,
+                       prepared);
 }
 
 // One launch of one step's product, its rows shared out anew: a packed batch shrinks or grows.
@@ -65,17 +66,30 @@ const char* walk(const Plan& plan, RecurrenceParams p, const Product* second, co
   return nullptr;
 }
 
-template <class Math, class Epilogue, PlanKind kKind>
-const char* launch_persistent(const Plan& plan, const RecurrenceParams& p, void* stream) {
+template <class Math, class Epilogue, PlanKind kKind, int kMostTiles>
+const char* launch_tiles(const Plan& plan, const RecurrenceParams& p, void* stream) {
   const auto run = [&](auto launcher) {
     return launcher(plan, p, p.product.units, plan.row_groups, plan.shared_bytes, stream);
   };
   switch (plan.tile_rows) {
-    case 8: return run(launch<Math, Epilogue, 1, kKind>);
-    case 16: return run(launch<Math, Epilogue, 2, kKind>);
+    case 8: return run(launch<Math, Epilogue, 1, kKind, kMostTiles>);
+    case 16: return run(launch<Math, Epilogue, 2, kKind, kMostTiles>);
     case 32:
-      if constexpr (kKind == PlanKind::kGrid) return run(launch<Math, Epilogue, 4, kKind>);
+      if constexpr (kKind == PlanKind::kGrid)
+        return run(launch<Math, Epilogue, 4, kKind, kMostTiles>);
     default: return "no kernel was compiled for the plan's tile";
+  }
+}
+
+template <class Math, class Epilogue>
+const char* launch_persistent(const Plan& plan, const RecurrenceParams& p, void* stream) {
+  if (plan.kind == PlanKind::kGrid)
+    return launch_tiles<Math, Epilogue, PlanKind::kGrid, 1>(plan, p, stream);
+  switch (compiled_tiles(plan.kind, plan.unit_tiles)) {
+    case 2: return launch_tiles<Math, Epilogue, PlanKind::kCluster, 2>(plan, p, stream);
+    case 3: return launch_tiles<Math, Epilogue, PlanKind::kCluster, 3>(plan, p, stream);
+    case 4: return launch_tiles<Math, Epilogue, PlanKind::kCluster, 4>(plan, p, stream);
+    default: return "no kernel was compiled for so many units";
   }
 }
 
@@ -91,11 +105,8 @@ const char* run_with(const Plan& plan, const RecurrenceParams& p, const Product*
                   : walk<Math, Backward, Backward>(plan, p, nullptr, steps, stream);
   }
   if constexpr (!std::is_same_v<S, double>) {
-    if (plan.kind == PlanKind::kGrid)
-      return plan.backward ? launch_persistent<Math, Backward, PlanKind::kGrid>(plan, p, stream)
-                           : launch_persistent<Math, Forward, PlanKind::kGrid>(plan, p, stream);
-    return plan.backward ? launch_persistent<Math, Backward, PlanKind::kCluster>(plan, p, stream)
-                         : launch_persistent<Math, Forward, PlanKind::kCluster>(plan, p, stream);
+    return plan.backward ? launch_persistent<Math, Backward>(plan, p, stream)
+                         : launch_persistent<Math, Forward>(plan, p, stream);
   }
   return "no persistent kernel was compiled for this dtype";
 }

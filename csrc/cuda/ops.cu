@@ -1,6 +1,8 @@
 // The recurrence on a CUDA device as two operators, on torch's stable ABI: forward with the product
 // of x and W_ih before it, and the walk back through time, whose products are left to
 // lstm_fused/cuda_layer.py. Both plan, lay out what a pass works in, and launch.
+#include <torch/csrc/stable/accelerator.h>
+
 #include <mutex>
 
 #include "../layer.h"
@@ -20,6 +22,20 @@ namespace lstm_fused::cuda {
 namespace {
 
 using Shape = std::vector<int64_t>;
+
+#if defined(LSTM_FUSED_EMULATION)
+using Guard = DeviceGuard;
+#else
+// Torch's guard, which knows the devices that this process has not touched yet; the runtime in this
+// library is told too.
+class Guard {
+ public:
+  explicit Guard(int device) : guard_(device) { make_current(device); }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+#endif
 
 void check(const char* error, const char* what) {
   STD_TORCH_CHECK(error == nullptr, "lstm_fused, ", what, ": ", error);
@@ -44,7 +60,7 @@ Device device_of(int index) {
   if (known.size() <= at) known.resize(at + 1);
   if (!known[at]) {
     Device device{};
-    const DeviceGuard guard(index);
+    const Guard guard(index);
     check(read_device(static_cast<int>(at), device), "device");
     known[at] = device;
   }
@@ -200,7 +216,7 @@ class Pass {
   // Counters for the CTAs of a grid to meet at.
   int64_t barrier_room() {
     const int64_t groups = plan_.kind == PlanKind::kGrid ? size_.D * plan_.row_groups : 0;
-    return room(groups * sizeof(unsigned long long));
+    return room(groups * kBarrierBytes);
   }
   // Packed data's sizes and offsets, (2, T + 1), for a persistent kernel.
   int64_t steps_room() {
@@ -227,8 +243,7 @@ class Pass {
     p.h0 = given.h0;
     p.c0 = given.c0;
     p.carry = at(carry);
-    if (plan_.kind == PlanKind::kGrid)
-      p.barrier = reinterpret_cast<unsigned long long*>(at(barrier));
+    if (plan_.kind == PlanKind::kGrid) p.barrier = at(barrier);
     if (!persistent()) return p;
     p.steps = host;
     if (host.sizes) {
@@ -251,7 +266,7 @@ class Pass {
   const Layer& layer_;
   const Tensor& x_;
   const LayerSizes& size_;
-  const DeviceGuard guard_;
+  const Guard guard_;
   void* stream_ = nullptr;
   Plan plan_{};
   int64_t total_ = 0, zeros_ = 0;
@@ -383,11 +398,12 @@ const char* turned_weights(const Tensors& w, int d, const Tensor& x, const Shape
 
 // w_hh_t: (R, G, H) and w_hr_t (H, R) for each direction, the last dimension padded by zeros to
 // whole products. Returns the gradients of all sums and of the initial states; with a projection h
-// before it and the gradient of h after it, else nothing.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+// before it and the gradient of h after it, of packed data h of every step before; else nothing.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     Tensor x, MaybeTensor batch_sizes, Tensors state0, Tensors weights, Tensors w_hh_t,
-    Tensors w_hr_t, Tensor gates, Tensor cells, MaybeTensor dy, MaybeTensor dh_n, MaybeTensor dc_n,
-    int64_t cell, int64_t directions, bool dh0_too, bool dc0_too, bool tf32, std::string kind) {
+    Tensors w_hr_t, Tensor y, Tensor gates, Tensor cells, MaybeTensor dy, MaybeTensor dh_n,
+    MaybeTensor dc_n, int64_t cell, int64_t directions, bool dh0_too, bool dc0_too, bool tf32,
+    std::string kind) {
   Layer layer = read_layer(x, batch_sizes, weights, cell, directions);
   const LayerSizes& s = layer.size;
   const int64_t N = s.steps.N, S = s.steps.rows();
@@ -395,6 +411,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   STD_TORCH_CHECK(has_cell_state(layer) || (!dc0_too && !dc_n), "cell ", info(layer.cell).name,
                   " has no c0 or c_n to have a gradient");
   const ForwardParams given = lstm_fused::given<ForwardParams>(layer, x, state0);
+  check_like(y, x, "y");
+  check_shape(y, output_shape(layer, x), "y");
   check_saved(gates, x, layer.dtype, gates_shape(layer), "gates");
   check_saved(cells, x, layer.dtype, cells_shape(layer), "cells");
   Pass pass(layer, x, tf32, kind, true);
@@ -403,6 +421,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Tensor dc0 = pass.maybe(dc0_too, {s.D, N, s.H});
   Tensor hidden = pass.maybe(layer.projection, {S, s.D, s.H});
   Tensor d_hidden = pass.maybe(layer.projection, {S, s.D, s.R});
+  Tensor before = pass.maybe(batch_sizes.has_value(), {S, s.D, s.R});
 
   const int64_t hidden_row = row_bytes(layer.dtype, s.H), width = row_bytes(layer.dtype, s.R);
   const auto of_gates = pass.exchange(2, pass.gates() * hidden_row);
@@ -426,6 +445,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   p.dh_n = shaped(dh_n, {s.D, N, s.R}, "dh_n");
   p.dc_n = shaped(dc_n, {s.D, N, s.H}, "dc_n");
   p.d_gates = d_gates.data_ptr();
+  if (batch_sizes) {
+    p.h = layer.keep(y).data_ptr();
+    p.before = before.data_ptr();
+  }
   if (dh0_too) p.dh0 = dh0.data_ptr();
   if (dc0_too) p.dc0 = dc0.data_ptr();
   const int64_t each = hidden_row / bytes_of(layer.dtype);
@@ -441,13 +464,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     p.d_hidden = d_hidden.data_ptr();
   }
   pass.launch(p, layer.projection ? &second : nullptr);
-  return {d_gates, dh0, dc0, hidden, d_hidden};
+  return {d_gates, dh0, dc0, hidden, d_hidden, before};
 }
 
-// (major, minor, SMs, shared bytes of a block, CTAs of a cluster).
+// (major, minor, SMs, shared bytes of a block, CTAs of a cluster, clusters of that size at once).
 std::vector<int64_t> device_properties(int64_t index) {
   const Device d = device_of(static_cast<int>(index));
-  return {d.major, d.minor, d.sms, d.shared_bytes, d.cluster_ctas};
+  return {d.major, d.minor, d.sms, d.shared_bytes, d.cluster_ctas, d.clusters};
 }
 
 std::string describe_last_run() {
@@ -464,9 +487,10 @@ STABLE_TORCH_LIBRARY(LSTM_FUSED_LIBRARY, m) {
       "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
   m.def(
       "backward(Tensor x, Tensor? batch_sizes, Tensor[] state0, Tensor[] weights, "
-      "Tensor[] w_hh_t, Tensor[] w_hr_t, Tensor gates, Tensor cells, Tensor? dy, Tensor? dh_n, "
+      "Tensor[] w_hh_t, Tensor[] w_hr_t, Tensor y, Tensor gates, Tensor cells, Tensor? dy, Tensor? "
+      "dh_n, "
       "Tensor? dc_n, int cell, int directions, bool dh0_too, bool dc0_too, bool tf32, str kind) "
-      "-> (Tensor d_gates, Tensor dh0, Tensor dc0, Tensor hidden, Tensor d_hidden)");
+      "-> (Tensor d_gates, Tensor dh0, Tensor dc0, Tensor hidden, Tensor d_hidden, Tensor before)");
   m.def("device_properties(int index) -> int[]");
   m.def("last_run() -> str");
 }

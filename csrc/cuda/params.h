@@ -70,8 +70,9 @@ struct RecurrenceParams {
   int D;
   bool projection;  // the cell's h is not yet the recurrent one
   Product product;
-  // Groups of CTAs that meet each step: (D, groups) counters, zero at the launch.
-  unsigned long long* barrier;
+  // Groups of CTAs that meet each step: (D, groups) counters kBarrierBytes apart, zero at the
+  // launch.
+  char* barrier;
 
   // Forward. The compute dtype is float, or double of float64.
   const void* pre;      // compute (S, D, G, H): x.W_ih, in w_ih's gate order
@@ -86,6 +87,8 @@ struct RecurrenceParams {
   void* gates;          // compute (S, D, sums, H) or null; may be pre's own memory
   void* cells;          // compute (S, D, H), or null without gradients or memory
   // Backward.
+  const void* h;     // storage (S, D * R): y, where before is wanted
+  void* before;      // storage (S, D, R): h of the step before, or null
   const void* dy;    // storage (S, D * R) or null
   const void* dh_n;  // storage (D, N, R) or null
   const void* dc_n;  // storage (D, N, H) or null

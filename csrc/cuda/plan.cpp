@@ -34,8 +34,7 @@ Plan with_tiles(PlanKind kind, const Problem& p, bool backward, int64_t tile_row
   plan.unit_tiles = static_cast<int>(tiles);
   plan.unit_ctas = static_cast<int>(ctas);
   plan.row_groups = static_cast<int>(groups);
-  plan.threads = static_cast<int>(
-      32 * (kind == PlanKind::kCluster ? tiles * kClusterSplit : int64_t{kStepSplit}));
+  plan.threads = static_cast<int>(32 * split_of(kind) * tiles);
   const bool tensor_cores = p.dtype != DType::kFloat64 && (p.dtype != DType::kFloat32 || p.tf32);
   plan.shared_bytes = shared_bytes(kind, p.dtype, tensor_cores, backward ? 1 : p.gates,
                                    plan.unit_tiles, plan.tile_rows, k_bytes(p, backward));
@@ -64,14 +63,18 @@ std::optional<Plan> plan_grid(const Problem& p, const Device& device, bool backw
   return best;
 }
 
+// Clusters of so many CTAs that run at once.
+int64_t clusters_at_once(const Device& device, int64_t ctas) {
+  return int64_t{device.clusters} * device.cluster_ctas / ctas;
+}
+
 // The largest cluster of use: more SMs to a tile of the batch. Sizes are powers of two, so that
 // some CTAs may be left without units, but never half of them.
 std::optional<Plan> plan_cluster(const Problem& p, const Device& device, bool backward) {
   if (!fits_a_sequence(p) || device.major < 9) return std::nullopt;
-  constexpr int64_t most_tiles = kMaxClusterThreads / (32 * kClusterSplit);
   for (int64_t size = device.cluster_ctas; size >= 2; size /= 2) {
     const int64_t tiles = ceil_div(unit_tiles(p), size);
-    if (tiles > most_tiles || ceil_div(unit_tiles(p), size / 2) == tiles) continue;
+    if (tiles > kMostUnitTiles || ceil_div(unit_tiles(p), size / 2) == tiles) continue;
     std::optional<Plan> best;
     for (const int64_t rows : {8, 16}) {
       const int64_t clusters = std::max<int64_t>(1, ceil_div(p.N, rows));
@@ -79,7 +82,7 @@ std::optional<Plan> plan_cluster(const Problem& p, const Device& device, bool ba
       const Plan plan = with_tiles(PlanKind::kCluster, p, backward, rows, tiles, size, clusters);
       if (plan.shared_bytes > device.shared_bytes) break;
       best = plan;
-      if (clusters * p.D * size <= device.sms) break;
+      if (clusters * p.D <= clusters_at_once(device, size)) break;
     }
     if (best) return best;
   }
@@ -89,7 +92,7 @@ std::optional<Plan> plan_cluster(const Problem& p, const Device& device, bool ba
 bool pays(const Plan& plan, const Problem& p, const Device& device) {
   if (p.T <= kFewSteps) return false;
   if (plan.kind == PlanKind::kCluster)
-    return int64_t{plan.unit_ctas} * plan.row_groups * p.D <= kMostWaves * device.sms;
+    return plan.row_groups * p.D <= kMostWaves * clusters_at_once(device, plan.unit_ctas);
   return ceil_div(ceil_div(p.N, plan.tile_rows), plan.row_groups) <= kMostTilesInTurn;
 }
 
@@ -102,15 +105,16 @@ int64_t row_bytes(DType dtype, int64_t values) {
 int64_t shared_bytes(PlanKind kind, DType dtype, bool tensor_cores, int gates, int unit_tiles,
                      int tile_rows, int64_t k_bytes) {
   const bool streamed = kind == PlanKind::kStep;
-  const int split = kind == PlanKind::kCluster ? kClusterSplit : kStepSplit;
-  const int64_t a_rows = int64_t{unit_tiles} * gates * kUnitTile;
-  const int64_t sums = split * a_rows * (tile_rows + 1) * (dtype == DType::kFloat64 ? 8 : 4);
-  if (kind == PlanKind::kCluster) return (a_rows + 2 * tile_rows) * (k_bytes + kPadBytes) + sums;
-  const int64_t stage =
-      (tile_rows + (streamed ? a_rows : 0)) * ((streamed ? kStepChunk : kGridChunk) + kPadBytes);
-  const int64_t held = int64_t{held_steps(tensor_cores, gates, tile_rows)} * split * kKBytes;
-  const int64_t a_row = std::max<int64_t>(0, k_bytes - held) + kPadBytes;
-  return (streamed ? 0 : a_rows * a_row) + std::max(kStages * stage, sums);
+  const int64_t split = split_of(kind), a_rows = int64_t{unit_tiles} * gates * kUnitTile;
+  const int64_t sums =
+      split * unit_tiles * gates * tile_rows * kSumUnits * (dtype == DType::kFloat64 ? 8 : 4);
+  const int64_t held =
+      held_steps(kind, tensor_cores, gates, tile_rows, unit_tiles) * split * kKBytes;
+  const int64_t a = a_rows * (std::max<int64_t>(0, k_bytes - held) + kPadBytes);
+  if (kind == PlanKind::kCluster) return a + 2 * tile_rows * (k_bytes + kPadBytes) + sums;
+  const int64_t chunk = streamed ? kStepChunk : grid_chunk(tensor_cores, tile_rows);
+  const int64_t ring = kStages * (tile_rows + (streamed ? a_rows : 0)) * (chunk + kPadBytes);
+  return (streamed ? 0 : a) + std::max(ring, sums);
 }
 
 bool supported(const Device& device) {

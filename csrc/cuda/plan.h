@@ -21,6 +21,7 @@ struct Device {
   int sms;
   int shared_bytes;  // that a block may opt in to
   int cluster_ctas;  // of the largest cluster, 1 where there are none
+  int clusters;      // of that size that run at once, each CTA with an SM to itself
 };
 
 struct Problem {
@@ -45,26 +46,50 @@ struct Plan {
 };
 
 // Facts the kernels are compiled with.
-inline constexpr int kUnitTile = 16;     // units of a tile: M of the matrix instructions
-inline constexpr int kStages = 4;        // of the ring that streams B, and A in a step
-inline constexpr int kStepChunk = 256;   // bytes of k in a stage when A is streamed too
-inline constexpr int kGridChunk = 512;   // when it is not
-inline constexpr int kPadBytes = 16;     // keeps rows of shared memory off each other's banks
-inline constexpr int kStepSplit = 8;     // warps that share the k of a unit tile
-inline constexpr int kClusterSplit = 4;  // the same in a cluster
-inline constexpr int kMaxClusterThreads = 512;  // the registers of an SM leave each 128
-inline constexpr int kStepRows = 16;            // the one tile the step plan is compiled for
-inline constexpr int kMostBlocks = 65535;       // of a grid, along y
-inline constexpr int kKBytes = 32;              // of k that one matrix instruction takes
+inline constexpr int kUnitTile = 16;       // units of a tile: M of the matrix instructions
+inline constexpr int kStages = 4;          // of the ring that streams B, and A in a step
+inline constexpr int kStepChunk = 256;     // bytes of k in a stage of the step plan
+inline constexpr int kPadBytes = 16;       // keeps rows of shared memory off each other's banks
+inline constexpr int kSumUnits = 20;       // room for a row's 16 sums, off each other's banks too
+inline constexpr int kStepSplit = 8;       // warps that share the k of a unit tile
+inline constexpr int kClusterSplit = 4;    // the same in a cluster
+inline constexpr int kMostUnitTiles = 4;   // of a CTA in a cluster
+inline constexpr int kStepRows = 16;       // the one tile the step plan is compiled for
+inline constexpr int kMostBlocks = 65535;  // of a grid, along y
+inline constexpr int kKBytes = 32;         // of k that one matrix instruction takes
+inline constexpr int kBarrierBytes = 128;  // a counter has its cache line to itself
 
-inline constexpr int kHeldRegisters = 96;  // of a thread, for weights of the grid plan
+// Bytes of k in a stage of the grid plan's ring, which streams B alone: three stages under way hide
+// a trip to L2 better the more they hold. Where all weights lie in shared memory they need the
+// room.
+constexpr int grid_chunk(bool tensor_cores, int tile_rows) {
+  return tensor_cores ? 16384 / tile_rows : 512;
+}
 
-// Steps of k whose weights a warp of the grid plan keeps in registers, an even number of them: two
-// are a stage of the ring. gates: m-tiles of a unit tile, 4 registers each. Tiles of 32 rows leave
-// fewer; plain multiply-adds want the weights in another layout.
-constexpr int held_steps(bool tensor_cores, int gates, int tile_rows) {
-  const int registers = tile_rows < 32 ? kHeldRegisters : kHeldRegisters / 3;
-  return tensor_cores ? registers / (8 * gates) * 2 : 0;
+constexpr int split_of(PlanKind kind) {
+  return kind == PlanKind::kCluster ? kClusterSplit : kStepSplit;
+}
+
+// Unit tiles of a CTA that a kernel is compiled for: in a cluster 2, 3 or 4, whose threads share
+// the registers of an SM.
+constexpr int compiled_tiles(PlanKind kind, int unit_tiles) {
+  return kind != PlanKind::kCluster ? 1 : unit_tiles < 2 ? 2 : unit_tiles;
+}
+constexpr int most_threads(PlanKind kind, int unit_tiles) {
+  return 32 * split_of(kind) * compiled_tiles(kind, unit_tiles);
+}
+
+// Steps of k whose weights a warp keeps in registers, where weights are stationary: what its
+// threads' registers leave beside sums of so many rows. gates: m-tiles of a unit tile, 4 registers
+// each. Plain multiply-adds want the weights in another layout.
+constexpr int held_steps(PlanKind kind, bool tensor_cores, int gates, int tile_rows,
+                         int unit_tiles) {
+  if (!tensor_cores || kind == PlanKind::kStep) return 0;
+  constexpr int in_cluster[][2] = {{128, 96}, {80, 48}, {32, 8}};  // of 8 rows, of 16
+  const int registers = kind == PlanKind::kGrid
+                            ? (tile_rows < 32 ? 96 : 32)
+                            : in_cluster[compiled_tiles(kind, unit_tiles) - 2][tile_rows > 8];
+  return registers / (4 * gates);
 }
 
 // Bytes of a row of `values` operands, padded to whole instructions.

@@ -22,9 +22,9 @@ Enum from_name(const std::string& wanted, int count, const char* what) {
 }
 
 Device read_device(const std::vector<int64_t>& v) {
-  if (v.size() != 5) throw std::invalid_argument("device must hold 5 properties");
+  if (v.size() != 6) throw std::invalid_argument("device must hold 6 properties");
   const auto at = [&](int i) { return static_cast<int>(v[i]); };
-  return {at(0), at(1), at(2), at(3), at(4)};
+  return {at(0), at(1), at(2), at(3), at(4), at(5)};
 }
 
 std::string describe(const Plan& p) {

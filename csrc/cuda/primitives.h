@@ -131,19 +131,22 @@ LSTM_FUSED_DEVICE uint16_t float16_of_float(float x) {
   return bits;
 }
 
-// Until `target` CTAs have come since the counter was zero. It only ever grows, in 64 bits, so that
-// no CTA can take one meeting for another. What any thread of a CTA wrote before is seen by every
-// thread of the others after, past their first-level caches.
-LSTM_FUSED_DEVICE void sync_ctas(unsigned long long* counter, unsigned long long target) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
+// A meeting of CTAs in two halves. The counter only ever grows, in 64 bits, so that no CTA can take
+// one meeting for another. What any thread of a CTA wrote before the sync_block before it arrived
+// is seen by every thread of those that waited, past their first-level caches.
+LSTM_FUSED_DEVICE void arrive_ctas(void* counter) {
+  if (threadIdx.x == 0)
     asm volatile("red.release.gpu.global.add.u64 [%0], 1;" ::"l"(counter) : "memory");
+}
+// Until `target` CTAs have arrived since the counter was zero. An acquire empties the first-level
+// cache: one, once they are there, not one with each look.
+LSTM_FUSED_DEVICE void wait_ctas(void* counter, unsigned long long target) {
+  if (threadIdx.x == 0) {
     unsigned long long seen;
     do {
-      asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(seen) : "l"(counter) : "memory");
+      asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(seen) : "l"(counter) : "memory");
     } while (seen < target);
-    __threadfence();
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
   }
   __syncthreads();
 }
@@ -160,8 +163,10 @@ LSTM_FUSED_DEVICE int cluster_size() {
   return size;
 }
 // All threads of all CTAs of the cluster; orders their accesses to each other's shared memory.
-LSTM_FUSED_DEVICE void sync_cluster() {
+LSTM_FUSED_DEVICE void arrive_cluster() {
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+}
+LSTM_FUSED_DEVICE void wait_cluster() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 // 16 bytes from this CTA's shared memory into the same place of another CTA's.
@@ -181,7 +186,10 @@ LSTM_FUSED_DEVICE int cluster_rank() {
 LSTM_FUSED_DEVICE int cluster_size() {
   return 1;
 }
-LSTM_FUSED_DEVICE void sync_cluster() {
+LSTM_FUSED_DEVICE void arrive_cluster() {
+  __trap();
+}
+LSTM_FUSED_DEVICE void wait_cluster() {
   __trap();
 }
 LSTM_FUSED_DEVICE void send_shared(void*, int) {
@@ -194,19 +202,10 @@ inline const char* error_of(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// Makes a device current, and goes back to the one before.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    cudaGetDevice(&before_);
-    cudaSetDevice(device);
-  }
-  ~DeviceGuard() { cudaSetDevice(before_); }
-  DeviceGuard(const DeviceGuard&) = delete;
-
- private:
-  int before_ = 0;
-};
+inline void make_current(int device) {
+  int current = -1;
+  if (cudaGetDevice(&current) != cudaSuccess || current != device) cudaSetDevice(device);
+}
 
 inline const char* fill_async(void* to, int byte, int64_t bytes, void* stream) {
   return bytes ? error_of(cudaMemsetAsync(to, byte, bytes, static_cast<cudaStream_t>(stream)))
@@ -237,9 +236,9 @@ inline bool is_capturing(void* stream) {
 
 static __global__ void probe_kernel() {}
 
-// Whether clusters of this many CTAs, each with all the shared memory of its SM, have room: 16 of
-// them may not, where a chip has too few SMs together.
-inline bool has_clusters_of(int ctas, int shared_bytes) {
+// How many clusters of so many CTAs, each with all the shared memory of its SM, run at once: of 16
+// CTAs perhaps none, where a chip has too few SMs together.
+inline int clusters_of(int ctas, int shared_bytes) {
   const void* function = reinterpret_cast<const void*>(probe_kernel);
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -247,7 +246,7 @@ inline bool has_clusters_of(int ctas, int shared_bytes) {
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(ctas);
-  config.blockDim = dim3(kMaxClusterThreads);
+  config.blockDim = dim3(most_threads(PlanKind::kCluster, kMostUnitTiles));
   config.dynamicSmemBytes = shared_bytes;
   config.attrs = &attribute;
   config.numAttrs = 1;
@@ -259,7 +258,7 @@ inline bool has_clusters_of(int ctas, int shared_bytes) {
           cudaSuccess &&
       cudaOccupancyMaxActiveClusters(&clusters, function, &config) == cudaSuccess;
   if (!answered) cudaGetLastError();  // it is nobody else's
-  return answered && clusters > 0;
+  return answered ? clusters : 0;
 }
 
 // The device must be current.
@@ -272,10 +271,13 @@ inline const char* read_device(int index, Device& device) {
   if (const char* error = read(cudaDevAttrMultiProcessorCount, device.sms)) return error;
   if (const char* error = read(cudaDevAttrMaxSharedMemoryPerBlockOptin, device.shared_bytes))
     return error;
-  device.cluster_ctas = 1;
-  if (device.major >= 9)
-    for (int ctas = 16; ctas > 1 && device.cluster_ctas == 1; ctas /= 2)
-      if (has_clusters_of(ctas, device.shared_bytes)) device.cluster_ctas = ctas;
+  device.cluster_ctas = 16;
+  device.clusters = 0;
+  while (device.cluster_ctas > 1) {
+    if (device.major >= 9) device.clusters = clusters_of(device.cluster_ctas, device.shared_bytes);
+    if (device.clusters > 0) break;
+    device.cluster_ctas /= 2;
+  }
   return nullptr;
 }
 

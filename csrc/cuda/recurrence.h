@@ -14,50 +14,48 @@
 
 namespace lstm_fused::cuda {
 
-constexpr int max_threads(PlanKind kind) {
-  return kind == PlanKind::kCluster ? kMaxClusterThreads : 32 * kStepSplit;
-}
-constexpr int split_of(PlanKind kind) {
-  return kind == PlanKind::kCluster ? kClusterSplit : kStepSplit;
-}
-
-template <class Math, class Epilogue, int kTiles, PlanKind kKind>
+// kMostTiles: unit tiles of a CTA the kernel is compiled for.
+template <class Math, class Epilogue, int kTiles, PlanKind kKind, int kMostTiles>
 struct Recurrence {
   using S = typename Math::Storage;
   using Acc = typename Math::Acc;
+  using Unit = typename Epilogue::Unit;
   static constexpr int kM = Epilogue::kGates;
   static constexpr int kRows = 8 * kTiles;  // of the batch, in a tile
   static constexpr int kSplit = split_of(kKind);
-  static constexpr int kChunk = kKind == PlanKind::kStep ? kStepChunk : kGridChunk;
-  static constexpr int kSumRow = kRows + 1;  // off each other's banks
-  // Units x rows of a tile over its threads.
-  static constexpr int kOwn = kRows <= 2 * kSplit ? 1 : kRows / (2 * kSplit);
+  static constexpr int kChunk =
+      kKind == PlanKind::kStep ? kStepChunk : grid_chunk(Math::kTensorCores, kRows);
+  // A thread's elements of a tile: one unit, every so many rows.
+  static constexpr int kRowsAtOnce = 2 * kSplit;
+  static constexpr int kOwn = kRows <= kRowsAtOnce ? 1 : kRows / kRowsAtOnce;
 
   // Weights in registers: the first steps of k of each warp's.
-  static constexpr int kHeld =
-      kKind == PlanKind::kGrid ? held_steps(Math::kTensorCores, kM, kRows) : 0;
+  static constexpr int kHeld = held_steps(kKind, Math::kTensorCores, kM, kRows, kMostTiles);
   static constexpr int kHeldBytes = kHeld * kSplit * kKBytes;
   static constexpr int kStepsOfStage = kChunk / (kSplit * kKBytes);  // of each warp
-  static_assert(kHeld % kStepsOfStage == 0);
 
   const RecurrenceParams& p;
   const int unit_tiles;  // of this CTA
   const int d;
-  const int64_t unit0;
-  const int64_t k_bytes;
-  const int64_t a_row;  // bytes between rows of A in shared memory
+  const int unit0;
+  const int k_bytes;
+  const int a_row;  // bytes between rows of A in shared memory
+  const int own_unit, own_row;
   char* a;
   char* b;  // the ring, or both halves of B
   uint32_t held[kHeld ? kHeld : 1][kM][4];
-  Acc* sums;  // (kSplit, unit_tiles, kM * 16, kSumRow)
+  Acc* sums;  // (kSplit, unit_tiles, kM, kRows, kSumUnits)
 
   LSTM_FUSED_DEVICE explicit Recurrence(const RecurrenceParams& params)
       : p(params),
         unit_tiles(kKind == PlanKind::kCluster ? thread_count() / (32 * kSplit) : 1),
         d(block_index().z),
-        unit0(static_cast<int64_t>(block_index().x) * unit_tiles * kUnitTile),
-        k_bytes(p.product.in.bytes),
-        a_row((kKind == PlanKind::kStep ? kChunk : shared_k()) + kPadBytes) {
+        unit0(static_cast<int>(block_index().x) * unit_tiles * kUnitTile),
+        k_bytes(static_cast<int>(p.product.in.bytes)),
+        a_row((kKind == PlanKind::kStep ? kChunk : shared_k()) + kPadBytes),
+        // Units lie beside each other in memory, so neighbours take neighbours.
+        own_unit(thread_index() % (unit_tiles * kUnitTile)),
+        own_row(thread_index() / (unit_tiles * kUnitTile)) {
     char* memory = shared_memory();
     a = memory;
     b = memory + (kKind == PlanKind::kStep ? 0 : a_rows() * a_row);
@@ -65,15 +63,13 @@ struct Recurrence {
   }
 
   // Bytes of k of the weights that lie in shared memory.
-  LSTM_FUSED_DEVICE int64_t shared_k() const {
-    return k_bytes > kHeldBytes ? k_bytes - kHeldBytes : 0;
-  }
+  LSTM_FUSED_DEVICE int shared_k() const { return k_bytes > kHeldBytes ? k_bytes - kHeldBytes : 0; }
   LSTM_FUSED_DEVICE int a_rows() const { return unit_tiles * kM * kUnitTile; }
-  LSTM_FUSED_DEVICE int64_t half_bytes() const { return kRows * (k_bytes + kPadBytes); }
+  LSTM_FUSED_DEVICE int half_bytes() const { return kRows * (k_bytes + kPadBytes); }
 
   // Bytes [from, from + bytes) of k of this CTA's rows of A: unit tile by unit tile, gate by gate.
   LSTM_FUSED_DEVICE void fetch_a(char* to, int64_t to_row, int64_t from, int64_t bytes) const {
-    const int pieces = static_cast<int>(bytes / 16);
+    const int pieces = bytes / 16;
     for (int i = thread_index(); i < a_rows() * pieces; i += thread_count()) {
       const int row = i / pieces, piece = i % pieces;
       const int gate = row / kUnitTile % kM;
@@ -85,12 +81,11 @@ struct Recurrence {
   }
 
   LSTM_FUSED_DEVICE void fetch_b(char* to, int64_t to_row, int64_t s, int64_t n0, int64_t from,
-                                 int64_t bytes) const {
-    const int pieces = static_cast<int>(bytes / 16);
+                                 int pieces) const {
+    const char* rows = p.product.in.at(s, d, n0) + from;
     for (int i = thread_index(); i < kRows * pieces; i += thread_count()) {
       const int row = i / pieces, piece = i % pieces;
-      copy_async(to + row * to_row + piece * 16,
-                 p.product.in.at(s, d, n0 + row) + from + piece * 16, true);
+      copy_async(to + row * to_row + piece * 16, rows + row * k_bytes + piece * 16, true);
     }
   }
 
@@ -100,17 +95,18 @@ struct Recurrence {
       const int64_t units = p.product.units;
       LSTM_FUSED_UNROLL
       for (int j = 0; j < kHeld; ++j) {
-        const int64_t k = (j * kSplit + thread_index() / 32 % kSplit) * kKBytes;
+        const int k = k_of(j);
+        const int64_t first = unit0 + thread_index() / 32 / kSplit * kUnitTile;
         LSTM_FUSED_UNROLL
         for (int m = 0; m < kM; ++m)
           Math::load_held(held[j][m],
-                          p.product.a[d] + (Epilogue::gate(m) * units + unit0) * k_bytes + k,
-                          k_bytes, k < k_bytes ? units - unit0 : 0);
+                          p.product.a[d] + (Epilogue::gate(m) * units + first) * k_bytes + k,
+                          k_bytes, k < k_bytes ? units - first : 0);
       }
     }
     if constexpr (kKind == PlanKind::kCluster)
       for (int half = 0; half < 2; ++half)
-        fetch_b(b + half * half_bytes(), k_bytes + kPadBytes, half, n0, 0, k_bytes);
+        fetch_b(b + half * half_bytes(), k_bytes + kPadBytes, half, n0, 0, k_bytes / 16);
     commit_copies();
     wait_copies<0>();
     sync_block();
@@ -120,32 +116,49 @@ struct Recurrence {
     Acc acc[kM][kTiles][4];
   };
 
-  // The steps of k in [0, bytes) that are this warp's.
-  LSTM_FUSED_DEVICE void multiply(Part& part, const char* a_at, int64_t a_stride, const char* b_at,
-                                  int64_t b_stride, int64_t bytes) const {
-    const int warp = thread_index() / 32;
+  // Byte of k where this warp's step j begins.
+  LSTM_FUSED_DEVICE int k_of(int j) const {
+    return (j * kSplit + thread_index() / 32 % kSplit) * kKBytes;
+  }
+
+  // The product of the weights in registers with B, whose first byte of k lies at b_at.
+  LSTM_FUSED_DEVICE void multiply_held(Part& part, const char* b_at, int b_stride) const {
     sync_warp();
-    a_at += warp / kSplit * kM * kUnitTile * a_stride;
-    for (int64_t k = warp % kSplit * kKBytes; k < bytes; k += kSplit * kKBytes)
+    LSTM_FUSED_UNROLL
+    for (int j = 0; j < kHeld; ++j)
+      if (k_of(j) < k_bytes) Math::multiply_held(part.acc, held[j], b_at + k_of(j), b_stride);
+  }
+
+  // The steps of k before `bytes` that are this warp's, from its step `first` on.
+  LSTM_FUSED_DEVICE void multiply(Part& part, const char* a_at, int a_stride, const char* b_at,
+                                  int b_stride, int bytes, int first) const {
+    sync_warp();
+    a_at += thread_index() / 32 / kSplit * kM * kUnitTile * a_stride;
+    for (int k = k_of(first); k < bytes; k += kSplit * kKBytes)
       Math::template multiply<kM, kTiles>(part.acc, a_at + k, kUnitTile * a_stride, a_stride,
                                           b_at + k, b_stride);
   }
 
-  LSTM_FUSED_DEVICE int64_t chunk_bytes(int64_t chunk) const {
-    const int64_t left = k_bytes - chunk * kChunk;
+  LSTM_FUSED_DEVICE int chunk_bytes(int chunk) const {
+    const int left = k_bytes - chunk * kChunk;
     return left < kChunk ? left : kChunk;
   }
 
-  LSTM_FUSED_DEVICE char* stage(int64_t chunk) const {
+  LSTM_FUSED_DEVICE char* stage(int chunk) const {
     constexpr int kStageRows = kRows + (kKind == PlanKind::kStep ? kM * kUnitTile : 0);
     return b + chunk % kStages * (kStageRows * (kChunk + kPadBytes));
   }
 
   // Chunk of k into its stage of the ring: B, then A where it is not stationary.
-  LSTM_FUSED_DEVICE void fetch_chunk(int64_t chunk, int64_t chunks, int64_t s, int64_t n0) const {
+  LSTM_FUSED_DEVICE void fetch_chunk(int chunk, int chunks, int64_t s, int64_t n0) const {
     if (chunk < chunks) {
       char* to = stage(chunk);
-      fetch_b(to, kChunk + kPadBytes, s, n0, chunk * kChunk, chunk_bytes(chunk));
+      const int bytes = chunk_bytes(chunk);
+      // A constant to divide by, of all chunks but a last one.
+      if (bytes == kChunk)
+        fetch_b(to, kChunk + kPadBytes, s, n0, chunk * kChunk, kChunk / 16);
+      else
+        fetch_b(to, kChunk + kPadBytes, s, n0, chunk * kChunk, bytes / 16);
       if constexpr (kKind == PlanKind::kStep)
         fetch_a(to + kRows * (kChunk + kPadBytes), kChunk + kPadBytes, chunk * kChunk,
                 chunk_bytes(chunk));
@@ -155,7 +168,7 @@ struct Recurrence {
 
   // Until everybody's copies of this chunk are there, and everybody is done with the stage that the
   // next fetch overwrites.
-  LSTM_FUSED_DEVICE void advance(int64_t chunk, int64_t chunks, int64_t s, int64_t n0) const {
+  LSTM_FUSED_DEVICE void advance(int chunk, int chunks, int64_t s, int64_t n0) const {
     wait_copies<kStages - 2>();
     sync_block();
     fetch_chunk(chunk + kStages - 1, chunks, s, n0);
@@ -163,63 +176,59 @@ struct Recurrence {
   }
 
   LSTM_FUSED_DEVICE void stream(Part& part, int64_t s, int64_t n0) const {
-    const int64_t chunks = ceil_div(k_bytes, kChunk);
-    for (int64_t c = 0; c < kStages - 1; ++c) fetch_chunk(c, chunks, s, n0);
+    const int chunks = static_cast<int>(ceil_div(k_bytes, kChunk));
+    for (int c = 0; c < kStages - 1; ++c) fetch_chunk(c, chunks, s, n0);
+    constexpr int kHeldStages = kHeld / kStepsOfStage;  // that need no weights from shared memory
+    constexpr int kMixed = kHeld % kStepsOfStage;       // steps of the stage after them
     if constexpr (kHeld > 0) {
       LSTM_FUSED_UNROLL
-      for (int c = 0; c < kHeld / kStepsOfStage; ++c)
+      for (int c = 0; c < kHeldStages + (kMixed > 0); ++c)
         if (c < chunks) {
           advance(c, chunks, s, n0);
-          const int64_t bytes = chunk_bytes(c);
+          const int bytes = chunk_bytes(c);
           LSTM_FUSED_UNROLL
-          for (int i = 0; i < kStepsOfStage; ++i) {
-            const int64_t k = (i * kSplit + thread_index() / 32 % kSplit) * kKBytes;
-            if (k < bytes)
-              Math::multiply_held(part.acc, held[c * kStepsOfStage + i], stage(c) + k,
+          for (int i = 0; i < (c < kHeldStages ? kStepsOfStage : kMixed); ++i)
+            if (k_of(i) < bytes)
+              Math::multiply_held(part.acc, held[c * kStepsOfStage + i], stage(c) + k_of(i),
                                   kChunk + kPadBytes);
-          }
+          if (kMixed > 0 && c == kHeldStages)
+            multiply(part, a - kMixed * kSplit * kKBytes, a_row, stage(c), kChunk + kPadBytes,
+                     bytes, kMixed);
         }
     }
-    for (int64_t c = kHeld / kStepsOfStage; c < chunks; ++c) {
+    for (int c = kHeldStages + (kMixed > 0); c < chunks; ++c) {
       advance(c, chunks, s, n0);
       const char* at = stage(c);
       const bool streamed = kKind == PlanKind::kStep;
       multiply(part, streamed ? at + kRows * (kChunk + kPadBytes) : a + c * kChunk - kHeldBytes,
-               a_row, at, kChunk + kPadBytes, chunk_bytes(c));
+               a_row, at, kChunk + kPadBytes, chunk_bytes(c), 0);
     }
     wait_copies<0>();
     sync_block();  // the ring becomes the room for sums
   }
 
+  LSTM_FUSED_DEVICE Acc* sums_of(int k_part, int tile, int m) const {
+    return sums + ((k_part * unit_tiles + tile) * kM + m) * (kRows * kSumUnits);
+  }
+
   LSTM_FUSED_DEVICE void store_sums(const Part& part) const {
     const int lane = thread_index() % 32, warp = thread_index() / 32;
-    const int tile = warp / kSplit, k_part = warp % kSplit;
-    Acc* to = sums + (k_part * unit_tiles + tile) * (kM * kUnitTile * kSumRow);
     LSTM_FUSED_UNROLL
-    for (int m = 0; m < kM; ++m) LSTM_FUSED_UNROLL
-    for (int j = 0; j < kTiles; ++j) LSTM_FUSED_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const int row = m * kUnitTile + lane / 4 + (i / 2) * 8;
-      to[row * kSumRow + j * 8 + 2 * (lane % 4) + i % 2] = part.acc[m][j][i];
+    for (int m = 0; m < kM; ++m) {
+      Acc* to = sums_of(warp % kSplit, warp / kSplit, m) + 2 * (lane % 4) * kSumUnits + lane / 4;
+      LSTM_FUSED_UNROLL
+      for (int j = 0; j < kTiles; ++j) LSTM_FUSED_UNROLL
+      for (int i = 0; i < 4; ++i) to[(j * 8 + i % 2) * kSumUnits + i / 2 * 8] = part.acc[m][j][i];
     }
   }
 
-  // Element e of the tile: units lie beside each other in memory, so neighbours take neighbours.
-  LSTM_FUSED_DEVICE bool element(int own, int& unit, int& row) const {
-    const int units = unit_tiles * kUnitTile, e = thread_index() + own * thread_count();
-    unit = e % units;
-    row = e / units;
-    return row < kRows;
-  }
-
-  LSTM_FUSED_DEVICE void sum_of(int unit, int row, Acc (&total)[kM]) const {
+  LSTM_FUSED_DEVICE void sum_of(int row, Acc (&total)[kM]) const {
+    const int at = row * kSumUnits + own_unit % kUnitTile;
     LSTM_FUSED_UNROLL
     for (int m = 0; m < kM; ++m) {
-      const int at = (m * kUnitTile + unit % kUnitTile) * kSumRow + row;
       total[m] = 0;
       LSTM_FUSED_UNROLL
-      for (int k = 0; k < kSplit; ++k)
-        total[m] += sums[(k * unit_tiles + unit / kUnitTile) * (kM * kUnitTile * kSumRow) + at];
+      for (int k = 0; k < kSplit; ++k) total[m] += sums_of(k, own_unit / kUnitTile, m)[at];
     }
   }
 
@@ -230,82 +239,132 @@ struct Recurrence {
       return reinterpret_cast<S*>(p.product.out.at(s + 1, d, n0 + row));
   }
 
-  LSTM_FUSED_DEVICE void tile(const StepRows& rows, int64_t s, int64_t n0) const {
-    typename Epilogue::Fetched fetched[kOwn];
-    int64_t reach = Epilogue::reach(rows);
+  // f(element, row) for each of this thread's elements of the tile that are wanted.
+  template <class F>
+  LSTM_FUSED_DEVICE void each_own(const StepRows& rows, int64_t n0, F f) const {
+    if (unit0 + own_unit >= p.product.units) return;
+    const int64_t reach = Epilogue::reach(rows);
     LSTM_FUSED_UNROLL
     for (int own = 0; own < kOwn; ++own) {
-      int unit, row;
-      if (element(own, unit, row) && n0 + row < reach && unit0 + unit < p.product.units)
-        Epilogue::fetch(p, rows, d, n0 + row, unit0 + unit, fetched[own]);
+      const int row = own_row + own * kRowsAtOnce;
+      if (row < kRows && n0 + row < reach) f(own, row);
     }
+  }
+
+  LSTM_FUSED_DEVICE void fetch(const StepRows& rows, int64_t n0, Unit (&units)[kOwn]) const {
+    each_own(rows, n0, [&](int own, int row) {
+      Epilogue::fetch(p, rows, d, n0 + row, unit0 + own_unit, units[own]);
+    });
+  }
+
+  // The product, and what the next one needs of it.
+  LSTM_FUSED_DEVICE void tile(const StepRows& rows, int64_t s, int64_t n0,
+                              Unit (&units)[kOwn]) const {
     Part part{};
-    if constexpr (kKind == PlanKind::kCluster)
-      multiply(part, a, a_row, b + (s & 1) * half_bytes(), k_bytes + kPadBytes, k_bytes);
-    else
+    if constexpr (kKind == PlanKind::kCluster) {
+      const char* half = b + (s & 1) * half_bytes();
+      if constexpr (kHeld > 0) multiply_held(part, half, k_bytes + kPadBytes);
+      multiply(part, a - kHeldBytes, a_row, half, k_bytes + kPadBytes, k_bytes, kHeld);
+    } else {
       stream(part, s, n0);
+    }
     store_sums(part);
     sync_block();
     const int64_t run = p.product.out.bytes / static_cast<int64_t>(sizeof(S)) / Epilogue::kOut;
-    LSTM_FUSED_UNROLL
-    for (int own = 0; own < kOwn; ++own) {
-      int unit, row;
-      if (!element(own, unit, row) || n0 + row >= reach || unit0 + unit >= p.product.units)
-        continue;
+    each_own(rows, n0, [&](int own, int row) {
       Acc total[kM];
-      sum_of(unit, row, total);
+      sum_of(row, total);
       S out[Epilogue::kOut];
-      if (!Epilogue::apply(p, rows, d, n0 + row, unit0 + unit, fetched[own], total, out)) continue;
-      S* to = next(s, n0, row) + unit0 + unit;
+      if (!Epilogue::apply(rows, n0 + row, units[own], total, out)) return;
+      S* to = next(s, n0, row) + unit0 + own_unit;
       LSTM_FUSED_UNROLL
       for (int v = 0; v < Epilogue::kOut; ++v) to[v * run] = out[v];
-    }
+    });
     sync_block();  // sums are read: their room may be written again
   }
 
-  // This CTA's columns of the next B, 16 bytes at a time, to all other CTAs of the cluster.
+  LSTM_FUSED_DEVICE void store(const StepRows& rows, int64_t n0, const Unit (&units)[kOwn]) const {
+    each_own(rows, n0, [&](int own, int row) {
+      Epilogue::store(p, rows, d, n0 + row, unit0 + own_unit, units[own]);
+    });
+  }
+
+  // This CTA's columns of the next B, 16 bytes at a time, to all other CTAs of the cluster: a
+  // thread sends one piece to some of them, or some pieces to all.
   LSTM_FUSED_DEVICE void send(int64_t s) const {
-    const int64_t run = k_bytes / Epilogue::kOut;
-    const int64_t from = unit0 * static_cast<int64_t>(sizeof(S));
-    const int64_t wanted = static_cast<int64_t>(unit_tiles) * kUnitTile * sizeof(S);
-    const int64_t width = from + wanted <= run ? wanted : run > from ? run - from : 0;
-    const int pieces = static_cast<int>(width / 16);
-    const int each = kRows * Epilogue::kOut * pieces;
+    const int run = k_bytes / Epilogue::kOut;
+    const int from = static_cast<int>(unit0 * sizeof(S));
+    const int wanted = unit_tiles * kUnitTile * static_cast<int>(sizeof(S));
+    const int pieces = (from + wanted <= run ? wanted : run > from ? run - from : 0) / 16;
+    const int all = kRows * Epilogue::kOut * pieces;
+    if (all == 0) return;
+    const int threads = thread_count(), at_once = all < threads ? all : threads;
     const int others = cluster_size() - 1, self = cluster_rank();
     char* half = b + ((s + 1) & 1) * half_bytes();
-    for (int i = thread_index(); i < each * others; i += thread_count()) {
-      const int rank = i / each + (i / each >= self), rest = i % each;
-      const int row = rest / (Epilogue::kOut * pieces), v = rest / pieces % Epilogue::kOut;
-      send_shared(half + row * (k_bytes + kPadBytes) + v * run + from + rest % pieces * 16, rank);
+    for (int i = thread_index() % at_once; i < all; i += at_once) {
+      const int row = i / pieces / Epilogue::kOut, v = i / pieces % Epilogue::kOut;
+      char* piece = half + row * (k_bytes + kPadBytes) + v * run + from + i % pieces * 16;
+      for (int r = thread_index() / at_once; r < others; r += threads / at_once)
+        if (thread_index() < threads / at_once * at_once) send_shared(piece, r + (r >= self));
     }
   }
 
+  // The rows a CTA waits for from the others have come.
+  LSTM_FUSED_DEVICE void arrive(int64_t s, char* counter) const {
+    if constexpr (kKind == PlanKind::kGrid) arrive_ctas(counter);
+    if constexpr (kKind == PlanKind::kCluster) {
+      send(s);
+      arrive_cluster();
+    }
+  }
+  LSTM_FUSED_DEVICE void wait(int64_t s, char* counter) const {
+    if constexpr (kKind == PlanKind::kGrid)
+      wait_ctas(counter, static_cast<unsigned long long>(block_count().x) * (s - p.s_begin + 1));
+    if constexpr (kKind == PlanKind::kCluster) wait_cluster();
+  }
+
+  LSTM_FUSED_DEVICE StepRows rows_of(int64_t s) const {
+    if constexpr (kKind == PlanKind::kStep) return p.rows[d];
+    return rows_at(p.steps, s, Epilogue::kBackward != (d == 1));
+  }
+
+  // Between a meeting's two halves lies what the others do not wait for: the last step's stores,
+  // and the next step's rows and, where a CTA has one tile of rows, what that fetches.
   LSTM_FUSED_DEVICE void run() {
     const int64_t group = block_index().y, groups = block_count().y;
-    if constexpr (kKind != PlanKind::kStep) load_stationary(group * kRows);
-    if constexpr (kKind == PlanKind::kCluster) sync_cluster();
+    const int64_t first = group * kRows, stride = groups * kRows;
+    const bool one_tile = kKind != PlanKind::kStep && first + stride >= p.N;
+    char* counter = p.barrier + (d * groups + group) * kBarrierBytes;
+    if constexpr (kKind != PlanKind::kStep) load_stationary(first);
+    if constexpr (kKind == PlanKind::kCluster) {
+      arrive_cluster();
+      wait_cluster();
+    }
+    Unit units[kOwn];
+    StepRows rows = rows_of(p.s_begin);
+    if (one_tile) fetch(rows, first, units);
     for (int64_t s = p.s_begin; s < p.s_end; ++s) {
-      const StepRows rows = kKind == PlanKind::kStep
-                                ? p.rows[d]
-                                : rows_at(p.steps, s, Epilogue::kBackward != (d == 1));
       const int64_t reach = Epilogue::reach(rows);
-      for (int64_t n0 = group * kRows; n0 < reach; n0 += groups * kRows) tile(rows, s, n0);
-      if constexpr (kKind == PlanKind::kGrid)
-        if (s + 1 < p.s_end)
-          sync_ctas(p.barrier + d * groups + group,
-                    static_cast<unsigned long long>(block_count().x) * (s - p.s_begin + 1));
-      if constexpr (kKind == PlanKind::kCluster) {
-        send(s);
-        sync_cluster();
+      if (first >= reach) arrive(s, counter);
+      for (int64_t n0 = first; n0 < reach; n0 += stride) {
+        if (!one_tile) fetch(rows, n0, units);
+        tile(rows, s, n0, units);
+        if (n0 + stride >= reach) arrive(s, counter);
+        store(rows, n0, units);
       }
+      if (s + 1 < p.s_end) {
+        rows = rows_of(s + 1);
+        if (one_tile) fetch(rows, first, units);
+      }
+      if (kKind == PlanKind::kCluster || s + 1 < p.s_end) wait(s, counter);
     }
   }
 };
 
-template <class Math, class Epilogue, int kTiles, PlanKind kKind>
-LSTM_FUSED_KERNEL(max_threads(kKind))
+template <class Math, class Epilogue, int kTiles, PlanKind kKind, int kMostTiles>
+LSTM_FUSED_KERNEL(most_threads(kKind, kMostTiles))
 recurrence_kernel(const LSTM_FUSED_CONSTANT RecurrenceParams p) {
-  Recurrence<Math, Epilogue, kTiles, kKind>(p).run();
+  Recurrence<Math, Epilogue, kTiles, kKind, kMostTiles>(p).run();
 }
 
 }  // namespace lstm_fused::cuda

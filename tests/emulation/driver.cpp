@@ -209,7 +209,7 @@ const char* run(Layer<Cell>& l, gpu::PlanKind kind, bool backward) {
       for (int64_t i = 0; i < c.D * c.N; ++i)
         std::memcpy(&exchange[((half * c.D + i / c.N) * rows + i % c.N) * bytes / 4],
                     &l.h0[i * c.H], c.H * 4);
-  std::vector<unsigned long long> barrier(c.D * plan->row_groups, 0);
+  std::vector<char> barrier(c.D * plan->row_groups * gpu::kBarrierBytes, 0);
   std::vector<float> a[2];
   gpu::RecurrenceParams p{};
   p.steps = l.steps();

@@ -94,6 +94,8 @@ struct Fiber {
   Block* block;
   int thread;
   bool done = false;
+  unsigned cluster_turn = 0;  // the meeting it has arrived at
+  char* cluster_order = nullptr;
   std::vector<std::vector<Copy>> groups{1};  // the last is not committed yet
   void* watched;
 };
@@ -277,8 +279,17 @@ void sync_block() {
 void sync_warp() {
   meet(current->block->warps[current->thread / 32].meeting, true);
 }
-void sync_cluster() {
-  if (!leaves_out("cluster")) meet(current->block->cluster->meeting, true);
+void arrive_cluster() {
+  if (leaves_out("cluster")) return;
+  Meeting& m = current->block->cluster->meeting;
+  current->cluster_order = order_of(m);
+  release(current->cluster_order);
+  current->cluster_turn = arrive(m);
+}
+void wait_cluster() {
+  if (leaves_out("cluster")) return;
+  while (waiting(current->block->cluster->meeting, current->cluster_turn)) yield();
+  acquire(current->cluster_order);
 }
 
 static void add(unsigned long long* counter) {
@@ -289,10 +300,13 @@ static bool below(const unsigned long long* counter, unsigned long long target) 
   return *counter < target;
 }
 
-void sync_counter(unsigned long long* counter, unsigned long long target) {
+void add_to(unsigned long long* counter) {
   if (leaves_out("counter")) return;
   release(counter);
   add(counter);
+}
+void wait_for(unsigned long long* counter, unsigned long long target) {
+  if (leaves_out("counter")) return;
   while (below(counter, target)) yield();
   acquire(counter);
 }

@@ -40,8 +40,10 @@ int cluster();  // CTAs of it
 char* shared(int rank);
 void sync_block();
 void sync_warp();
-void sync_cluster();
-void sync_counter(unsigned long long* counter, unsigned long long target);
+void arrive_cluster();
+void wait_cluster();
+void add_to(unsigned long long* counter);
+void wait_for(unsigned long long* counter, unsigned long long target);
 void queue_copy(void* to, const void* from, bool valid);
 void commit();
 void wait(int pending);
@@ -83,9 +85,11 @@ template <int kPending>
 void wait_copies() {
   fibers::wait(kPending);
 }
-inline void sync_ctas(unsigned long long* counter, unsigned long long target) {
-  fibers::sync_block();
-  if (fibers::thread() == 0) fibers::sync_counter(counter, target);
+inline void arrive_ctas(void* counter) {
+  if (fibers::thread() == 0) fibers::add_to(static_cast<unsigned long long*>(counter));
+}
+inline void wait_ctas(void* counter, unsigned long long target) {
+  if (fibers::thread() == 0) fibers::wait_for(static_cast<unsigned long long*>(counter), target);
   fibers::sync_block();
 }
 inline int cluster_rank() {
@@ -94,8 +98,11 @@ inline int cluster_rank() {
 inline int cluster_size() {
   return fibers::cluster();
 }
-inline void sync_cluster() {
-  fibers::sync_cluster();
+inline void arrive_cluster() {
+  fibers::arrive_cluster();
+}
+inline void wait_cluster() {
+  fibers::wait_cluster();
 }
 inline void send_shared(void* place, int rank) {
   const int64_t at = static_cast<char*>(place) - shared_memory();
@@ -217,7 +224,7 @@ inline bool is_capturing(void*) {
 
 // A device with few SMs, so that small problems already share them.
 inline const char* read_device(int, Device& device) {
-  device = {9, 0, 32, 227 << 10, 4};
+  device = {9, 0, 32, 227 << 10, 4, 8};
   return nullptr;
 }
 
