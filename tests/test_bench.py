@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -21,6 +22,7 @@ from bench import (
     providers,
     report,
     timing,
+    worker,
 )
 from bench.sets import SETS
 from bench.timing import Effort
@@ -405,3 +407,82 @@ def test_busy_neighbours_are_there_and_go():
     with circumstances.neighbours(2):
         assert len(children() - before) == 2
     assert children() == before
+
+
+@pytest.fixture
+def spoilt_worker(monkeypatch):
+    """A worker with more providers than there are, see spoiling_worker.py."""
+    more = dict.fromkeys(("exits", "hangs", "refuses"), providers.Provider(None))
+    found = worker.Worker("tests.spoiling_worker", silence=2.0)
+    yield found, PAIR | more
+    found.stop()
+
+
+def test_who_spoils_a_worker_costs_its_own_time_only(spoilt_worker):
+    measure_one, everybody = spoilt_worker
+    forward = Workload("forward", T=3, N=2, I=3, H=4)
+    for again in range(3):
+        entries = measured(forward, providers=everybody, measure_one=measure_one)["rows"][0]
+        entries = entries["providers"]
+        assert list(entries) == list(everybody)
+        assert all("timing" in entries[name] for name in PAIR)
+        failed = [entries[name]["failed"] for name in ("exits", "hangs", "refuses")]
+        if again == worker.STRIKES:
+            assert failed == ["spoilt like rows before"] * 3
+        else:
+            assert failed == [
+                "the process that measured it ended with exit code 7",
+                "said nothing for 2 s",
+                "RuntimeError: not captured",
+            ]
+
+
+def test_a_row_nobody_can_be_given_is_a_fact_about_it(spoilt_worker):
+    measure_one, _ = spoilt_worker
+    impossible = Workload("impossible", T=3, N=2, I=3, H=4, dtype="unheard of")
+    row = measure_one(impossible, EFFORT, PAIR, "cpu", lambda part: None)
+    assert {"failed"} == set().union(*row["providers"].values())
+    assert not measure_one.strikes
+
+
+def test_fewer_samples_before_fewer_rows():
+    effort = Effort(rounds=31, seconds=0.1, row_seconds=4.0, attempts=3)
+    assert effort.within(100.0) == effort
+    assert effort.within(10.0) == Effort(31, 0.1, row_seconds=4.0, attempts=1)
+    late = effort.within(-1.0)
+    assert late.attempts == 1 and timing.rounds_for(late, 0.2) == timing.FEWEST_ROUNDS
+
+
+KILLED = """
+import sys
+from bench import __main__ as cli
+from bench import measure
+real = measure.measure_row
+def row(work, *args, **more):
+    if work.mode == "forward":
+        print("now", flush=True)
+        import time
+        time.sleep(100)
+    return real(work, *args, **more)
+cli.measure.measure_row = row
+options = ["--set", "quick", "--only", "B16 H128", "--no-roofline", "--json", sys.argv[1]]
+cli.SAVED_EVERY = 0.0
+cli.SETS["quick"] = cli.SETS["quick"][::-1]
+sys.exit(cli.main(options))
+"""
+
+
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL], ids=["asked", "killed"])
+def test_what_was_measured_survives_a_time_limit(tmp_path, kill):
+    out = tmp_path / "part.json"
+    command = [sys.executable, "-c", KILLED, str(out)]
+    folder = cli.RESULTS.parents[1]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "now\n"
+        process.send_signal(kill)
+        process.stdout.read()
+    assert process.returncode == (130 if kill == signal.SIGTERM else -kill)
+    result = report.load(out)
+    assert result["interrupted"]
+    assert all(row["workload"]["mode"] == "training" for row in result["rows"])
+    assert result["rows"]
