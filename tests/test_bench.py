@@ -52,6 +52,18 @@ def test_rows_are_well_formed(rows):
         assert regime(row)
 
 
+def test_gpu_rows_are_both_modes_of_each_shape():
+    first, *rows = SETS["gpu"]
+    assert first.mode == "step" and first.T == 1
+    assert all(row.group and row.mode in ("forward", "training") for row in rows)
+    names = [row.name.rpartition(" ") for row in rows]
+    assert {mode for _, _, mode in names} == {"forward", "training"}
+    assert [name for name, _, _ in names[::2]] == [name for name, _, _ in names[1::2]]
+    # A run that is cut early has rows of every group.
+    groups = {row.group for row in rows}
+    assert {row.group for row in rows[: 2 * len(groups)]} == groups
+
+
 def test_sweep_stays_in_its_ranges():
     for row in SETS["sweep"]:
         assert row.T <= 400 and row.N <= 40 and 30 <= row.H <= 1100
