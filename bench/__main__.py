@@ -235,24 +235,22 @@ def show_comparison(args) -> int:
     return 1 if slower else 0
 
 
-def roof_finder(args):
-    """What measures this machine's limits; None, after saying why, where that cannot be."""
+def roof_of(args):
+    """This machine's limits; None, after saying why, where they cannot be measured."""
     if args.no_roofline or args.busy:  # a limit is what the machine can do undisturbed
         return None
     try:
-        if args.device == "cpu":
-            roofline.library()
-    except roofline.NotMeasured as error:
+        return roofline.measure(args.device, args.threads)
+    except (roofline.NotMeasured, RuntimeError) as error:  # torch's own, of a GPU
         print(f"without the machine's limits: {error}", file=sys.stderr)
         return None
-    return lambda: roofline.measure(args.device, args.threads)
 
 
 def show_roofline(args) -> int:
-    find_roof = roof_finder(args)
-    if find_roof is None:
+    roof = roof_of(args)
+    if roof is None:
         return 2
-    print("\n".join(roofline.lines(find_roof())))
+    print("\n".join(roofline.lines(roof)))
     return 0
 
 
@@ -384,7 +382,6 @@ def run_set(args) -> int:
         return run_self(args, works)
     effort = effort_of(args)
     screen = console()
-    find_roof = roof_finder(args)
     with (
         circumstances.neighbours(args.busy),
         ended_as_by_ctrl_c(),
@@ -398,7 +395,7 @@ def run_set(args) -> int:
             measure.chosen(args.providers),
             args.device,
             display,
-            find_roof=find_roof,
+            find_roof=lambda: roof_of(args),
             times_apart=apart_timer(args),
             measure_one=measure_one,
             after_row=keep_going(args),

@@ -9,7 +9,7 @@ from dataclasses import asdict
 import torch
 
 from bench import machine, parity, problem, progress, roofline, timing
-from bench.providers import BASELINE, PROVIDERS, Provider
+from bench.providers import BASELINE, OURS, PROVIDERS, Provider
 from bench.timing import Effort
 from bench.workloads import Workload
 
@@ -142,7 +142,9 @@ def add_limits(result: dict, roofs: list[roofline.Roof]) -> None:
     roof = roofline.best(roofs)
     result["roofline"] = asdict(roof)
     for row in result["rows"]:
-        row["limit"] = float(f"{roofline.limit(Workload(**row['workload']), roof):.4g}")
+        limit = roofline.limit_of_row(row, roof, OURS)
+        if limit is not None:
+            row["limit"] = float(f"{limit:.4g}")
 
 
 def measure(
@@ -153,15 +155,16 @@ def measure(
     device: str = "cpu",
     display=None,
     clock=None,
-    find_roof=None,
+    find_roof=lambda: None,
     times_apart=None,
     measure_one=measure_row,
     after_row=lambda result: None,
 ) -> dict:
     """All rows, or those that were done when Ctrl-C came.
 
-    find_roof measures the machine's limits; it is called before and after the rows. times_apart as
-    in measure_row, which measure_one stands for. after_row is given the result up to each row.
+    find_roof measures the machine's limits, if it can; it is called before and after the rows.
+    times_apart as in measure_row, which measure_one stands for. after_row is given the result up
+    to each row.
     """
     providers = providers or chosen()
     display = display or progress.Silent()
@@ -179,14 +182,14 @@ def measure(
     roofs = []
     end = time.monotonic() + effort.set_seconds
     try:
-        roofs += [find_roof()] if find_roof else []
+        roofs += filter(None, [find_roof()])
         for index, work in enumerate(works):
             display.row(index, work.name)
             share = effort.within((end - time.monotonic()) / (len(works) - index))
             row = measure_one(work, share, providers, device, display.part, clock, times_apart)
             result["rows"].append(row)
             after_row(finished(result, roofs, others))
-        roofs += [find_roof()] if find_roof else []
+        roofs += filter(None, [find_roof()])
     except KeyboardInterrupt:
         result["interrupted"] = True
     return finished(result, roofs, others)

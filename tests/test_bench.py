@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -132,6 +133,39 @@ def test_onnx_runtime_computes_the_same(mode, directions):
         assert found.keys() == exact.keys()
         for name, value in found.items():
             torch.testing.assert_close(value.double(), exact[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["forward", "training"])
+@pytest.mark.parametrize("name", ["torch.nn graph", "lstm_fused graph"])
+def test_a_graph_is_the_same_step_each_time(fake_cuda, name, mode):
+    """Its replay writes all results and gradients, and adds to none."""
+    task = problem.build(Workload("captured", T=3, N=2, I=3, H=4, mode=mode))
+    run = providers.PROVIDERS[name].build(task)
+    exact = problem.oracle(task)
+    for _ in range(3):
+        with torch.no_grad():
+            run.out[0].fill_(float("nan"))
+            for leaf in run.leaves.values():
+                if leaf.grad is not None:
+                    leaf.grad.fill_(float("nan"))
+        found = run.results()
+        assert found.keys() == exact.keys()
+        for tensor, value in found.items():
+            torch.testing.assert_close(value.double(), exact[tensor], rtol=1e-5, atol=1e-5)
+
+
+def test_events_time_a_gpu(fake_cuda):
+    clock = timing.clock_for("cuda")
+    loops, taken = timing.loops_for(lambda: time.sleep(0.002), 0.01, clock)
+    assert loops >= 4 and 0.01 <= taken < 0.1
+    clock.settle()
+
+
+def test_this_gpu_is_described(fake_cuda, monkeypatch):
+    monkeypatch.setattr(machine, "output_of", lambda *command: None)
+    found = machine.describe("cuda")
+    assert found["gpu"]["name"] == "NVIDIA Abacus" and found["gpu"]["driver"] == "unknown"
+    assert machine.slug(found) == "nvidia-abacus"
 
 
 def test_steps_carry_their_state():
