@@ -407,6 +407,9 @@ def run_set(args) -> int:
     if result["rows"]:
         keep(args, result)
     print_table(result, screen)
+    if result["left_out"]:
+        reasons = (f"{name} ({', '.join(whys)})" for name, whys in result["left_out"].items())
+        print(f"left out: {'; '.join(reasons)}", file=sys.stderr)
     if result["interrupted"]:
         return 130
     return 1 if any(map(report.is_ours_wrong, result["rows"])) else 0

@@ -23,7 +23,7 @@ from bench.timing import Effort
 from bench.workloads import Workload
 
 SILENCE = 30.0  # seconds without a word after which a worker hangs: it says whom it tries
-STARTING = 90.0  # before its first word
+STARTING = 90.0  # before its first word of a row, in a new process or after a long oracle
 STRIKES = 2  # a provider that spoilt so many workers in like rows is not tried in further ones
 
 
@@ -65,13 +65,16 @@ class Worker:
         task = {"work": asdict(work), "effort": asdict(effort), "names": names, "device": device}
         try:
             self._ask(task)
+            self.patience = STARTING
             while "row" not in (answer := self._answer()):
                 trying = answer.get("trying", trying)
                 if "part" in answer:
                     part(answer["part"])
         except Lost as lost:
-            if trying is None:  # the problem or its oracle failed, for everybody
-                return nobody, dict.fromkeys(names, str(lost))
+            if trying is None:  # the problem or its oracle failed
+                self.stop()
+                row = nobody | {"absent": f"its problem was lost: {lost}"}
+                return row | {"providers": {name: {} for name in names}}, {}
             self.strikes[_kind(trying, work)] += 1
             return nobody, {trying: str(lost)}
         if answer["sound"]:
@@ -99,7 +102,6 @@ class Worker:
             start_new_session=True,  # Ctrl-C is for the one who asks, and who ends the worker
         )
         self.answers = queue.SimpleQueue()
-        self.patience = STARTING
         arguments = (self.process.stdout, self.answers)
         threading.Thread(target=_forward, args=arguments, daemon=True).start()
 

@@ -487,7 +487,10 @@ def test_a_row_nobody_can_be_given_is_a_fact_about_it(spoilt_worker):
     measure_one, _ = spoilt_worker
     impossible = Workload("impossible", T=3, N=2, I=3, H=4, dtype="unheard of")
     row = measure_one(impossible, EFFORT, PAIR, "cpu", lambda part: None)
-    assert {"failed"} == set().union(*row["providers"].values())
+    assert row["absent"] == (
+        "its problem was lost: the process that measured it ended with exit code 1"
+    )
+    assert row["providers"] == {name: {} for name in PAIR}
     assert not measure_one.strikes
 
 
