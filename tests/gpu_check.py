@@ -3,8 +3,9 @@
     python tests/gpu_check.py [--out FOLDER] [PART ...]
 
 Parts, in this order: build, smoke, parity, sanitizer, plans, bench. FOLDER (default
-build/gpu-check) receives log.txt and results.json, and bench.json, which is what
-`python -m bench report` reads. Without a CUDA device the emulation runs instead. Exits 1 if a part failed. Needs torch, ninja, pybind11 and pytest; no network.
+build/gpu-check) receives log.txt and results.json, and bench.json, which is what `python -m bench
+report` reads. Without a CUDA device the emulation runs instead. Exits 1 if a part failed. Needs
+torch, ninja, pybind11 and pytest; no network.
 """
 
 import argparse
@@ -161,6 +162,7 @@ def main():
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
     if not torch.cuda.is_available():
         return emulation()
+    args.out = args.out.resolve()  # parts run in the repository's root
     args.out.mkdir(parents=True, exist_ok=True)
     found = device()
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
