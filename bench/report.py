@@ -155,6 +155,12 @@ def step_cell(row: dict) -> str:
     return f"{text} µs (goal {most:g} µs{verdict})"
 
 
+def share_cell(row: dict) -> str:
+    """Our share of the limit, without and with a graph."""
+    shares = [share(row, provider) for provider in (OURS, OURS + GRAPH)]
+    return " / ".join(f"{part:.0%}" for part in shares if part is not None)
+
+
 def columns(result: dict) -> list[tuple[str, object]]:
     """Heading and cell function of each column after the case's name."""
     shown = result["providers"]
@@ -165,7 +171,7 @@ def columns(result: dict) -> list[tuple[str, object]]:
     if any(row["workload"].get("step_us") for row in result["rows"]):
         made.append(("a time step", step_cell))
     if any(row.get("limit") for row in result["rows"]):
-        made.append(("of limit", lambda row: "" if share(row) is None else f"{share(row):.0%}"))
+        made.append(("of limit", share_cell))
     if any(row.get("memory") for row in result["rows"]):
         made.append(("memory", memory_cell))
     return made

@@ -107,6 +107,8 @@ def test_graphs_are_compared_with_graphs():
     assert cell(found, "over torch.nn graph") == "2.00x (goal 2x)"
     assert "over lstm_fused graph" not in report.cells(found)[0]
     assert cell(found, "a time step", 0) == "100 / 90 µs (goal 120 µs)"
+    met["limit"] = 4.5e-4
+    assert cell(found, "of limit", 0) == "45% / 50%"
     assert cell(found, "a time step", 1) == "200 µs (goal 120 µs, missed)"
     assert "Goals reached: 4 of 5." in report.caption(found)  # one chunk: nobody to be faster than
 
