@@ -191,9 +191,12 @@ def limit(work: Workload, roof: Roof, kernels: list[dict] = ()) -> float:
 def limit_of_row(row: dict, roof: Roof, provider: str) -> float | None:
     """limit() of a row of results and of what the provider ran there; None if that is not known."""
     kernels = row["providers"].get(provider, {}).get("kernels", [])
-    if roof.device == "cuda" and not (roof.exchange and kernels):
+    if roof.device == "cuda" and not (roof.exchange and kernels and all(kernels)):
         return None
-    return limit(Workload(**row["workload"]), roof, kernels)
+    try:
+        return limit(Workload(**row["workload"]), roof, kernels)
+    except NotMeasured:  # an exchange of this plan's kind
+        return None
 
 
 def best(roofs: list[Roof]) -> Roof:
