@@ -20,6 +20,14 @@ struct ExchangeParams {
 constexpr int kExchangeThreads = 256;
 constexpr int kHandedOn = 512;  // bytes a CTA of a grid writes: 16 units of 16 rows in 16 bits
 
+// A meeting of all that takes part, as the kernels have it at the end of a step.
+LSTM_FUSED_DEVICE void meet_grid(unsigned long long* counter, unsigned long long target) {
+  sync_ctas(counter, target);
+}
+LSTM_FUSED_DEVICE void meet_cluster() {
+  sync_cluster();
+}
+
 LSTM_FUSED_DEVICE void write_piece(char* to, int step) {
   for (int i = 0; i < 4; ++i) reinterpret_cast<volatile int*>(to)[i] = step + 1;
 }
@@ -42,7 +50,7 @@ grid_exchange(const LSTM_FUSED_CONSTANT ExchangeParams p) {
     char* half = p.buffer + (group * 2 + (s & 1)) * round;
     const int at = thread_index() * 16;
     if (p.bytes && at < kHandedOn) write_piece(half + self * kHandedOn + at, s);
-    sync_ctas(p.counters + group * p.apart, static_cast<unsigned long long>(ctas) * (s + 1));
+    meet_grid(p.counters + group * p.apart, static_cast<unsigned long long>(ctas) * (s + 1));
     if (!p.bytes) continue;
     // From the next CTA's on, round and round if there is less than that.
     for (int i = at; i < p.bytes; i += thread_count() * 16)
@@ -60,7 +68,7 @@ LSTM_FUSED_KERNEL(kExchangeThreads)
 cluster_exchange(const LSTM_FUSED_CONSTANT ExchangeParams p) {
   const int ctas = cluster_size(), self = cluster_rank(), pieces = p.bytes / 16;
   int wrong = 0;
-  sync_cluster();
+  meet_cluster();
   for (int s = 0; s < p.steps; ++s) {
     char* half = shared_memory() + (s & 1) * ctas * p.bytes;
     if (pieces) {
@@ -70,7 +78,7 @@ cluster_exchange(const LSTM_FUSED_CONSTANT ExchangeParams p) {
       for (int i = thread_index(); i < pieces * (ctas - 1); i += thread_count())
         send_shared(half + self * p.bytes + i % pieces * 16, i / pieces + (i / pieces >= self));
     }
-    sync_cluster();
+    meet_cluster();
     if (pieces)
       wrong += is_wrong(half + (self + 1) % ctas * p.bytes + thread_index() % pieces * 16, s);
   }

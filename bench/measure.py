@@ -189,7 +189,7 @@ def measure(
             row = measure_one(work, share, providers, device, display.part, clock, times_apart)
             result["rows"].append(row)
             after_row(finished(result, roofs, others))
-        roofs += filter(None, [find_roof()])
+        roofs += filter(None, [find_roof()]) if roofs else []
     except KeyboardInterrupt:
         result["interrupted"] = True
     return finished(result, roofs, others)
