@@ -1,8 +1,12 @@
 """`python -m bench` measures a set of workloads; `report` and `compare` show what was measured."""
 
 import argparse
+import contextlib
 import json
+import signal
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,16 +26,20 @@ from bench import (
     report,
     roofline,
     selfcheck,
+    worker,
 )
 from bench.providers import PROVIDERS
 from bench.sets import SETS
 from bench.timing import Effort
 
+SAVED_EVERY = 5.0  # seconds, while rows are measured
 RESULTS = Path(__file__).parent / "results"
 WIDTH = 200  # of a table that is written to a file
 EFFORTS = {
     "quick": Effort(rounds=11, seconds=0.02, row_seconds=1.5, attempts=2),
     "sweep": Effort(rounds=9, seconds=0.02, row_seconds=2.0, attempts=2),
+    # Events are exact to half a microsecond. A machine with a GPU is lent for minutes.
+    "gpu": Effort(rounds=15, seconds=0.005, row_seconds=1.0, attempts=2, set_seconds=420.0),
 }
 THOROUGH = Effort(rounds=31, seconds=0.05, row_seconds=8.0, attempts=3)
 
@@ -66,8 +74,11 @@ def print_table(result: dict, console) -> None:
 
 
 def save(result: dict, path: Path) -> None:
+    """Whole or not at all: whoever ends the process may do so meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    half_made = path.with_suffix(".part")
+    half_made.write_text(json.dumps(result, indent=1) + "\n")
+    half_made.replace(path)
 
 
 def default_path(result: dict) -> Path:
@@ -96,6 +107,9 @@ def add_measuring(parser):
         "--keep-memory",
         action="store_true",
         help="measure where malloc keeps all that is freed, instead of its own rules",
+    )
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="rows get fewer samples to end in about S"
     )
     parser.add_argument("--only", metavar="TEXT", help="only rows whose name contains TEXT")
     parser.add_argument(
@@ -221,40 +235,85 @@ def show_comparison(args) -> int:
     return 1 if slower else 0
 
 
-def roof_finder(args):
-    """What measures this machine's limits; None, after saying why, where that cannot be."""
+def roof_of(args):
+    """This machine's limits; None, after saying why, where they cannot be measured."""
     if args.no_roofline or args.busy:  # a limit is what the machine can do undisturbed
         return None
     try:
-        if args.device == "cpu":
-            roofline.library()
-    except roofline.NotMeasured as error:
+        return roofline.measure(args.device, args.threads)
+    except (roofline.NotMeasured, RuntimeError) as error:  # torch's own, of a GPU
         print(f"without the machine's limits: {error}", file=sys.stderr)
         return None
-    return lambda: roofline.measure(args.device, args.threads)
 
 
 def show_roofline(args) -> int:
-    find_roof = roof_finder(args)
-    if find_roof is None:
+    roof = roof_of(args)
+    if roof is None:
         return 2
-    print("\n".join(roofline.lines(find_roof())))
+    print("\n".join(roofline.lines(roof)))
     return 0
 
 
 def apart_timer(args):
-    """On a GPU memory is torch's own, and its device is one process's at a time."""
+    """On a GPU memory is torch's own; there whole rows are measured apart, see worker.py."""
     return apart.timer(args.keep_memory) if args.device == "cpu" else None
+
+
+@contextlib.contextmanager
+def row_measurer(args):
+    """measure_one of measure.measure."""
+    if args.device == "cpu":
+        yield measure.measure_row
+        return
+    apart_from_here = worker.Worker()
+    try:
+        yield apart_from_here
+    finally:
+        apart_from_here.stop()
+
+
+@contextlib.contextmanager
+def ended_as_by_ctrl_c():
+    """Meanwhile the signal that a time limit sends leaves what was measured, too."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def effort_of(args) -> Effort:
+    effort = EFFORTS.get(args.set, THOROUGH)
+    return replace(effort, set_seconds=args.seconds) if args.seconds else effort
+
+
+def path_of(args, result: dict) -> Path | None:
+    """Where the result is written, None if it is not."""
+    if args.json is None and not args.save:
+        return None
+    return Path(args.json) if args.json else default_path(result)
+
+
+def keep_going(args):
+    """after_row of measure.measure: the result up to now, for whoever is killed."""
+    written = time.monotonic()
+
+    def after_row(result):
+        nonlocal written
+        path = path_of(args, result | {"busy": args.busy})
+        if path and time.monotonic() - written > SAVED_EVERY:
+            save(result, path)
+            written = time.monotonic()
+
+    return after_row
 
 
 def keep(args, result: dict) -> None:
     """Writes what the options ask to be written."""
-    if args.json is None and not args.save:
-        return
-    path = Path(args.json) if args.json else default_path(result)
-    save(result, path)
-    for written in [path, *(write_reports([path], [result]) if args.save else ())]:
-        print(f"written to {written}")
+    if path := path_of(args, result):
+        save(result, path)
+        for written in [path, *(write_reports([path], [result]) if args.save else ())]:
+            print(f"written to {written}")
 
 
 def run_model(args) -> int:
@@ -276,7 +335,7 @@ def run_model(args) -> int:
 
 def run_self(args, works) -> int:
     """1 if a row of torch.nn against itself is not 1.0x within its own spread."""
-    effort = EFFORTS.get(args.set, THOROUGH)
+    effort = effort_of(args)
     with progress.shown(len(works), console()) as display:
         result = measure.measure(
             args.set,
@@ -321,11 +380,12 @@ def run_set(args) -> int:
     measure.quiet()
     if args.self:
         return run_self(args, works)
-    effort = EFFORTS.get(args.set, THOROUGH)
+    effort = effort_of(args)
     screen = console()
-    find_roof = roof_finder(args)
     with (
         circumstances.neighbours(args.busy),
+        ended_as_by_ctrl_c(),
+        row_measurer(args) as measure_one,
         progress.shown(len(works), screen) as display,
     ):
         result = measure.measure(
@@ -335,16 +395,21 @@ def run_set(args) -> int:
             measure.chosen(args.providers),
             args.device,
             display,
-            find_roof=find_roof,
+            find_roof=lambda: roof_of(args),
             times_apart=apart_timer(args),
+            measure_one=measure_one,
+            after_row=keep_going(args),
         )
     result["busy"] = args.busy
     if args.device == "cpu":
         result["keep_memory"] = args.keep_memory
     add_memory(args, works, result)
-    print_table(result, screen)
     if result["rows"]:
         keep(args, result)
+    print_table(result, screen)
+    if result["left_out"]:
+        reasons = (f"{name} ({', '.join(whys)})" for name, whys in result["left_out"].items())
+        print(f"left out: {'; '.join(reasons)}", file=sys.stderr)
     if result["interrupted"]:
         return 130
     return 1 if any(map(report.is_ours_wrong, result["rows"])) else 0

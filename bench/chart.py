@@ -89,8 +89,7 @@ def by_regime(result: dict, plot):
     """Speed-up over each opponent on the left, share of the limit on the right."""
     groups = report.by_regime(result)
     numbers = drawn(result).values()
-    others = [p for p in result["providers"] if p != OURS]
-    opponents = [p for p in others if any(p in row["over"] for row in numbers)]
+    opponents = [p for p in report.opponents(result) if any(p in row["over"] for row in numbers)]
     limits = any(row["share"] is not None for row in numbers)
     width, panels = (9, 2) if limits else (6.5, 1)
     figure, all_axes = plot.subplots(

@@ -65,7 +65,7 @@ def changes(a: dict, b: dict) -> list[Change]:
 
 def shape(row: dict) -> dict:
     """A workload without what is only said about it."""
-    said = ("goals", "group", "source")
+    said = ("goals", "step_us", "group", "source")
     return {k: v for k, v in row["workload"].items() if k not in said}
 
 

@@ -1,5 +1,7 @@
 """Measuring rows: the gate, then the clock for whoever passed it."""
 
+import copy
+import time
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -7,7 +9,7 @@ from dataclasses import asdict
 import torch
 
 from bench import machine, parity, problem, progress, roofline, timing
-from bench.providers import BASELINE, PROVIDERS, Provider
+from bench.providers import BASELINE, OURS, PROVIDERS, Provider
 from bench.timing import Effort
 from bench.workloads import Workload
 
@@ -30,7 +32,10 @@ def quiet() -> None:
 
 
 def set_precision(work: Workload, device: str) -> None:
-    """TF32 is allowed in the rows that say so and nowhere else; the CPU has none."""
+    """TF32 is allowed in the rows that say so and nowhere else; the CPU has none.
+
+    To products as well: nn.LSTM's input projection is cuDNN's, ours is a product of torch's.
+    """
     if device == "cpu":
         return
     torch.backends.cudnn.allow_tf32 = work.dtype == "tf32"
@@ -48,10 +53,16 @@ def admit(name: str, provider: Provider, task, exact, baseline, entry: dict):
     try:
         run = provider.build(task)
         found = run.results()
+        if task.device == "cuda":
+            torch.cuda.synchronize()  # what went wrong is this provider's, not the next one's
     except Exception as error:  # whatever a peer raises is a fact about that peer
         entry["failed"] = f"{type(error).__name__}: {error}".split("\n")[0]
         return None
-    baseline.setdefault("found", found)
+    if name == BASELINE:
+        baseline["found"] = found
+    if not baseline:
+        entry["failed"] = f"nothing to judge it by: {BASELINE} failed"
+        return None
     # A peer without a tensor (the gradient of a weight it keeps in another form) is not asked for.
     judged = {tensor: truth for tensor, truth in exact.items() if tensor in found}
     verdict = parity.worst(parity.compare(found, baseline["found"], judged))
@@ -59,19 +70,28 @@ def admit(name: str, provider: Provider, task, exact, baseline, entry: dict):
     return run if verdict.ok else None
 
 
-def clocked(runs: dict, work, effort: Effort, device: str, part, clock=None) -> dict[str, dict]:
+def nobody(name: str) -> None:
+    """What is told who is tried next, where nobody asks."""
+
+
+def clocked(
+    runs: dict, work, effort: Effort, device: str, part, clock=None, trying=nobody
+) -> dict[str, dict]:
     """The timing of each run, and of ours what ran."""
     clock = clock or timing.clock_for(device)
     steps = {name: run.step for name, run in runs.items()}
     with torch.set_grad_enabled(work.training):
         timings = timing.quietest(
-            lambda: timing.interleaved(steps, effort, clock, lambda done, of: part(done / of)),
+            lambda: timing.interleaved(
+                steps, effort, clock, lambda done, of: part(done / of), trying
+            ),
             effort.attempts,
         )
     found = {}
     for name, measured in timings.items():
         found[name] = {"timing": {**asdict(measured), "noisy": measured.noisy}}
         if hasattr(runs[name], "kernels"):
+            trying(name)
             found[name]["kernels"] = runs[name].kernels()
     return found
 
@@ -84,10 +104,12 @@ def measure_row(
     part=lambda fraction: None,
     clock=None,
     times_apart=None,
+    trying=nobody,
 ) -> dict:
     """One row of the results: per provider its verdict and time, or why there is none.
 
-    times_apart: apart.timer(), where times are not to be taken in this process.
+    times_apart: apart.timer(), where times are not to be taken in this process. trying is told who
+    is built, judged or timed next.
     """
     set_precision(work, device)
     entries = {name: {} for name in providers}
@@ -100,13 +122,14 @@ def measure_row(
     runs, baseline = {}, {}
     order = sorted(providers, key=lambda name: name != BASELINE)  # its errors judge the others
     for name in order:
+        trying(name)
         if run := admit(name, providers[name], task, exact, baseline, entries[name]):
             runs[name] = run
     runs = {name: runs[name] for name in providers if name in runs}
     if times_apart:
         found = times_apart(runs, work, effort, device, part)
     else:
-        found = clocked(runs, work, effort, device, part, clock)
+        found = clocked(runs, work, effort, device, part, clock, trying)
     for name, entry in found.items():
         entries[name] |= entry
     return row
@@ -119,7 +142,9 @@ def add_limits(result: dict, roofs: list[roofline.Roof]) -> None:
     roof = roofline.best(roofs)
     result["roofline"] = asdict(roof)
     for row in result["rows"]:
-        row["limit"] = float(f"{roofline.limit(Workload(**row['workload']), roof):.4g}")
+        limit = roofline.limit_of_row(row, roof, OURS)
+        if limit is not None:
+            row["limit"] = float(f"{limit:.4g}")
 
 
 def measure(
@@ -130,13 +155,16 @@ def measure(
     device: str = "cpu",
     display=None,
     clock=None,
-    find_roof=None,
+    find_roof=lambda: None,
     times_apart=None,
+    measure_one=measure_row,
+    after_row=lambda result: None,
 ) -> dict:
     """All rows, or those that were done when Ctrl-C came.
 
-    find_roof measures the machine's limits; it is called before and after the rows. times_apart as
-    in measure_row.
+    find_roof measures the machine's limits, if it can; it is called before and after the rows.
+    times_apart as in measure_row, which measure_one stands for. after_row is given the result up
+    to each row.
     """
     providers = providers or chosen()
     display = display or progress.Silent()
@@ -146,24 +174,35 @@ def measure(
         "set": name,
         "machine": machine.describe(device),
         "providers": list(providers),
+        "planned": len(works),
         "rows": [],
         "others": 0.0,
         "interrupted": False,
     }
     roofs = []
+    end = time.monotonic() + effort.set_seconds
     try:
-        roofs += [find_roof()] if find_roof else []
+        roofs += filter(None, [find_roof()])
         for index, work in enumerate(works):
             display.row(index, work.name)
-            row = measure_row(work, effort, providers, device, display.part, clock, times_apart)
+            share = effort.within((end - time.monotonic()) / (len(works) - index))
+            row = measure_one(work, share, providers, device, display.part, clock, times_apart)
             result["rows"].append(row)
-        roofs += [find_roof()] if find_roof else []
+            after_row(finished(result, roofs, others))
+        roofs += filter(None, [find_roof()]) if roofs else []
     except KeyboardInterrupt:
         result["interrupted"] = True
-    result["others"] = others.cpus()
-    add_limits(result, roofs)
-    leave_out(result)
-    return result
+    return finished(result, roofs, others)
+
+
+def finished(result: dict, roofs: list, others: machine.Others) -> dict:
+    """What is kept of a result, which may go on."""
+    kept = copy.deepcopy(result)
+    kept["others"] = others.cpus()
+    kept["interrupted"] = kept["interrupted"] or len(kept["rows"]) < kept["planned"]
+    add_limits(kept, roofs)
+    leave_out(kept)
+    return kept
 
 
 def leave_out(result: dict) -> None:

@@ -39,7 +39,10 @@ def why_absent(work: Workload, device: str = "cpu") -> str | None:
 
 
 def build(work: Workload, device: str = "cpu", seed: int = 0) -> Problem:
-    """Weights as torch draws them and normal inputs, the same for every provider."""
+    """Weights as torch draws them and normal inputs, the same for every provider.
+
+    Drawn on the device: the largest rows would take a CPU longer than all their samples.
+    """
     torch.manual_seed(seed)
     dtype = DTYPES[work.dtype]
     proj = {"proj_size": work.proj} if work.cell == "lstm" else {}
@@ -51,15 +54,20 @@ def build(work: Workload, device: str = "cpu", seed: int = 0) -> Problem:
         bias=work.bias,
         batch_first=work.batch_first,
         dropout=work.dropout,
+        device=device,
         **proj,
-    ).to(device, dtype)
+    ).to(dtype)
     shape = (work.N, work.T) if work.batch_first else (work.T, work.N)
-    x = torch.randn(*shape, work.I).to(device, dtype)
+
+    def drawn(*shape):
+        return torch.randn(*shape, device=device).to(dtype)
+
+    x = drawn(*shape, work.I)
     state = None
     if work.mode == "step":
         widths = (work.R, work.H) if work.cell == "lstm" else (work.R,)
         rows = work.layers * work.directions
-        state = tuple(torch.randn(rows, work.N, width).to(device, dtype) for width in widths)
+        state = tuple(drawn(rows, work.N, width) for width in widths)
     if work.lengths != "full":
         x = pack_padded_sequence(x, torch.tensor(lengths_of(work)), work.batch_first)
     return Problem(work, module, x, state, device)

@@ -1,6 +1,7 @@
 """Who is measured: a provider turns a problem into a run with `step()` and `results()`."""
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,12 +10,14 @@ import torch
 import lstm_fused
 from bench import peers, problem
 from bench.problem import ModuleRun, Problem, data_of
-from bench.sets import CELL, ONNX, TORCH
+from bench.sets import CELL, CHUNK, GRAPH, ONNX, TORCH
 from bench.workloads import CELLS, Workload
 from lstm_fused import ops
 
 BASELINE, OURS = TORCH, "lstm_fused"
+OURS_GRAPH = f"{OURS} graph"
 AGAIN = f"{BASELINE} again"
+WARM_UP = 3  # steps before a capture: what is loaded or allocated once, is by then
 
 
 @dataclass(frozen=True)
@@ -29,23 +32,32 @@ class Provider:
 class FusedRun(ModuleRun):
     def kernels(self) -> list[dict]:
         """What forward, then backward if there is one, ran: for the record."""
+        last_run = functools.partial(ops.last_run, self.problem.device)
         with torch.set_grad_enabled(self.training):
             y, _ = self.module(self.x, self.state)
-            ran = [ops.last_run()]
+            ran = [last_run()]
             if self.training:
                 data_of(y).sum().backward()
-                ran.append(ops.last_run())
+                ran.append(last_run())
         return ran
 
 
+def copied(task: Problem) -> torch.nn.Module:
+    """A copy of the problem's module. Copied parameters lie apart, which cuDNN would gather into
+    one chunk anew in each call: the copy is laid out as torch lays out any module on a GPU."""
+    module = copy.deepcopy(task.module)
+    module.flatten_parameters()
+    return module
+
+
 def fused_module(task: Problem) -> torch.nn.Module:
-    module = lstm_fused.replace(copy.deepcopy(task.module))
+    module = lstm_fused.replace(copied(task))
     assert isinstance(module, getattr(lstm_fused, CELLS[task.workload.cell]))
     return module
 
 
 def torch_nn(task: Problem):
-    return ModuleRun(copy.deepcopy(task.module), task)
+    return ModuleRun(copied(task), task)
 
 
 def fused(task: Problem):
@@ -53,21 +65,22 @@ def fused(task: Problem):
 
 
 def compiled(task: Problem):
-    return ModuleRun(torch.compile(copy.deepcopy(task.module)), task)
+    return ModuleRun(torch.compile(copied(task)), task)
 
 
 def without_cudnn(task: Problem):
     def around():
         return torch.backends.cudnn.flags(enabled=False)
 
-    return ModuleRun(copy.deepcopy(task.module), task, around)
+    return ModuleRun(copied(task), task, around)
 
 
 def one_chunk(task: Problem):
-    """16-bit weights laid into one buffer beforehand, which flatten_parameters leaves undone."""
+    """bfloat16 weights laid into one buffer beforehand: flatten_parameters does so for the other
+    dtypes alone."""
     from torch.backends.cudnn import rnn
 
-    module = copy.deepcopy(task.module)
+    module = copied(task)
     with torch.no_grad():
         torch._cudnn_rnn_flatten_weight(
             module._flat_weights,
@@ -84,7 +97,11 @@ def one_chunk(task: Problem):
 
 
 class GraphRun(ModuleRun):
-    """A run whose step was captured in a CUDA graph once, and is replayed since."""
+    """A run whose step was captured in a CUDA graph once, and is replayed since.
+
+    Training is captured whole: gradients are None before each backward pass, in the graph as
+    without it, so that the replay writes them where the capture put them and adds to nothing.
+    """
 
     def __init__(self, module, task):
         super().__init__(module, task)
@@ -92,10 +109,11 @@ class GraphRun(ModuleRun):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side), torch.set_grad_enabled(self.training):
-            for _ in range(3):
+            for _ in range(WARM_UP):
                 eager()
         torch.cuda.current_stream().wait_stream(side)
-        self.reset()
+        for leaf in self.leaves.values():
+            leaf.grad = None  # the warm-up's lie outside the graph's own memory
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph), torch.set_grad_enabled(self.training):
             self.out = eager()
@@ -106,12 +124,22 @@ class GraphRun(ModuleRun):
         return self.out
 
 
+class FusedGraphRun(GraphRun):
+    def __init__(self, module, task):
+        super().__init__(module, task)
+        self.ran = ops.last_run(task.device)
+
+    def kernels(self) -> list[dict]:
+        """What was captured last: packed data runs another plan in a graph than without one."""
+        return [self.ran]
+
+
 def torch_graph(task: Problem):
-    return GraphRun(copy.deepcopy(task.module), task)
+    return GraphRun(copied(task), task)
 
 
 def fused_graph(task: Problem):
-    return GraphRun(fused_module(task), task)
+    return FusedGraphRun(fused_module(task), task)
 
 
 def first(*reasons):
@@ -132,7 +160,11 @@ def no_cuda(work, device):
 
 
 def not_chunked(work, device):
-    return None if work.dtype == "bfloat16" else "matters for bfloat16 only"
+    return None if work.dtype == "bfloat16" else "torch does so itself in other dtypes"
+
+
+def carries_state(work, device):
+    return "a step's state is carried from call to call" if work.mode == "step" else None
 
 
 def with_dropout(work, device):
@@ -146,10 +178,10 @@ PROVIDERS = {
     CELL: Provider(peers.CellRun, peers.why_not_cell),
     AGAIN: Provider(torch_nn, default=False),
     "torch.compile": Provider(compiled, with_dropout, default=False),
-    "cuDNN off": Provider(without_cudnn, no_cuda),
-    "torch.nn one chunk": Provider(one_chunk, first(no_cuda, not_chunked)),
-    "torch.nn graph": Provider(torch_graph, first(no_cuda, with_dropout)),
-    "lstm_fused graph": Provider(fused_graph, first(no_cuda, no_fused_cell, with_dropout)),
+    "cuDNN off": Provider(without_cudnn, no_cuda, default=False),
+    CHUNK: Provider(one_chunk, first(no_cuda, not_chunked)),
+    GRAPH: Provider(torch_graph, first(no_cuda, carries_state, with_dropout)),
+    OURS_GRAPH: Provider(fused_graph, first(no_cuda, carries_state, no_fused_cell, with_dropout)),
     "haste": Provider(peers.HasteRun, peers.why_not_haste),
     "FlashRNN": Provider(peers.FlashRun, peers.why_not_flash),
 }

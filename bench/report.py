@@ -7,6 +7,7 @@ from bench import machine
 from bench.workloads import Workload, regime
 
 BASELINE, OURS = "torch.nn", "lstm_fused"
+GRAPH = " graph"  # ends the name of whoever is replayed from a CUDA graph
 # What other programs may use during a measurement before the table mentions it.
 QUIET_CPUS = 0.1
 
@@ -53,9 +54,18 @@ def spread_of(row: dict, provider: str) -> float:
     return (timing["p90"] - timing["p10"]) / 2 / timing["median"]
 
 
-def speedup(row: dict, opponent: str, provider: str = OURS) -> float | None:
+def ours_beside(opponent: str) -> str:
+    """Which of ours an opponent is compared with: graphs are compared with graphs."""
+    return OURS + GRAPH if opponent.endswith(GRAPH) else OURS
+
+
+def opponents(result: dict) -> list[str]:
+    return [name for name in result["providers"] if not name.startswith(OURS)]
+
+
+def speedup(row: dict, opponent: str, provider: str | None = None) -> float | None:
     """The opponent's median over the provider's, None where either has no time."""
-    theirs, own = median_of(row, opponent), median_of(row, provider)
+    theirs, own = median_of(row, opponent), median_of(row, provider or ours_beside(opponent))
     return theirs / own if theirs and own else None
 
 
@@ -68,9 +78,29 @@ def share(row: dict, provider: str = OURS) -> float | None:
 def missed(row: dict, opponent: str) -> bool:
     """Whether the row has a goal beside this opponent and did not reach it."""
     goal, ratio = row["workload"]["goals"].get(opponent), speedup(row, opponent)
-    if goal is None or (ratio is None and median_of(row, OURS)):
+    if goal is None or (ratio is None and median_of(row, ours_beside(opponent))):
         return False  # the opponent was not measured
     return ratio is None or ratio < goal
+
+
+def step_us(row: dict, provider: str = OURS) -> float | None:
+    """Microseconds a time step."""
+    median = median_of(row, provider)
+    return median and median * 1e6 / row["workload"]["T"]
+
+
+def best_step_us(row: dict) -> float | None:
+    """The lesser of ours with and without a graph."""
+    return min(filter(None, (step_us(row, p) for p in (OURS, OURS + GRAPH))), default=None)
+
+
+def goals_of(row: dict) -> list[bool]:
+    """Whether each goal of a row was reached."""
+    found = [not missed(row, opponent) for opponent in row["workload"]["goals"]]
+    if most := row["workload"].get("step_us"):
+        best = best_step_us(row)
+        found.append(best is not None and best <= most)
+    return found
 
 
 def is_ours_wrong(row: dict) -> bool:
@@ -114,16 +144,34 @@ def memory_cell(row: dict) -> str:
     return f"{amount(found[BASELINE])} / {amount(found[OURS])}"
 
 
+def step_cell(row: dict) -> str:
+    """Our time of a time step without and with a graph, where a goal is set to it."""
+    most, best = row["workload"].get("step_us"), best_step_us(row)
+    if not most:
+        return ""
+    each = [step_us(row, p) for p in (OURS, OURS + GRAPH)]
+    text = " / ".join(f"{us:.3g}" for us in each if us) or "none"
+    verdict = "" if best and best <= most else ", missed"
+    return f"{text} µs (goal {most:g} µs{verdict})"
+
+
+def share_cell(row: dict) -> str:
+    """Our share of the limit, without and with a graph."""
+    shares = [share(row, provider) for provider in (OURS, OURS + GRAPH)]
+    return " / ".join(f"{part:.0%}" for part in shares if part is not None)
+
+
 def columns(result: dict) -> list[tuple[str, object]]:
     """Heading and cell function of each column after the case's name."""
     shown = result["providers"]
     made = [(name, lambda row, p=name: time_cell(row["providers"].get(p))) for name in shown]
     if OURS in shown:
-        for name in shown:
-            if name != OURS:
-                made.append((f"over {name}", lambda row, p=name: ratio_cell(row, p)))
+        for name in opponents(result):
+            made.append((f"over {name}", lambda row, p=name: ratio_cell(row, p)))
+    if any(row["workload"].get("step_us") for row in result["rows"]):
+        made.append(("a time step", step_cell))
     if any(row.get("limit") for row in result["rows"]):
-        made.append(("of limit", lambda row: "" if share(row) is None else f"{share(row):.0%}"))
+        made.append(("of limit", share_cell))
     if any(row.get("memory") for row in result["rows"]):
         made.append(("memory", memory_cell))
     return made
@@ -164,11 +212,11 @@ def caption(result: dict) -> str:
         sentences.append("Of limit: the machine's measured limit for the row over our time.")
     if any(row.get("memory") for row in rows):
         sentences.append(f"Memory: peak of a training step, {BASELINE}'s and ours.")
-    goals = [(row, opponent) for row in rows for opponent in row["workload"]["goals"]]
-    goals = [(row, opponent) for row, opponent in goals if "absent" not in row]
+    if OURS + GRAPH in result["providers"]:
+        sentences.append("Graphs, replayed CUDA graphs, are compared with graphs.")
+    goals = [reached for row in rows if "absent" not in row for reached in goals_of(row)]
     if goals:
-        met = sum(not missed(row, opponent) for row, opponent in goals)
-        sentences.append(f"Goals reached: {met} of {len(goals)}.")
+        sentences.append(f"Goals reached: {sum(goals)} of {len(goals)}.")
     absent = {row["absent"] for row in rows if "absent" in row}
     sentences += [f"Left out: {', '.join(sorted(absent))}."] if absent else []
     if "keep_memory" in result:

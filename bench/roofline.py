@@ -1,29 +1,33 @@
 """The machine's own limits, and the time that a workload takes at those limits.
 
 `measure` finds how fast this machine multiplies, reads each level of its memory and lets threads
-meet. `limit` is a pure function of a workload and such numbers.
+meet, or CTAs exchange what a step hands on (exchange.py). `limit` is a pure function of a workload
+and such numbers.
 """
 
 import ctypes
-import hashlib
 import math
 import os
 import re
-import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from bench import circumstances
+from bench import circumstances, exchange
+from bench.compiled import NotMeasured, compiled
 from bench.timing import CudaClock
 from bench.workloads import DTYPES, GATES, Workload, batch_sizes_of
-from lstm_fused import ops
+from lstm_fused import _plan
+
+__all__ = ["NotMeasured", "Roof", "best", "from_json", "limit", "lines", "measure"]
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-BUILD = Path(__file__).parent.parent / "build"
+DEVICE = "cuda"
 FLAGS = ["-O3", "-std=c++17", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared"]
 TRIES, SECONDS = 3, 0.05
+PRODUCT = 8192  # rows and columns of a product that takes a whole GPU
 MEMORY_BYTES = 64 << 20  # of each thread, when the level measured is no cache
 
 
@@ -74,34 +78,55 @@ class Roof:
     barrier: float
     start: float
     launch: float | None = None  # GPU: seconds from one kernel to the next, without a graph
+    exchange: dict | None = None  # GPU: what exchange.py measured
 
 
 @dataclass(frozen=True)
 class Way:
     """How threads share a layer. parts: into how many slices each direction's weights are cut;
-    copies: how many threads read the same slice; together: directions walked at once."""
+    copies: how many threads read the same slice; together: directions walked at once. barrier,
+    back: seconds between two steps, of forward and of backward."""
 
     rates: Rates
     parts: int
     copies: int
     together: int
     barrier: float
+    back: float
     start: float
 
 
-def ways(work: Workload, roof: Roof) -> list[Way]:
+def meeting(work: Workload, found: dict, ran: dict) -> float:
+    """Seconds on a GPU from a step's results to the next one's operands, in a plan as
+    cuda.last_run() tells it; found: what exchange.py measured."""
+    row = _plan.cuda_row_bytes(ran["dtype"], work.R)
+    if ran["pass"] == "backward":
+        row = GATES[work.cell] * _plan.cuda_row_bytes(ran["dtype"], work.H)
+    operand = row * min(work.N, ran["tile_rows"])
+    if ran["kernel"] == "grid":
+        return exchange.seconds(found, "grid", ran["unit_ctas"], operand)
+    if ran["kernel"] == "cluster":
+        return exchange.seconds(found, "cluster", ran["unit_ctas"], operand / ran["unit_ctas"])
+    launches = 2 if work.proj else 1
+    return launches * exchange.seconds(found, "graph")
+
+
+def ways(work: Workload, roof: Roof, kernels: list[dict]) -> list[Way]:
     """Every way that limit() considers; the best one counts."""
     team = roof.team
     if roof.device == "cuda":
-        return [Way(team, 1, 1, work.directions, roof.barrier, roof.start)]
-    found = [Way(roof.one, 1, 1, 1, 0.0, 0.0)]
+        meet = {ran["pass"]: meeting(work, roof.exchange, ran) for ran in kernels}
+        forward = meet["forward"]
+        back = meet.get("backward", forward)
+        return [Way(team, 1, 1, work.directions, forward, back, roof.start)]
+    found = [Way(roof.one, 1, 1, 1, 0.0, 0.0, 0.0)]
     if team.threads > 1:
-        found.append(Way(team, team.threads, 1, 1, roof.barrier, roof.start))
-        found.append(Way(team, 1, team.threads, 1, 0.0, roof.start))
+        found.append(Way(team, team.threads, 1, 1, roof.barrier, roof.barrier, roof.start))
+        found.append(Way(team, 1, team.threads, 1, 0.0, 0.0, roof.start))
         if work.directions == 2:
             parts = team.threads // 2
             barrier = roof.barrier if parts > 1 else 0.0
-            found.append(Way(team, parts, 1, 2, barrier, roof.start))
+            found.append(Way(team, parts, 1, 2, barrier, barrier, roof.start))
     return found
 
 
@@ -126,20 +151,19 @@ def layer_seconds(work: Workload, inputs: int, way: Way) -> float:
     # A single step reads input and recurrent weights in turn, so that all must be kept.
     kept = recurrent + (input_part if work.T == 1 else 0)
     steps = sum(
-        max(seconds_of(n, recurrent) * way.together, reading(recurrent, kept)) + way.barrier
-        for n in rows
+        max(seconds_of(n, recurrent) * way.together, reading(recurrent, kept)) for n in rows
     )
     total = sum(rows)
     product = rates.seconds_of(2 * total * input_part, dtype) * way.together
     once = reading(input_part, recurrent + input_part)
-    seconds = max(product, once) + steps
+    seconds = max(product, once) + steps + len(rows) * way.barrier
     if work.training:
         gradient = rates.seconds_of(2 * total * recurrent, dtype) * way.together
-        seconds += 2 * product + steps + gradient
+        seconds += 2 * product + steps + len(rows) * way.back + gradient
     return seconds * work.directions / way.together + way.start
 
 
-def limit(work: Workload, roof: Roof) -> float:
+def limit(work: Workload, roof: Roof, kernels: list[dict] = ()) -> float:
     """Seconds that a workload takes at least on a machine with these rates.
 
     The input part of the gates is one product over all steps, at the peak of multiply-adds, but no
@@ -154,9 +178,25 @@ def limit(work: Workload, roof: Roof) -> float:
 
     Threads may share hidden units, batch rows or directions, or one may work alone: the fastest of
     these counts, for each layer.
+
+    A GPU's threads are one team, whose meeting is that of the plan that ran: `kernels` are its
+    passes, as cuda.last_run() tells them. What the CTAs meet for, each other's results, they get
+    within the time that was measured; a launch a step counts as it follows another in a graph.
     """
     inputs = [work.I] + [work.R * work.directions] * (work.layers - 1)
-    return sum(min(layer_seconds(work, k, way) for way in ways(work, roof)) for k in inputs)
+    found = ways(work, roof, kernels)
+    return sum(min(layer_seconds(work, k, way) for way in found) for k in inputs)
+
+
+def limit_of_row(row: dict, roof: Roof, provider: str) -> float | None:
+    """limit() of a row of results and of what the provider ran there; None if that is not known."""
+    kernels = row["providers"].get(provider, {}).get("kernels", [])
+    if roof.device == "cuda" and not (roof.exchange and kernels and all(kernels)):
+        return None
+    try:
+        return limit(Workload(**row["workload"]), roof, kernels)
+    except NotMeasured:  # an exchange of this plan's kind
+        return None
 
 
 def best(roofs: list[Roof]) -> Roof:
@@ -176,6 +216,9 @@ def best(roofs: list[Roof]) -> Roof:
         team=rates([r.team for r in roofs]),
         barrier=min(r.barrier for r in roofs),
         start=min(r.start for r in roofs),
+        exchange=exchange.best(found)
+        if (found := [r.exchange for r in roofs if r.exchange])
+        else None,
     )
 
 
@@ -189,28 +232,13 @@ def from_json(found: dict) -> Roof:
     return Roof(**found | {"one": rates(found["one"]), "team": rates(found["team"])})
 
 
-class NotMeasured(Exception):
-    """Why the machine's limits are not known here, in one line."""
-
-
 def library() -> ctypes.CDLL:
     """roofline.cpp for this very processor, compiled where it is not yet."""
     model = Path("/proc/cpuinfo")
     processor = re.findall(r"^flags.*$", model.read_text(), re.M)[:1] if model.exists() else []
-    flags = [f"-march={circumstances.march()}", *FLAGS]
-    key = hashlib.sha256(repr((SOURCE.read_text(), flags, processor)).encode()).hexdigest()[:12]
-    path = BUILD / f"roofline-{key}.so"
-    if not path.exists():
-        BUILD.mkdir(exist_ok=True)
-        half_made = path.with_suffix(f".{os.getpid()}")
-        compiler = os.environ.get("CXX", "g++").split()
-        command = [*compiler, *flags, str(SOURCE), "-o", str(half_made)]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            lines = (getattr(error, "stderr", None) or str(error)).strip().split("\n")
-            raise NotMeasured(f"roofline.cpp does not compile: {lines[0]}") from None
-        half_made.replace(path)
+    compiler = os.environ.get("CXX", "g++").split()
+    command = [*compiler, f"-march={circumstances.march()}", *FLAGS]
+    path = compiled(SOURCE, command, ".so", *processor)
     loaded = ctypes.CDLL(str(path))
     for name in ("float32", "float64", "bfloat16"):
         getattr(loaded, f"fma_peak_{name}").argtypes = [ctypes.c_int, ctypes.c_double]
@@ -266,18 +294,18 @@ def measure_cpu(threads: int) -> Roof:
     return Roof("cpu", one, team, barrier, start)
 
 
-def matmul_peak(dtype: str, size: int = 8192) -> float:
+def matmul_peak(dtype: str) -> float:
     """Operations a second of torch's matrix product."""
     torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
-    size = size // 4 if dtype == "float64" else size
-    a = torch.randn(size, size, device="cuda").to(DTYPES[dtype])
+    size = PRODUCT // 4 if dtype == "float64" else PRODUCT
+    a = torch.randn(size, size, device=DEVICE).to(DTYPES[dtype])
     seconds = min(CudaClock().sample(lambda: torch.mm(a, a), 5) / 5 for _ in range(TRIES))
     return 2 * size**3 / seconds
 
 
 def copy_bandwidth(size: int) -> float:
     """Bytes a second read and written by a copy of `size` bytes."""
-    a = torch.zeros(size, dtype=torch.uint8, device="cuda")
+    a = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
     b = torch.empty_like(a)
     seconds = min(CudaClock().sample(lambda: b.copy_(a), 20) / 20 for _ in range(TRIES))
     return 2 * size / seconds
@@ -285,7 +313,7 @@ def copy_bandwidth(size: int) -> float:
 
 def launch_seconds() -> tuple[float, float]:
     """From one tiny kernel to the next, launched one by one and replayed from a graph."""
-    a = torch.zeros(1, device="cuda")
+    a = torch.zeros(1, device=DEVICE)
     alone = min(CudaClock().sample(lambda: a.add_(1), 1000) / 1000 for _ in range(TRIES))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -295,27 +323,36 @@ def launch_seconds() -> tuple[float, float]:
     return alone, replayed
 
 
+def measured_exchange() -> dict | None:
+    """None, after saying why, where it cannot be measured; rows have no limit then."""
+    try:
+        return exchange.measure()
+    except NotMeasured as error:
+        print(f"without limits of rows: {error}", file=sys.stderr)
+        return None
+
+
 def measure_gpu() -> Roof:
     """The whole device as one team. Weights that fit on chip need no reading after the first step.
 
-    The barrier is that of our own CUDA operators where they offer it, and free where not.
+    What CTAs take to meet depends on the plan: see meeting().
     """
     properties = torch.cuda.get_device_properties(0)
-    peak = {dtype: matmul_peak(dtype) for dtype in ("float16", "bfloat16", "tf32", "float32")}
-    peak["float64"] = matmul_peak("float64")
+    dtypes = ("float16", "bfloat16", "tf32", "float32", "float64")
+    peak = {dtype: matmul_peak(dtype) for dtype in dtypes}
     on_chip = properties.multi_processor_count * (
-        getattr(properties, "shared_memory_per_multiprocessor", 0)
-        + 4 * getattr(properties, "regs_per_multiprocessor", 0)
+        properties.shared_memory_per_multiprocessor + 4 * properties.regs_per_multiprocessor
     )
-    cache = getattr(properties, "L2_cache_size", 0)
-    levels = [Level("on chip", on_chip, None)]
-    if cache:
-        levels.append(Level("L2", cache // 2, copy_bandwidth(cache // 8)))
-    levels.append(Level("memory", None, copy_bandwidth(1 << 30)))
-    rates = Rates(1, peak, tuple(levels))
+    cache = properties.L2_cache_size
+    levels = (
+        Level("on chip", on_chip, None),
+        # A quarter and its copy: half of the cache, and long beside a launch.
+        Level("L2", cache // 2, copy_bandwidth(cache // 4)),
+        Level("memory", None, copy_bandwidth(16 * cache)),
+    )
+    rates = Rates(1, peak, levels)
     launch, replayed = launch_seconds()
-    grid_barrier = getattr(ops, "grid_barrier_seconds", lambda: 0.0)
-    return Roof("cuda", rates, rates, grid_barrier(), replayed, launch)
+    return Roof("cuda", rates, rates, 0.0, replayed, launch, measured_exchange())
 
 
 def measure(device: str, threads: int) -> Roof:
@@ -332,6 +369,9 @@ def lines(roof: Roof) -> list[str]:
         found.append(f"{who}: peak {peaks} GFLOP/s")
         levels = ", ".join(f"{v.name} {v.bandwidth / 1e9:.4g}" for v in rates.levels if v.bandwidth)
         found.append(f"{who}: reads {levels} GB/s")
-    meet = f"barrier {roof.barrier * 1e6:.2f} µs, start {roof.start * 1e6:.2f} µs"
-    found.append(meet + (f", launch {roof.launch * 1e6:.2f} µs" if roof.launch else ""))
+    if roof.device == "cuda":
+        replayed, launch = (f"{seconds * 1e6:.2f} µs" for seconds in (roof.start, roof.launch))
+        found.append(f"from kernel to kernel {launch}, in a graph {replayed}")
+        return found + (exchange.lines(roof.exchange) if roof.exchange else [])
+    found.append(f"barrier {roof.barrier * 1e6:.2f} µs, start {roof.start * 1e6:.2f} µs")
     return found

@@ -5,6 +5,7 @@ import itertools
 from bench.workloads import Workload
 
 TORCH, CELL, ONNX = "torch.nn", "torch.nn cell", "ONNX Runtime"
+GRAPH, CHUNK = "torch.nn graph", "torch.nn one chunk"
 
 
 def forward(name, over_torch=None, over_onnx=None, mode="forward", **sizes):
@@ -95,31 +96,101 @@ QUICK = (
 )
 
 
-def on_gpu(dtypes, batches, hiddens, T=1024, **more):
-    """Both modes of every combination; T is taken short of an hour's measuring."""
-    for dtype, N, H in itertools.product(dtypes, batches, hiddens):
-        yield from both(f"{dtype} T{T} B{N} H{H}", dtype=dtype, **square(T, N, H), **more)
+# The set gpu is a table of goals over nn.LSTM on cuDNN, a line of it a group here. Its "fp32" is
+# "tf32": float32 with TF32 allowed, as torch allows it to recurrent layers by default. Where it
+# names no dtype, as for packed data, projections and large batches, both of SILENT are measured.
+SILENT = ("bfloat16", "tf32")
+NARROW = ("float16", "bfloat16")
 
 
-GPU_SMALL = square(100, 32, 512)
-GPU = (
-    *on_gpu(["float16"], [16], [768]),
-    *on_gpu(["float16"], [8, 32, 64, 128], [256, 512, 1024], T=100),
-    *on_gpu(["tf32", "bfloat16"], [1, 8, 16, 32, 64], [256, 512, 1024], T=100),
-    *on_gpu(["bfloat16", "float16"], [32], [200, 320, 650, 1000], T=100),
-    *both("tf32 2 layers B32 H512", dtype="tf32", layers=2, **GPU_SMALL),
-    *both("tf32 both directions B32 H512", dtype="tf32", directions=2, **GPU_SMALL),
-    *both(
-        "tf32 2 layers both directions B32 H512", dtype="tf32", layers=2, directions=2, **GPU_SMALL
+def on_gpu(group, over_torch, shapes, dtypes, words="", step_us=(0.0, 0.0), **more):
+    """Per shape (T, N, H) and dtype its forward and its training row.
+
+    over_torch: the goals of both. They hold without graphs, and for graphs beside each other; in
+    bfloat16 also beside an nn.LSTM whose weights lie in one chunk. step_us: as in Workload.
+    """
+    pairs = []
+    for (T, N, H), dtype in itertools.product(shapes, dtypes):
+        others = (TORCH, GRAPH, CHUNK) if dtype == "bfloat16" else (TORCH, GRAPH)
+        pairs.append(
+            tuple(
+                Workload(
+                    f"{dtype} {words}T{T} B{N} H{H} {mode}",
+                    mode=mode,
+                    goals=dict.fromkeys(others, goal) if goal else {},
+                    step_us=each,
+                    group=group,
+                    dtype=dtype,
+                    **square(T, N, H, **more),
+                )
+                for mode, goal, each in zip(
+                    ("forward", "training"), over_torch, step_us, strict=True
+                )
+            )
+        )
+    return pairs
+
+
+def shapes(T, batches, hiddens):
+    """(T, N, H) of each combination, those of the first hidden size first."""
+    return [(T, N, H) for H, N in itertools.product(hiddens, batches)]
+
+
+WINDOW, LAYERS, VARIED = "cuDNN's best window", "layers and directions", "packed, projection"
+FLASHRNN = [(1024, 16, 768)]
+GPU_LINES = (  # most telling shapes first: see rounds
+    [
+        *on_gpu(WINDOW, (1.2, 1.2), FLASHRNN, ["float16"], step_us=(1.6, 4.0)),
+        *on_gpu(WINDOW, (None, None), FLASHRNN, ["bfloat16"], step_us=(1.6, 4.0)),
+        *on_gpu(WINDOW, (1.2, 1.2), shapes(100, (32, 8, 64, 128), (512, 1024, 256)), ["float16"]),
+    ],
+    on_gpu(
+        "TF32 and bfloat16",
+        (2.0, 2.0),
+        shapes(100, (32, 1, 8, 64, 16), (512, 1024, 256)),
+        ("bfloat16", "tf32"),
     ),
-    *both("tf32 packed B32 H512", dtype="tf32", lengths="half", **GPU_SMALL),
-    *both("tf32 projection 128 B32 H512", dtype="tf32", proj=128, **GPU_SMALL),
-    *on_gpu(["float32"], [1, 8, 32], [512], T=100),
-    *on_gpu(["bfloat16"], [8, 32], [1536, 2048], T=50),
-    *on_gpu(["tf32"], [1, 64, 512], [32, 64, 128], T=1000),
-    *on_gpu(["tf32"], [512, 4096], [256], T=32),
-    *on_gpu(["tf32"], [256], [1024], T=100),
-    step(512, dtype="tf32"),
+    [
+        *on_gpu(LAYERS, (2.0, 1.7), [(100, 32, 512)], NARROW, "2 layers ", layers=2),
+        *on_gpu(LAYERS, (2.0, 1.7), [(100, 32, 512)], NARROW, "both directions ", directions=2),
+        *on_gpu(
+            LAYERS,
+            (2.0, 1.7),
+            [(100, 32, 512)],
+            NARROW,
+            "2 layers both directions ",
+            layers=2,
+            directions=2,
+        ),
+    ],
+    # The table names no batch for these: 32, as for the other options.
+    on_gpu("H no multiple of 128", (2.0, 2.0), shapes(100, (32,), (650, 200, 1000, 320)), NARROW),
+    [
+        *on_gpu(VARIED, (2.0, 2.0), [(100, 32, 512)], SILENT, "packed ", lengths="half"),
+        *on_gpu(VARIED, (2.0, 2.0), [(100, 32, 512)], SILENT, "projection 128 ", proj=128),
+    ],
+    on_gpu("full float32", (1.5, 1.5), shapes(100, (32, 1, 8), (512,)), ["float32"]),
+    on_gpu("large H", (1.3, 1.3), shapes(50, (32, 8), (2048, 1536)), ["bfloat16"]),
+    on_gpu(
+        "large batch",
+        (1.0, 1.0),
+        [(32, 4096, 256), (100, 256, 1024), (32, 512, 256)],
+        SILENT,
+    ),
+    on_gpu("small H", (1.2, 1.2), shapes(1000, (64, 1, 512), (128, 32, 64)), ("bfloat16", "tf32")),
+)
+
+
+def rounds(lines):
+    """The first shape of each line, then the second: a run that is cut has some of every line."""
+    for turn in itertools.zip_longest(*lines, fillvalue=()):
+        yield from itertools.chain.from_iterable(turn)
+
+
+# A step is measured without graphs: its state is carried from call to call.
+GPU = (
+    step(512, dtype="tf32", goals={TORCH: 1.5}, group="one step"),
+    *rounds(GPU_LINES),
 )
 
 DEEPBENCH_SOURCE = "Baidu DeepBench, rnn_bench"

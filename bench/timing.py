@@ -1,10 +1,11 @@
 """Samples of several runs, interleaved so that a slow second of the machine hits all of them."""
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,13 +20,22 @@ class Effort:
 
     rounds: samples of each provider at most. seconds: what a sample lasts at least. row_seconds:
     what a row may take before its rounds are cut, to five at the fewest. attempts: how often a row
-    is measured in the hope that no provider's samples are noisy.
+    is measured in the hope that no provider's samples are noisy. set_seconds: what all rows of a
+    set may take before each gets fewer samples; none is left out.
     """
 
     rounds: int
     seconds: float
     row_seconds: float = 10.0
     attempts: int = 1
+    set_seconds: float = math.inf
+
+    def within(self, seconds: float) -> "Effort":
+        """The effort for a row that has so long. Half of it goes to what is not sampled: the
+        problem, its oracle, captures."""
+        sampling = seconds / 2
+        attempts = self.attempts if sampling >= self.attempts * self.row_seconds else 1
+        return replace(self, row_seconds=min(self.row_seconds, sampling), attempts=attempts)
 
 
 @dataclass(frozen=True)
@@ -146,10 +156,13 @@ def interleaved(
     effort: Effort,
     clock,
     after_round: Callable[[int, int], None] = lambda done, of: None,
+    before_sample: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Timing]:
-    """Samples A B A B ...; after_round is told how many rounds are done, of how many."""
+    """Samples A B A B ...; after_round is told how many rounds are done, of how many, and
+    before_sample whose sample comes next."""
     loops, a_round = {}, 0.0
     for name, step in steps.items():
+        before_sample(name)
         clock.settle()
         loops[name], taken = loops_for(step, effort.seconds, clock)
         a_round += taken * (1 + 1 / loops[name])
@@ -160,6 +173,7 @@ def interleaved(
     try:
         for done in range(1, rounds + 1):
             for name, step in steps.items():
+                before_sample(name)
                 clock.settle()
                 samples[name].append(clock.sample(step, loops[name]))
             after_round(done, rounds)

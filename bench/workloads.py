@@ -43,6 +43,7 @@ class Workload:
     dtype: str = "float32"
     mode: str = "forward"
     goals: Mapping[str, float] = field(default_factory=dict, hash=False)
+    step_us: float = 0.0  # a goal too: microseconds of a time step at most, 0 for none
     group: str = ""  # the heading this row is shown under; empty: regime() finds one
     source: str = ""  # who published the shape
 

@@ -39,6 +39,13 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error:lstm_fused.* ran through torch")
 
 
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    import fake_cuda
+
+    fake_cuda.install(monkeypatch)
+
+
 @pytest.fixture(autouse=True)
 def same_start():
     """Each test starts from one seed, one thread, and the ISA that the machine would choose.

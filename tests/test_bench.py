@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -405,3 +406,45 @@ def test_busy_neighbours_are_there_and_go():
     with circumstances.neighbours(2):
         assert len(children() - before) == 2
     assert children() == before
+
+
+def test_fewer_samples_before_fewer_rows():
+    effort = Effort(rounds=31, seconds=0.1, row_seconds=4.0, attempts=3)
+    assert effort.within(100.0) == effort
+    assert effort.within(10.0) == Effort(31, 0.1, row_seconds=4.0, attempts=1)
+    late = effort.within(-1.0)
+    assert late.attempts == 1 and timing.rounds_for(late, 0.2) == timing.FEWEST_ROUNDS
+
+
+KILLED = """
+import sys
+import time
+from bench import __main__ as cli
+real = cli.measure.measure_row
+def row(work, *args, **more):
+    if work.mode == "forward":
+        print("now", flush=True)
+        time.sleep(100)
+    return real(work, *args, **more)
+cli.measure.measure_row = row
+options = ["--set", "quick", "--only", "B16 H128", "--no-roofline", "--json", sys.argv[1]]
+cli.SAVED_EVERY = 0.0
+cli.SETS["quick"] = cli.SETS["quick"][::-1]
+sys.exit(cli.main(options))
+"""
+
+
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL], ids=["asked", "killed"])
+def test_what_was_measured_survives_a_time_limit(tmp_path, kill):
+    out = tmp_path / "part.json"
+    command = [sys.executable, "-c", KILLED, str(out)]
+    folder = cli.RESULTS.parents[1]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "now\n"
+        process.send_signal(kill)
+        process.stdout.read()
+    assert process.returncode == (130 if kill == signal.SIGTERM else -kill)
+    result = report.load(out)
+    assert result["interrupted"]
+    assert all(row["workload"]["mode"] == "training" for row in result["rows"])
+    assert result["rows"]

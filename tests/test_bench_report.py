@@ -97,6 +97,22 @@ def test_goals():
     assert "Goals reached: 4 of 6." in report.caption(found)
 
 
+def test_graphs_are_compared_with_graphs():
+    goals = {"torch.nn": 2.0, "torch.nn graph": 2.0, "torch.nn one chunk": 2.0}
+    met = row(goals=goals, sizes={"step_us": 120.0})
+    met["providers"] |= {"torch.nn graph": timed(1.8e-3), "lstm_fused graph": timed(9e-4)}
+    late = row("late", ours=2e-3, sizes={"step_us": 120.0})
+    found = result(met, late)
+    assert cell(found, "over torch.nn") == "2.00x (goal 2x)"
+    assert cell(found, "over torch.nn graph") == "2.00x (goal 2x)"
+    assert "over lstm_fused graph" not in report.cells(found)[0]
+    assert cell(found, "a time step", 0) == "100 / 90 µs (goal 120 µs)"
+    met["limit"] = 4.5e-4
+    assert cell(found, "of limit", 0) == "45% / 50%"
+    assert cell(found, "a time step", 1) == "200 µs (goal 120 µs, missed)"
+    assert "Goals reached: 4 of 5." in report.caption(found)  # one chunk: nobody to be faster than
+
+
 def test_share_of_the_limit():
     found = result(row(limit=8e-4), row("other"))
     assert cell(found, "of limit", 0) == "80%"

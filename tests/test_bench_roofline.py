@@ -1,11 +1,16 @@
 """The limit of a workload, on machines made up so that it can be reckoned by hand."""
 
+import json
 import math
+import subprocess
+import sys
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import measure, roofline
+from bench import compiled, exchange, measure, roofline
 from bench.roofline import Level, Rates, Roof, limit
 from bench.timing import Effort
 from bench.workloads import Workload
@@ -93,12 +98,105 @@ def test_a_single_step_keeps_all_weights():
     assert limit(layer(T=1), quick) == pytest.approx(640 / 1e3)
 
 
-def test_gpu_is_one_team():
+def measured(what, ctas, size, ns):
+    return {"what": what, "ctas": ctas, "groups": 1, "apart": 1, "bytes": size, "ns": ns}
+
+
+EXCHANGE = {
+    "device": "Abacus",
+    "wrong": 0,
+    "measured": [
+        *(measured("grid", n, size, 500 + 10 * n + size / 8) for n in (16, 64) for size in (0, 8)),
+        measured("grid", 16, 8, 900.0) | {"groups": 2},
+        *(measured("cluster", n, size, 100 * n + size) for n in (2, 4) for size in (0, 512)),
+        measured("launch", 48, 0, 2000.0),
+        measured("graph", 48, 0, 1000.0),
+    ],
+}
+
+
+def gpu(**more):
     rates = Rates(1, {"float32": 1e6, "float16": 1e9}, (Level("on chip", None, None),))
-    roof = Roof("cuda", rates, rates, barrier=1e-3, start=1e-2)
-    assert limit(layer(), roof) == pytest.approx(FLOPS / 1e6 + 10e-3 + 1e-2)
-    half = limit(layer(dtype="float16"), roof)
-    assert half == pytest.approx(FLOPS / 1e9 + 10e-3 + 1e-2)
+    return Roof("cuda", rates, rates, 0.0, 1e-2, 1e-3, **{"exchange": EXCHANGE} | more)
+
+
+def ran(kernel, way="forward", ctas=0, rows=8, dtype="float32"):
+    sizes = {"unit_ctas": ctas, "tile_rows": rows, "row_groups": 1}
+    return {"pass": way, "kernel": kernel, "dtype": dtype} | sizes
+
+
+def test_exchange_between_and_beyond_what_was_measured():
+    for ctas, size in ((16, 0), (32, 4), (40, 24), (128, 8)):
+        found = exchange.seconds(EXCHANGE, "grid", ctas, size)
+        assert found == pytest.approx((500 + 10 * ctas + size / 8) * 1e-9)
+    assert exchange.seconds(EXCHANGE, "graph") == pytest.approx(1e-6)
+    with pytest.raises(exchange.NotMeasured, match="no cluster"):
+        exchange.seconds(EXCHANGE | {"measured": EXCHANGE["measured"][:1]}, "cluster", 2)
+    slower = EXCHANGE | {"measured": [m | {"ns": m["ns"] + 1} for m in EXCHANGE["measured"]]}
+    assert exchange.best([slower, EXCHANGE]) == EXCHANGE
+
+
+def test_gpu_is_one_team_that_meets_as_the_plan_does():
+    products, start = FLOPS / 1e6, 1e-2
+    # A row of h is 5 values, padded to 32 bytes, and there are two rows.
+    grid = 10 * (500 + 10 * 32 + 64 / 8) * 1e-9
+    assert limit(layer(), gpu(), [ran("grid", ctas=32)]) == pytest.approx(products + grid + start)
+    half = limit(layer(dtype="float16"), gpu(), [ran("grid", ctas=32, dtype="float16")])
+    assert half == pytest.approx(FLOPS / 1e9 + grid + start)
+    cluster = 10 * (400 + 64 / 4) * 1e-9
+    found = limit(layer(), gpu(), [ran("cluster", ctas=4)])
+    assert found == pytest.approx(products + cluster + start)
+    steps = limit(layer(), gpu(), [ran("step")])
+    assert steps == pytest.approx(products + 10e-6 + start)
+
+
+def test_gpu_backward_hands_on_all_gates():
+    work = layer(mode="training")
+    kernels = [ran("step"), ran("cluster", "backward", ctas=4)]
+    meetings = 10 * (1000 + 400 + 4 * 64 / 4) * 1e-9
+    assert limit(work, gpu(), kernels) == pytest.approx(3 * FLOPS / 1e6 + meetings + 1e-2)
+
+
+def test_gpu_rows_have_no_limit_without_an_exchange():
+    row = {"workload": asdict(layer()), "providers": {"us": {"kernels": [ran("step")]}}}
+    assert roofline.limit_of_row(row, gpu(), "us") == limit(layer(), gpu(), [ran("step")])
+    assert roofline.limit_of_row(row, gpu(), "torch.nn") is None
+    assert roofline.limit_of_row(row, gpu(exchange=None), "us") is None
+
+
+def test_a_roof_survives_json():
+    roof = gpu()
+    assert roofline.from_json(json.loads(json.dumps(asdict(roof)))) == roof
+    assert "cluster, 4 CTAs, 512 bytes: 912 ns" in roofline.lines(roof)
+
+
+@pytest.mark.parametrize("nvcc", [True, False])
+def test_gpu_limits_are_measured(fake_cuda, monkeypatch, nvcc, capsys):
+    """The whole of it on torch.cuda's interface, played by the CPU."""
+    monkeypatch.setattr(roofline, "DEVICE", "cpu")
+    monkeypatch.setattr(roofline, "PRODUCT", 64)
+    program = "import json; print(json.dumps(" + repr(EXCHANGE) + "))"
+    monkeypatch.setattr(exchange, "compiled", lambda *given: given[1][0])
+    monkeypatch.setattr(exchange, "nvcc", lambda: "nvcc" if nvcc else None)
+    real = subprocess.run
+    played = SimpleNamespace(
+        run=lambda command, **more: real([sys.executable, "-c", program], **more),
+        TimeoutExpired=subprocess.TimeoutExpired,
+    )
+    monkeypatch.setattr(exchange, "subprocess", played)
+    roof = roofline.measure("cuda", 1)
+    assert set(roof.team.peak) == {"float16", "bfloat16", "tf32", "float32", "float64"}
+    assert roof.launch > 0 and roof.start > 0
+    assert [level.name for level in roof.team.levels] == ["on chip", "L2", "memory"]
+    assert roof.exchange == (EXCHANGE if nvcc else None)
+    assert ("nvcc is not installed" in capsys.readouterr().err) != nvcc
+    assert "GB/s" in "\n".join(roofline.lines(roof))
+
+
+@pytest.mark.skipif(exchange.nvcc() is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_exchange_compiles(capability):
+    assert exchange.program(capability).exists()
 
 
 def test_best_takes_the_better_of_each_number():
@@ -146,7 +244,7 @@ def test_caches(tmp_path):
 
 def test_no_compiler_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(roofline, "BUILD", tmp_path)
+    monkeypatch.setattr(compiled, "BUILD", tmp_path)
     with pytest.raises(roofline.NotMeasured, match="does not compile"):
         roofline.library()
 

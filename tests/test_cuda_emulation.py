@@ -189,10 +189,10 @@ def test_refuses_batch_sizes(sizes):
         )
 
 
-def sanitized(*arguments, **environment):
-    """The driver under the thread sanitizer."""
-    emulated.ninja("driver")
-    command = [str(emulated.FOLDER / "driver"), *arguments]
+def sanitized(*arguments, program="driver", **environment):
+    """The driver, or bench's exchange, under the thread sanitizer."""
+    emulated.ninja(program)
+    command = [str(emulated.FOLDER / program), *arguments]
     env = dict(os.environ, TSAN_OPTIONS="halt_on_error=1 exitcode=66", **environment)
     if shutil.which("setarch"):  # the sanitizer needs its own place in memory
         command = ["setarch", os.uname().machine, "-R", *command]
@@ -222,3 +222,14 @@ def test_a_missing_barrier_is_noticed(kind, missing):
     done = sanitized(kind, LSTM_FUSED_EMULATION_WITHOUT=missing)
     assert done.returncode != 0
     assert "data race" in done.stderr or "failed" in done.stdout and ", 0 failed" not in done.stdout
+
+
+def test_exchange_has_no_races():
+    done = sanitized(program="exchange")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(" 0 wrong") == 9
+
+
+@pytest.mark.parametrize("missing", ["counter", "cluster", "copies"])
+def test_exchange_notices_a_missing_barrier(missing):
+    assert sanitized(program="exchange", LSTM_FUSED_EMULATION_WITHOUT=missing).returncode != 0

@@ -1,0 +1,91 @@
+// What CTAs do between two time steps and nothing else, by the kernels' own primitives: they meet,
+// and hand on what a step computes. Each checks that it got what this very step wrote.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/primitives.h"
+
+namespace lstm_fused::cuda {
+
+struct ExchangeParams {
+  int steps;
+  int bytes;     // grid: that a CTA reads in each step; cluster: that it sends to each other CTA
+  int apart;     // of two groups' counters, in counters
+  char* buffer;  // grid: (groups, 2, CTAs, kHandedOn)
+  unsigned long long* counters;
+  int* wrong;  // (CTAs of all groups, threads): words that were not this step's
+};
+
+constexpr int kExchangeThreads = 256;
+constexpr int kHandedOn = 512;  // bytes a CTA of a grid writes: 16 units of 16 rows in 16 bits
+
+// A meeting of all that takes part, as the kernels have it at the end of a step.
+LSTM_FUSED_DEVICE void meet_grid(unsigned long long* counter, unsigned long long target) {
+  sync_ctas(counter, target);
+}
+LSTM_FUSED_DEVICE void meet_cluster() {
+  sync_cluster();
+}
+
+LSTM_FUSED_DEVICE void write_piece(char* to, int step) {
+  for (int i = 0; i < 4; ++i) reinterpret_cast<volatile int*>(to)[i] = step + 1;
+}
+LSTM_FUSED_DEVICE int is_wrong(const char* piece, int step) {
+  return *reinterpret_cast<const volatile int*>(piece) != step + 1;
+}
+LSTM_FUSED_DEVICE int& wrong_of(const ExchangeParams& p) {
+  const int cta = block_index().y * block_count().x + block_index().x;
+  return p.wrong[cta * thread_count() + thread_index()];
+}
+
+// Grid: (CTAs that meet, groups that do not know of each other).
+LSTM_FUSED_KERNEL(kExchangeThreads)
+grid_exchange(const LSTM_FUSED_CONSTANT ExchangeParams p) {
+  const int ctas = block_count().x, self = block_index().x, group = block_index().y;
+  const int round = ctas * kHandedOn;
+  char* shared = shared_memory();
+  int wrong = 0;
+  for (int s = 0; s < p.steps; ++s) {
+    char* half = p.buffer + (group * 2 + (s & 1)) * round;
+    const int at = thread_index() * 16;
+    if (p.bytes && at < kHandedOn) write_piece(half + self * kHandedOn + at, s);
+    meet_grid(p.counters + group * p.apart, static_cast<unsigned long long>(ctas) * (s + 1));
+    if (!p.bytes) continue;
+    // From the next CTA's on, round and round if there is less than that.
+    for (int i = at; i < p.bytes; i += thread_count() * 16)
+      copy_async(shared + i, half + ((self + 1) * kHandedOn + i) % round, true);
+    commit_copies();
+    wait_copies<0>();
+    sync_block();
+    wrong += at < p.bytes && is_wrong(shared + at, s);
+  }
+  wrong_of(p) = wrong;
+}
+
+// Grid: one cluster. Shared memory: (2, CTAs, bytes).
+LSTM_FUSED_KERNEL(kExchangeThreads)
+cluster_exchange(const LSTM_FUSED_CONSTANT ExchangeParams p) {
+  const int ctas = cluster_size(), self = cluster_rank(), pieces = p.bytes / 16;
+  int wrong = 0;
+  meet_cluster();
+  for (int s = 0; s < p.steps; ++s) {
+    char* half = shared_memory() + (s & 1) * ctas * p.bytes;
+    if (pieces) {
+      for (int i = thread_index(); i < pieces; i += thread_count())
+        write_piece(half + self * p.bytes + i * 16, s);
+      sync_block();
+      for (int i = thread_index(); i < pieces * (ctas - 1); i += thread_count())
+        send_shared(half + self * p.bytes + i % pieces * 16, i / pieces + (i / pieces >= self));
+    }
+    meet_cluster();
+    if (pieces)
+      wrong += is_wrong(half + (self + 1) % ctas * p.bytes + thread_index() % pieces * 16, s);
+  }
+  wrong_of(p) = wrong;
+}
+
+LSTM_FUSED_KERNEL(kExchangeThreads)
+no_exchange(const LSTM_FUSED_CONSTANT ExchangeParams) {}
+
+}  // namespace lstm_fused::cuda

@@ -1,0 +1,46 @@
+// Runs the kernels of bench/exchange.h for the thread sanitizer to watch: that each step's words
+// arrive, whichever of them is waited for.
+#include "../../bench/exchange.h"
+
+#include <cstdio>
+#include <vector>
+
+namespace gpu = lstm_fused::cuda;
+
+namespace {
+
+constexpr int kSteps = 5, kThreads = 64;
+
+template <class Kernel>
+int run(const char* what, Kernel kernel, int ctas, int groups, int cluster, int bytes) {
+  std::vector<char> buffer(2 * groups * ctas * gpu::kHandedOn);
+  std::vector<unsigned long long> counters(groups);
+  std::vector<int> wrong(groups * ctas * kThreads, 1);
+  gpu::Launch how{};
+  how.grid = dim3(ctas, groups);
+  how.threads = kThreads;
+  how.shared_bytes = cluster ? 2 * ctas * bytes : bytes;
+  how.cluster = cluster;
+  how.cooperative = !cluster;
+  const gpu::ExchangeParams p{kSteps, bytes, 1, buffer.data(), counters.data(), wrong.data()};
+  gpu::Prepared prepared;
+  if (const char* error = gpu::launch_kernel(kernel, how, p, prepared)) {
+    std::printf("%s of %d: %s\n", what, ctas, error);
+    return 1;
+  }
+  int total = 0;
+  for (const int n : wrong) total += n;
+  std::printf("%s of %d, %d bytes: %d wrong\n", what, ctas, bytes, total);
+  return total;
+}
+
+}  // namespace
+
+int main() {
+  int wrong = 0;
+  for (const int bytes : {0, 512, 2048}) wrong += run("grid", gpu::grid_exchange, 3, 2, 0, bytes);
+  for (const int ctas : {2, 4})
+    for (const int bytes : {0, 512, 2048})
+      wrong += run("cluster", gpu::cluster_exchange, ctas, 1, ctas, bytes);
+  return wrong != 0;
+}
