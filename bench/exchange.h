@@ -22,10 +22,13 @@ constexpr int kHandedOn = 512;  // bytes a CTA of a grid writes: 16 units of 16 
 
 // A meeting of all that takes part, as the kernels have it at the end of a step.
 LSTM_FUSED_DEVICE void meet_grid(unsigned long long* counter, unsigned long long target) {
-  sync_ctas(counter, target);
+  sync_block();
+  arrive_ctas(counter);
+  wait_ctas(counter, target);
 }
 LSTM_FUSED_DEVICE void meet_cluster() {
-  sync_cluster();
+  arrive_cluster();
+  wait_cluster();
 }
 
 LSTM_FUSED_DEVICE void write_piece(char* to, int step) {
