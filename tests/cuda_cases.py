@@ -38,12 +38,12 @@ LARGE = (
 )
 
 
-def tf32(allowed):
-    """A context in which recurrent layers may use TF32 or not.
+def tf32(allowed, cudnn=True):
+    """A context in which recurrent layers may use TF32 or not, and torch.nn's cuDNN or not.
 
     A plain assignment is refused once any test has imported torch.testing._internal.
     """
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed)
+    return torch.backends.cudnn.flags(enabled=cudnn, allow_tf32=allowed)
 
 
 def cases(small, projected=(), held=()):
