@@ -47,10 +47,10 @@ def tf32(allowed, cudnn=True):
 
 
 def cases(small, projected=(), held=()):
-    """(kind, problem) for every dtype that has the plan."""
-    some = *product(("step",), projected), *product(("grid",), held)
+    """(kind, problem) for every dtype that has the plan; kinds in turn, their judges are one."""
+    some = *product(projected, ("step",)), *product(held, ("grid",))
     for dtype in DTYPES:
-        for kind, problem in (*product(KINDS, small), *some):
+        for problem, kind in (*product(small, KINDS), *some):
             if kind == "step" or dtype is not torch.float64:
                 yield kind, replace(problem, dtype=dtype)
 
