@@ -136,9 +136,8 @@ class _Layer(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         needs = ctx.needs_input_grad[3:4] + ctx.needs_input_grad[5:]
         run = _LayerBackward.apply if torch.is_grad_enabled() else _LayerBackward.forward
-        if not torch.compiler.is_compiling() and any(map(_is_batched_grad, (dy, dh_n, dc_n))):
-            run = partial(_each_example, run, torch._C._vmapmode_increment_nesting() - 1)
-            torch._C._vmapmode_decrement_nesting()
+        if not torch.compiler.is_compiling() and (level := _batched_level(dy, dh_n, dc_n)):
+            run = partial(_each_example, run, level)
         grads = run(
             ctx.cell,
             ctx.directions,
@@ -157,8 +156,18 @@ class _Layer(torch.autograd.Function):
         return None, None, None, grads[0], None, *grads[1:]
 
 
-def _is_batched_grad(t):
-    return t is not None and torch._C._functorch.is_legacy_batchedtensor(t)
+def _batched_level(*grads):
+    """How many vmaps of is_grads_batched the gradients are inside of, 0 outside.
+
+    Of the gradients themselves: torch's own count is not known to the thread that autograd has for
+    a CUDA device.
+    """
+    level = 0
+    grads = [g for g in grads if g is not None]
+    while any(map(torch._C._functorch.is_legacy_batchedtensor, grads)):
+        level += 1
+        grads = [torch._remove_batch_dim(g, level, 1, 0) for g in grads]
+    return level
 
 
 def _each_example(run, level, *args):

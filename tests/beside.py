@@ -51,6 +51,24 @@ def pair(*sizes, cell="lstm", **options):
     return modules
 
 
+def ones(*shape):
+    """In float64, where the test runs: nothing that a test computes with is made before it."""
+    return torch.ones(*shape, dtype=torch.float64)
+
+
+def autocast(dtype):
+    """Autocast of the device that the test runs on."""
+    return torch.autocast(torch.get_default_device().type, dtype)
+
+
+def outcome(call, *args):
+    """What a call gives, or the kind of its exception and the words."""
+    try:
+        return call(*args)
+    except Exception as error:
+        return type(error), str(error)
+
+
 def draw(*shape, dtype=torch.float64, grad=True):
     return torch.randn(*shape, dtype=dtype, requires_grad=grad)
 

@@ -2,13 +2,13 @@
 
 import os
 import warnings
-from contextlib import nullcontext
 
 os.environ["LSTM_FUSED_POISON"] = "1"  # read once, when the first layer runs
 
 import emulated
 import pytest
 import torch
+from cuda_cases import tf32
 from paths import DEVICES
 
 import lstm_fused.recurrent
@@ -48,14 +48,17 @@ def fake_cuda(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def same_start():
-    """Each test starts from one seed, one thread, and the ISA that the machine would choose.
+    """Each test starts from one seed, one thread, the ISA that the machine would choose, no TF32.
 
-    Small layers are run faster by one thread; tests of sharing work out ask for more.
+    Small layers are run faster by one thread; tests of sharing work out ask for more. torch lets
+    recurrent layers have TF32 unless told otherwise, which no tolerance of float32 allows for.
     """
     torch.manual_seed(0)
     torch.set_num_threads(1)
     ops.set_isa(None)
     lstm_fused.recurrent._warned.clear()
+    with tf32(False):
+        yield
 
 
 @pytest.fixture(
@@ -67,15 +70,21 @@ def same_start():
 )
 def device(request, monkeypatch):
     """Where the test runs: what it makes lies on that device, or on the CPU for CUDA's kernels
-    emulated there. Files whose every test runs everywhere use it by their pytestmark."""
+    emulated there. Files whose every test runs everywhere use it by their pytestmark.
+
+    On CUDA torch.nn does without cuDNN, which draws dropout masks of its own, warns of weights that
+    were exchanged, and has no backward pass in evaluation mode, nor a second one in any.
+    """
     if request.param == "emulated":
         if request.node.get_closest_marker("dispatched"):
             pytest.skip("the emulation stands behind no operator of torch's dispatcher")
         with emulated.kernels():
             yield request.param
         return
-    if request.param != "cpu":
-        last_run = ops.last_run
-        monkeypatch.setattr(ops, "last_run", lambda device=request.param: last_run(device))
-    with nullcontext() if request.param == "cpu" else torch.device(request.param):
+    if request.param == "cpu":
+        yield request.param
+        return
+    last_run = ops.last_run
+    monkeypatch.setattr(ops, "last_run", lambda device=request.param: last_run(device))
+    with torch.device(request.param), tf32(False, cudnn=False):
         yield request.param

@@ -38,19 +38,19 @@ LARGE = (
 )
 
 
-def tf32(allowed):
-    """A context in which recurrent layers may use TF32 or not.
+def tf32(allowed, cudnn=True):
+    """A context in which recurrent layers may use TF32 or not, and torch.nn's cuDNN or not.
 
     A plain assignment is refused once any test has imported torch.testing._internal.
     """
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed)
+    return torch.backends.cudnn.flags(enabled=cudnn, allow_tf32=allowed)
 
 
 def cases(small, projected=(), held=()):
-    """(kind, problem) for every dtype that has the plan."""
-    some = *product(("step",), projected), *product(("grid",), held)
+    """(kind, problem) for every dtype that has the plan; kinds in turn, their judges are one."""
+    some = *product(projected, ("step",)), *product(held, ("grid",))
     for dtype in DTYPES:
-        for kind, problem in (*product(KINDS, small), *some):
+        for problem, kind in (*product(small, KINDS), *some):
             if kind == "step" or dtype is not torch.float64:
                 yield kind, replace(problem, dtype=dtype)
 

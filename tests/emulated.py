@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_cases import tf32
 
 from lstm_fused import cuda, cuda_layer, ops
 
@@ -41,8 +40,8 @@ def library():
 
 @contextmanager
 def kernels():
-    """Meanwhile every layer on the CPU runs the CUDA kernels, emulated, without TF32."""
-    with pytest.MonkeyPatch.context() as patch, tf32(False):
+    """Meanwhile every layer on the CPU runs the CUDA kernels, emulated."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "kernels", library())
         patch.setattr(cuda, "index_of", lambda device: 0)
         patch.setattr(ops, "_forward_op", cuda_layer.forward)

@@ -11,7 +11,7 @@ Sizes are T, N, I, H; R is proj or else H, D directions, L layers, S rows of pac
 """
 
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import tolerance
@@ -131,6 +131,11 @@ class Outcome:
     backward_run: dict = field(default_factory=dict)
 
 
+def here(problem):
+    """The problem on the device of the test that asks, which conftest's `device` chose."""
+    return replace(problem, device=torch.get_default_device().type)
+
+
 @lru_cache(maxsize=MOST_DRAWS)
 def values_of(problem, draw=0):
     """Drawn on the CPU, then in the problem's dtype: uniform weights, the rest normal.
@@ -139,21 +144,22 @@ def values_of(problem, draw=0):
     their ends tell little of errors.
     """
     p = problem
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{p} {draw}".encode()))
+    generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{p} {draw}".encode()))
+    drawn = {"generator": generator, "device": "cpu"}  # whatever the default device is
 
     def normal(*shape):
-        return torch.randn(*shape, generator=generator).to(p.device, p.dtype)
+        return torch.randn(*shape, **drawn).to(p.device, p.dtype)
 
     weights = {}
     for name, w in p.module().named_parameters():
-        uniform = torch.rand(w.shape, generator=generator) * 2 - 1
+        uniform = torch.rand(w.shape, **drawn) * 2 - 1
         weights[name] = (uniform * max(p.H, w.shape[-1] if w.dim() == 2 else 1) ** -0.5).to(
             p.device, p.dtype
         )
     lengths = None
     if p.packed:
-        lengths = torch.randint(1, p.T + 1, (p.N,), generator=generator)
-        lengths[int(torch.randint(p.N, (), generator=generator))] = p.T
+        lengths = torch.randint(1, p.T + 1, (p.N,), **drawn)
+        lengths[int(torch.randint(p.N, (), **drawn))] = p.T
         if p.form == "sorted":
             lengths = lengths.sort(descending=True).values
     states = p.layers * p.directions

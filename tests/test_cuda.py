@@ -1,5 +1,6 @@
 """What only a CUDA device can show: every plan on it, and torch's streams, graphs and switches."""
 
+import copy
 from dataclasses import replace
 
 import oracle
@@ -7,8 +8,9 @@ import pytest
 import tolerance
 import torch
 from cuda_cases import HELD, KINDS, LARGE, PROJECTED, SMALL, cases, expected, tf32
-from oracle import Problem, check, run_module
+from oracle import CELLS, Problem, check, run_module
 from paths import DEVICES
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import lstm_fused
 from lstm_fused import cuda, ops
@@ -19,12 +21,14 @@ pytestmark = [
 ]
 
 
+each_kind = pytest.mark.parametrize("kind", KINDS)
+each_cell = pytest.mark.parametrize("cell", CELLS)
+
+
 @pytest.fixture(autouse=True)
-def full_float32():
-    with tf32(False):
-        yield
+def best_plan_after():
+    yield
     cuda.set_plan(None)
-    oracle.judges.cache_clear()
 
 
 def on_device(kind, problem):
@@ -49,7 +53,7 @@ def test_agrees_large(kind, problem):
     check(problem)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@each_kind
 @pytest.mark.parametrize("problem", [SMALL[1], LARGE[0], LARGE[2]], ids=str)
 def test_tf32(kind, problem):
     """Against nn.LSTM in TF32 too; a floor of TF32's ten bits, where cuDNN takes more for little
@@ -60,6 +64,7 @@ def test_tf32(kind, problem):
     with tf32(True):
         theirs, exact = (tensors[0] for tensors in oracle.judges(problem))
         found = run_module(problem, lstm_fused)
+    oracle.judges.cache_clear()  # the others' judges are without TF32
     assert found.forward_run["tf32"] == found.backward_run["tf32"] == 1
     for name, truth in exact.items():
         error, largest = tolerance.error_of(found.tensors[name], truth), truth.abs().max().item()
@@ -67,7 +72,7 @@ def test_tf32(kind, problem):
         assert error <= tolerance.allowed(name, torch.float16, torch_error, largest), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@each_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_repeats_to_the_bit(kind, dtype):
     """Twenty times: a race between SMs does not show each time."""
@@ -78,65 +83,119 @@ def test_repeats_to_the_bit(kind, dtype):
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def layer(dtype=torch.float32, **options):
+def layer(cell="lstm", dtype=torch.float32, hidden=100, **options):
+    """A module and its input (T, N, I), of 30 steps and 19 rows."""
     torch.manual_seed(1)
-    module = lstm_fused.LSTM(12, 100, device="cuda", dtype=dtype, **options)
+    name, more = CELLS[cell]
+    options = {"device": "cuda", "dtype": dtype} | more | options
+    module = getattr(lstm_fused, name)(12, hidden, **options)
     return module, torch.randn(30, 19, 12, device="cuda", dtype=dtype)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_graph(kind):
+LENGTHS = torch.arange(12, 31).flip(0)
+
+
+def packed_of(x):
+    """x (T, N, I) cut to LENGTHS, its data a leaf of its own."""
+    packed = pack_padded_sequence(x, LENGTHS)
+    return PackedSequence(packed.data.detach().clone(), packed.batch_sizes)
+
+
+def capture(run):
+    """A graph of run, and what it gives there; first run outside, as torch asks of a capture.
+
+    Once by the step plan, which a graph may take where another runs outside of it: a kernel that
+    was never launched would be loaded in the middle of the capture.
+    """
+    kind = cuda.forced_kind()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for each in ("step", kind):
+            cuda.set_plan(each or None)
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    return graph, found
+
+
+@each_cell
+@each_kind
+def test_graph(kind, cell):
     """A captured forward pass, replayed on other numbers."""
     cuda.set_plan(kind)
-    module, x = layer(bidirectional=True)
+    module, x = layer(cell, bidirectional=True)
     with torch.no_grad():
-        module(x)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = module(x)[0]
+        graph, found = capture(lambda: module(x)[0])
+        assert ops.last_run("cuda")["kernel"] == kind
         for _ in range(2):
             x.normal_()
             graph.replay()
-            assert torch.equal(captured, module(x)[0])
+            assert torch.equal(found, module(x)[0])
 
 
-def test_graph_of_training():
-    module, x = layer()
-    graphed = torch.cuda.make_graphed_callables(module, (x.clone().requires_grad_(),))
-    x.requires_grad_()
-    graphed(x)[0].square().sum().backward()
-    found = [p.grad.clone() for p in (x, *module.parameters())]
-    module.zero_grad()
-    x.grad = None
-    module(x)[0].square().sum().backward()
-    for grad, p in zip(found, (x, *module.parameters()), strict=True):
-        assert torch.allclose(grad, p.grad)
-
-
-def test_graph_of_packed_data():
-    """Captured in the step plan: its sizes are part of the launches."""
-    module, x = layer()
-    packed = torch.nn.utils.rnn.pack_padded_sequence(x, torch.arange(12, 31).flip(0))
+@each_cell
+def test_graph_of_packed_data(cell):
+    """Whatever plan it runs in a graph, the result is that of the same plan outside."""
+    module, x = layer(cell)
+    packed = packed_of(x)
     with torch.no_grad():
-        module(packed)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = module(packed)[0].data
-        assert ops.last_run("cuda")["kernel"] == "step"
+        graph, found = capture(lambda: module(packed)[0].data)
+        cuda.set_plan(ops.last_run("cuda")["kernel"])
+        packed.data.normal_()
         graph.replay()
-        cuda.set_plan("step")
-        assert torch.equal(captured, module(packed)[0].data)
+        assert torch.equal(found, module(packed)[0].data)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_streams(kind):
+@each_cell
+@each_kind
+@pytest.mark.parametrize("form", ["dense", "packed"])
+def test_graph_of_training(form, kind, cell):
+    """A captured forward and backward pass, replayed on other numbers."""
+    cuda.set_plan(kind)
+    module, x = layer(cell, bidirectional=True)
+    given = packed_of(x) if form == "packed" else x
+    data = (given.data if form == "packed" else x).requires_grad_()
+
+    def gradients():
+        y = module(given)[0]
+        y = y.data if form == "packed" else y
+        return torch.autograd.grad(y.square().sum(), [data, *module.parameters()])
+
+    graph, found = capture(gradients)
+    cuda.set_plan(ops.last_run("cuda")["kernel"])
+    for _ in range(2):
+        data.detach().normal_()
+        graph.replay()
+        torch.testing.assert_close(found, gradients())
+
+
+@each_cell
+def test_graphed_callable(cell):
+    """Against a copy: torch.cuda.make_graphed_callables puts the graph into the module itself."""
+    module, x = layer(cell)
+    plain = copy.deepcopy(module)
+    graphed = torch.cuda.make_graphed_callables(module, (x.clone().requires_grad_(),))
+    x.normal_().requires_grad_()
+    found, wanted = (
+        torch.autograd.grad(m(x)[0].square().sum(), [x, *m.parameters()]) for m in (graphed, plain)
+    )
+    torch.testing.assert_close(found, wanted)
+
+
+# The second takes 128 CTAs each, which no device has room for twice.
+@pytest.mark.parametrize(("dtype", "hidden"), [(torch.float32, 100), (torch.bfloat16, 1024)])
+@each_kind
+def test_streams(kind, dtype, hidden):
     """Layers on two streams at a time, whose CTAs may not wait for each other."""
     cuda.set_plan(kind)
-    module, x = layer(bidirectional=True)
+    module, x = layer(dtype=dtype, hidden=hidden, bidirectional=True)
     with torch.no_grad():
         expected_y = module(x)[0]
+        fits = {"step": True, "grid": cuda.device_properties(0)[2] >= 128, "cluster": False}
+        assert hidden == 100 or not fits[kind] or ops.last_run("cuda")["kernel"] == kind
         torch.cuda.synchronize()
         streams = [torch.cuda.Stream() for _ in range(2)]
         found = []
@@ -159,20 +218,21 @@ def test_second_device():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype):
+    """In autocast's dtype, where cuDNN's layer gives float16 even if that is bfloat16."""
     module, x = layer()
     theirs = torch.nn.LSTM(12, 100, device="cuda")
     theirs.load_state_dict(module.state_dict())
     with torch.autocast("cuda", dtype):
         (y, states), (their_y, their_states) = module(x), theirs(x)
     found, wanted = (y, *states), (their_y, *their_states)
-    assert [t.dtype for t in found] == [t.dtype for t in wanted]
+    assert {t.dtype for t in found} == {dtype}
     for ours, torchs in zip(found, wanted, strict=True):
         assert torch.allclose(ours.float(), torchs.float(), atol=8 * torch.finfo(dtype).eps)
     y.float().sum().backward()
     assert all(p.grad.dtype is torch.float32 for p in module.parameters())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@each_kind
 def test_long(kind):
     """More steps than cuDNN takes, 65,535; against the CPU's kernel."""
     cuda.set_plan(kind)

@@ -18,6 +18,7 @@ from beside import (
     draw,
     each_cell,
     each_option,
+    ones,
     pair,
     run,
     state_for,
@@ -131,9 +132,9 @@ class Doubled(nn.Module):
         return 2 * w
 
 
-def step(module, optimizer, input):
+def step(module, optimizer):
     optimizer(module.parameters(), lr=0.1).zero_grad()
-    module(input)[0].square().sum().backward()
+    module(ones(T, N, I))[0].square().sum().backward()
     optimizer(module.parameters(), lr=0.1).step()
 
 
@@ -155,13 +156,13 @@ def scaled(module):
 
 def parametrize_then_write(module):
     parametrize.register_parametrization(module, "weight_hh_l0", Doubled())
-    module(torch.ones(T, N, I, dtype=torch.float64))
+    module(ones(T, N, I))
     module.parametrizations.weight_hh_l0.original.data.mul_(2)
 
 
 def prune_and_settle(module):
     prune.random_unstructured(module, "weight_ih_l0", amount=0.5)
-    module(torch.ones(T, N, I, dtype=torch.float64))
+    module(ones(T, N, I))
     prune.remove(module, "weight_ih_l0")
 
 
@@ -170,7 +171,6 @@ def freeze_and_scale(module):
     module.bias_ih_l1.requires_grad_(False)
 
 
-ONES = torch.ones(T, N, I, dtype=torch.float64)
 CHANGES = {
     ".data write": lambda m: m.weight_hh_l0.data.mul_(2),
     ".data assigned": lambda m: assign(m.bias_hh_l1, "data", m.bias_hh_l1.data + 1),
@@ -181,8 +181,8 @@ CHANGES = {
     "shared in a layer": lambda m: assign(m, "bias_hh_l0", m.bias_ih_l0),
     "load_state_dict": lambda m: m.load_state_dict(scaled(m)),
     "load_state_dict assign": lambda m: m.load_state_dict(scaled(m), assign=True),
-    "SGD": lambda m: step(m, torch.optim.SGD, ONES),
-    "Adam": lambda m: step(m, torch.optim.Adam, ONES),
+    "SGD": lambda m: step(m, torch.optim.SGD),
+    "Adam": lambda m: step(m, torch.optim.Adam),
     "parametrization": parametrize_then_write,
     "weight_norm": lambda m: (
         parametrizations.weight_norm(m, "weight_hh_l0")

@@ -13,6 +13,7 @@ from beside import (
     T,
     assert_accurate,
     assert_same,
+    autocast,
     changed,
     draw,
     each_cell,
@@ -95,8 +96,9 @@ def test_zero_batch(cell, options, with_state):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
 @pytest.mark.parametrize("form", ("dense", "sorted", "unsorted"))
 @pytest.mark.parametrize("dropout", (0.0, 0.4, 1.0))
-def test_dropout_masks(form, dropout, dtype, cell):
+def test_dropout_masks(form, dropout, dtype, cell, device):
     """The same elements are dropped, and as many random numbers drawn; none in evaluation."""
+    random = torch.cuda if device == "cuda" else torch
     options = {"num_layers": 3, "dropout": dropout, "bidirectional": True, "dtype": dtype}
     theirs, ours = pair(cell=cell, **options)
     input, state = FORMS[form](None)
@@ -106,7 +108,7 @@ def test_dropout_masks(form, dropout, dtype, cell):
     for module in (theirs, ours):
         torch.manual_seed(2)
         module(input)
-        left.append(torch.get_rng_state())
+        left.append(random.get_rng_state())
     assert torch.equal(*left)
     if dtype is torch.bfloat16:  # a differing mask is far off, a rounding is not
         exact = run(copy.deepcopy(theirs).double(), input.double())
@@ -154,7 +156,7 @@ def test_autocast(form, proj, dtype, cell):
     with torch.no_grad():
         wide = changed(torch.Tensor.double, state)
         exact = tensors_of(copy.deepcopy(theirs).double()(input.double(), wide))
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast(torch.bfloat16):
         expected, found = tensors_of(theirs(input, state)), tensors_of(ours(input, state))
     narrow = torch.float64 if dtype is torch.float64 else torch.bfloat16
     assert_accurate(found, expected, exact, narrow)
@@ -172,7 +174,7 @@ def test_autocast_dtypes(form, dtype, cell):
         theirs, ours = (m.to(of_weights) for m in pair(cell=cell))
         state = None if of_state is None else state_for(ours, N, of_state)
         input = FORMS[form](None)[0].to(of_x)
-        with torch.autocast("cpu", dtype), torch.no_grad():
+        with autocast(dtype), torch.no_grad():
             found = tensors_of(ours(input, state))
             try:
                 expected = tensors_of(theirs(input, state))
@@ -187,7 +189,7 @@ def test_autocast_dtypes(form, dtype, cell):
 def test_autocast_gradients_have_the_weights_dtype(cell):
     theirs, ours = pair(dtype=torch.float32, cell=cell)
     x = draw(T, N, I, dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast(torch.bfloat16):
         y, expected = ours(x)[0], theirs(x)[0]
     assert y.dtype is expected.dtype
     y.float().sum().backward()
