@@ -74,7 +74,7 @@ def measure(shape):
     theirs = torch.nn.LSTM(I, H, **options)
     ours = lstm_fused.LSTM(I, H, **options)
     times = {way: {"nn.LSTM": median_ms(step)} for way, step in steps_of(theirs, x).items()}
-    for plan in (None, "step", "grid", "cluster"):
+    for plan in (None, *cuda.KINDS):
         cuda.set_plan(plan)
         for way, step in steps_of(ours, x).items():
             step()

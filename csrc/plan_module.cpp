@@ -68,18 +68,30 @@ std::string describe(const Plan& p) {
   return s.str();
 }
 
-// What Python needs to know of each cell, by name.
+// What Python needs to know of each cell, by name: the contract of cells/cells.h.
 py::dict cells() {
   constexpr const char* memories[] = {"none", "cell", "hidden"};
   py::dict all;
-  for (int i = 0; i < kCellCount; ++i) {
+  const auto add = [&](auto type, CellKind kind) {
+    using Cell = decltype(type);
+    py::list input, hidden;
+    for (int j = 0; j < Cell::kGates; ++j) {
+      input.append(Cell::input_gate(j));
+      hidden.append(Cell::hidden_gate(j));
+    }
+    const CellInfo& known = info(kind);
     py::dict cell;
-    cell["id"] = i;
-    cell["gates"] = kCells[i].gates;
-    cell["sums"] = kCells[i].sums;
-    cell["memory"] = memories[static_cast<int>(kCells[i].memory)];
-    all[kCells[i].name] = cell;
-  }
+    cell["id"] = static_cast<int>(kind);
+    cell["gates"] = known.gates;
+    cell["sums"] = known.sums;
+    cell["memory"] = memories[static_cast<int>(known.memory)];
+    cell["input_gates"] = input;
+    cell["hidden_gates"] = hidden;
+    all[known.name] = cell;
+  };
+#define LSTM_FUSED_ADD(name, Cell) add(Cell{}, CellKind::k##Cell);
+  LSTM_FUSED_CELLS(LSTM_FUSED_ADD)
+#undef LSTM_FUSED_ADD
   return all;
 }
 

@@ -5,14 +5,16 @@ Sizes: T steps, N rows, H hidden units, R recurrent width, D directions.
 
 import warnings
 from functools import lru_cache
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
 
 from lstm_fused import _plan
 
-_LIBRARY = next(Path(__file__).parent.glob("_C_cuda*.so"), None)
-CELLS = _plan.cuda_cells()  # by id: gates, sums, memory, input gates, hidden gates
+_LIBRARY = Path(__file__).parent / f"_C_cuda{EXTENSION_SUFFIXES[0]}"  # of this Python's build
+KINDS = _plan.cuda_kinds()  # of plans: csrc/cuda/plan.h
+CELLS = {cell["id"]: cell for cell in _plan.cells().values()}  # csrc/cells/cells.h
 
 # To be taken out when docs/cuda.md's first line is.
 _NEVER_RUN = (
@@ -26,7 +28,7 @@ _forced_kind = ""
 
 def available():
     """Whether the CUDA kernels were built, and this torch has CUDA to run them with."""
-    return torch.version.cuda is not None and _LIBRARY is not None
+    return torch.version.cuda is not None and _LIBRARY.exists()
 
 
 def load():
@@ -53,13 +55,13 @@ def why_not(device):
 
 
 def set_plan(kind=None):
-    """Force a plan, "step", "grid" or "cluster", wherever it has room; None takes the best again.
+    """Force a plan, one of KINDS, wherever it has room; None takes the best again.
 
     A layer the plan has no room for runs the step plan. For tests and measurements.
     """
     global _forced_kind
-    if kind not in (None, "step", "grid", "cluster"):
-        raise ValueError(f"kind is {kind!r} but must be 'step', 'grid', 'cluster' or None")
+    if kind not in (None, *KINDS):
+        raise ValueError(f"kind is {kind!r} but must be one of {', '.join(KINDS)} or None")
     _forced_kind = kind or ""
 
 
@@ -117,5 +119,5 @@ def plan_on(device, cell, dtype, T, N, H, R, directions):
     """The forward plan of a layer on a CUDA device now; dtype: a torch.dtype or its name."""
     name = str(dtype).removeprefix("torch.")
     tf32 = name == "float32" and tf32_allowed()
-    sizes = (name, T, N, H, R, directions, CELLS[cell][0], R != H, tf32)
+    sizes = (name, T, N, H, R, directions, CELLS[cell]["gates"], R != H, tf32)
     return plan(*sizes, device_properties(index_of(device)), False, _forced_kind)

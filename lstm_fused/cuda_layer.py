@@ -119,7 +119,9 @@ class _Backward:
         self.x, self.batch_sizes, self.y, self.mask = x, batch_sizes, y, mask
         self.cell, self.D = cell, directions
         self.state0, self.given = list(state0), list(weights)
-        self.G, self.sums, _, self.input_gates, self.hidden_gates = cuda.CELLS[cell]
+        self.G, self.sums, self.input_gates, self.hidden_gates = (
+            cuda.CELLS[cell][key] for key in ("gates", "sums", "input_gates", "hidden_gates")
+        )
         each = len(self.given) // self.D
         self.weights = [self.given[d * each : (d + 1) * each] for d in range(self.D)]
         self.projection = each % 2 == 1

@@ -21,7 +21,7 @@ from lstm_fused import (
 CELLS = _plan.cells()  # by name: id, gates, sums, memory; csrc/cells/cells.h
 _IDS = {name: cell["id"] for name, cell in CELLS.items()}
 _IDS_BY_MODE = {name.upper(): number for name, number in _IDS.items()}
-_BY_ID = {cell["id"]: cell for cell in CELLS.values()}
+_BY_ID = cuda.CELLS
 _STEP_WEIGHTS = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]  # of torch.nn's cells
 _STEP_WEIGHTS_WITHOUT_BIAS = _STEP_WEIGHTS[:2]
 _BLOCK = 16  # units to a block of the gates saved on the CPU, csrc/params.h

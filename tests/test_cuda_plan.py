@@ -32,7 +32,7 @@ def plans():
     for name, dtype, N, H, D, gates, backward in product(
         DEVICES, DTYPES, ROWS, UNITS, (1, 2), (1, 3, 4), (False, True)
     ):
-        for T, kind in ((1, ""), (100, ""), (100, "grid"), (100, "cluster"), (100, "step")):
+        for T, kind in ((1, ""), (100, ""), (100, "grid"), (100, "cluster"), (100, "step"), (100, "gemm")):
             sizes = (dtype, T, N, H, H, D, gates, False, True, DEVICES[name], backward)
             plan = _plan.cuda_plan(*sizes, kind)
             if plan is not None:
@@ -51,8 +51,10 @@ def test_within_the_device():
         assert p.tile_rows in (8, 16, 32) and p.row_groups <= 65535, (case, p)
         used = -(-H // (p.unit_tiles * 16))
         assert used <= p.unit_ctas, (case, p)
+        if p.kind == "gemm":
+            assert p.shared_bytes == 0 and p.threads == 16 * p.unit_tiles * p.tile_rows, (case, p)
         assert used > p.unit_ctas // 2 if p.kind == "cluster" else used == p.unit_ctas, (case, p)
-        assert p.tf32 == (dtype == "float32"), (case, p)
+        assert p.tf32 == (dtype == "float32" and p.kind != "gemm"), (case, p)
         if p.kind == "grid":
             assert p.unit_ctas * p.row_groups * D <= sms, (case, p)
             assert p.threads * MOST_REGISTERS <= REGISTERS, (case, p)
@@ -60,13 +62,13 @@ def test_within_the_device():
             assert DEVICES[name][0] >= 9 and p.unit_ctas <= cluster, (case, p)
             assert p.threads <= 512, (case, p)
             assert p.row_groups * p.tile_rows >= N, (case, p)
-        if p.kind != "step":
+        if p.kind in ("grid", "cluster"):
             assert dtype != "float64", case
             # The weights, a row of A for each gate and unit, are somewhere.
             weights = p.unit_tiles * 16 * gates * H * DTYPES[dtype]
             assert weights <= p.shared_bytes + HELD * p.threads, (case, p)
             assert T > 1 or kind, case
-    assert seen == set(product(("step", "grid", "cluster"), (False, True)))
+    assert seen == set(product(cuda.KINDS, (False, True)))
 
 
 def test_old_devices_are_refused():
@@ -86,14 +88,18 @@ def test_plans_of_known_problems():
     assert kind_on("H200", "bfloat16", 100, 16, 768, backward=True) == "grid"
     assert kind_on("H200", "bfloat16", 100, 16, 1024) == "grid"
     assert kind_on("H200", "bfloat16", 100, 32, 2048) == "grid"
-    assert kind_on("H200", "bfloat16", 100, 2048, 512) == "step"
+    assert kind_on("H200", "bfloat16", 100, 2048, 512) == "gemm"
     assert kind_on("H200", "bfloat16", 100, 16, 1024, D=2) == "grid"
     assert kind_on("A100", "float16", 100, 16, 512) == "grid"
     assert kind_on("H200", "bfloat16", 100, 16, 4096) == "step"
     assert kind_on("H200", "bfloat16", 1, 16, 256) == "step"
     assert kind_on("H200", "float64", 100, 16, 256) == "step"
     assert kind_on("H200", "bfloat16", 100, 16, 256, projection=True) == "step"
-    assert kind_on("H200", "bfloat16", 32, 10**5, 256) == "step"
+    assert kind_on("H200", "bfloat16", 32, 10**5, 256) == "gemm"
+    assert kind_on("H200", "bfloat16", 1, 64, 256) == "step"
+    assert kind_on("H200", "bfloat16", 1, 512, 1024) == "gemm"
+    assert kind_on("H200", "float64", 100, 512, 1024, projection=True) == "gemm"
+    assert kind_on("H200", "bfloat16", 100, 16, 8192) == "step"  # once through all weights
 
 
 def test_a_forced_plan_without_room_is_the_step_plan():

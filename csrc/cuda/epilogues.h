@@ -2,7 +2,7 @@
 //   kGates     m-tiles of a unit: rows gate(m) * units + unit of A
 //   kOut       values a unit publishes for the next product
 //   kBackward  whether the walk is the backward one
-//   reach      rows the product is wanted for
+//   reach      rows the product is wanted for, which the host asks too
 //   Unit       what is known of a unit of a row, from fetch to store
 //   fetch      reads what is there before the product is known
 //   apply      from the product to what the next one needs; false where nothing is published
@@ -46,7 +46,7 @@ struct ForwardCell {
   };
 
   static LSTM_FUSED_DEVICE int64_t gate(int m) { return Cell::hidden_gate(m); }
-  static LSTM_FUSED_DEVICE int64_t reach(const StepRows& rows) { return rows.active; }
+  static LSTM_FUSED_INLINE int64_t reach(const StepRows& rows) { return rows.active; }
 
   static LSTM_FUSED_DEVICE void fetch(const RecurrenceParams& p, const StepRows& rows, int d,
                                       int64_t n, int64_t u, Unit& f) {
@@ -119,7 +119,7 @@ struct Project {
   };
 
   static LSTM_FUSED_DEVICE int64_t gate(int) { return 0; }
-  static LSTM_FUSED_DEVICE int64_t reach(const StepRows& rows) { return rows.active; }
+  static LSTM_FUSED_INLINE int64_t reach(const StepRows& rows) { return rows.active; }
   static LSTM_FUSED_DEVICE void fetch(const RecurrenceParams&, const StepRows&, int, int64_t,
                                       int64_t, Unit&) {}
 
@@ -161,7 +161,7 @@ LSTM_FUSED_DEVICE void store_before(const RecurrenceParams& p, const StepRows& r
 
 // Rows alive, and those whose walk back ended with the step before: what d_gates pass on to them is
 // the gradient of h0.
-LSTM_FUSED_DEVICE int64_t backward_reach(const StepRows& rows) {
+LSTM_FUSED_INLINE int64_t backward_reach(const StepRows& rows) {
   return rows.active > rows.before ? rows.active : rows.before;
 }
 
@@ -181,7 +181,7 @@ struct BackwardCell {
   };
 
   static LSTM_FUSED_DEVICE int64_t gate(int) { return 0; }
-  static LSTM_FUSED_DEVICE int64_t reach(const StepRows& rows) { return backward_reach(rows); }
+  static LSTM_FUSED_INLINE int64_t reach(const StepRows& rows) { return backward_reach(rows); }
 
   static LSTM_FUSED_DEVICE void fetch(const RecurrenceParams& p, const StepRows& rows, int d,
                                       int64_t n, int64_t u, Unit& f) {
@@ -255,7 +255,7 @@ struct JoinGradients {
   };
 
   static LSTM_FUSED_DEVICE int64_t gate(int) { return 0; }
-  static LSTM_FUSED_DEVICE int64_t reach(const StepRows& rows) { return backward_reach(rows); }
+  static LSTM_FUSED_INLINE int64_t reach(const StepRows& rows) { return backward_reach(rows); }
 
   static LSTM_FUSED_DEVICE void fetch(const RecurrenceParams& p, const StepRows& rows, int d,
                                       int64_t n, int64_t u, Unit& f) {

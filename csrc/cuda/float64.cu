@@ -3,8 +3,8 @@
 namespace lstm_fused::cuda {
 
 const char* run_float64(CellKind cell, const Plan& plan, const RecurrenceParams& params,
-                        const Product* second, const Steps& steps, void* stream) {
-  return run_cell<Plain<double>>(cell, plan, params, second, steps, stream);
+                        const Product* second, const Steps& steps, Gemm& gemm, void* stream) {
+  return run_cell<Plain<double>>(cell, plan, params, second, steps, gemm, stream);
 }
 
 }  // namespace lstm_fused::cuda

@@ -6,6 +6,7 @@
 
 #include "epilogues.h"
 #include "kernels.h"
+#include "pointwise.h"
 #include "recurrence.h"
 
 namespace lstm_fused::cuda {
@@ -29,39 +30,53 @@ const char* launch(const Plan& plan, const RecurrenceParams& p, int64_t units, i
                        prepared);
 }
 
-// One launch of one step's product, its rows shared out anew: a packed batch shrinks or grows.
+// A step's product and epilogue, its rows shared out anew: a packed batch shrinks or grows.
 template <class Math, class Epilogue>
-const char* launch_step(const Plan& plan, const RecurrenceParams& p, void* stream) {
-  constexpr int kTiles = kStepRows / 8;
-  int64_t reach = 0;
+const char* launch_step(const Plan& plan, RecurrenceParams& p, Gemm& gemm, void* stream) {
+  using S = typename Math::Storage;
+  int64_t reach[2] = {}, most = 0;
   for (int d = 0; d < p.D; ++d) {
-    const int64_t rows =
-        Epilogue::kBackward ? std::max(p.rows[d].active, p.rows[d].before) : p.rows[d].active;
-    reach = std::max(reach, rows);
+    reach[d] = Epilogue::reach(p.rows[d]);
+    most = std::max(most, reach[d]);
   }
-  if (reach == 0) return nullptr;
-  const int64_t groups = std::min<int64_t>(ceil_div(reach, kStepRows), kMostBlocks);
-  const DType dtype = sizeof(typename Math::Acc) == 8 ? DType::kFloat64 : DType::kFloat32;
-  const int64_t shared = shared_bytes(PlanKind::kStep, dtype, false, Epilogue::kGates, 1, kStepRows,
-                                      p.product.in.bytes);
-  return launch<Math, Epilogue, kTiles, PlanKind::kStep>(plan, p, p.product.units, groups, shared,
-                                                         stream);
+  if (most == 0) return nullptr;
+  const auto groups_of = [&](int64_t rows) {
+    return std::min<int64_t>(ceil_div(most, rows), kMostBlocks);
+  };
+  const int64_t units = p.product.units;
+  if (plan.kind == PlanKind::kStep) {
+    constexpr int kTiles = kStepRows / 8;
+    const DType dtype = sizeof(typename Math::Acc) == 8 ? DType::kFloat64 : DType::kFloat32;
+    const int64_t shared = shared_bytes(PlanKind::kStep, dtype, false, Epilogue::kGates, 1,
+                                        kStepRows, p.product.in.bytes);
+    return launch<Math, Epilogue, kTiles, PlanKind::kStep>(plan, p, units, groups_of(kStepRows),
+                                                           shared, stream);
+  }
+  for (int d = 0; d < p.D; ++d)
+    if (reach[d]) p.sums[d] = gemm.multiply(p.product, Epilogue::kGates, p.s_begin, d, reach[d]);
+  Launch how{};
+  how.grid = dim3(static_cast<unsigned>(ceil_div(units, kPointUnits)),
+                  static_cast<unsigned>(groups_of(kPointRows)), static_cast<unsigned>(p.D));
+  how.threads = kPointUnits * kPointRows;
+  how.stream = stream;
+  static Prepared prepared;
+  return launch_kernel(pointwise_kernel<Epilogue, S>, how, p, prepared);
 }
 
-// All steps of the walk, one or two launches each.
+// All steps of the walk, each with its one or two products.
 template <class Math, class First, class Second>
 const char* walk(const Plan& plan, RecurrenceParams p, const Product* second, const Steps& steps,
-                 void* stream) {
+                 Gemm& gemm, void* stream) {
   const Product first = p.product;
   for (int64_t s = p.s_begin, end = p.s_end; s < end; ++s) {
     p.s_begin = s;
     p.s_end = s + 1;
     for (int d = 0; d < p.D; ++d) p.rows[d] = rows_at(steps, s, First::kBackward != (d == 1));
     p.product = first;
-    if (const char* error = launch_step<Math, First>(plan, p, stream)) return error;
+    if (const char* error = launch_step<Math, First>(plan, p, gemm, stream)) return error;
     if (!second) continue;
     p.product = *second;
-    if (const char* error = launch_step<Math, Second>(plan, p, stream)) return error;
+    if (const char* error = launch_step<Math, Second>(plan, p, gemm, stream)) return error;
   }
   return nullptr;
 }
@@ -95,14 +110,15 @@ const char* launch_persistent(const Plan& plan, const RecurrenceParams& p, void*
 
 template <class Cell, class Math>
 const char* run_with(const Plan& plan, const RecurrenceParams& p, const Product* second,
-                     const Steps& steps, void* stream) {
+                     const Steps& steps, Gemm& gemm, void* stream) {
   using S = typename Math::Storage;
   using Forward = ForwardCell<Cell, S>;
   using Backward = BackwardCell<Cell, S>;
-  if (plan.kind == PlanKind::kStep) {
-    if (!plan.backward) return walk<Math, Forward, Project<S>>(plan, p, second, steps, stream);
-    return second ? walk<Math, JoinGradients<S>, Backward>(plan, p, second, steps, stream)
-                  : walk<Math, Backward, Backward>(plan, p, nullptr, steps, stream);
+  if (in_steps(plan.kind)) {
+    if (!plan.backward)
+      return walk<Math, Forward, Project<S>>(plan, p, second, steps, gemm, stream);
+    return second ? walk<Math, JoinGradients<S>, Backward>(plan, p, second, steps, gemm, stream)
+                  : walk<Math, Backward, Backward>(plan, p, nullptr, steps, gemm, stream);
   }
   if constexpr (!std::is_same_v<S, double>) {
     return plan.backward ? launch_persistent<Math, Backward>(plan, p, stream)
@@ -113,10 +129,10 @@ const char* run_with(const Plan& plan, const RecurrenceParams& p, const Product*
 
 template <class Math>
 const char* run_cell(CellKind cell, const Plan& plan, const RecurrenceParams& params,
-                     const Product* second, const Steps& steps, void* stream) {
+                     const Product* second, const Steps& steps, Gemm& gemm, void* stream) {
   switch (cell) {
 #define LSTM_FUSED_CASE(name, Cell) \
-  case CellKind::k##Cell: return run_with<Cell, Math>(plan, params, second, steps, stream);
+  case CellKind::k##Cell: return run_with<Cell, Math>(plan, params, second, steps, gemm, stream);
     LSTM_FUSED_CELLS(LSTM_FUSED_CASE)
 #undef LSTM_FUSED_CASE
     default: return "no kernel was compiled for this cell";

@@ -108,6 +108,46 @@ PlanKind kind_named(const std::string& wanted) {
   return PlanKind::kStep;
 }
 
+// a (n, k) times the transpose of b (m, k), accumulated and given in the compute dtype.
+Tensor product(const Tensor& a, const Tensor& b) {
+  using torch::stable::detail::from;
+  const ScalarType dtype = a.scalar_type();
+  const bool narrow = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+  const Tensor turned = torch::stable::transpose(b, 0, 1);
+#if defined(LSTM_FUSED_EMULATION)
+  // torch has no product of 16 bits with float32 results on the CPU.
+  if (narrow)
+    return torch::stable::matmul(torch::stable::to(a, ScalarType::Float),
+                                 torch::stable::to(turned, ScalarType::Float));
+#endif
+  std::array<StableIValue, 3> stack{from(a), from(turned), from(ScalarType::Float)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mm", narrow ? "dtype" : "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// Torch's products of what lies in a pass's memory.
+class Products final : public Gemm {
+ public:
+  explicit Products(const Tensor& x) : x_(x) {}
+
+  const void* multiply(const Product& p, int gates, int64_t s, int d, int64_t rows) override {
+    const int64_t columns = p.in.bytes / x_.element_size();
+    const Tensor a = view(p.a[d], gates * p.units, columns);
+    results_[d] = product(view(p.in.at(s, d, 0), rows, columns), a);
+    return results_[d]->data_ptr();
+  }
+
+ private:
+  Tensor view(const char* data, int64_t rows, int64_t columns) const {
+    return torch::stable::from_blob(const_cast<char*>(data), {rows, columns}, {columns, 1},
+                                    x_.device(), x_.scalar_type());
+  }
+
+  const Tensor& x_;
+  std::optional<Tensor> results_[2];
+};
+
 // A pass over a layer: its plan, and the memory it works in beside its tensors. That is one
 // allocation, parts of which are asked for first and then lie where `at` says.
 class Pass {
@@ -126,15 +166,13 @@ class Pass {
     const Problem problem{layer.dtype, steps.T, steps.N,          size_.H, size_.R,
                           size_.D,     gates(), layer.projection, tf32};
     // In a CUDA graph packed data's sizes cannot be copied to the device for the other plans.
-    const bool only_step = steps.sizes && is_capturing(stream_);
-    std::optional<Plan> made;
-    if (only_step || !kind.empty()) {
-      made = plan_as(only_step ? PlanKind::kStep : kind_named(kind), problem, device, backward);
-      if (!made) made = plan_as(PlanKind::kStep, problem, device, backward);
+    const bool stepwise = steps.sizes && is_capturing(stream_);
+    if (kind.empty() || (stepwise && !in_steps(kind_named(kind)))) {
+      plan_ = make_plan(problem, device, backward, stepwise);
     } else {
-      made = make_plan(problem, device, backward);
+      const std::optional<Plan> forced = plan_as(kind_named(kind), problem, device, backward);
+      plan_ = forced ? *forced : *plan_as(PlanKind::kStep, problem, device, backward);
     }
-    plan_ = *made;
     const auto number = [](const char* key, int64_t value) {
       return std::string(" ") + key + "=" + std::to_string(value);
     };
@@ -145,7 +183,7 @@ class Pass {
   }
 
   int gates() const { return info(layer_.cell).gates; }
-  bool persistent() const { return plan_.kind != PlanKind::kStep; }
+  bool persistent() const { return !in_steps(plan_.kind); }
   Memory memory() const { return info(layer_.cell).memory; }
 
   // Offsets of bytes that begin as zeros, if not `raw`: ask for those first.
@@ -258,7 +296,9 @@ class Pass {
   }
 
   void launch(const RecurrenceParams& p, const Product* second) const {
-    check(run_of(layer_.dtype, plan_.tf32)(layer_.cell, plan_, p, second, size_.steps, stream_),
+    Products products(x_);
+    check(run_of(layer_.dtype, plan_.tf32)(layer_.cell, plan_, p, second, size_.steps, products,
+                                           stream_),
           name(plan_.kind));
   }
 
@@ -273,24 +313,6 @@ class Pass {
   std::optional<Tensor> work_;
   char* base_ = nullptr;
 };
-
-// a (n, k) times the transpose of b (m, k), accumulated and given in the compute dtype.
-Tensor product(const Tensor& a, const Tensor& b) {
-  using torch::stable::detail::from;
-  const ScalarType dtype = a.scalar_type();
-  const bool narrow = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
-  const Tensor turned = torch::stable::transpose(b, 0, 1);
-#if defined(LSTM_FUSED_EMULATION)
-  // torch has no product of 16 bits with float32 results on the CPU.
-  if (narrow)
-    return torch::stable::matmul(torch::stable::to(a, ScalarType::Float),
-                                 torch::stable::to(turned, ScalarType::Float));
-#endif
-  std::array<StableIValue, 3> stack{from(a), from(turned), from(ScalarType::Float)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", narrow ? "dtype" : "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 // x.W_ih of all steps, (S, D * G * H).
 Tensor input_product(const Pass& pass, const Layer& layer, const Tensor& x, const Tensor& w_ih) {

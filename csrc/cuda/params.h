@@ -74,6 +74,9 @@ struct RecurrenceParams {
   // launch.
   char* barrier;
 
+  // Where a library takes the product: its results for each direction, compute (N, gates * units).
+  const void* sums[2];
+
   // Forward. The compute dtype is float, or double of float64.
   const void* pre;      // compute (S, D, G, H): x.W_ih, in w_ih's gate order
   const void* b_ih[2];  // storage (G * H,) or null

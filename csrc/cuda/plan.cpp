@@ -11,6 +11,10 @@ constexpr int64_t kFewSteps = 3;
 // over the whole batch uses the device better.
 constexpr int64_t kMostWaves = 2;
 constexpr int64_t kMostTilesInTurn = 4;
+// Bytes of weights that a step's tiles of rows, but the first, load from L2 once more, and a
+// library's product does not: from here on that takes longer than a launch, and its way through
+// memory, for the results of the product.
+constexpr int64_t kLoadedAgain = 16 << 20;
 
 int element_bytes(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
@@ -89,6 +93,25 @@ std::optional<Plan> plan_cluster(const Problem& p, const Device& device, bool ba
   return std::nullopt;
 }
 
+Plan plan_step(const Problem& p, bool backward) {
+  const int64_t groups = std::clamp<int64_t>(ceil_div(p.N, kStepRows), 1, kMostBlocks);
+  return with_tiles(PlanKind::kStep, p, backward, kStepRows, 1, unit_tiles(p), groups);
+}
+
+Plan plan_gemm(const Problem& p, bool backward) {
+  Plan plan = plan_step(p, backward);
+  plan.kind = PlanKind::kGemm;
+  plan.tf32 = false;  // the library's switch rules
+  plan.tile_rows = kPointRows;
+  plan.unit_tiles = kPointUnits / kUnitTile;
+  plan.unit_ctas = static_cast<int>(ceil_div(p.H, kPointUnits));
+  plan.row_groups =
+      static_cast<int>(std::clamp<int64_t>(ceil_div(p.N, kPointRows), 1, kMostBlocks));
+  plan.threads = kPointUnits * kPointRows;
+  plan.shared_bytes = 0;
+  return plan;
+}
+
 bool pays(const Plan& plan, const Problem& p, const Device& device) {
   if (p.T <= kFewSteps) return false;
   if (plan.kind == PlanKind::kCluster)
@@ -124,19 +147,21 @@ bool supported(const Device& device) {
 std::optional<Plan> plan_as(PlanKind kind, const Problem& p, const Device& device, bool backward) {
   if (kind == PlanKind::kCluster) return plan_cluster(p, device, backward);
   if (kind == PlanKind::kGrid) return plan_grid(p, device, backward);
-  const int64_t groups = std::clamp<int64_t>(ceil_div(p.N, kStepRows), 1, kMostBlocks);
-  return with_tiles(kind, p, backward, kStepRows, 1, unit_tiles(p), groups);
+  return kind == PlanKind::kGemm ? plan_gemm(p, backward) : plan_step(p, backward);
 }
 
-Plan make_plan(const Problem& p, const Device& device, bool backward) {
-  for (const PlanKind kind : {PlanKind::kCluster, PlanKind::kGrid})
-    if (const std::optional<Plan> plan = plan_as(kind, p, device, backward))
-      if (pays(*plan, p, device)) return *plan;
-  return *plan_as(PlanKind::kStep, p, device, backward);
+Plan make_plan(const Problem& p, const Device& device, bool backward, bool stepwise) {
+  if (!stepwise)
+    for (const PlanKind kind : {PlanKind::kCluster, PlanKind::kGrid})
+      if (const std::optional<Plan> plan = plan_as(kind, p, device, backward))
+        if (pays(*plan, p, device)) return *plan;
+  const int64_t weights = p.gates * p.H * p.R * element_bytes(p.dtype);
+  const bool large = (ceil_div(p.N, kStepRows) - 1) * weights > kLoadedAgain;
+  return large ? plan_gemm(p, backward) : plan_step(p, backward);
 }
 
 const char* name(PlanKind kind) {
-  constexpr const char* names[kPlanKinds] = {"step", "grid", "cluster"};
+  constexpr const char* names[kPlanKinds] = {"step", "grid", "cluster", "gemm"};
   return names[static_cast<int>(kind)];
 }
 

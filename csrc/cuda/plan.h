@@ -13,8 +13,14 @@ enum class PlanKind : int {
   kStep = 0,     // a launch each step, weights streamed: any size, any dtype, capturable
   kGrid = 1,     // one cooperative launch, weights stationary, h through L2
   kCluster = 2,  // one launch, weights stationary in a cluster, h through distributed shared memory
+  kGemm = 3,     // a library's product and a launch each step: large batches
 };
-inline constexpr int kPlanKinds = 3;
+inline constexpr int kPlanKinds = 4;
+
+// Whether each step has launches of its own, whose sizes are the host's.
+constexpr bool in_steps(PlanKind kind) {
+  return kind == PlanKind::kStep || kind == PlanKind::kGemm;
+}
 
 struct Device {
   int major, minor;
@@ -55,6 +61,8 @@ inline constexpr int kStepSplit = 8;       // warps that share the k of a unit t
 inline constexpr int kClusterSplit = 4;    // the same in a cluster
 inline constexpr int kMostUnitTiles = 4;   // of a CTA in a cluster
 inline constexpr int kStepRows = 16;       // the one tile the step plan is compiled for
+inline constexpr int kPointUnits = 32;     // of a CTA of the gemm plan's launches,
+inline constexpr int kPointRows = 8;       // which has a thread for each unit of each of its rows
 inline constexpr int kMostBlocks = 65535;  // of a grid, along y
 inline constexpr int kKBytes = 32;         // of k that one matrix instruction takes
 inline constexpr int kBarrierBytes = 128;  // a counter has its cache line to itself
@@ -106,8 +114,8 @@ bool supported(const Device& device);
 std::optional<Plan> plan_as(PlanKind kind, const Problem& problem, const Device& device,
                             bool backward);
 
-// The best plan for a device that is supported.
-Plan make_plan(const Problem& problem, const Device& device, bool backward);
+// The best plan for a device that is supported; stepwise: of those that are in steps.
+Plan make_plan(const Problem& problem, const Device& device, bool backward, bool stepwise = false);
 
 const char* name(PlanKind kind);
 

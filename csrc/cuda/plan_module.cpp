@@ -29,9 +29,10 @@ Device read_device(const std::vector<int64_t>& v) {
 
 std::string describe(const Plan& p) {
   std::ostringstream s;
-  s << name(p.kind) << " plan, " << p.unit_ctas << " x " << p.row_groups << " CTAs of " << p.threads
-    << " threads, tile " << p.unit_tiles * kUnitTile << " units x " << p.tile_rows << " rows, "
-    << (p.shared_bytes + 1023) / 1024 << " KB of shared memory";
+  s << name(p.kind) << " plan, " << (p.kind == PlanKind::kGemm ? "products through torch, " : "")
+    << p.unit_ctas << " x " << p.row_groups << " CTAs of " << p.threads << " threads, tile "
+    << p.unit_tiles * kUnitTile << " units x " << p.tile_rows << " rows";
+  if (p.shared_bytes) s << ", " << (p.shared_bytes + 1023) / 1024 << " KB of shared memory";
   if (p.tf32) s << ", TF32";
   return s.str();
 }
@@ -71,44 +72,18 @@ void define_plans(py::module_& m) {
       .def_readonly("row_groups", &Plan::row_groups)
       .def_readonly("threads", &Plan::threads)
       .def_readonly("shared_bytes", &Plan::shared_bytes)
-      // As the operators take it.
-      .def_property_readonly("packed",
-                             [](const Plan& p) {
-                               return std::vector<int64_t>{static_cast<int64_t>(p.kind),
-                                                           p.tf32,
-                                                           p.tile_rows,
-                                                           p.unit_tiles,
-                                                           p.unit_ctas,
-                                                           p.row_groups,
-                                                           p.shared_bytes};
-                             })
       .def("__str__", &describe)
       .def("__repr__", [](const Plan& p) { return "<CudaPlan: " + describe(p) + ">"; });
   m.def("cuda_plan", &plan, py::arg("dtype"), py::arg("T"), py::arg("N"), py::arg("H"),
         py::arg("R"), py::arg("directions"), py::arg("gates"), py::arg("projection"),
         py::arg("tf32"), py::arg("device"), py::arg("backward") = false, py::arg("kind") = "");
+  m.def("cuda_kinds", [] {
+    py::tuple kinds(kPlanKinds);
+    for (int i = 0; i < kPlanKinds; ++i) kinds[i] = name(static_cast<PlanKind>(i));
+    return kinds;
+  });
   m.def("cuda_row_bytes", [](const std::string& dtype, int64_t values) {
     return row_bytes(from_name<DType>(dtype, kDTypeCount, "dtype"), values);
-  });
-  // By the number the operators know a cell by, (gates, sums, memory, input gates, hidden gates):
-  // the contract of csrc/cells/cells.h.
-  m.def("cuda_cells", [] {
-    py::list all;
-    const auto add = [&](auto type) {
-      using Cell = decltype(type);
-      std::vector<int> input, hidden;
-      for (int j = 0; j < Cell::kGates; ++j) {
-        input.push_back(Cell::input_gate(j));
-        hidden.push_back(Cell::hidden_gate(j));
-      }
-      constexpr const char* memories[] = {"none", "cell", "hidden"};
-      all.append(py::make_tuple(+Cell::kGates, +Cell::kSums,
-                                memories[static_cast<int>(Cell::kMemory)], input, hidden));
-    };
-#define LSTM_FUSED_ADD(name, Cell) add(Cell{});
-    LSTM_FUSED_CELLS(LSTM_FUSED_ADD)
-#undef LSTM_FUSED_ADD
-    return all;
   });
 }
 

@@ -192,6 +192,24 @@ std::vector<float> operand(const Layer<Cell>& l, int d, bool backward, int64_t b
   return a;
 }
 
+// What a library's product is, plainly.
+class Loop final : public gpu::Gemm {
+ public:
+  const void* multiply(const gpu::Product& p, int gates, int64_t s, int d, int64_t rows) override {
+    const int64_t columns = p.in.bytes / 4, height = gates * p.units;
+    const float* a = reinterpret_cast<const float*>(p.a[d]);
+    const float* b = reinterpret_cast<const float*>(p.in.at(s, d, 0));
+    results_[d].assign(rows * height, 0.0f);
+    for (int64_t i = 0; i < rows * height; ++i)
+      for (int64_t k = 0; k < columns; ++k)
+        results_[d][i] += b[i / height * columns + k] * a[i % height * columns + k];
+    return results_[d].data();
+  }
+
+ private:
+  std::vector<float> results_[2];
+};
+
 template <class Cell, class Math>
 const char* run(Layer<Cell>& l, gpu::PlanKind kind, bool backward) {
   const Case& c = l.c;
@@ -243,7 +261,8 @@ const char* run(Layer<Cell>& l, gpu::PlanKind kind, bool backward) {
   p.dh0 = l.dh0.data();
   p.dc0 = l.dc0.data();
   const Steps steps = l.steps();
-  return gpu::run_with<Cell, Math>(*plan, p, nullptr, steps, nullptr);
+  Loop loop;
+  return gpu::run_with<Cell, Math>(*plan, p, nullptr, steps, loop, nullptr);
 }
 
 template <class Cell>

@@ -1,0 +1,40 @@
+// A step's epilogue by itself, after a product that a library took: a thread for each unit of a
+// row. Grid: (units, rows, directions).
+#pragma once
+
+#include "epilogues.h"
+#include "plan.h"
+#include "primitives.h"
+
+namespace lstm_fused::cuda {
+
+template <class Epilogue, class S>
+LSTM_FUSED_KERNEL(kPointUnits* kPointRows)
+pointwise_kernel(const LSTM_FUSED_CONSTANT RecurrenceParams p) {
+  using C = Compute<S>;
+  const int d = block_index().z;
+  const StepRows& rows = p.rows[d];
+  const int64_t units = p.product.units, reach = Epilogue::reach(rows);
+  const int64_t u = int64_t{block_index().x} * kPointUnits + thread_index() % kPointUnits;
+  if (u >= units) return;
+  const Exchange& next = p.product.out;
+  const int64_t run = next.bytes / static_cast<int64_t>(sizeof(S)) / Epilogue::kOut;
+  const int64_t first = int64_t{block_index().y} * kPointRows + thread_index() / kPointUnits;
+  for (int64_t n = first; n < reach; n += int64_t{block_count().y} * kPointRows) {
+    const C* sums = as<C>(p.sums[d]) + n * Epilogue::kGates * units + u;
+    C total[Epilogue::kGates];
+    LSTM_FUSED_UNROLL
+    for (int m = 0; m < Epilogue::kGates; ++m) total[m] = sums[Epilogue::gate(m) * units];
+    typename Epilogue::Unit unit;
+    S out[Epilogue::kOut];
+    Epilogue::fetch(p, rows, d, n, u, unit);
+    if (Epilogue::apply(rows, n, unit, total, out)) {
+      S* to = reinterpret_cast<S*>(next.at(p.s_begin + 1, d, n)) + u;
+      LSTM_FUSED_UNROLL
+      for (int v = 0; v < Epilogue::kOut; ++v) to[v * run] = out[v];
+    }
+    Epilogue::store(p, rows, d, n, u, unit);
+  }
+}
+
+}  // namespace lstm_fused::cuda
