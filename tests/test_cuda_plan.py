@@ -32,7 +32,7 @@ def plans():
     for name, dtype, N, H, D, gates, backward in product(
         DEVICES, DTYPES, ROWS, UNITS, (1, 2), (1, 3, 4), (False, True)
     ):
-        for T, kind in ((1, ""), (100, ""), (100, "grid"), (100, "cluster"), (100, "step"), (100, "gemm")):
+        for T, kind in ((1, ""), (100, ""), *((100, kind) for kind in cuda.KINDS)):
             sizes = (dtype, T, N, H, H, D, gates, False, True, DEVICES[name], backward)
             plan = _plan.cuda_plan(*sizes, kind)
             if plan is not None:
