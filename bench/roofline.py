@@ -107,7 +107,8 @@ def meeting(work: Workload, found: dict, ran: dict) -> float:
         return exchange.seconds(found, "grid", ran["unit_ctas"], operand)
     if ran["kernel"] == "cluster":
         return exchange.seconds(found, "cluster", ran["unit_ctas"], operand / ran["unit_ctas"])
-    launches = 2 if work.proj else 1
+    of_product = 1 + work.directions if ran["kernel"] == "gemm" else 1
+    launches = of_product * (2 if work.proj else 1)
     return launches * exchange.seconds(found, "graph")
 
 

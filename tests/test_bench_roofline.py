@@ -148,6 +148,8 @@ def test_gpu_is_one_team_that_meets_as_the_plan_does():
     assert found == pytest.approx(products + cluster + start)
     steps = limit(layer(), gpu(), [ran("step")])
     assert steps == pytest.approx(products + 10e-6 + start)
+    gemm = limit(layer(), gpu(), [ran("gemm")])
+    assert gemm == pytest.approx(products + 2 * 10e-6 + start)
 
 
 def test_gpu_backward_hands_on_all_gates():
