@@ -56,9 +56,9 @@ def commands(part, out):
         return [[PYTHON, "setup.py", "build_ext", "--inplace"]]
     if part == "smoke":
         return [[*check, "--inside", "smoke"]]
-    pytest = [PYTHON, "-m", "pytest", "-m", "cuda", "--maxfail=20"]
+    pytest = [PYTHON, "-m", "pytest", "-m", "cuda", "--maxfail=20", "-o", "faulthandler_timeout=60"]
     if part == "kernels":
-        return [[*pytest, *KERNELS]]
+        return [[*pytest, "-vv", *KERNELS]]  # by name, should one hang
     if part == "parity":
         parallel = ["-n", "8"] if has("xdist") else []
         return [[*pytest, *parallel, *files] for files in PARITY]
