@@ -61,30 +61,39 @@ def same_start():
         yield
 
 
-@pytest.fixture(
-    params=[
-        "cpu",
-        *[pytest.param(d, marks=pytest.mark.cuda) for d in DEVICES if d != "cpu"],
-        "emulated",
-    ]
-)
+ON_CUDA = [pytest.param(d, marks=pytest.mark.cuda) for d in DEVICES if d != "cpu"]
+
+
+@pytest.fixture(params=["cpu", *ON_CUDA, "emulated"])
 def device(request, monkeypatch):
     """Where the test runs: what it makes lies on that device, or on the CPU for CUDA's kernels
     emulated there. Files whose every test runs everywhere use it by their pytestmark.
+    """
+    if request.param != "emulated":
+        yield from placed(request.param, monkeypatch)
+        return
+    if request.node.get_closest_marker("dispatched"):
+        pytest.skip("the emulation stands behind no operator of torch's dispatcher")
+    with emulated.kernels():
+        yield request.param
+
+
+@pytest.fixture(params=["cpu", *ON_CUDA])
+def real_device(request, monkeypatch):
+    """As `device`, without the emulation: for what lies around the kernels."""
+    yield from placed(request.param, monkeypatch)
+
+
+def placed(device, monkeypatch):
+    """The rest of a fixture that gives a device and has the test's tensors made there.
 
     On CUDA torch.nn does without cuDNN, which draws dropout masks of its own, warns of weights that
     were exchanged, and has no backward pass in evaluation mode, nor a second one in any.
     """
-    if request.param == "emulated":
-        if request.node.get_closest_marker("dispatched"):
-            pytest.skip("the emulation stands behind no operator of torch's dispatcher")
-        with emulated.kernels():
-            yield request.param
-        return
-    if request.param == "cpu":
-        yield request.param
+    if device == "cpu":
+        yield device
         return
     last_run = ops.last_run
-    monkeypatch.setattr(ops, "last_run", lambda device=request.param: last_run(device))
-    with torch.device(request.param), tf32(False, cudnn=False):
-        yield request.param
+    monkeypatch.setattr(ops, "last_run", lambda device=device: last_run(device))
+    with torch.device(device), tf32(False, cudnn=False):
+        yield device

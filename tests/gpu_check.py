@@ -2,10 +2,10 @@
 
     python tests/gpu_check.py [--out FOLDER] [PART ...]
 
-Parts, in this order: build, smoke, parity, sanitizer, plans, bench. FOLDER (default
+Parts, in this order: build, smoke, kernels, parity, sanitizer, plans, bench. FOLDER (default
 build/gpu-check) receives log.txt and results.json, and bench.json, which is what `python -m bench
 report` reads. Without a CUDA device the emulation runs instead. Exits 1 if a part failed. Needs
-torch, ninja, pybind11 and pytest; no network.
+torch, ninja, pybind11 and pytest; no network. Tests that need more are skipped without it.
 """
 
 import argparse
@@ -22,14 +22,27 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PYTHON = sys.executable
-LIMITS = {  # seconds: a kernel that hangs must not take the others' time
-    "build": 400,
-    "smoke": 180,
-    "parity": 560,
-    "sanitizer": 240,
-    "plans": 240,
+LIMITS = {  # seconds, half an hour in all: a kernel that hangs must not take the others' time
+    "build": 180,
+    "smoke": 120,
+    "kernels": 220,
+    "parity": 360,
+    "sanitizer": 200,
+    "plans": 180,
     "bench": 530,  # of which the rows are told to take 420
 }
+
+
+def test_files(*names):
+    return [f"tests/test_{name}.py" for name in names]
+
+
+KERNELS = test_files("cuda")
+PARITY = (  # each group a process: an error of CUDA's stays until its process ends
+    test_files("layer_parity"),
+    test_files("module", "module_inputs", "autograd", "cells", "gradient_flow"),
+    test_files("refusals", "replace", "upstream", "compile"),
+)
 
 
 def has(module):
@@ -43,17 +56,20 @@ def commands(part, out):
         return [[PYTHON, "setup.py", "build_ext", "--inplace"]]
     if part == "smoke":
         return [[*check, "--inside", "smoke"]]
+    pytest = [PYTHON, "-m", "pytest", "-m", "cuda", "--maxfail=20", "-o", "faulthandler_timeout=60"]
+    if part == "kernels":
+        return [[*pytest, "-vv", *KERNELS]]  # by name, should one hang
     if part == "parity":
         parallel = ["-n", "8"] if has("xdist") else []
-        names = ("cuda", "module", "module_inputs", "autograd", "cells")
-        few = [f"tests/test_{name}.py" for name in names]
-        paths = ["tests"] if has("hypothesis") else few
-        return [[PYTHON, "-m", "pytest", "-m", "cuda", "--maxfail=20", *parallel, *paths]]
+        return [[*pytest, *parallel, *files] for files in PARITY]
     if part == "sanitizer":
-        tool = shutil.which("compute-sanitizer")
+        name = "compute-sanitizer"
+        tool = shutil.which(name) or shutil.which(f"/usr/local/cuda/bin/{name}")
+        # Each allocation by itself, so that what lies beside one is nobody's.
+        run = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", tool, "--error-exitcode", "9"]
         inside = [*check, "--inside", "tiny"]
-        kinds = ("memcheck", "racecheck")
-        return [[tool, "--tool", k, "--error-exitcode", "9", *inside] for k in kinds if tool]
+        kinds = (["memcheck", "--report-api-errors", "no"], ["racecheck"])
+        return [[*run, "--tool", *kind, *inside] for kind in kinds if tool]
     if part == "plans":
         names = ("exchange", "plans")
         return [[PYTHON, "-m", f"bench.{n}", "--json", str(out / f"{n}.json")] for n in names]
@@ -70,8 +86,9 @@ def run_part(part, out, log, environment):
         print(line, flush=True)
         log.write(line + "\n")
         left = LIMITS[part] - (time.monotonic() - started)
+        signal = "INT" if "pytest" in command else "TERM"  # pytest then says what failed so far
         process = subprocess.Popen(
-            ["timeout", "-k", "10", str(max(1, int(left))), *map(str, command)],
+            ["timeout", "-s", signal, "-k", "10", str(max(1, int(left))), *map(str, command)],
             cwd=ROOT,
             env=environment,
             text=True,

@@ -8,6 +8,9 @@ import sys
 
 import pytest
 import torch
+
+pytest.importorskip("rich")
+
 from rich.console import Console
 
 from bench import __main__ as cli

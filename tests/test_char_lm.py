@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+pytest.importorskip("rich")
+
 from examples import char_lm
 
 TEXT = "the quick brown fox jumps over the lazy dog; " * 60

@@ -4,15 +4,18 @@ import pytest
 import torch
 from beside import state_for, states_of
 from functorch.compile import make_boxed_func
-from oracle import CELLS, Problem, has_cell_state
+from oracle import CELLS, Problem, has_cell_state, here
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 from torch.library import opcheck
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils._triton import has_triton
 
 import lstm_fused
 from lstm_fused import ops
+
+pytestmark = pytest.mark.usefixtures("real_device")
 
 FORWARD = torch.ops.lstm_fused.recurrent_forward.default
 BACKWARD = torch.ops.lstm_fused.recurrent_backward.default
@@ -155,7 +158,7 @@ def test_compiles_packed(name, hx):
     compiled = torch.compile(module, backend=graphs, fullgraph=True, dynamic=True)
     for lengths in LENGTHS:
         x = input_of(module, max(lengths), len(lengths))
-        packed = pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=False)
+        packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
         inputs = leaves(packed.data, *(state_of(module, len(lengths)) if hx else ()))
         torch.testing.assert_close(
             gradients(compiled_call, module, inputs), gradients(call, module, inputs)
@@ -166,7 +169,9 @@ def test_compiles_packed(name, hx):
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_compiles_with_inductor(name):
+def test_compiles_with_inductor(name, real_device):
+    if real_device == "cuda" and not has_triton():
+        pytest.skip("no Triton, which Inductor writes CUDA's kernels in")
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), make(name))
 
     def call(x):
@@ -273,10 +278,10 @@ def sample(cell, name):
     """x, batch_sizes, state0, weights and the number of directions."""
     shape, D, bias, proj, states, dtype = SAMPLES[name]
     p = Problem(1, 1, 3, 17, dtype, directions=D, bias=bias, proj=proj, cell=cell)
-    module = p.module(lstm_fused)
+    module = here(p).module(lstm_fused)
     if isinstance(shape, list):
         padded = torch.randn(shape[0], len(shape), 3, dtype=dtype)
-        x, batch_sizes, *_ = pack_padded_sequence(padded, torch.tensor(shape))
+        x, batch_sizes, *_ = pack_padded_sequence(padded, shape)
         N = len(shape)
     else:
         x, batch_sizes, N = torch.randn(*shape, 3, dtype=dtype), None, shape[1]

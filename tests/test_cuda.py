@@ -10,6 +10,8 @@ import torch
 from cuda_cases import HELD, KINDS, LARGE, PROJECTED, SMALL, cases, expected, tf32
 from oracle import CELLS, Problem, check, run_module
 from paths import DEVICES
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import lstm_fused
@@ -274,3 +276,25 @@ def test_explains():
     module, x = layer()
     text = str(lstm_fused.explain(module, x))
     assert "plan" in text and "CTAs" in text
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """Of this process alone, through NCCL."""
+    if not (distributed.is_available() and distributed.is_nccl_available()):
+        pytest.skip("torch without NCCL")
+    store = {"init_method": f"file://{tmp_path / 'store'}", "rank": 0, "world_size": 1}
+    distributed.init_process_group("nccl", device_id=torch.device("cuda", 0), **store)
+    yield
+    distributed.destroy_process_group()
+
+
+def test_distributed(process_group):
+    """Gradients under DistributedDataParallel are those of the plain module."""
+    for cell in CELLS:
+        module, x = layer(cell, num_layers=2, bidirectional=True)
+        plain = copy.deepcopy(module)
+        for each in (DistributedDataParallel(module, device_ids=[0]), plain):
+            each(x)[0].square().sum().backward()
+        found, wanted = ({n: p.grad for n, p in m.named_parameters()} for m in (module, plain))
+        torch.testing.assert_close(found, wanted)

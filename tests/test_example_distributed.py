@@ -10,6 +10,8 @@ import backends
 import pytest
 import torch
 
+pytest.importorskip("rich")
+
 from examples import distributed
 
 ROOT = Path(__file__).parents[1]

@@ -6,10 +6,12 @@ import torch
 from beside import each_cell, fitting
 from oracle import CELLS, has_cell_state
 from torch import nn
-from torch.nn.utils.rnn import pack_sequence
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import lstm_fused
 from lstm_fused import ops
+
+pytestmark = pytest.mark.usefixtures("real_device")
 
 T, N, I, H = 6, 3, 4, 5  # noqa: E741
 
@@ -43,7 +45,8 @@ def cell_of(module, row, width):
     base = next(k for k in kind if isinstance(module, k))
     more = {"nonlinearity": module.nonlinearity} if base is nn.RNN else {}
     with torch.random.fork_rng(devices=[]):
-        cell = kind[base](width, H, bias=module.bias, dtype=torch.float64, **more)
+        cell = kind[base](width, H, module.bias, dtype=torch.float64, device="cpu", **more)
+    cell.to(module.weight_ih_l0.device)
     layers = [getattr(module, name) for name in module._all_weights[row]]
     with torch.no_grad():
         for parameter, weight in zip(cell.parameters(), layers, strict=True):
@@ -145,16 +148,17 @@ def test_projection():
     torch.testing.assert_close(flow[1], expected)
 
 
-def test_one_sequence_and_what_is_left_untouched():
+def test_one_sequence_and_what_is_left_untouched(real_device):
+    states = [torch.get_rng_state, *([torch.cuda.get_rng_state] if real_device == "cuda" else [])]
     module = lstm_fused.GRU(I, H, num_layers=2, bidirectional=True).requires_grad_(False)
     x = torch.randn(T, I)
-    random = torch.get_rng_state()
+    random = [state() for state in states]
     with torch.inference_mode():
         flow = lstm_fused.gradient_flow(module, x)
     assert flow.shape == (T, 4, H)
     batched = lstm_fused.gradient_flow(module, x[:, None])
     torch.testing.assert_close(flow, batched[:, :, 0], rtol=0, atol=0)
-    assert torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(old, state()) for old, state in zip(random, states, strict=True))
     assert all(p.grad is None for p in module.parameters())
     assert not x.requires_grad
 
@@ -165,21 +169,31 @@ def test_steps_the_loss_does_not_see_have_zeros():
     assert flow[:3].ne(0).any(-1).all()
 
 
+def draw(*shape):
+    return torch.randn(*shape or (T, N, I))
+
+
+def packed():
+    return pack_padded_sequence(draw(T, 1, I), [T])
+
+
 @pytest.mark.parametrize(
-    "error, module, input, options",
+    "error, kind, input, options",
     [
-        (TypeError, nn.Linear(I, H), torch.randn(T, N, I), {}),
-        (TypeError, nn.GRU(I, H), pack_sequence([torch.randn(T, I)]), {}),
-        (ValueError, nn.GRU(I, H), torch.randn(0, N, I), {}),
-        (ValueError, nn.GRU(I, H), torch.randn(T, N, I), {"loss": lambda y: y[-1]}),
-        (ValueError, nn.GRU(I, H), torch.randn(T, N, I), {"loss": lambda y: 1.0}),
-        (ValueError, nn.GRU(I, H), torch.randn(T, N, I), {"loss": lambda y: y.detach().sum()}),
-        (RuntimeError, nn.GRU(I, H), torch.randn(T, N, I + 1), {}),
-        (RuntimeError, lstm_fused.GRU(I, H), torch.randn(T, N, I + 1), {}),
-        (RuntimeError, nn.GRU(I, H), torch.randn(T, N, I), {"hx": torch.zeros(2, N, H)}),
-        (ValueError, nn.GRU(I, H), torch.randn(I), {}),
+        (TypeError, nn.Linear, draw, {}),
+        (TypeError, nn.GRU, packed, {}),
+        (ValueError, nn.GRU, lambda: draw(0, N, I), {}),
+        (ValueError, nn.GRU, draw, {"loss": lambda y: y[-1]}),
+        (ValueError, nn.GRU, draw, {"loss": lambda y: 1.0}),
+        (ValueError, nn.GRU, draw, {"loss": lambda y: y.detach().sum()}),
+        (RuntimeError, nn.GRU, lambda: draw(T, N, I + 1), {}),
+        (RuntimeError, lstm_fused.GRU, lambda: draw(T, N, I + 1), {}),
+        (RuntimeError, nn.GRU, draw, {"hx": (2, N, H)}),
+        (ValueError, nn.GRU, lambda: draw(I), {}),
     ],
 )
-def test_refuses(error, module, input, options):
+def test_refuses(error, kind, input, options):
+    if "hx" in options:
+        options = {"hx": draw(*options["hx"])}
     with pytest.raises(error):
-        lstm_fused.gradient_flow(module, input, **options)
+        lstm_fused.gradient_flow(kind(I, H), input(), **options)

@@ -10,6 +10,8 @@ from torch.nn.utils import parametrizations, prune
 import lstm_fused
 from lstm_fused import ops
 
+pytestmark = pytest.mark.usefixtures("real_device")
+
 
 class Model(nn.Module):
     def __init__(self):

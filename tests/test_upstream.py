@@ -19,10 +19,16 @@ from torch.nn.utils.rnn import (
     pad_packed_sequence,
     pad_sequence,
 )
-from torch.testing._internal import common_modules
 
 import lstm_fused
 from lstm_fused import ops
+
+pytest.importorskip("expecttest")
+pytest.importorskip("numpy")
+
+from torch.testing._internal import common_modules
+
+pytestmark = pytest.mark.usefixtures("real_device")
 
 NAMES = [kind.__name__ for kind in (*lstm_fused.nn.MODULES, *lstm_fused.cells.MODULES)]
 INFOS = {i.module_cls.__name__: copy.copy(i) for i in common_modules.module_db}
@@ -36,9 +42,9 @@ each_dtype = pytest.mark.parametrize("dtype", INFOS["LSTM"].dtypes, ids=str)
 
 def samples(name, dtype, training=True, requires_grad=False):
     """A module, its inputs and upstream's reference, for each of upstream's samples."""
-    info = INFOS[name]
+    info, device = INFOS[name], torch.get_default_device()
     for sample in info.module_inputs_func(
-        info, device="cpu", dtype=dtype, requires_grad=requires_grad, training=training
+        info, device=device, dtype=dtype, requires_grad=requires_grad, training=training
     ):
         made = sample.constructor_input
         module = info.module_cls(*made.args, **made.kwargs, dtype=dtype).train(training)
@@ -68,8 +74,8 @@ def test_forward(dtype, training, name):
 def test_factory_kwargs(dtype, name):
     for module, _, _, _ in samples(name, dtype):
         assert {p.dtype for p in module.parameters()} == {dtype}
-    info = INFOS[name]
-    for sample in info.module_inputs_func(info, "cpu", dtype, False, True):
+    info, device = INFOS[name], torch.get_default_device()
+    for sample in info.module_inputs_func(info, device, dtype, False, True):
         made = sample.constructor_input
         on_meta = info.module_cls(*made.args, **made.kwargs, dtype=dtype, device="meta")
         assert all(p.is_meta and p.dtype is dtype for p in on_meta.parameters())
@@ -153,8 +159,8 @@ def test_moves_and_state_dict(name):
 @each_name
 @each_dtype
 def test_error_inputs(dtype, name):
-    count, info = 0, INFOS[name]
-    for error in info.module_error_inputs_func(info, "cpu", dtype, False, True):
+    count, info, device = 0, INFOS[name], torch.get_default_device()
+    for error in info.module_error_inputs_func(info, device, dtype, False, True):
         made = error.module_error_input.constructor_input
         given = error.module_error_input.forward_input
         if error.error_on is common_modules.ModuleErrorEnum.CONSTRUCTION_ERROR:
@@ -221,11 +227,12 @@ def lstm_without_dropout(lstm):
     return twin
 
 
-def test_dropout_follows_the_seed():
+def test_dropout_follows_the_seed(real_device):
+    random = torch.cuda if real_device == "cuda" else torch
     lstm, x = lstm_fused.LSTM(10, 20, 2, dropout=0.5), torch.ones(3, 2, 10)
-    state = torch.get_rng_state()
+    state = random.get_rng_state()
     first, second = lstm(x)[0], lstm(x)[0]
-    torch.set_rng_state(state)
+    random.set_rng_state(state)
     again = lstm(x)[0]
     assert torch.equal(first, again) and not torch.equal(first, second)
 
@@ -235,7 +242,8 @@ def test_batches_and_padding_agree():
     lengths = [10, 10, 6, 2, 2, 1, 1]
     lstm = lstm_fused.LSTM(3, 4, 2, bidirectional=True, dtype=torch.float64)
     sequences = [torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in lengths]
-    packed = pack_sequence(sequences)
+    with torch.device("cpu"):  # where pack_sequence must make its lengths
+        packed = pack_sequence(sequences)
     y, (h_n, c_n) = lstm(packed)
     padded, found_lengths = pad_packed_sequence(y)
     assert found_lengths.tolist() == lengths
