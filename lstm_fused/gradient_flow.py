@@ -66,7 +66,8 @@ def _check(module, input, hx):
     time = 1 if module.batch_first and input.dim() == 3 else 0
     if input.dim() in (2, 3) and input.shape[time] == 0:
         raise ValueError("input must have at least one step")
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    devices = [input.device] if input.is_cuda else []  # the CPU is always one
+    with torch.no_grad(), torch.random.fork_rng(devices):
         module(input.narrow(time, 0, 1) if input.dim() in (2, 3) else input, hx)
 
 
@@ -118,9 +119,8 @@ def _one_layer(module, k, d):
     if issubclass(kind, torch.nn.RNN):
         options["nonlinearity"] = module.nonlinearity
     with torch.random.fork_rng(devices=[]):
-        layer = kind(
-            weights["weight_ih_l0"].shape[1], module.hidden_size, bias=module.bias, **options
-        )
+        sizes = weights["weight_ih_l0"].shape[1], module.hidden_size
+        layer = kind(*sizes, bias=module.bias, device="cpu", **options)
     layer.to(weights["weight_ih_l0"])
     layer.load_state_dict(weights)
     return layer.requires_grad_(False)

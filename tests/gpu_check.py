@@ -133,7 +133,7 @@ def tiny():
     import lstm_fused
     from lstm_fused import cuda
 
-    for kind in ("step", "grid", "cluster"):
+    for kind in cuda.KINDS:
         cuda.set_plan(kind)
         for dtype in (torch.float32, torch.bfloat16):
             module = lstm_fused.LSTM(6, 40, bidirectional=True, device="cuda", dtype=dtype)
