@@ -7,7 +7,7 @@ import oracle
 import pytest
 import tolerance
 import torch
-from cuda_cases import HELD, KINDS, LARGE, OURS, PROJECTED, SMALL, cases, expected, tf32
+from cuda_cases import HELD, IN_STEPS, KINDS, LARGE, OURS, PROJECTED, SMALL, cases, expected, tf32
 from oracle import CELLS, Problem, check, run_module
 from paths import DEVICES
 from torch import distributed
@@ -196,8 +196,8 @@ def test_streams(kind, dtype, hidden):
     module, x = layer(dtype=dtype, hidden=hidden, bidirectional=True)
     with torch.no_grad():
         expected_y = module(x)[0]
-        fits = {"step": True, "gemm": True, "grid": cuda.device_properties(0)[2] >= 128, "cluster": False}
-        assert hidden == 100 or not fits[kind] or ops.last_run("cuda")["kernel"] == kind
+        large_fits = kind in IN_STEPS or kind == "grid" and cuda.device_properties(0)[2] >= 128
+        assert hidden == 100 or not large_fits or ops.last_run("cuda")["kernel"] == kind
         torch.cuda.synchronize()
         streams = [torch.cuda.Stream() for _ in range(2)]
         found = []
