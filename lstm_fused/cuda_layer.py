@@ -1,14 +1,14 @@
 """The recurrent layer on a CUDA device: `lstm_fused::recurrent_forward` and `recurrent_backward`.
 
-What does not recur is a single product each, through torch: x.W_ih of all steps before the kernels
-run, and the gradients of x and of the weights after them. The recurrence is ours, forward as a
-whole and the walk back through time (csrc/cuda/ops.cu).
+What does not recur is a single product each, by torch's cuBLAS: x.W_ih of all steps before the
+kernels run, and the gradients of x and of the weights after them. The recurrence is ours, forward
+as a whole and the walk back through time (csrc/cuda/ops.cu).
 
 Shapes: T steps, N rows, I inputs, H hidden units, R recurrent width (the projection's size, or H),
 D directions, S rows of packed data, G gates, and as many sums as csrc/cells/cells.h says.
 """
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 
@@ -20,69 +20,20 @@ def _check(fits, message):
         raise RuntimeError(message)
 
 
-@contextmanager
-def _ieee_products():
-    """No TF32 in torch's products, by whichever of torch's two kinds of switch is in use.
-
-    Torch refuses to answer when both kinds contradict each other.
-    """
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    try:
-        older = torch.get_float32_matmul_precision()
-    except RuntimeError:
-        older = "highest"
-    if older != "highest":
-        torch.set_float32_matmul_precision("highest")
-    else:
-        matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        if older != "highest":
-            torch.set_float32_matmul_precision(older)
-        else:
-            matmul.fp32_precision = before
-
-
 def _undisturbed(x, run):
-    """run(tf32) without autograd or autocast; tf32: whether the recurrence of float32 may be TF32.
-
-    Torch's own switch rules its products, but no TF32 where recurrent layers may not have it.
-    """
-    tf32 = ieee = False
-    if x.dtype is torch.float32:
-        tf32 = cuda.tf32_allowed()
-        ieee = not tf32 and torch.backends.cuda.matmul.fp32_precision not in ("none", "ieee")
+    """run(tf32) without autograd or autocast; tf32: whether products of float32 may be TF32."""
+    tf32 = x.dtype is torch.float32 and cuda.tf32_allowed()
     autocast = torch.is_autocast_enabled(x.device.type)
-    if not ieee and not autocast and not torch.is_grad_enabled():
+    if not autocast and not torch.is_grad_enabled():
         return run(tf32)
     no_autocast = torch.autocast(x.device.type, enabled=False) if autocast else nullcontext()
-    with torch.no_grad(), no_autocast, _ieee_products() if ieee else nullcontext():
+    with torch.no_grad(), no_autocast:
         return run(tf32)
 
 
 def _compute(x):
     """The dtype of sums, gates and products of a layer of x's dtype."""
     return torch.float64 if x.dtype is torch.float64 else torch.float32
-
-
-def _product(a, b):
-    """a (n, k) b (k, m), accumulated and given in the compute dtype."""
-    if a.dtype in (torch.float32, torch.float64):
-        return torch.mm(a, b)
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float())
-
-
-def _operand(w, columns):
-    """w (rows, k) with its rows padded by zeros to `columns`, contiguous and aligned."""
-    if w.shape[1] == columns and w.is_contiguous() and w.data_ptr() % 16 == 0:
-        return w
-    padded = w.new_zeros(w.shape[0], columns)
-    padded[:, : w.shape[1]] = w
-    return padded
 
 
 def forward(x, batch_sizes, state0, weights, cell, directions, training):
@@ -106,8 +57,8 @@ def backward(
     )
 
     def run(tf32):
-        one = _Backward(x, batch_sizes, state0, weights, y, cell, directions, mask)
-        return one.gradients(gates, cells, dy, dh_n, dc_n, tf32)
+        one = _Backward(x, batch_sizes, state0, weights, y, cell, directions, mask, tf32)
+        return one.gradients(gates, cells, dy, dh_n, dc_n)
 
     return _undisturbed(x, run)
 
@@ -115,8 +66,8 @@ def backward(
 class _Backward:
     """One backward pass: the walk back through time, then the gradients of x and the weights."""
 
-    def __init__(self, x, batch_sizes, state0, weights, y, cell, directions, mask):
-        self.x, self.batch_sizes, self.y, self.mask = x, batch_sizes, y, mask
+    def __init__(self, x, batch_sizes, state0, weights, y, cell, directions, mask, tf32):
+        self.x, self.batch_sizes, self.y, self.mask, self.tf32 = x, batch_sizes, y, mask, tf32
         self.cell, self.D = cell, directions
         self.state0, self.given = list(state0), list(weights)
         self.G, self.sums, self.input_gates, self.hidden_gates = (
@@ -135,7 +86,7 @@ class _Backward:
             f"y has shape {tuple(y.shape)} and {y.dtype}, which is not what forward gave",
         )
 
-    def gradients(self, gates, cells, dy, dh_n, dc_n, tf32):
+    def gradients(self, gates, cells, dy, dh_n, dc_n):
         if self.N == 0:
             return self._nothing()
         self.d_gates, dh0, dc0, self.hidden, self.d_hidden, self.before = cuda.kernels.backward(
@@ -155,11 +106,15 @@ class _Backward:
             self.D,
             self.mask[1],
             self.mask[2],
-            tf32,
+            self.tf32,
             cuda.forced_kind(),
         )
         dweights = [self._weight_gradients(d) for d in range(self.D)]
         return self._input_gradient(), dh0, dc0, [g for each in dweights for g in each]
+
+    def _product(self, a, b):
+        """a (n, k) b (k, m), accumulated and given in the compute dtype."""
+        return cuda.kernels.product(a, b, self.tf32)
 
     def _nothing(self):
         def wanted(want, *shape):
@@ -196,7 +151,7 @@ class _Backward:
             return self.x.new_empty(0)
         dx = None
         for d, w in enumerate(self.weights):
-            part = _product(self._input_part(d), self._gates_in(w[0], self.input_gates))
+            part = self._product(self._input_part(d), self._gates_in(w[0], self.input_gates))
             dx = part if dx is None else dx.add_(part)
         return dx.to(self.x.dtype).view(self.x.shape)
 
@@ -220,10 +175,10 @@ class _Backward:
                 grads.append(self.x.new_empty(0))
                 continue
             if self.projection and i == each - 1:
-                grad = _product(self.d_hidden[:, d].t(), self.hidden[:, d])
+                grad = self._product(self.d_hidden[:, d].t(), self.hidden[:, d])
             elif i == 0:
                 grad = self._gates_in(
-                    _product(self._input_part(d).t(), self.x.reshape(self.S, -1)), back_in[0]
+                    self._product(self._input_part(d).t(), self.x.reshape(self.S, -1)), back_in[0]
                 )
             elif i == 1:
                 grad = self._gates_in(self._recurrent_gradient(d), back_in[1])
@@ -240,13 +195,13 @@ class _Backward:
         grad, y = self._hidden_part(d), self.y.view(self.S, self.D, self.R)[:, d]
         h0 = self.state0[0][d] if self.state0 else None
         if self.batch_sizes is not None:
-            return _product(grad.t(), self.before[:, d])
+            return self._product(grad.t(), self.before[:, d])
         if h0 is None:
             if self.T == 1:
                 return grad.new_zeros(self.G * self.H, self.R)
             later, earlier = (
                 (grad[self.N :], y[: -self.N]) if d == 0 else (grad[: -self.N], y[self.N :])
             )
-            return _product(later.t(), earlier)
+            return self._product(later.t(), earlier)
         before = torch.cat((h0, y[: -self.N]) if d == 0 else (y[self.N :], h0))
-        return _product(grad.t(), before)
+        return self._product(grad.t(), before)

@@ -1,15 +1,16 @@
 """Problems for the CUDA kernels: small ones for emulation too, large ones for a device alone."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import torch
 from oracle import Problem
 from paths import DTYPES
 
+from lstm_fused import cuda
 from lstm_fused.cuda import KINDS
 
-OURS = tuple(kind for kind in KINDS if kind != "gemm")  # plans whose products are not torch's
 IN_STEPS = ("step", "gemm")  # plans for every dtype and projections
 SMALL = (
     Problem(5, 19, 6, 40, hx=True),  # ragged tiles of units and rows
@@ -39,6 +40,35 @@ LARGE = (
     Problem(6, 300, 64, 640),
     Problem(4, 5, 64, 1900),
 )
+
+
+# How a matrix (rows, columns) may lie in memory.
+LAYOUTS = {
+    "rows": lambda draw, rows, columns: draw(rows, columns),
+    "columns": lambda draw, rows, columns: draw(columns, rows).t(),
+    "rows of more": lambda draw, rows, columns: draw(rows, 3, columns)[:, 1],
+    "columns of more": lambda draw, rows, columns: draw(columns, 2, rows)[:, 1].t(),
+    "neither": lambda draw, rows, columns: draw(rows, columns, 2)[..., 1],
+    "one row again and again": lambda draw, rows, columns: draw(columns).expand(rows, columns),
+}
+
+
+def check_products(dtype, device):
+    """The product by cuBLAS, of every layout and some sizes, with TF32 and without."""
+    draw = partial(torch.randn, dtype=dtype, device=device)
+    tiny = torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32).eps
+    for (left, of_a), (right, of_b) in product(LAYOUTS.items(), LAYOUTS.items()):
+        for n, k, m in ((5, 40, 7), (1, 9, 4), (6, 1, 1), (1, 33, 1)):
+            a, b = of_a(draw, n, k), of_b(draw, k, m)
+            exact, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+            for allowed in (False, True):
+                found = cuda.kernels.product(a, b, allowed)
+                assert found.dtype is torch.promote_types(dtype, torch.float32), (left, right)
+                narrow = allowed and dtype is torch.float32
+                limit = torch.finfo(torch.float16).eps if narrow else (k + 1) * tiny
+                error = (found - exact).abs()
+                assert (error <= limit * size).all(), (left, right, n, k, m)
+                assert not narrow or k < 9 or error.max() > tiny * size.max(), (left, right, n)
 
 
 def tf32(allowed, cudnn=True):

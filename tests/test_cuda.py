@@ -7,9 +7,20 @@ import oracle
 import pytest
 import tolerance
 import torch
-from cuda_cases import HELD, IN_STEPS, KINDS, LARGE, OURS, PROJECTED, SMALL, cases, expected, tf32
+from cuda_cases import (
+    HELD,
+    IN_STEPS,
+    KINDS,
+    LARGE,
+    PROJECTED,
+    SMALL,
+    cases,
+    check_products,
+    expected,
+    tf32,
+)
 from oracle import CELLS, Problem, check, run_module
-from paths import DEVICES
+from paths import DEVICES, DTYPES
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -55,7 +66,7 @@ def test_agrees_large(kind, problem):
     check(problem)
 
 
-@pytest.mark.parametrize("kind", OURS)
+@each_kind
 @pytest.mark.parametrize("problem", [SMALL[1], LARGE[0], LARGE[2]], ids=str)
 def test_tf32(kind, problem):
     """Against nn.LSTM in TF32 too; a floor of TF32's ten bits, where cuDNN takes more for little
@@ -72,6 +83,11 @@ def test_tf32(kind, problem):
         error, largest = tolerance.error_of(found.tensors[name], truth), truth.abs().max().item()
         torch_error = tolerance.error_of(theirs[name], truth)
         assert error <= tolerance.allowed(name, torch.float16, torch_error, largest), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products(dtype):
+    check_products(dtype, "cuda")
 
 
 @each_kind

@@ -8,15 +8,15 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 
 import emulated
 import oracle
 import pytest
 import tolerance
 import torch
-from cuda_cases import HELD, KINDS, OURS, PROJECTED, SMALL, cases, expected, tf32
+from cuda_cases import HELD, KINDS, PROJECTED, SMALL, cases, check_products, expected, tf32
 from oracle import Problem, check, judges, run_module
+from paths import DTYPES
 
 import lstm_fused
 from lstm_fused import cuda, ops
@@ -46,7 +46,7 @@ def test_agrees(kind, problem):
 @pytest.mark.parametrize(
     ("kind", "problem"),
     [
-        *((kind, Problem(5, 19, 6, 100, directions=2, hx=True)) for kind in OURS),
+        *((kind, Problem(5, 19, 6, 100, directions=2, hx=True)) for kind in KINDS),
         ("grid", Problem(2, 3, 4, 400)),  # weights both in registers and in shared memory
     ],
     ids=str,
@@ -65,37 +65,9 @@ def test_tf32(kind, problem):
         assert error > torch.finfo(torch.float32).eps * largest, name
 
 
-SWITCHES = """
-import sys
-import torch
-from lstm_fused import cuda_layer
-matmul = torch.backends.cuda.matmul
-exec(sys.argv[1])
-before = matmul.fp32_precision
-with cuda_layer._ieee_products():
-    assert matmul.fp32_precision == "ieee" and matmul.allow_tf32 is False
-assert matmul.fp32_precision == before == "tf32"
-exec(sys.argv[2])
-"""
-
-
-@pytest.mark.parametrize(
-    ("switch", "after"),
-    [
-        ("matmul.allow_tf32 = True", "assert matmul.allow_tf32"),
-        ("matmul.fp32_precision = 'tf32'", ""),
-        ("torch.set_float32_matmul_precision('high')", "assert matmul.allow_tf32"),
-        (
-            "torch.set_float32_matmul_precision('medium')",
-            "assert torch.get_float32_matmul_precision() == 'medium'",
-        ),
-    ],
-)
-def test_products_without_tf32(switch, after):
-    """Each of torch's switches is found and left as it was; in a process of its own."""
-    command = [sys.executable, "-c", SWITCHES, switch, after]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=emulated.ROOT)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products(dtype):
+    check_products(dtype, "cpu")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -54,7 +54,7 @@ def test_within_the_device():
         if p.kind == "gemm":
             assert p.shared_bytes == 0 and p.threads == 16 * p.unit_tiles * p.tile_rows, (case, p)
         assert used > p.unit_ctas // 2 if p.kind == "cluster" else used == p.unit_ctas, (case, p)
-        assert p.tf32 == (dtype == "float32" and p.kind != "gemm"), (case, p)
+        assert p.tf32 == (dtype == "float32"), (case, p)
         if p.kind == "grid":
             assert p.unit_ctas * p.row_groups * D <= sms, (case, p)
             assert p.threads * MOST_REGISTERS <= REGISTERS, (case, p)

@@ -7,6 +7,7 @@
 
 #include "../layer.h"
 #include "../poison.h"
+#include "blas.h"
 #include "kernels.h"
 #include "primitives.h"
 
@@ -108,43 +109,58 @@ PlanKind kind_named(const std::string& wanted) {
   return PlanKind::kStep;
 }
 
-// a (n, k) times the transpose of b (m, k), accumulated and given in the compute dtype.
-Tensor product(const Tensor& a, const Tensor& b) {
-  using torch::stable::detail::from;
-  const ScalarType dtype = a.scalar_type();
-  const bool narrow = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
-  const Tensor turned = torch::stable::transpose(b, 0, 1);
-#if defined(LSTM_FUSED_EMULATION)
-  // torch has no product of 16 bits with float32 results on the CPU.
-  if (narrow)
-    return torch::stable::matmul(torch::stable::to(a, ScalarType::Float),
-                                 torch::stable::to(turned, ScalarType::Float));
-#endif
-  std::array<StableIValue, 3> stack{from(a), from(turned), from(ScalarType::Float)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", narrow ? "dtype" : "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+// t's memory, of a copy if neither its rows nor its columns are contiguous.
+Matrix matrix_of(const Tensor& t, Tensors& kept) {
+  const int64_t rows = t.size(0), columns = t.size(1);
+  // What lies `stride` apart holds `length` values; the stride of a single one may be anything.
+  const auto runs = [](int64_t count, int64_t stride, int64_t length, int64_t inner) {
+    return (length == 1 || inner == 1) && (count == 1 || stride >= length);
+  };
+  if (runs(rows, t.stride(0), columns, t.stride(1)))
+    return {t.data_ptr(), rows, columns, rows == 1 ? columns : t.stride(0), false};
+  if (runs(columns, t.stride(1), rows, t.stride(0)))
+    return {t.data_ptr(), rows, columns, columns == 1 ? rows : t.stride(1), true};
+  kept.push_back(torch::stable::contiguous(t));
+  return {kept.back().data_ptr(), rows, columns, columns, false};
 }
 
-// Torch's products of what lies in a pass's memory.
+// a (n, k) b (k, m) on the device of `like`, accumulated and given in the compute dtype.
+Tensor product(const Matrix& a, const Matrix& b, bool tf32, const Tensor& like) {
+  const DType dtype = dtype_of(like, "x");
+  Tensor out = allocate({a.rows, b.columns}, compute_dtype(dtype), like);
+  STD_TORCH_CHECK(has_library(), "lstm_fused: torch came without cuBLAS of CUDA 12 or later");
+  void* library = nullptr;
+  TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&library));
+  check(multiply(library, dtype, tf32, a, b, out.data_ptr()), "cuBLAS");
+  return out;
+}
+
+// The same for Python, of tensors with any strides.
+Tensor product_of(Tensor a, Tensor b, bool tf32) {
+  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0) && a.size(1) > 0,
+                  "b has shape ", describe(b), ", which does not fit a's, ", describe(a));
+  check_like(b, a, "b");
+  const Guard guard(a.get_device_index());
+  Tensors kept;
+  return product(matrix_of(a, kept), matrix_of(b, kept), tf32, a);
+}
+
+// The gemm plan's, of what lies in a pass's memory.
 class Products final : public Gemm {
  public:
-  explicit Products(const Tensor& x) : x_(x) {}
+  Products(const Tensor& x, bool tf32) : x_(x), tf32_(tf32) {}
 
   const void* multiply(const Product& p, int gates, int64_t s, int d, int64_t rows) override {
     const int64_t columns = p.in.bytes / x_.element_size();
-    const Tensor a = view(p.a[d], gates * p.units, columns);
-    results_[d] = product(view(p.in.at(s, d, 0), rows, columns), a);
+    const Matrix b{p.in.at(s, d, 0), rows, columns, columns, false};
+    const Matrix a{p.a[d], columns, gates * p.units, columns, true};
+    results_[d] = product(b, a, tf32_, x_);
     return results_[d]->data_ptr();
   }
 
  private:
-  Tensor view(const char* data, int64_t rows, int64_t columns) const {
-    return torch::stable::from_blob(const_cast<char*>(data), {rows, columns}, {columns, 1},
-                                    x_.device(), x_.scalar_type());
-  }
-
   const Tensor& x_;
+  const bool tf32_;
   std::optional<Tensor> results_[2];
 };
 
@@ -183,6 +199,7 @@ class Pass {
   }
 
   int gates() const { return info(layer_.cell).gates; }
+  bool tf32() const { return plan_.tf32; }
   bool persistent() const { return !in_steps(plan_.kind); }
   Memory memory() const { return info(layer_.cell).memory; }
 
@@ -296,7 +313,7 @@ class Pass {
   }
 
   void launch(const RecurrenceParams& p, const Product* second) const {
-    Products products(x_);
+    Products products(x_, plan_.tf32);
     check(run_of(layer_.dtype, plan_.tf32)(layer_.cell, plan_, p, second, size_.steps, products,
                                            stream_),
           name(plan_.kind));
@@ -315,16 +332,22 @@ class Pass {
 };
 
 // x.W_ih of all steps, (S, D * G * H).
-Tensor input_product(const Pass& pass, const Layer& layer, const Tensor& x, const Tensor& w_ih) {
+Tensor input_product(const Pass& pass, const Layer& layer, const Tensor& x) {
   const LayerSizes& s = layer.size;
+  const int64_t height = pass.gates() * s.H;
   const Tensor rows = torch::stable::reshape(x, {s.steps.rows(), s.I});
-  if (s.D == 1) return product(rows, w_ih);
-  const int64_t height = pass.gates() * s.H, bytes = height * s.I * bytes_of(layer.dtype);
+  Tensors kept;
+  const Matrix left = matrix_of(rows, kept);
+  Matrix right{layer.weights[0].w_ih, s.I, height, s.I, true};
+  if (s.D == 1) return product(left, right, pass.tf32(), x);
+  const int64_t bytes = height * s.I * bytes_of(layer.dtype);
   const Tensor both = pass.empty({2 * height, s.I});
   for (int d = 0; d < 2; ++d)
     pass.copy_rows(static_cast<char*>(both.data_ptr()) + d * bytes, bytes, layer.weights[d].w_ih,
                    bytes, bytes, 1);
-  return product(rows, both);
+  right.data = both.data_ptr();
+  right.columns *= 2;
+  return product(left, right, pass.tf32(), x);
 }
 
 Shape gates_shape(const Layer& layer) {
@@ -355,7 +378,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor x, MaybeTensor
   if (steps.N == 0)
     return {y, h_n, c_n, pass.empty(training ? gates_shape(layer) : Shape{0}, compute), cells};
 
-  const Tensor pre = input_product(pass, layer, x, weights[0]);
+  const Tensor pre = input_product(pass, layer, x);
   // Each unit's sums are read before its gates are written.
   const bool in_place = info(layer.cell).sums == pass.gates();
   Tensor gates = !training  ? pass.empty({0}, compute)
@@ -513,6 +536,7 @@ STABLE_TORCH_LIBRARY(LSTM_FUSED_LIBRARY, m) {
       "dh_n, "
       "Tensor? dc_n, int cell, int directions, bool dh0_too, bool dc0_too, bool tf32, str kind) "
       "-> (Tensor d_gates, Tensor dh0, Tensor dc0, Tensor hidden, Tensor d_hidden, Tensor before)");
+  m.def("product(Tensor a, Tensor b, bool tf32) -> Tensor");
   m.def("device_properties(int index) -> int[]");
   m.def("last_run() -> str");
 }
@@ -520,6 +544,7 @@ STABLE_TORCH_LIBRARY(LSTM_FUSED_LIBRARY, m) {
 STABLE_TORCH_LIBRARY_IMPL(LSTM_FUSED_LIBRARY, LSTM_FUSED_KEY, m) {
   m.impl("forward", TORCH_BOX(&lstm_fused::cuda::forward));
   m.impl("backward", TORCH_BOX(&lstm_fused::cuda::backward));
+  m.impl("product", TORCH_BOX(&lstm_fused::cuda::product_of));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(LSTM_FUSED_LIBRARY, CompositeExplicitAutograd, m) {

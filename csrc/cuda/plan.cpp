@@ -101,7 +101,6 @@ Plan plan_step(const Problem& p, bool backward) {
 Plan plan_gemm(const Problem& p, bool backward) {
   Plan plan = plan_step(p, backward);
   plan.kind = PlanKind::kGemm;
-  plan.tf32 = false;  // the library's switch rules
   plan.tile_rows = kPointRows;
   plan.unit_tiles = kPointUnits / kUnitTile;
   plan.unit_ctas = static_cast<int>(ceil_div(p.H, kPointUnits));

@@ -29,7 +29,7 @@ Device read_device(const std::vector<int64_t>& v) {
 
 std::string describe(const Plan& p) {
   std::ostringstream s;
-  s << name(p.kind) << " plan, " << (p.kind == PlanKind::kGemm ? "products through torch, " : "")
+  s << name(p.kind) << " plan, " << (p.kind == PlanKind::kGemm ? "products by cuBLAS, " : "")
     << p.unit_ctas << " x " << p.row_groups << " CTAs of " << p.threads << " threads, tile "
     << p.unit_tiles * kUnitTile << " units x " << p.tile_rows << " rows";
   if (p.shared_bytes) s << ", " << (p.shared_bytes + 1023) / 1024 << " KB of shared memory";

@@ -198,6 +198,28 @@ LSTM_FUSED_DEVICE void send_shared(void*, int) {
 #endif
 
 // Host side.
+//
+// Torch's cuBLAS, which is there where torch has CUDA, and torch's handle of it for the current
+// device, on the current stream: the types as their ABI has them, since nvcc comes without cuBLAS.
+extern "C" {
+[[gnu::weak]] int cublasSetMathMode(void* handle, int mode);
+[[gnu::weak]] int cublasGemmEx_64(void* handle, int turn_a, int turn_b, int64_t m, int64_t n,
+                                  int64_t k, const void* alpha, const void* a, int a_type,
+                                  int64_t a_stride, const void* b, int b_type, int64_t b_stride,
+                                  const void* beta, void* c, int c_type, int64_t c_stride,
+                                  int compute, int algorithm);
+[[gnu::weak]] const char* cublasGetStatusString(int status);
+[[gnu::weak]] int32_t torch_get_current_cuda_blas_handle(void** handle);
+}
+
+inline bool has_library() {
+  return cublasSetMathMode && cublasGemmEx_64 && cublasGetStatusString &&
+         torch_get_current_cuda_blas_handle;
+}
+inline const char* library_error(int status) {
+  return status == 0 ? nullptr : cublasGetStatusString(status);
+}
+
 inline const char* error_of(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

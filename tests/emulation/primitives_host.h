@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <vector>
 
 #include "plan.h"
 
@@ -202,6 +203,66 @@ inline void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t 
 struct DeviceGuard {
   explicit DeviceGuard(int) {}
 };
+
+// cuBLAS: columns of c (m, n) in a row, of products of columns of a and b, or of their rows if
+// turned. The handle comes with the mode that allows TF32, as it may from torch.
+inline int& math_mode() {
+  static int mode;
+  return mode;
+}
+inline int32_t torch_get_current_cuda_blas_handle(void** handle) {
+  math_mode() = 3;
+  *handle = nullptr;
+  return 0;
+}
+inline int cublasSetMathMode(void*, int mode) {
+  math_mode() = mode;
+  return 0;
+}
+inline double value_at(const void* data, int type, int64_t i, bool tf32) {
+  switch (type) {
+    case 1: return static_cast<const double*>(data)[i];
+    case 14: return float_of_bfloat16(static_cast<const uint16_t*>(data)[i]);
+    case 2: return float_of_float16(static_cast<const uint16_t*>(data)[i]);
+    default: {
+      const float x = static_cast<const float*>(data)[i];
+      return tf32 ? float_of_bits(round_to_tf32(bits_of_float(x))) : x;
+    }
+  }
+}
+inline int cublasGemmEx_64(void*, int turn_a, int turn_b, int64_t m, int64_t n, int64_t k,
+                           const void* alpha, const void* a, int a_type, int64_t a_stride,
+                           const void* b, int b_type, int64_t b_stride, const void* beta, void* c,
+                           int c_type, int64_t c_stride, int compute, int) {
+  const bool wide = compute == 70, tf32 = compute == 77 || math_mode() == 3;
+  const double one = wide ? *static_cast<const double*>(alpha) : *static_cast<const float*>(alpha);
+  const double zero = wide ? *static_cast<const double*>(beta) : *static_cast<const float*>(beta);
+  const bool fits = a_stride >= (turn_a ? k : m) && b_stride >= (turn_b ? n : k) && c_stride >= m;
+  if (!fits || one != 1 || zero != 0 || a_type != b_type || c_type != wide) return 7;
+  std::vector<double> left(m * k), right(k * n);
+  for (int64_t i = 0; i < m * k; ++i)
+    left[i] =
+        value_at(a, a_type, turn_a ? i / k * a_stride + i % k : i % k * a_stride + i / k, tf32);
+  for (int64_t i = 0; i < k * n; ++i)
+    right[i] =
+        value_at(b, b_type, turn_b ? i % k * b_stride + i / k : i / k * b_stride + i % k, tf32);
+  for (int64_t j = 0; j < n; ++j)
+    for (int64_t i = 0; i < m; ++i) {
+      double sum = 0;
+      for (int64_t l = 0; l < k; ++l) sum += left[i * k + l] * right[j * k + l];
+      if (wide)
+        static_cast<double*>(c)[j * c_stride + i] = sum;
+      else
+        static_cast<float*>(c)[j * c_stride + i] = static_cast<float>(sum);
+    }
+  return 0;
+}
+inline bool has_library() {
+  return true;
+}
+inline const char* library_error(int status) {
+  return status == 0 ? nullptr : "a parameter is not valid";
+}
 
 inline const char* fill_async(void* to, int byte, int64_t bytes, void*) {
   if (bytes) std::memset(to, byte, bytes);
