@@ -16,10 +16,6 @@ constexpr int64_t kMostTilesInTurn = 4;
 // memory, for the results of the product.
 constexpr int64_t kLoadedAgain = 16 << 20;
 
-int element_bytes(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
-
 int64_t k_bytes(const Problem& p, bool backward) {
   return backward ? p.gates * row_bytes(p.dtype, p.H) : row_bytes(p.dtype, p.R);
 }
@@ -119,6 +115,10 @@ bool pays(const Plan& plan, const Problem& p, const Device& device) {
 }
 
 }  // namespace
+
+int element_bytes(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
 
 int64_t row_bytes(DType dtype, int64_t values) {
   return round_up(values * element_bytes(dtype), kKBytes);
