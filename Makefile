@@ -33,7 +33,7 @@ examples: build
 	@for name in $(EXAMPLES); do $(BIN)/python -m examples.$$name --quick $(ARGS) || exit 1; done
 
 test: lint build
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check .

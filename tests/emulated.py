@@ -1,5 +1,6 @@
 """The CUDA kernels on the host: builds tests/emulation and puts it in the kernels' place."""
 
+import fcntl
 import subprocess
 from contextlib import contextmanager
 from functools import lru_cache
@@ -15,7 +16,7 @@ FOLDER = ROOT / "build" / "emulation"
 
 
 def ninja(*targets):
-    """Build what build.ninja names; its paths are relative to tests/emulation."""
+    """Build what build.ninja names, for one process at a time; run in tests/emulation."""
     torch_folder = Path(torch.__file__).parent
     includes = (torch_folder / "include", torch_folder / "include/torch/csrc/api/include")
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -24,10 +25,12 @@ def ninja(*targets):
         f"torch_link = -Wl,--no-as-needed -L{torch_folder / 'lib'} -ltorch -ltorch_cpu\n"
     )
     settings = FOLDER / "torch.ninja"
-    if not settings.exists() or settings.read_text() != text:
-        settings.write_text(text)
-    command = ["ninja", "-C", str(ROOT / "tests" / "emulation"), *targets]
-    done = subprocess.run(command, capture_output=True, text=True)
+    with (FOLDER / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not settings.exists() or settings.read_text() != text:
+            settings.write_text(text)
+        command = ["ninja", "-C", str(ROOT / "tests" / "emulation"), *targets]
+        done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

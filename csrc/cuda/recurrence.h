@@ -364,7 +364,8 @@ struct Recurrence {
 template <class Math, class Epilogue, int kTiles, PlanKind kKind, int kMostTiles>
 LSTM_FUSED_KERNEL(most_threads(kKind, kMostTiles))
 recurrence_kernel(const LSTM_FUSED_CONSTANT RecurrenceParams p) {
-  Recurrence<Math, Epilogue, kTiles, kKind, kMostTiles>(p).run();
+  if constexpr (kKind != PlanKind::kCluster || kHasClusters)
+    Recurrence<Math, Epilogue, kTiles, kKind, kMostTiles>(p).run();
 }
 
 }  // namespace lstm_fused::cuda

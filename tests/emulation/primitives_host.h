@@ -93,6 +93,7 @@ inline void wait_ctas(void* counter, unsigned long long target) {
   if (fibers::thread() == 0) fibers::wait_for(static_cast<unsigned long long*>(counter), target);
   fibers::sync_block();
 }
+inline constexpr bool kHasClusters = true;
 inline int cluster_rank() {
   return fibers::rank();
 }
