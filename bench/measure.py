@@ -32,10 +32,7 @@ def quiet() -> None:
 
 
 def set_precision(work: Workload, device: str) -> None:
-    """TF32 is allowed in the rows that say so and nowhere else; the CPU has none.
-
-    To products as well: nn.LSTM's input projection is cuDNN's, ours is a product of torch's.
-    """
+    """TF32 is allowed in the rows that say so and nowhere else; the CPU has none."""
     if device == "cpu":
         return
     torch.backends.cudnn.allow_tf32 = work.dtype == "tf32"

@@ -247,10 +247,6 @@ struct Layers {
   }
 };
 
-int64_t bytes_of(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
-
 // Products of a layer that take less time than handing over the interpreter's lock.
 constexpr int64_t kFewProducts = 100'000;
 
@@ -322,7 +318,7 @@ PyObject* run(Layers& m, PyObject* x, const dlpack::Tensor& view, PyObject* hx) 
     std::copy(weights[k].begin(), weights[k].end(), p.weights);
     const auto part = [&](int i, void* base) -> void* {
       const int64_t elements = k * m.D * N * state[i].shape[2];
-      return base ? static_cast<char*>(base) + elements * bytes_of(m.call.dtype) : nullptr;
+      return base ? static_cast<char*>(base) + elements * storage_bytes(m.call.dtype) : nullptr;
     };
     p.h0 = part(0, state[0].initial);
     p.h_n = part(0, state[0].last);

@@ -142,12 +142,27 @@ inline std::vector<int64_t> output_shape(const Layer& layer, const Tensor& x) {
   return shape;
 }
 
-inline const void* read_gradient(Layer& layer, const MaybeTensor& gradient, const Tensor& like,
-                                 const char* name) {
-  if (!gradient) return nullptr;
-  check_like(*gradient, like, name);
-  check_shape(*gradient, shape_of(like), name);
-  return layer.keep(*gradient).const_data_ptr();
+// gates or cells, as forward saved them for backward.
+inline void check_saved(const Tensor& t, const Tensor& x, const Layer& layer,
+                        const std::vector<int64_t>& shape, const char* name) {
+  STD_TORCH_CHECK(
+      same_device(t, x) && t.is_contiguous() && t.scalar_type() == compute_dtype(layer.dtype), name,
+      " must be as saved by recurrent_forward in training");
+  check_shape(t, shape, name);
+}
+
+// The outputs' gradients, those there are, into backward's params.
+template <class Params>
+void read_gradients(Layer& layer, const Tensor& x, const Tensor& y, const MaybeTensor& dy,
+                    const MaybeTensor& dh_n, const MaybeTensor& dc_n, Params& params) {
+  if (dy) {
+    check_like(*dy, y, "dy");
+    check_shape(*dy, shape_of(y), "dy");
+    params.dy = layer.keep(*dy).const_data_ptr();
+  }
+  // Shapes of the final states' gradients are those of the states that forward began with.
+  if (dh_n) params.dh_n = read_state(layer, x, {*dh_n}, 0, layer.size.R, "dh_n");
+  if (dc_n) params.dc_n = read_state(layer, x, {*dc_n}, 0, layer.size.H, "dc_n");
 }
 
 }  // namespace lstm_fused

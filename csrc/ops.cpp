@@ -29,13 +29,6 @@ std::vector<int64_t> cells_shape(const Layer& layer) {
   return {s.D, s.blocks(), s.steps.rows(), kBlock};
 }
 
-void check_saved(const Tensor& t, const Layer& layer, std::vector<int64_t> shape,
-                 const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == compute_dtype(layer.dtype),
-                  name, " must be as saved by recurrent_forward in training");
-  check_shape(t, shape, name);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrent_forward(
     Tensor x, MaybeTensor batch_sizes, Tensors state0, Tensors weights, int64_t cell,
     int64_t directions, bool training) {
@@ -73,8 +66,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> recurrent_backward(
                   " has no c0 or c_n to have a gradient");
   check_like(y, x, "y");
   check_shape(y, output_shape(layer, x), "y");
-  check_saved(gates, layer, gates_shape(layer), "gates");
-  check_saved(cells, layer, cells_shape(layer), "cells");
+  check_saved(gates, x, layer, gates_shape(layer), "gates");
+  check_saved(cells, x, layer, cells_shape(layer), "cells");
   BackwardParams params = given<BackwardParams>(layer, x, state0);
   params.y = layer.keep(y).const_data_ptr();
   params.gates = gates.const_data_ptr();
@@ -90,10 +83,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> recurrent_backward(
   params.dx = data(dx, mask[0]);
   params.dh0 = data(dh0, mask[1]);
   params.dc0 = data(dc0, mask[2]);
-  params.dy = read_gradient(layer, dy, y, "dy");
-  // Shapes of the final states' gradients are those of dh0 and dc0.
-  if (dh_n) params.dh_n = read_state(layer, x, {*dh_n}, 0, s.R, "dh_n");
-  if (dc_n) params.dc_n = read_state(layer, x, {*dc_n}, 0, s.H, "dc_n");
+  read_gradients(layer, x, y, dy, dh_n, dc_n, params);
   Tensors dweights;
   const size_t each = weights.size() / s.D;
   for (size_t i = 0; i < weights.size(); ++i) {

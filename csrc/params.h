@@ -16,6 +16,19 @@ namespace lstm_fused {
 enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 inline constexpr int kDTypeCount = 4;
 
+inline const char* name(DType dtype) {
+  constexpr const char* names[kDTypeCount] = {"float32", "float64", "bfloat16", "float16"};
+  return names[static_cast<int>(dtype)];
+}
+
+// Bytes of a value in memory, and of one that is computed with.
+LSTM_FUSED_INLINE constexpr int storage_bytes(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+LSTM_FUSED_INLINE constexpr int compute_bytes(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : 4;
+}
+
 // What a cell carries from step to step beside h, in the compute dtype.
 enum class Memory : int {
   kNone,    // nothing

@@ -9,8 +9,8 @@ from oracle import Problem
 from paths import DTYPES
 
 from lstm_fused import cuda
-from lstm_fused.cuda import KINDS
 
+KINDS = cuda.KINDS
 IN_STEPS = ("step", "gemm")  # plans for every dtype and projections
 SMALL = (
     Problem(5, 19, 6, 40, hx=True),  # ragged tiles of units and rows

@@ -15,7 +15,7 @@ from test_build import NEED_NM, SHIM, TORCH, UNSTABLE, symbols
 from lstm_fused import cuda, ops
 
 ROOT = Path(__file__).parent.parent
-LIBRARY = next((ROOT / "lstm_fused").glob("_C_cuda*.so"), None)
+LIBRARY = cuda._LIBRARY if cuda._LIBRARY.exists() else None
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 NEED_NVCC = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 NEED_LIBRARY = pytest.mark.skipif(LIBRARY is None, reason="built without nvcc")

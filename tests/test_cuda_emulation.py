@@ -174,7 +174,6 @@ def sanitized(*arguments, program="driver", **environment):
 
 def test_no_races():
     """Fibers in turns, and twice in a random order; the driver also compares with a plain loop."""
-    emulated.ninja("driver")
     seeds = ({}, {"LSTM_FUSED_EMULATION_SEED": "1"}, {"LSTM_FUSED_EMULATION_SEED": "2"})
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         runs = list(pool.map(lambda seed: sanitized(**seed), seeds))

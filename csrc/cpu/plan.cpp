@@ -27,7 +27,7 @@ constexpr int64_t kHoistRows = 64;
 constexpr int64_t kHoistBelowRows = 16;
 
 int lanes(const Machine& m, DType dtype) {
-  return vector_bytes(m.isa) / (dtype == DType::kFloat64 ? 8 : 4);
+  return vector_bytes(m.isa) / compute_bytes(dtype);
 }
 
 struct Partition {
@@ -148,11 +148,6 @@ bool multiplies_pairs(Isa isa, DType dtype) {
 const char* name(Isa isa) {
   constexpr const char* names[kIsaCount] = {"baseline", "avx2", "avx512", "avx512_bf16"};
   return names[static_cast<int>(isa)];
-}
-
-const char* name(DType dtype) {
-  constexpr const char* names[kDTypeCount] = {"float32", "float64", "bfloat16", "float16"};
-  return names[static_cast<int>(dtype)];
 }
 
 const char* name(KernelKind kernel) {

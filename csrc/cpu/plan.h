@@ -54,7 +54,6 @@ int vector_bytes(Isa isa);
 bool multiplies_pairs(Isa isa, DType dtype);
 
 const char* name(Isa isa);
-const char* name(DType dtype);
 const char* name(KernelKind kernel);
 
 }  // namespace lstm_fused

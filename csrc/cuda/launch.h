@@ -20,7 +20,7 @@ const char* launch(const Plan& plan, const RecurrenceParams& p, int64_t units, i
       kKind == PlanKind::kStep ? ceil_div(units, kUnitTile) : int64_t{plan.unit_ctas};
   how.grid = dim3(static_cast<unsigned>(unit_ctas), static_cast<unsigned>(row_groups),
                   static_cast<unsigned>(p.D));
-  how.threads = 32 * split_of(kKind) * (kKind == PlanKind::kCluster ? plan.unit_tiles : 1);
+  how.threads = plan.threads;
   how.shared_bytes = shared;
   how.cluster = kKind == PlanKind::kCluster ? plan.unit_ctas : 0;
   how.cooperative = kKind == PlanKind::kGrid;
@@ -57,7 +57,7 @@ const char* launch_step(const Plan& plan, RecurrenceParams& p, Gemm& gemm, void*
   Launch how{};
   how.grid = dim3(static_cast<unsigned>(ceil_div(units, kPointUnits)),
                   static_cast<unsigned>(groups_of(kPointRows)), static_cast<unsigned>(p.D));
-  how.threads = kPointUnits * kPointRows;
+  how.threads = plan.threads;
   how.stream = stream;
   static Prepared prepared;
   return launch_kernel(pointwise_kernel<Epilogue, S>, how, p, prepared);

@@ -14,7 +14,7 @@
 namespace lstm_fused::cuda {
 namespace {
 
-// The same for Python, of tensors with any strides.
+// a (n, k) b (k, m) for Python, of any strides.
 Tensor product_of(Tensor a, Tensor b, bool tf32) {
   STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0) && a.size(1) > 0,
                   "b has shape ", describe(b), ", which does not fit a's, ", describe(a));
@@ -33,7 +33,7 @@ Tensor input_product(const Pass& pass, const Layer& layer, const Tensor& x) {
   const Matrix left = matrix_of(rows, kept);
   Matrix right{layer.weights[0].w_ih, s.I, height, s.I, true};
   if (s.D == 1) return product(left, right, pass.tf32(), x);
-  const int64_t bytes = height * s.I * element_bytes(layer.dtype);
+  const int64_t bytes = height * s.I * storage_bytes(layer.dtype);
   const Tensor both = pass.empty({2 * height, s.I});
   for (int d = 0; d < 2; ++d)
     pass.copy_rows(static_cast<char*>(both.data_ptr()) + d * bytes, bytes, layer.weights[d].w_ih,
@@ -86,11 +86,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor x, MaybeTensor
     w_hh.push_back(pass.operand(layer.weights[d].w_hh, pass.gates() * s.H, s.R));
     if (layer.projection) w_hr.push_back(pass.operand(layer.weights[d].w_hr, s.R, s.H));
   }
-  const int64_t barrier = pass.barrier_room(), on_device = pass.steps_room();
-  const int64_t carry = pass.carry_room();
   pass.allocate_rooms();
 
-  RecurrenceParams p = pass.params(given, barrier, on_device, carry);
+  RecurrenceParams p = pass.params(given);
   p.pre = pre.data_ptr();
   p.y = y.data_ptr();
   p.h_n = h_n.data_ptr();
@@ -104,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor x, MaybeTensor
     p.b_hh[d] = layer.weights[d].b_hh;
     p.product.a[d] = pass.placed(w_hh[d]);
     if (layer.projection) second.a[d] = pass.placed(w_hr[d]);
-    const int64_t bytes = s.R * element_bytes(layer.dtype);
+    const int64_t bytes = s.R * storage_bytes(layer.dtype);
     // Both halves: a row of packed data may begin at any step.
     for (int half = 0; given.h0 && half < (steps.sizes ? 2 : 1); ++half)
       pass.copy_rows(p.product.in.at(half, d, 0), width,
@@ -113,13 +111,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor x, MaybeTensor
   }
   pass.launch(p, layer.projection ? &second : nullptr);
   return {y, h_n, c_n, gates, cells};
-}
-
-void check_saved(const Tensor& t, const Tensor& x, DType dtype, const Shape& shape,
-                 const char* name) {
-  STD_TORCH_CHECK(same_device(t, x) && t.is_contiguous() && t.scalar_type() == compute_dtype(dtype),
-                  name, " must be as saved by recurrent_forward in training");
-  check_shape(t, shape, name);
 }
 
 // One a direction, contiguous and 16-byte aligned.
@@ -151,8 +142,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const ForwardParams given = lstm_fused::given<ForwardParams>(layer, x, state0);
   check_like(y, x, "y");
   check_shape(y, output_shape(layer, x), "y");
-  check_saved(gates, x, layer.dtype, gates_shape(layer), "gates");
-  check_saved(cells, x, layer.dtype, cells_shape(layer), "cells");
+  check_saved(gates, x, layer, gates_shape(layer), "gates");
+  check_saved(cells, x, layer, cells_shape(layer), "cells");
   Pass pass(layer, x, tf32, kind, true);
   Tensor d_gates = pass.empty(gates_shape(layer));
   Tensor dh0 = pass.maybe(dh0_too, {s.D, N, s.R});
@@ -164,24 +155,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const int64_t hidden_row = row_bytes(layer.dtype, s.H), width = row_bytes(layer.dtype, s.R);
   const auto of_gates = pass.exchange(2, pass.gates() * hidden_row);
   const auto of_h = layer.projection ? pass.exchange(1, width) : of_gates;
-  const int64_t barrier = pass.barrier_room(), on_device = pass.steps_room();
-  const int64_t carry = pass.carry_room();
   pass.allocate_rooms();
 
-  RecurrenceParams p = pass.params(given, barrier, on_device, carry);
+  RecurrenceParams p = pass.params(given);
   // A step past the end where the initial state's gradients are wanted.
   p.s_end += dh0_too || dc0_too;
   p.gates = gates.data_ptr();
   if (pass.memory() != Memory::kNone) p.cells = cells.data_ptr();
-  const auto shaped = [&](const MaybeTensor& t, Shape shape, const char* name) -> const void* {
-    if (!t) return nullptr;
-    check_like(*t, x, name);
-    check_shape(*t, shape, name);
-    return layer.keep(*t).data_ptr();
-  };
-  p.dy = shaped(dy, output_shape(layer, x), "dy");
-  p.dh_n = shaped(dh_n, {s.D, N, s.R}, "dh_n");
-  p.dc_n = shaped(dc_n, {s.D, N, s.H}, "dc_n");
+  read_gradients(layer, x, y, dy, dh_n, dc_n, p);
   p.d_gates = d_gates.data_ptr();
   if (batch_sizes) {
     p.h = layer.keep(y).data_ptr();
@@ -189,14 +170,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   }
   if (dh0_too) p.dh0 = dh0.data_ptr();
   if (dc0_too) p.dc0 = dc0.data_ptr();
-  const int64_t each = hidden_row / element_bytes(layer.dtype);
+  const int64_t each = hidden_row / storage_bytes(layer.dtype);
   p.product = {{}, layer.projection ? s.R : s.H, pass.placed(of_gates), pass.placed(of_h)};
   Product second{{}, s.H, p.product.out, p.product.in};
   for (int d = 0; d < s.D; ++d) {
     p.product.a[d] = turned_weights(w_hh_t, d, x, {s.R, pass.gates() * each}, "w_hh_t");
     if (layer.projection)
       second.a[d] =
-          turned_weights(w_hr_t, d, x, {s.H, width / element_bytes(layer.dtype)}, "w_hr_t");
+          turned_weights(w_hr_t, d, x, {s.H, width / storage_bytes(layer.dtype)}, "w_hr_t");
   }
   if (layer.projection) {
     p.hidden = hidden.data_ptr();
@@ -226,9 +207,9 @@ STABLE_TORCH_LIBRARY(LSTM_FUSED_LIBRARY, m) {
       "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
   m.def(
       "backward(Tensor x, Tensor? batch_sizes, Tensor[] state0, Tensor[] weights, "
-      "Tensor[] w_hh_t, Tensor[] w_hr_t, Tensor y, Tensor gates, Tensor cells, Tensor? dy, Tensor? "
-      "dh_n, "
-      "Tensor? dc_n, int cell, int directions, bool dh0_too, bool dc0_too, bool tf32, str kind) "
+      "Tensor[] w_hh_t, Tensor[] w_hr_t, Tensor y, Tensor gates, Tensor cells, Tensor? dy, "
+      "Tensor? dh_n, Tensor? dc_n, int cell, int directions, bool dh0_too, bool dc0_too, bool "
+      "tf32, str kind) "
       "-> (Tensor d_gates, Tensor dh0, Tensor dc0, Tensor hidden, Tensor d_hidden, Tensor before)");
   m.def("product(Tensor a, Tensor b, bool tf32) -> Tensor");
   m.def("device_properties(int index) -> int[]");

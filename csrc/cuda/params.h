@@ -65,8 +65,8 @@ struct Product {
 struct RecurrenceParams {
   Steps steps;  // device pointers in a persistent kernel, host pointers never reach a kernel
   int64_t s_begin, s_end;
-  StepRows rows[2];    // of step s_begin for each direction, where a launch is one step
-  int64_t S, N, H, R;  // S rows of data, the sum of all steps' active rows
+  StepRows rows[2];  // of step s_begin for each direction, where a launch is one step
+  int64_t N, H, R;   // below, S is the sum of all steps' active rows
   int D;
   bool projection;  // the cell's h is not yet the recurrent one
   Product product;

@@ -82,15 +82,6 @@ inline LastRun& last_run() {
   return last;
 }
 
-inline const char* dtype_name(DType dtype) {
-  constexpr const char* names[kDTypeCount] = {"float32", "float64", "bfloat16", "float16"};
-  return names[static_cast<int>(dtype)];
-}
-
-inline int64_t compute_bytes(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : 4;
-}
-
 inline PlanKind kind_named(const std::string& wanted) {
   for (int kind = 0; kind < kPlanKinds; ++kind)
     if (wanted == name(static_cast<PlanKind>(kind))) return static_cast<PlanKind>(kind);
@@ -172,7 +163,7 @@ class Pass {
       return std::string(" ") + key + "=" + std::to_string(value);
     };
     last_run().set(std::string("pass=") + (backward ? "backward" : "forward") +
-                   " dtype=" + dtype_name(layer.dtype) + " kernel=" + name(plan_.kind) +
+                   " dtype=" + lstm_fused::name(layer.dtype) + " kernel=" + name(plan_.kind) +
                    number("tile_rows", plan_.tile_rows) + number("unit_ctas", plan_.unit_ctas) +
                    number("row_groups", plan_.row_groups) + number("tf32", plan_.tf32));
   }
@@ -190,7 +181,16 @@ class Pass {
     return at;
   }
 
+  // What was asked for, and what every pass works in.
   void allocate_rooms() {
+    const Steps& steps = size_.steps;
+    // Counters for the CTAs of a grid to meet at.
+    const int64_t groups = plan_.kind == PlanKind::kGrid ? size_.D * plan_.row_groups : 0;
+    barrier_ = room(groups * kBarrierBytes);
+    // Packed data's sizes and offsets, (2, T + 1), for a persistent kernel.
+    steps_ = room(persistent() && steps.sizes ? 2 * (steps.T + 1) * 8 : 0, true);
+    const int64_t states = memory() != Memory::kNone ? size_.D * steps.N * size_.H : 0;
+    carry_ = room(states * compute_bytes(layer_.dtype), true);
     work_ = allocate({total_}, ScalarType::Byte, x_);
     base_ = static_cast<char*>(work_->data_ptr());
     check(fill_async(base_, 0, zeros_, stream_), "work memory");
@@ -209,7 +209,8 @@ class Pass {
   Tensor empty(const Shape& shape) const { return empty(shape, x_.scalar_type()); }
   Tensor maybe(bool wanted, const Shape& shape) const { return empty(wanted ? shape : Shape{0}); }
 
-  // What one step hands to the next, `values` of a row; halves: 2 if no launch lies between.
+  // What one step hands to the next, a row for each of the batch; halves: 2 if no launch lies
+  // between.
   struct Handed {
     int64_t room;
     Exchange exchange;
@@ -231,7 +232,7 @@ class Pass {
     int64_t rows, bytes, padded, room;
   };
   Operand operand(const void* w, int64_t rows, int64_t columns) {
-    const int64_t bytes = columns * element_bytes(layer_.dtype);
+    const int64_t bytes = columns * storage_bytes(layer_.dtype);
     const int64_t padded = row_bytes(layer_.dtype, columns);
     const bool as_it_is = bytes == padded && reinterpret_cast<uintptr_t>(w) % 16 == 0;
     return {static_cast<const char*>(w), rows, bytes, padded, as_it_is ? -1 : room(rows * padded)};
@@ -247,28 +248,11 @@ class Pass {
     check(copy_rows_async(to, pitch, from, from_pitch, bytes, rows, stream_), "copy");
   }
 
-  // Counters for the CTAs of a grid to meet at.
-  int64_t barrier_room() {
-    const int64_t groups = plan_.kind == PlanKind::kGrid ? size_.D * plan_.row_groups : 0;
-    return room(groups * kBarrierBytes);
-  }
-  // Packed data's sizes and offsets, (2, T + 1), for a persistent kernel.
-  int64_t steps_room() {
-    return room(persistent() && size_.steps.sizes ? 2 * (size_.steps.T + 1) * 8 : 0, true);
-  }
-  int64_t carry_room() {
-    const bool carries = memory() != Memory::kNone;
-    return room(carries ? size_.D * size_.steps.N * size_.H * compute_bytes(layer_.dtype) : 0,
-                true);
-  }
-
   // What both passes give to a kernel.
-  RecurrenceParams params(const ForwardParams& given, int64_t barrier, int64_t steps,
-                          int64_t carry) const {
+  RecurrenceParams params(const ForwardParams& given) const {
     const Steps& host = size_.steps;
     RecurrenceParams p{};
     p.s_end = host.T;
-    p.S = host.rows();
     p.N = host.N;
     p.H = size_.H;
     p.R = size_.R;
@@ -276,16 +260,16 @@ class Pass {
     p.projection = layer_.projection;
     p.h0 = given.h0;
     p.c0 = given.c0;
-    p.carry = at(carry);
-    if (plan_.kind == PlanKind::kGrid) p.barrier = at(barrier);
+    p.carry = at(carry_);
+    if (plan_.kind == PlanKind::kGrid) p.barrier = at(barrier_);
     if (!persistent()) return p;
     p.steps = host;
     if (host.sizes) {
       std::vector<int64_t> both(2 * (host.T + 1));
       std::copy(host.sizes, host.sizes + host.T, both.begin());
       std::copy(host.offsets, host.offsets + host.T + 1, both.begin() + host.T + 1);
-      check(upload_async(at(steps), both.data(), both.size() * 8, stream_), "batch_sizes");
-      p.steps.sizes = reinterpret_cast<const int64_t*>(at(steps));
+      check(upload_async(at(steps_), both.data(), both.size() * 8, stream_), "batch_sizes");
+      p.steps.sizes = reinterpret_cast<const int64_t*>(at(steps_));
       p.steps.offsets = p.steps.sizes + host.T + 1;
     }
     return p;
@@ -306,6 +290,7 @@ class Pass {
   void* stream_ = nullptr;
   Plan plan_{};
   int64_t total_ = 0, zeros_ = 0;
+  int64_t barrier_ = 0, steps_ = 0, carry_ = 0;  // rooms
   std::optional<Tensor> work_;
   char* base_ = nullptr;
 };

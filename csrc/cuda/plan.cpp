@@ -116,20 +116,15 @@ bool pays(const Plan& plan, const Problem& p, const Device& device) {
 
 }  // namespace
 
-int element_bytes(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
-
 int64_t row_bytes(DType dtype, int64_t values) {
-  return round_up(values * element_bytes(dtype), kKBytes);
+  return round_up(values * storage_bytes(dtype), kKBytes);
 }
 
 int64_t shared_bytes(PlanKind kind, DType dtype, bool tensor_cores, int gates, int unit_tiles,
                      int tile_rows, int64_t k_bytes) {
   const bool streamed = kind == PlanKind::kStep;
   const int64_t split = split_of(kind), a_rows = int64_t{unit_tiles} * gates * kUnitTile;
-  const int64_t sums =
-      split * unit_tiles * gates * tile_rows * kSumUnits * (dtype == DType::kFloat64 ? 8 : 4);
+  const int64_t sums = split * unit_tiles * gates * tile_rows * kSumUnits * compute_bytes(dtype);
   const int64_t held =
       held_steps(kind, tensor_cores, gates, tile_rows, unit_tiles) * split * kKBytes;
   const int64_t a = a_rows * (std::max<int64_t>(0, k_bytes - held) + kPadBytes);
@@ -154,7 +149,7 @@ Plan make_plan(const Problem& p, const Device& device, bool backward, bool stepw
     for (const PlanKind kind : {PlanKind::kCluster, PlanKind::kGrid})
       if (const std::optional<Plan> plan = plan_as(kind, p, device, backward))
         if (pays(*plan, p, device)) return *plan;
-  const int64_t weights = p.gates * p.H * p.R * element_bytes(p.dtype);
+  const int64_t weights = p.gates * p.H * p.R * storage_bytes(p.dtype);
   const bool large = (ceil_div(p.N, kStepRows) - 1) * weights > kLoadedAgain;
   return large ? plan_gemm(p, backward) : plan_step(p, backward);
 }

@@ -100,8 +100,6 @@ constexpr int held_steps(PlanKind kind, bool tensor_cores, int gates, int tile_r
   return registers / (4 * gates);
 }
 
-int element_bytes(DType dtype);
-
 // Bytes of a row of `values` operands, padded to whole instructions.
 int64_t row_bytes(DType dtype, int64_t values);
 

@@ -6,7 +6,6 @@
 #include <stdexcept>
 
 #include "../cells/cells.h"
-#include "../cpu/plan.h"
 #include "plan.h"
 
 namespace py = pybind11;

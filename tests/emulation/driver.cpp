@@ -232,7 +232,6 @@ const char* run(Layer<Cell>& l, gpu::PlanKind kind, bool backward) {
   gpu::RecurrenceParams p{};
   p.steps = l.steps();
   p.s_end = c.T + backward;
-  p.S = l.S;
   p.N = c.N;
   p.H = p.R = c.H;
   p.D = c.D;
