@@ -21,12 +21,21 @@ Problem problem_of(const Layer& layer, bool training) {
 // Shapes of what is saved for backward: values of the sums, and what the cell carries.
 std::vector<int64_t> gates_shape(const Layer& layer) {
   const LayerSizes& s = layer.size;
-  return {s.D, s.blocks(), s.steps.rows(), info(layer.cell).sums, kBlock};
+  return {s.D, s.blocks(), layer.rows, info(layer.cell).sums, kBlock};
 }
 std::vector<int64_t> cells_shape(const Layer& layer) {
   if (info(layer.cell).memory == Memory::kNone) return {0};
   const LayerSizes& s = layer.size;
-  return {s.D, s.blocks(), s.steps.rows(), kBlock};
+  return {s.D, s.blocks(), layer.rows, kBlock};
+}
+
+// Zeros for the rows of t, shaped as x or y, that belong to no step.
+void clear_padding(const Tensor& t, const Layer& layer) {
+  const int64_t padding = layer.rows - layer.size.steps.rows();
+  if (padding == 0) return;
+  const int64_t row_bytes = t.size(1) * t.element_size();
+  std::memset(static_cast<char*>(t.data_ptr()) + layer.size.steps.rows() * row_bytes, 0,
+              padding * row_bytes);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrent_forward(
@@ -49,8 +58,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrent_forward(
   params.c_n = c_n.data_ptr();
   params.gates = training ? gates.data_ptr() : nullptr;
   params.cells = training ? cells.data_ptr() : nullptr;
-  STD_TORCH_CHECK(s.steps.T > 0, "x must have at least one time step");
+  STD_TORCH_CHECK(s.steps.T > 0 || batch_sizes, "x must have at least one time step");
   if (s.steps.N > 0) launch(problem_of(layer, training), params);
+  clear_padding(y, layer);
   return {y, h_n, c_n, gates, cells};
 }
 
@@ -100,6 +110,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> recurrent_backward(
     for (size_t i = 0; i < dweights.size(); ++i)
       if (mask[3 + i]) torch::stable::zero_(dweights[i]);
   }
+  if (mask[0]) clear_padding(dx, layer);
   return {dx, dh0, dc0, dweights};
 }
 

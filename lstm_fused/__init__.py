@@ -2,6 +2,7 @@
 
 from lstm_fused.cells import GRUCell, LSTMCell, RNNCell
 from lstm_fused.explain import explain
+from lstm_fused.export import decompositions
 from lstm_fused.gradient_flow import gradient_flow
 from lstm_fused.nn import GRU, LSTM, RNN
 from lstm_fused.replace import replace, restore
@@ -16,6 +17,7 @@ __all__ = [
     "RNN",
     "RNNCell",
     "__version__",
+    "decompositions",
     "explain",
     "gradient_flow",
     "replace",

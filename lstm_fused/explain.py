@@ -138,7 +138,7 @@ def _explain_call(name, grad, module, args, kwargs):
     return Call(name, text, None, _layers(module, x.device, dtype, T, N, training))
 
 
-def _arguments(input, hx=None, *, lengths=None):
+def _arguments(input, hx=None, lengths=None):
     return input, hx, lengths
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from lstm_fused import checks, dynamo
+from lstm_fused import checks, dynamo, onnx
 from lstm_fused.recurrent import Recurrent
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
@@ -114,3 +114,4 @@ class RNN(Recurrent, torch.nn.RNN):
 
 MODULES = (LSTM, GRU, RNN)
 dynamo.allow(MODULES)
+onnx.register()

@@ -53,7 +53,8 @@ def layer(x, batch_sizes, state0, weights, cell="lstm", directions=1):
     device. Gradients of any order are given. Raises RuntimeError on shapes, dtypes or devices that
     do not fit.
     """
-    if torch.is_grad_enabled() and (
+    # torch.jit's tracer records the operator, for torch.onnx, and no autograd.Function.
+    if torch.is_grad_enabled() and not torch.jit.is_tracing() and (
         x.requires_grad
         or any(w.requires_grad for w in weights)
         or any(s.requires_grad for s in state0)

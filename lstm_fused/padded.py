@@ -1,0 +1,84 @@
+"""A layer over a padded batch with lengths, in a graph: every shape is known without the lengths.
+
+``lstm(x, lengths=lengths)`` packs its input in eager mode, and the packed data's size depends on the
+lengths' values, which torch.compile and torch.export do not know. Here the steps of all rows are
+moved to the front of T * N rows instead, the padding behind them, and the operator walks those that
+the batch sizes count.
+
+Sizes: T steps, N rows, I inputs, H hidden units, R recurrent width, D directions.
+"""
+
+import torch
+
+from lstm_fused import ops
+
+_NAMES = {cell["id"]: name for name, cell in ops.CELLS.items()}
+
+_library = torch.library.Library("lstm_fused", "FRAGMENT")
+_library.define(
+    "recurrent_padded(Tensor x, Tensor lengths, Tensor[] state0, Tensor[] weights, int cell, "
+    "int directions) -> (Tensor y, Tensor h_n, Tensor c_n)"
+)
+
+
+def layer(x, lengths, state0, weights, cell="lstm", directions=1):
+    """``ops.layer`` of x (T, N, I) whose row n holds lengths[n] steps, then padding.
+
+    lengths: (N,), int64, from 0 to T in any order. Returns y (T, N, D * R), zero in the padding,
+    and the final states, each row's at its own end; a row of length 0 keeps its initial state.
+    """
+    number = ops.CELLS[cell]["id"]
+    y, h_n, c_n = torch.ops.lstm_fused.recurrent_padded(
+        x, lengths, list(state0), list(weights), number, directions
+    )
+    return y, ((h_n, c_n) if ops.CELLS[cell]["memory"] == "cell" else (h_n,))
+
+
+@torch.library.impl(_library, "recurrent_padded", "CompositeImplicitAutograd")
+def _padded(x, lengths, state0, weights, cell, directions):
+    T, N, _ = x.shape
+    lengths = lengths.to("cpu", torch.int64)
+    torch._assert_async(
+        ((lengths >= 0) & (lengths <= T)).all(),
+        "lengths must be from 0 to the input's length",
+    )
+    # A row without a step is run for one, of zeros, so that the first step has all rows; the result
+    # is dropped.
+    began = (lengths > 0).to(x.device).unsqueeze(1)
+    x = torch.where(began, x, 0)
+    if not state0:  # or the operator's outputs have as many rows as the values of batch_sizes say
+        state0 = _zeros(x, N, weights, cell, directions)
+    state0 = [torch.where(began, s, 0) for s in state0]
+    steps_of = lengths.clamp(min=1)
+    order = steps_of.argsort(descending=True)
+    alive = torch.arange(T, device="cpu").unsqueeze(1) < steps_of[order]  # (T, N), sorted rows
+    flat = alive.flatten()
+    total = flat.sum(0, keepdim=True)
+    # The last entry counts the padding behind the packed data: csrc/layer.h.
+    batch_sizes = torch.cat((alive.sum(1), total - (T * N + 1)))
+    # Packed data holds step by step the rows alive; (t, n) becomes its row at[t * N + n].
+    at = torch.where(flat, flat.cumsum(0), total + (~flat).cumsum(0)) - 1
+    at = at.view(T, N)[:, order.argsort()].flatten()
+    source = at.argsort().to(x.device)
+    rows = x.flatten(0, 1).index_select(0, source)
+    order, back, at = order.to(x.device), order.argsort().to(x.device), at.to(x.device)
+    y, ends = ops.layer(
+        rows,
+        batch_sizes,
+        [s.index_select(1, order) for s in state0],
+        weights,
+        _NAMES[cell],
+        directions,
+    )
+    y = y.index_select(0, at).unflatten(0, (T, N)).masked_fill(~began, 0)
+    ends = [end.index_select(1, back) for end in ends]
+    return y, *(*ends, x.new_empty(0))[:2]
+
+
+def _zeros(x, rows, weights, cell, directions):
+    w_ih, w_hh = weights[:2]
+    info = ops.CELLS[_NAMES[cell]]
+    widths = [w_hh.shape[1]]
+    if info["memory"] == "cell":
+        widths.append(w_ih.shape[0] // info["gates"])
+    return [x.new_zeros(directions, rows, width) for width in widths]
