@@ -28,9 +28,11 @@ def layer(x, lengths, state0, weights, cell="lstm", directions=1):
     and the final states, each row's at its own end; a row of length 0 keeps its initial state.
     """
     number = ops.CELLS[cell]["id"]
-    y, h_n, c_n = torch.ops.lstm_fused.recurrent_padded(
-        x, lengths, list(state0), list(weights), number, directions
-    )
+    # An export keeps the operator, for ONNX to find. A compiler's cache of graphs must not: what the
+    # operator stands for may be another in the next version.
+    compiled = torch.compiler.is_dynamo_compiling()
+    run = _padded if compiled else torch.ops.lstm_fused.recurrent_padded
+    y, h_n, c_n = run(x, lengths, list(state0), list(weights), number, directions)
     return y, ((h_n, c_n) if ops.CELLS[cell]["memory"] == "cell" else (h_n,))
 
 
@@ -48,7 +50,7 @@ def _padded(x, lengths, state0, weights, cell, directions):
     x = torch.where(began, x, 0)
     if not state0:  # or the operator's outputs have as many rows as the values of batch_sizes say
         state0 = _zeros(x, N, weights, cell, directions)
-    state0 = [torch.where(began, s, 0) for s in state0]
+    start = [torch.where(began, s, 0) for s in state0]
     steps_of = lengths.clamp(min=1)
     order = steps_of.argsort(descending=True)
     alive = torch.arange(T, device="cpu").unsqueeze(1) < steps_of[order]  # (T, N), sorted rows
@@ -65,13 +67,16 @@ def _padded(x, lengths, state0, weights, cell, directions):
     y, ends = ops.layer(
         rows,
         batch_sizes,
-        [s.index_select(1, order) for s in state0],
+        [s.index_select(1, order) for s in start],
         weights,
         _NAMES[cell],
         directions,
     )
     y = y.index_select(0, at).unflatten(0, (T, N)).masked_fill(~began, 0)
-    ends = [end.index_select(1, back) for end in ends]
+    ends = [
+        torch.where(began, end.index_select(1, back), initial)
+        for end, initial in zip(ends, state0, strict=True)
+    ]
     return y, *(*ends, x.new_empty(0))[:2]
 
 
