@@ -105,6 +105,46 @@ void launch(const Problem& problem, BackwardParams& params) {
   launch_pass(problem, params, true, plan_backward, &Kernel::backward_scratch, &Kernel::backward);
 }
 
+namespace {
+
+template <class Params>
+struct Calls {
+  const Problem& problem;
+  std::vector<Params>& each;
+  int threads;
+  std::atomic<bool> out_of_memory{false};
+
+  void run(int worker) {
+    try {
+      for (size_t i = worker; i < each.size(); i += threads) launch(problem, each[i]);
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+    }
+  }
+};
+
+template <class Params>
+void launch_all(const Problem& problem, std::vector<Params>& each) {
+  const int threads = usable_threads();
+  Calls<Params> calls{problem, each, threads};
+  const bool enough = threads > 1 && each.size() >= static_cast<size_t>(threads);
+  if (!enough ||
+      !run_team(threads, [](void* c, int i) { static_cast<Calls<Params>*>(c)->run(i); }, &calls)) {
+    for (Params& params : each) launch(problem, params);
+  }
+  if (calls.out_of_memory) throw std::bad_alloc();
+}
+
+}  // namespace
+
+void launch_each(const Problem& problem, std::vector<ForwardParams>& calls) {
+  launch_all(problem, calls);
+}
+
+void launch_each(const Problem& problem, std::vector<BackwardParams>& calls) {
+  launch_all(problem, calls);
+}
+
 const Run& last_run() {
   return last;
 }

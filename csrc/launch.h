@@ -4,6 +4,7 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "poison.h"
@@ -18,6 +19,11 @@ Problem problem_of(CellKind cell, DType dtype, const LayerSizes& size, bool proj
 // for the call. Throws std::bad_alloc.
 void launch(const Problem& problem, ForwardParams& params);
 void launch(const Problem& problem, BackwardParams& params);
+
+// Several calls of one problem: each by one thread where there are enough of them, else one after
+// the other by all threads.
+void launch_each(const Problem& problem, std::vector<ForwardParams>& calls);
+void launch_each(const Problem& problem, std::vector<BackwardParams>& calls);
 
 // What ran last on this thread, for tests and for the curious.
 struct Run {

@@ -26,6 +26,44 @@ struct Layer {
   }
 };
 
+// Whether a call is of one model, or of several with as many sets of weights, which every tensor
+// but batch_sizes then has a first dimension for.
+class Models {
+ public:
+  Models(const Tensor& x, const MaybeTensor& batch_sizes)
+      : several_(x.dim() == (batch_sizes ? 3 : 4)), count_(several_ ? x.size(0) : 1) {}
+
+  int64_t count() const { return count_; }
+
+  Tensor of(const Tensor& t, int64_t model, const char* name) const {
+    if (!several_) return t;
+    STD_TORCH_CHECK(t.dim() > 0 && t.size(0) == count_, name, " has shape ", describe(t),
+                    " but must begin with ", count_, ", the number of models");
+    return select_first(t, model);
+  }
+  MaybeTensor of(const MaybeTensor& t, int64_t model, const char* name) const {
+    return t ? MaybeTensor(of(*t, model, name)) : std::nullopt;
+  }
+  Tensors of(const Tensors& ts, int64_t model, const char* name) const {
+    if (!several_) return ts;
+    Tensors found;
+    for (const Tensor& t : ts) found.push_back(of(t, model, name));
+    return found;
+  }
+  // A result that the caller does not want is empty, without models.
+  Tensor of_result(const Tensor& t, int64_t model) const {
+    return several_ && t.numel() > 0 ? select_first(t, model) : t;
+  }
+  std::vector<int64_t> shape(std::vector<int64_t> one) const {
+    if (several_) one.insert(one.begin(), count_);
+    return one;
+  }
+
+ private:
+  bool several_;
+  int64_t count_;
+};
+
 inline void read_steps(Layer& layer, const Tensor& x, const MaybeTensor& batch_sizes) {
   LayerSizes& size = layer.size;
   if (!batch_sizes) {
@@ -153,11 +191,11 @@ inline void check_saved(const Tensor& t, const Tensor& x, const Layer& layer,
 
 // The outputs' gradients, those there are, into backward's params.
 template <class Params>
-void read_gradients(Layer& layer, const Tensor& x, const Tensor& y, const MaybeTensor& dy,
-                    const MaybeTensor& dh_n, const MaybeTensor& dc_n, Params& params) {
+void read_gradients(Layer& layer, const Tensor& x, const MaybeTensor& dy, const MaybeTensor& dh_n,
+                    const MaybeTensor& dc_n, Params& params) {
   if (dy) {
-    check_like(*dy, y, "dy");
-    check_shape(*dy, shape_of(y), "dy");
+    check_like(*dy, x, "dy");
+    check_shape(*dy, output_shape(layer, x), "dy");
     params.dy = layer.keep(*dy).const_data_ptr();
   }
   // Shapes of the final states' gradients are those of the states that forward began with.

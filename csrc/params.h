@@ -120,7 +120,7 @@ struct BackwardParams {
   const void* h0;
   const void* c0;
   Weights weights[2];
-  const void* y;      // (S, D * R)
+  const void* y;      // (S, D * R), read with a projection only: else h follows from what is saved
   const void* gates;  // as saved by forward
   const void* cells;
   const void* dy;    // (S, D * R) or null
@@ -130,7 +130,8 @@ struct BackwardParams {
   void* dh0;         // (D, N, R) or null
   void* dc0;         // (D, N, H) or null
   WeightGradients dweights[2];
-  void* scratch;  // backward_scratch() bytes, 64-byte aligned
+  void* d_preacts;  // (S, D, P, H) gradients of the pre-activations, in the compute dtype, or null
+  void* scratch;    // backward_scratch() bytes, 64-byte aligned
 };
 
 }  // namespace lstm_fused

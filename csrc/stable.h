@@ -87,6 +87,15 @@ inline void check_like(const Tensor& t, const Tensor& x, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
 }
 
+// Entry `i` of the first dimension, as a view of the same memory.
+inline Tensor select_first(const Tensor& t, int64_t i) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
+      t.get(), t.dim() - 1, sizes.data() + 1, strides.data() + 1, i * strides[0], &handle));
+  return Tensor(handle);
+}
+
 inline Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }

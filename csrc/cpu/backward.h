@@ -32,6 +32,7 @@ struct BackwardState {
   A* c0;         // (D, N, Hp)
   E* d_hidden;   // (D, Rb, S, 16) gradients of the projected state, projection only
   A* full;       // (D, S, Hp) hidden states before the projection, projection only
+  S* hidden;     // (D, S, H) hidden states as forward gave them, for d_w_hh without a projection
   A* db;         // (threads, 2, D, Hb, P, 16) sums over rows: recent ones, and all before
   E* packed_hh;  // (D, Rp, G * Hp) in panels: columns of W_hh
   E* packed_hr;  // (D, Hp, R) in panels: columns of W_hr, projection only
@@ -62,6 +63,8 @@ struct BackwardState {
     c0 = kCarries ? arena.take<A>(D * N * Hp) : nullptr;
     d_hidden = projection ? arena.take<E>(D * Rb * S_rows * kBlock) : nullptr;
     full = projection ? arena.take<A>(D * S_rows * Hp) : nullptr;
+    const bool wanted = p.dweights[0].w_hh || p.dweights[1].w_hh;
+    hidden = wanted && !projection ? arena.take<S>(D * S_rows * H) : nullptr;
     db = arena.take<A>(plan.threads * 2 * D * Hb * P * kBlock);
     packed_hh = arena.take<E>(D * Rp * G * Hp);
     packed_hr = projection ? arena.take<E>(D * Hp * Rp) : nullptr;
@@ -357,6 +360,7 @@ struct BackwardWalk {
       store(sums + j * kBlock, load<V>(sums + j * kBlock) + d_sum[j]);
     }
     if (k.projection) store(k.full + (d * k.S_rows + s) * k.Hp + u, h);
+    if (k.hidden) store_first(k.hidden + (d * k.S_rows + s) * k.H + u, h, k.H - u);
   }
 
   void through_projection(int64_t step, int64_t active) const {

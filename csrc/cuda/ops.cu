@@ -162,7 +162,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   p.s_end += dh0_too || dc0_too;
   p.gates = gates.data_ptr();
   if (pass.memory() != Memory::kNone) p.cells = cells.data_ptr();
-  read_gradients(layer, x, y, dy, dh_n, dc_n, p);
+  read_gradients(layer, x, dy, dh_n, dc_n, p);
   p.d_gates = d_gates.data_ptr();
   if (batch_sizes) {
     p.h = layer.keep(y).data_ptr();

@@ -1,0 +1,129 @@
+"""recurrent_backward_samples: the backward pass with a gradient of each weight for every sample.
+
+The recurrence runs once for all rows. The gradients of the pre-activations that it leaves, times
+each sample's own inputs and states, are the gradients of the weights.
+
+Sizes as in `ops`. Rows are (n, sample), the sample innermost; K rows of all steps to a sample.
+"""
+
+import torch
+
+from lstm_fused.cuda import CELLS
+from lstm_fused.operators import backward_op, library, run_directly
+
+
+def run(x, batch_sizes, state0, weights, y, *rest):
+    """As recurrent_backward, every gradient of a weight with a first dimension of samples.
+
+    y is needed for the gradient of w_hh. Weights may be those of several models, no projections.
+    """
+    if x.dim() == (4 if batch_sizes is None else 3):
+        return _each_model(x, batch_sizes, state0, weights, y, *rest)
+    *saved_and_d_out, cell, directions, mask, samples = rest
+    each = len(weights) // directions
+    if each % 2:
+        raise RuntimeError("recurrent_backward_samples has no gradient of a projection")
+    only_rows = [*mask[:3], *[False] * len(weights), True]
+    dx, dh0, dc0, _, d_preacts = run_directly(
+        backward_op,
+        x,
+        batch_sizes,
+        state0,
+        weights,
+        y,
+        *saved_and_d_out,
+        cell,
+        directions,
+        only_rows,
+    )
+    part = _Products(x, batch_sizes, state0, y, d_preacts, CELLS[cell], directions, samples)
+    nothing = x.new_empty(0)
+    dweights = [
+        part.gradient(*divmod(k, each)).to(x.dtype) if want else nothing
+        for k, want in enumerate(mask[3:-1])
+    ]
+    return dx, dh0, dc0, dweights, nothing
+
+
+def _each_model(x, batch_sizes, state0, weights, y, *rest):
+    gates, saved_states, *d_out, cell, directions, mask, samples = rest
+
+    def of(t, m):
+        return t if t is None or t.dim() == 1 and t.numel() == 0 else t[m]
+
+    found = [
+        run(
+            x[m],
+            batch_sizes,
+            [t[m] for t in state0],
+            [t[m] for t in weights],
+            *(of(t, m) for t in (y, gates, saved_states, *d_out)),
+            *(cell, directions, mask, samples),
+        )
+        for m in range(x.shape[0])
+    ]
+
+    def joined(ts):
+        return ts[0] if ts[0].numel() == 0 else torch.stack(ts)
+
+    dx, dh0, dc0, dweights, nothing = zip(*found, strict=True)
+    dweights = [joined(ts) for ts in zip(*dweights, strict=True)]
+    return joined(dx), joined(dh0), joined(dc0), dweights, nothing[0]
+
+
+class _Products:
+    """The gradients of the weights, each a product over the K rows of a sample."""
+
+    def __init__(self, x, batch_sizes, state0, y, d_preacts, cell, directions, samples):
+        self.x, self.batch_sizes, self.state0, self.y = x, batch_sizes, state0, y
+        self.d_preacts, self.D, self.samples = d_preacts, directions, samples
+        self.G, self.input_gates, self.hidden_gates = (
+            cell[key] for key in ("gates", "input_gates", "hidden_gates")
+        )
+
+    def gradient(self, d, which):
+        """Of a direction's w_ih, w_hh, b_ih or b_hh, by its place: (samples, *its shape)."""
+        d_preacts = self.d_preacts[:, d]  # (S, P, H)
+        of_input = which % 2 == 0
+        part = d_preacts[:, : self.G] if of_input else d_preacts[:, -self.G :]
+        part = self._by_sample(part.flatten(1))  # (samples, K, G * H)
+        if which >= 2:
+            found = part.sum(1)
+        else:
+            factor = self.x.reshape(-1, self.x.shape[-1]) if of_input else self._states_before(d)
+            found = part.mT @ self._by_sample(factor.to(part.dtype))
+        order = self.input_gates if of_input else self.hidden_gates
+        if order == sorted(order):
+            return found
+        gates = found.unflatten(1, (self.G, -1))
+        return torch.stack([gates[:, order.index(g)] for g in range(self.G)], 1).flatten(1, 2)
+
+    def _by_sample(self, rows):
+        """(S, width) as (samples, K, width)."""
+        return rows.unflatten(0, (-1, self.samples)).transpose(0, 1)
+
+    def _states_before(self, d):
+        """h before each row's step, (S, R)."""
+        width = self.y.shape[-1] // self.D
+        y = self.y.reshape(-1, self.D, width)[:, d]
+        if self.batch_sizes is None:
+            sizes = [self.x.shape[1]] * self.x.shape[0]
+        else:
+            sizes = self.batch_sizes.tolist()
+        h0 = self.state0[0][d] if self.state0 else y.new_zeros(sizes[0], width)
+        steps = y.split(sizes)
+        if d == 0:
+            before = [h0[: sizes[0]]]
+            before += [step[:rows] for step, rows in zip(steps, sizes[1:], strict=False)]
+        else:
+            before = [
+                torch.cat((steps[t + 1], h0[sizes[t + 1] : sizes[t]]))
+                for t in range(len(sizes) - 1)
+            ]
+            before.append(h0[: sizes[-1]])
+        return torch.cat(before)
+
+
+def register():
+    """Make `run` the operator's kernel, on every device."""
+    library.impl("recurrent_backward_samples", run, "CompositeExplicitAutograd")
