@@ -20,7 +20,7 @@ from torch._functorch.utils import enable_single_level_autograd_function, unwrap
 from torch.autograd import Function, forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lstm_fused import cuda, reference
+from lstm_fused import cuda, models, reference
 from lstm_fused.cuda import CELLS
 from lstm_fused.operators import backward_op, forward_op, library, run_directly, samples_op
 
@@ -79,7 +79,7 @@ class LayerForward(Function):
         else:
             ctx.unread = {}
         ctx.save_for_backward(*kept)
-        if forward_ad._current_level >= 0:
+        if _follows_tangents():
             ctx.save_for_forward(x, batch_sizes, *tensors)
         return out
 
@@ -193,7 +193,7 @@ class LayerBackward(Function):
         batch_sizes, _, _, _, dy, dh_n, dc_n, x, *rest = tensors
         kept = (batch_sizes, dy, dh_n, dc_n, x, *rest)
         ctx.save_for_backward(*kept)
-        if forward_ad._current_level >= 0:
+        if _follows_tangents():
             ctx.save_for_forward(*kept)
         return grads
 
@@ -351,8 +351,8 @@ def _reference(layer, batch_sizes, x, tensors, tools):
         y, ends = run(x, batch_sizes, tuple(state0), weights, layer.directions)
         return y, *ends
 
-    several = x.dim() == (4 if batch_sizes is None else 3)
-    return (tools.vmap(one) if several else one)(x, *tensors)
+    run = tools.vmap(one) if models.several(x, batch_sizes) else one
+    return run(x, *tensors)
 
 
 def _reference_gradients(layer, mask, batch_sizes, d_out, tensors, tools):
@@ -378,7 +378,7 @@ def _reference_gradients(layer, mask, batch_sizes, d_out, tensors, tools):
         return tools.pull(outputs, [tensors[k] for k in wanted], d_out)
 
     run = _over_samples(layer, one, wanted, tools) if layer.samples else one
-    if tensors[0].dim() == (4 if batch_sizes is None else 3):
+    if models.several(tensors[0], batch_sizes):
         run = tools.vmap(run)
     return run(tuple(d_out[k] for k in given), *tensors)
 
@@ -443,9 +443,17 @@ def _each_example(run, level, *args):
     return tree_map(joined, *results)
 
 
+def _follows_tangents():
+    """Whether this level is one of forward mode."""
+    transform = torch._C._functorch.peek_interpreter_stack()
+    if transform is None:
+        return forward_ad._current_level >= 0
+    return transform.key() == torch._C._functorch.TransformType.Jvp
+
+
 def _differentiates(*tensors):
     """Whether this level records tensors' history, or follows their tangents."""
-    if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():
+    if _follows_tangents():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 

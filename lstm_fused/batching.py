@@ -10,7 +10,7 @@ Sizes as in `ops`; B examples.
 
 from torch.library import register_vmap
 
-from lstm_fused import cuda
+from lstm_fused import cuda, models
 from lstm_fused.operators import backward_op, forward_op, samples_op
 
 # The dimension of all steps' rows, from the end, in what is saved on the CPU and by CUDA's kernels.
@@ -56,8 +56,8 @@ class _Examples:
         if batch_sizes_dim is not None:
             raise RuntimeError("batch_sizes must be the same for all examples under vmap")
         self.count, self.as_models, self.cuda = info.batch_size, as_models, cuda.serves(x)
-        dims = x.dim() - (x_dim is not None)
-        self.several = dims == (4 if batch_sizes is None else 3)
+        one = x if x_dim is None else x.select(x_dim, 0)
+        self.several = models.several(one, batch_sizes)
         fold_sizes = batch_sizes is not None and not as_models
         self.batch_sizes = batch_sizes * self.count if fold_sizes else batch_sizes
 

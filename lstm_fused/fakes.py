@@ -3,15 +3,10 @@
 import torch
 from torch.library import register_fake
 
-from lstm_fused import cuda
+from lstm_fused import cuda, models
 from lstm_fused.cuda import CELLS
 
 _BLOCK = 16  # units to a block of what is saved on the CPU, csrc/params.h
-
-
-def _models(x, batch_sizes):
-    """(number of models,) if the call is of several, else ()."""
-    return x.shape[:1] if x.dim() == (4 if batch_sizes is None else 3) else ()
 
 
 def _batch_of(batch_sizes, state):
@@ -36,7 +31,7 @@ def _compute_dtype(x):
 @register_fake("lstm_fused::recurrent_forward")
 def _forward(x, batch_sizes, state0, weights, cell, directions, training):
     info = CELLS[cell]
-    models = _models(x, batch_sizes)
+    lead = x.shape[:1] if models.several(x, batch_sizes) else ()
     hidden, width = weights[1].shape[-2] // info["gates"], weights[1].shape[-1]
     if batch_sizes is None:
         n, rows = x.shape[-2], x.shape[-3] * x.shape[-2]
@@ -46,7 +41,7 @@ def _forward(x, batch_sizes, state0, weights, cell, directions, training):
     saves_states = training and info["memory"] != "none"
 
     def maybe(wanted, *shape, dtype=x.dtype):
-        return x.new_empty((*models, *shape) if wanted else (0,), dtype=dtype)
+        return x.new_empty((*lead, *shape) if wanted else (0,), dtype=dtype)
 
     return (
         x.new_empty(*x.shape[:-1], directions * width),
@@ -60,7 +55,7 @@ def _forward(x, batch_sizes, state0, weights, cell, directions, training):
 def _backward(x, batch_sizes, state0, weights, y, gates, saved_states, dy, dh_n, dc_n, *options):
     cell, directions, mask, *samples = options
     info = CELLS[cell]
-    models = _models(x, batch_sizes)
+    lead = x.shape[:1] if models.several(x, batch_sizes) else ()
     hidden, width = weights[1].shape[-2] // info["gates"], weights[1].shape[-1]
     rows = x.shape[-2] if batch_sizes is not None else x.shape[-3] * x.shape[-2]
     n = x.shape[-2]
@@ -72,13 +67,13 @@ def _backward(x, batch_sizes, state0, weights, y, gates, saved_states, dy, dh_n,
         return x.new_empty(shape if want else (0,), dtype=dtype)
 
     def of_weight(w):
-        return (*models, *samples, *w.shape[len(models) :])
+        return (*lead, *samples, *w.shape[len(lead) :])
 
-    d_preacts = (*models, rows, directions, info["sums"], hidden)
+    d_preacts = (*lead, rows, directions, info["sums"], hidden)
     return (
         wanted(mask[0], x.shape),
-        wanted(mask[1], (*models, directions, n, width)),
-        wanted(mask[2], (*models, directions, n, hidden)),
+        wanted(mask[1], (*lead, directions, n, width)),
+        wanted(mask[2], (*lead, directions, n, hidden)),
         [wanted(want, of_weight(w)) for want, w in zip(mask[3:-1], weights, strict=True)],
         wanted(mask[-1], d_preacts, _compute_dtype(x)),
     )

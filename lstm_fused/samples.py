@@ -8,6 +8,7 @@ Sizes as in `ops`. Rows are (n, sample), the sample innermost; K rows of all ste
 
 import torch
 
+from lstm_fused import models
 from lstm_fused.cuda import CELLS
 from lstm_fused.operators import backward_op, library, run_directly
 
@@ -17,8 +18,8 @@ def run(x, batch_sizes, state0, weights, y, *rest):
 
     y is needed for the gradient of w_hh. Weights may be those of several models, no projections.
     """
-    if x.dim() == (4 if batch_sizes is None else 3):
-        return _each_model(x, batch_sizes, state0, weights, y, *rest)
+    if models.several(x, batch_sizes):
+        return models.each(run, x, batch_sizes, state0, weights, y, *rest)
     *saved_and_d_out, cell, directions, mask, samples = rest
     each = len(weights) // directions
     if each % 2:
@@ -45,38 +46,13 @@ def run(x, batch_sizes, state0, weights, y, *rest):
     return dx, dh0, dc0, dweights, nothing
 
 
-def _each_model(x, batch_sizes, state0, weights, y, *rest):
-    gates, saved_states, *d_out, cell, directions, mask, samples = rest
-
-    def of(t, m):
-        return t if t is None or t.dim() == 1 and t.numel() == 0 else t[m]
-
-    found = [
-        run(
-            x[m],
-            batch_sizes,
-            [t[m] for t in state0],
-            [t[m] for t in weights],
-            *(of(t, m) for t in (y, gates, saved_states, *d_out)),
-            *(cell, directions, mask, samples),
-        )
-        for m in range(x.shape[0])
-    ]
-
-    def joined(ts):
-        return ts[0] if ts[0].numel() == 0 else torch.stack(ts)
-
-    dx, dh0, dc0, dweights, nothing = zip(*found, strict=True)
-    dweights = [joined(ts) for ts in zip(*dweights, strict=True)]
-    return joined(dx), joined(dh0), joined(dc0), dweights, nothing[0]
-
-
 class _Products:
     """The gradients of the weights, each a product over the K rows of a sample."""
 
     def __init__(self, x, batch_sizes, state0, y, d_preacts, cell, directions, samples):
         self.x, self.batch_sizes, self.state0, self.y = x, batch_sizes, state0, y
         self.d_preacts, self.D, self.samples = d_preacts, directions, samples
+        self.compute = torch.float64 if x.dtype is torch.float64 else torch.float32
         self.G, self.input_gates, self.hidden_gates = (
             cell[key] for key in ("gates", "input_gates", "hidden_gates")
         )
@@ -86,7 +62,7 @@ class _Products:
         d_preacts = self.d_preacts[:, d]  # (S, P, H)
         of_input = which % 2 == 0
         part = d_preacts[:, : self.G] if of_input else d_preacts[:, -self.G :]
-        part = self._by_sample(part.flatten(1))  # (samples, K, G * H)
+        part = self._by_sample(part.flatten(1)).to(self.compute)  # (samples, K, G * H)
         if which >= 2:
             found = part.sum(1)
         else:

@@ -223,8 +223,6 @@ class Named(torch.Tensor):
 
 
 THROUGH_TORCH = {
-    "jvp": (lambda m, x: torch.func.jvp(m, (x,), (x,))[1], "jvp"),
-    "vmap": (lambda m, x: torch.func.vmap(m)(x.expand(2, N, I)), "vmap"),
     "jit.trace": (lambda m, x: torch.jit.trace(m, x)(x), "torch.jit.trace"),
     "jit.script": (lambda m, x: torch.jit.script(nn.Sequential(m))(x), "torch.jit.script"),
     "subclass": (lambda m, x: m(x.as_subclass(Named)), "Named is a Tensor subclass"),
@@ -239,7 +237,6 @@ THROUGH_TORCH = {
         pytest.param(cell, *row, id=f"{cell} {name}")
         for cell in CELLS
         for name, row in THROUGH_TORCH.items()
-        if (cell, name) != ("lstm", "vmap")  # torch has no rule for it
     ],
 )
 def test_through_torch_with_one_warning(cell, call, reason, device):
@@ -334,7 +331,6 @@ def test_modes(cell):
         assert not any(t.requires_grad for t in found)
 
 
-@pytest.mark.dispatched
 @each_cell
 def test_compiles_and_exports(cell):
     torch._dynamo.reset()

@@ -129,7 +129,9 @@ each_form = pytest.mark.parametrize("form", FORMS, ids=str)
 
 def total(outputs):
     """A scalar that every element of every output has its own part in."""
-    return sum((o * torch.arange(1, o.numel() + 1).view(o.shape).sin()).sum() for o in outputs)
+    return sum(
+        (o * torch.arange(1, o.numel() + 1).to(o).view(o.shape).sin()).sum() for o in outputs
+    )
 
 
 def scalar(f):
@@ -350,3 +352,37 @@ def assert_close(found, expected):
 @each_transform
 def test_transform(name, form):
     assert_close(run(name, form, lstm_fused), run(name, form, "reference"))
+
+
+# Each program is compiled with one of these, and the gradient of everything with all.
+COMPILED_FORMS = [
+    Form("lstm"),
+    Form("gru", step=True),
+    Form("lstm", layers=2, directions=2),
+    Form("rnn_relu"),
+    Form("lstm", proj=2, directions=2),
+]
+COMPILED = [(name, COMPILED_FORMS[k % len(COMPILED_FORMS)]) for k, name in enumerate(TRANSFORMS)]
+COMPILED += [("grad of all", form) for form in COMPILED_FORMS[1:]]
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("name, form", COMPILED, ids=lambda case: str(case))
+def test_compiled(name, form):
+    found = run(name, form, lstm_fused, lambda f: torch.compile(f, backend="aot_eager"))
+    assert_close(found, run(name, form, "reference"))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("name", ["grad of all", "per sample", "ensemble trained"])
+def test_compiled_by_inductor(name):
+    form = Form("lstm")
+    found = run(name, form, lstm_fused, lambda f: torch.compile(f, fullgraph=True))
+    assert_close(found, run(name, form, "reference"))
