@@ -73,7 +73,7 @@ Isa isa_of_environment() {
 std::atomic<int> forced_isa{-1};
 
 template <class Params, class MakePlan, class Bytes, class Call>
-void launch_pass(const Problem& problem, Params& params, bool backward, MakePlan make_plan,
+void launch_pass(const Problem& problem, Params& params, const char* pass, MakePlan make_plan,
                  Bytes bytes, Call call) {
   for (int threads = usable_threads();; threads = 1) {
     const Plan plan = make_plan(problem, Machine{current_isa(), threads});
@@ -82,7 +82,7 @@ void launch_pass(const Problem& problem, Params& params, bool backward, MakePlan
     const bool ran = (kernel.*call)(params, plan);
     scratch.done();
     if (!ran) continue;
-    last = {plan, backward, true};
+    last = {plan, pass};
     return;
   }
 }
@@ -98,11 +98,16 @@ Problem problem_of(CellKind cell, DType dtype, const LayerSizes& size, bool proj
 void launch(const Problem& problem, ForwardParams& params) {
   static thread_local int64_t calls = 0;
   params.calls = calls++;
-  launch_pass(problem, params, false, plan_forward, &Kernel::forward_scratch, &Kernel::forward);
+  launch_pass(problem, params, "forward", plan_forward, &Kernel::forward_scratch, &Kernel::forward);
 }
 
 void launch(const Problem& problem, BackwardParams& params) {
-  launch_pass(problem, params, true, plan_backward, &Kernel::backward_scratch, &Kernel::backward);
+  launch_pass(problem, params, "backward", plan_backward, &Kernel::backward_scratch,
+              &Kernel::backward);
+}
+
+void launch(const Problem& problem, TangentParams& params) {
+  launch_pass(problem, params, "tangent", plan_forward, &Kernel::tangent_scratch, &Kernel::tangent);
 }
 
 namespace {
@@ -142,6 +147,10 @@ void launch_each(const Problem& problem, std::vector<ForwardParams>& calls) {
 }
 
 void launch_each(const Problem& problem, std::vector<BackwardParams>& calls) {
+  launch_all(problem, calls);
+}
+
+void launch_each(const Problem& problem, std::vector<TangentParams>& calls) {
   launch_all(problem, calls);
 }
 

@@ -120,6 +120,14 @@ void read_output(Layer& layer, const Tensor& x, const MaybeTensor& y, bool wante
   params.y = layer.keep(*y).const_data_ptr();
 }
 
+// What forward saved of model m, checked.
+const void* saved_values(const Models& models, const Tensor& t, int64_t m, const Tensor& x,
+                         const Layer& layer, const std::vector<int64_t>& shape, const char* name) {
+  const Tensor t_m = shape.size() > 1 ? models.of(t, m, name) : t;
+  check_saved(t_m, x, layer, shape, name);
+  return t_m.const_data_ptr();
+}
+
 Backward recurrent_backward(Tensor x, MaybeTensor batch_sizes, Tensors state0, Tensors weights,
                             MaybeTensor y, Tensor gates, Tensor cells, MaybeTensor dy,
                             MaybeTensor dh_n, MaybeTensor dc_n, int64_t cell, int64_t directions,
@@ -138,13 +146,8 @@ Backward recurrent_backward(Tensor x, MaybeTensor batch_sizes, Tensors state0, T
     check_mask(mask, weights.size(), layer, dc_n);
     calls.push_back(given<BackwardParams>(layer, x_m, models.of(state0, m, "state0")));
     BackwardParams& p = calls.back();
-    const auto saved = [&](const Tensor& t, const std::vector<int64_t>& shape, const char* name) {
-      const Tensor t_m = shape.size() > 1 ? models.of(t, m, name) : t;
-      check_saved(t_m, x, layer, shape, name);
-      return t_m.const_data_ptr();
-    };
-    p.gates = saved(gates, gates_shape(layer), "gates");
-    p.cells = saved(cells, cells_shape(layer), "cells");
+    p.gates = saved_values(models, gates, m, x, layer, gates_shape(layer), "gates");
+    p.cells = saved_values(models, cells, m, x, layer, cells_shape(layer), "cells");
     bool any_hh = false;
     const size_t each = weights.size() / layer.size.D;
     for (int d = 0; d < layer.size.D; ++d) any_hh = any_hh || mask[3 + d * each + 1];
@@ -174,20 +177,65 @@ Backward recurrent_backward(Tensor x, MaybeTensor batch_sizes, Tensors state0, T
   return out;
 }
 
+using Tangents = std::tuple<Tensor, Tensor, Tensor>;
+
+// Tangents of y, h_n and c_n. x, state0 and the biases among weights are tangents, w_ih and w_hh
+// the values; primal_c0: the initial state the cell carries, if any; preacts (S, D, P, H), in the
+// compute dtype: what is to be added to the tangents of the pre-activations.
+Tangents recurrent_tangent(Tensor x, MaybeTensor batch_sizes, Tensors state0, Tensors weights,
+                           MaybeTensor primal_c0, Tensor gates, Tensor cells, MaybeTensor preacts,
+                           int64_t cell, int64_t directions) {
+  const Models models(x, batch_sizes);
+  STD_TORCH_CHECK(models.count() > 0, "there must be at least one model");
+  std::vector<Layer> layers;
+  std::vector<TangentParams> calls;
+  layers.reserve(models.count());
+  Forward out;
+  for (int64_t m = 0; m < models.count(); ++m) {
+    const Tensor x_m = models.of(x, m, "x");
+    layers.push_back(
+        read_layer(x_m, batch_sizes, models.of(weights, m, "every weight"), cell, directions));
+    Layer& layer = layers.back();
+    STD_TORCH_CHECK(storage_bytes(layer.dtype) >= 4 && !layer.projection,
+                    "tangents are of float32 or float64, without a projection");
+    calls.push_back(given<TangentParams>(layer, x_m, models.of(state0, m, "state0")));
+    if (m == 0) out = allocate_forward(layer, models, x, output_shape(layer, x_m), false);
+    TangentParams& p = calls.back();
+    const auto data = [&](const Tensor& t) { return models.of_result(t, m).data_ptr(); };
+    p.y = data(std::get<0>(out));
+    p.h_n = data(std::get<1>(out));
+    p.c_n = data(std::get<2>(out));
+    p.saved_gates = saved_values(models, gates, m, x, layer, gates_shape(layer), "gates");
+    p.saved_cells = saved_values(models, cells, m, x, layer, cells_shape(layer), "cells");
+    if (primal_c0)
+      p.primal_c0 = read_state(layer, x_m, {models.of(*primal_c0, m, "primal_c0")}, 0, layer.size.H,
+                               "primal_c0");
+    if (preacts) {
+      const Tensor t = models.of(*preacts, m, "preacts");
+      const LayerSizes& s = layer.size;
+      check_saved(t, x, layer, {s.steps.rows(), s.D, info(layer.cell).sums, s.H}, "preacts");
+      p.preacts = t.const_data_ptr();
+    }
+  }
+  Problem problem = problem_of(layers[0], false);
+  problem.tangents = true;
+  if (layers[0].size.steps.N > 0) launch_each(problem, calls);
+  return {std::get<0>(out), std::get<1>(out), std::get<2>(out)};
+}
+
 // "key=value" words describing the last call on this thread; empty before the first.
 std::string describe_last_run() {
   const Run& last = last_run();
-  if (!last.happened) return "";
+  if (!last.pass) return "";
   const Plan& p = last.plan;
   const auto number = [](const char* key, int64_t value) {
     return std::string(" ") + key + "=" + std::to_string(value);
   };
-  return std::string("pass=") + (last.backward ? "backward" : "forward") +
-         " kernel=" + name(p.kernel) + " isa=" + name(p.isa) + " dtype=" + name(p.dtype) +
-         number("threads", p.threads) + number("direction_groups", p.direction_groups) +
-         number("row_groups", p.row_groups) + number("unit_groups", p.unit_groups) +
-         number("tile_rows", p.tile_rows) + number("tile_cols", p.tile_cols) +
-         number("hoist_steps", p.hoist_steps);
+  return std::string("pass=") + last.pass + " kernel=" + name(p.kernel) + " isa=" + name(p.isa) +
+         " dtype=" + name(p.dtype) + number("threads", p.threads) +
+         number("direction_groups", p.direction_groups) + number("row_groups", p.row_groups) +
+         number("unit_groups", p.unit_groups) + number("tile_rows", p.tile_rows) +
+         number("tile_cols", p.tile_cols) + number("hoist_steps", p.hoist_steps);
 }
 
 void force_isa_by_name(std::string name) {
@@ -220,6 +268,10 @@ STABLE_TORCH_LIBRARY(lstm_fused, m) {
       "Tensor gates, Tensor cells, Tensor? dy, Tensor? dh_n, Tensor? dc_n, int cell, int "
       "directions, "
       "bool[] mask) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights, Tensor d_preacts)");
+  m.def(
+      "recurrent_tangent(Tensor x, Tensor? batch_sizes, Tensor[] state0, Tensor[] weights, "
+      "Tensor? primal_c0, Tensor gates, Tensor cells, Tensor? preacts, int cell, int directions) "
+      "-> (Tensor y, Tensor h_n, Tensor c_n)");
   m.def("force_isa(str isa) -> ()");
   m.def("active_isa() -> str");
   m.def("available_isas() -> str");
@@ -230,6 +282,7 @@ STABLE_TORCH_LIBRARY(lstm_fused, m) {
 STABLE_TORCH_LIBRARY_IMPL(lstm_fused, CPU, m) {
   m.impl("recurrent_forward", TORCH_BOX(&lstm_fused::recurrent_forward));
   m.impl("recurrent_backward", TORCH_BOX(&lstm_fused::recurrent_backward));
+  m.impl("recurrent_tangent", TORCH_BOX(&lstm_fused::recurrent_tangent));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lstm_fused, CompositeExplicitAutograd, m) {

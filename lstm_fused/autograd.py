@@ -10,39 +10,33 @@ Sizes as in `ops`: T steps, N rows, I inputs, H hidden units, R recurrent width,
 rows of all steps.
 """
 
-from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
 from torch.autograd import Function, forward_ad
-from torch.utils._pytree import tree_leaves, tree_map
 
-from lstm_fused import cuda, models, reference
-from lstm_fused.cuda import CELLS
-from lstm_fused.operators import backward_op, forward_op, library, run_directly, samples_op
-
-_NAMES = {number: cell["name"] for number, cell in CELLS.items()}
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What a call of an operator says beside its tensors."""
-
-    cell: int
-    directions: int
-    states: int  # initial states given: 0, or as many as the cell has
-    samples: int = 0  # of recurrent_backward_samples, 0 for the other operators
-
-    @property
-    def has_cell_state(self):
-        return CELLS[self.cell]["memory"] == "cell"
-
-    def split(self, tensors):
-        """(state0, weights) of the tensors after x."""
-        return list(tensors[: self.states]), list(tensors[self.states :])
+from lstm_fused import cuda
+from lstm_fused.batched_grads import each_example, level_of
+from lstm_fused.operators import (
+    backward_op,
+    forward_op,
+    jvp_op,
+    library,
+    run_directly,
+    samples_op,
+)
+from lstm_fused.reference_derivatives import (
+    BETWEEN,
+    INSIDE,
+    Layer,
+    gradients_of,
+    outputs_of,
+    replaced,
+    tangents_of,
+    with_moved,
+)
+from lstm_fused.tangents import has_kernel
 
 
 def record(x, batch_sizes, state0, weights, cell, directions):
@@ -55,6 +49,11 @@ def record(x, batch_sizes, state0, weights, cell, directions):
 def _apply(rule, *args):
     """rule.apply at this level alone: Function.apply would begin with the outermost transform."""
     return super(Function, rule).apply(*args)
+
+
+def _primal(t):
+    """t without its tangent of this level."""
+    return None if t is None else torch.ops.aten._fw_primal(t, 0)
 
 
 class LayerForward(Function):
@@ -80,7 +79,7 @@ class LayerForward(Function):
             ctx.unread = {}
         ctx.save_for_backward(*kept)
         if _follows_tangents():
-            ctx.save_for_forward(x, batch_sizes, *tensors)
+            ctx.save_for_forward(x, batch_sizes, out[0], gates, saved_states, *tensors)
         return out
 
     @staticmethod
@@ -97,8 +96,8 @@ class LayerForward(Function):
         mask = [needs[3], *(*needs_states, False, False)[:2], *needs_weights, False]
         rest = (batch_sizes, y, gates, saved_states, dy, dh_n, dc_n, x, *tensors)
         run = partial(_gradients, ctx.dispatched, layer, mask)
-        if (level := _batched_level(dy, dh_n, dc_n)) and not ctx.dispatched:
-            grads = _each_example(run, level, *rest)
+        if (level := level_of(dy, dh_n, dc_n)) and not ctx.dispatched:
+            grads = each_example(run, level, *rest)
         else:
             grads = run(*rest)
         dx, dh0, dc0, *dweights = grads[:-1]
@@ -109,18 +108,24 @@ class LayerForward(Function):
 
     @staticmethod
     def jvp(ctx, *tangents):
-        x, batch_sizes, *tensors = ctx.saved_tensors
-        primals = [_primal(t) for t in (x, *tensors)]
-        given = [tangents[3], *tangents[5:]]
-        moving = [k for k, t in enumerate(given) if t is not None]
-
-        def call(*moved):
-            full = _replaced(primals, moving, moved)
-            return _reference(ctx.layer, batch_sizes, full[0], full[1:], _INSIDE)
-
-        out = _tangents(call, [primals[k] for k in moving], [given[k] for k in moving])
-        c_n = out[2] if len(out) > 2 else None
-        return out[0], out[1], c_n, None, None
+        layer = ctx.layer
+        (
+            x,
+            batch_sizes,
+            *saved,
+        ) = ctx.saved_tensors
+        x, y, gates, saved_states, *tensors = (_primal(t) for t in (x, *saved))
+        moves = [tangents[3], *tangents[5:]]
+        state0, weights = layer.split(tensors)
+        if has_kernel(x, weights, layer.directions):
+            args = (x, batch_sizes, state0, weights, y, gates, saved_states, moves)
+            out = jvp_op(*args, layer.cell, layer.directions)
+        else:
+            moving = [k for k, t in enumerate(moves) if t is not None]
+            call = with_moved([x, *tensors], moving, outputs_of(layer, batch_sizes, INSIDE))
+            primals = [(x, *tensors)[k] for k in moving]
+            out = INSIDE.push(call, primals, [moves[k] for k in moving])
+        return out[0], out[1], out[2] if layer.has_cell_state else None, None, None
 
 
 def _set_apart_unread(kept, layer, needs):
@@ -199,9 +204,9 @@ class LayerBackward(Function):
 
     @staticmethod
     def backward(ctx, *grad_grads):
-        if level := _batched_level(*grad_grads):
+        if level := level_of(*grad_grads):
             run = partial(_second_derivatives, ctx.layer, ctx.mask, ctx.needs_input_grad[7:])
-            found = _each_example(run, level, list(grad_grads), *ctx.saved_tensors)
+            found = each_example(run, level, list(grad_grads), *ctx.saved_tensors)
         else:
             found = _second_derivatives(
                 ctx.layer, ctx.mask, ctx.needs_input_grad[7:], list(grad_grads), *ctx.saved_tensors
@@ -210,37 +215,66 @@ class LayerBackward(Function):
 
     @staticmethod
     def jvp(ctx, *tangents):
+        layer, mask = ctx.layer, ctx.mask
         batch_sizes, *tensors = ctx.saved_tensors
-        primals = [None if t is None else _primal(t) for t in tensors]
-        given = tangents[7:]
-        moving = [k for k, t in enumerate(given) if t is not None]
-
-        def call(*moved):
-            full = _replaced(primals, moving, moved)
-            return _reference_gradients(
-                ctx.layer, ctx.mask, batch_sizes, full[:3], full[3:], _INSIDE
-            )
-
-        found = _tangents(call, [primals[k] for k in moving], [given[k] for k in moving])
-        return _at_wanted(found, ctx.mask)
+        primals = [_primal(t) for t in tensors]
+        moves = tangents[7:]
+        moving = [k for k, t in enumerate(moves) if t is not None]
+        call = with_moved(primals, moving, gradients_of(layer, mask, batch_sizes, INSIDE))
+        found = INSIDE.push(call, [primals[k] for k in moving], [moves[k] for k in moving])
+        rest = iter(found)
+        return tuple(next(rest) if want else None for want in (*mask[:-1], False))
 
 
-def _primal(t):
-    """t without its tangent of this level."""
-    return torch.ops.aten._fw_primal(t, 0)
+class LayerTangents(Function):
+    """The tangents of a layer's outputs; their derivatives are the reference's."""
 
+    @staticmethod
+    def forward(ctx, run, layer, batch_sizes, y, gates, saved_states, x, *tensors):
+        """tensors: the states and the weights, then a tangent of x and of each of them, or None."""
+        count = (len(tensors) - 1) // 2
+        state0, weights = layer.split(tensors[:count])
+        out = run(
+            *(x, batch_sizes, state0, weights, y, gates, saved_states, list(tensors[count:])),
+            *(layer.cell, layer.directions),
+        )
+        ctx.layer = layer
+        if not layer.has_cell_state:
+            ctx.mark_non_differentiable(out[2])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(batch_sizes, x, *tensors)
+        if _follows_tangents():
+            ctx.save_for_forward(batch_sizes, x, *tensors)
+        return out
 
-def _replaced(tensors, places, others):
-    found = list(tensors)
-    for k, t in zip(places, others, strict=True):
-        found[k] = t
-    return found
+    @staticmethod
+    def backward(ctx, *d_out):
+        batch_sizes, *tensors = ctx.saved_tensors
+        needs = ctx.needs_input_grad[6:]
+        moving = [k for k, need in enumerate(needs) if need and tensors[k] is not None]
+        used = [k for k, d in enumerate(d_out) if d is not None and k < 1 + ctx.layer.outputs]
+        found = [None] * len(tensors)
+        if moving and used:
+            of_all = with_moved(tensors, moving, tangents_of(ctx.layer, batch_sizes, BETWEEN))
 
+            def call(*moved):
+                out = of_all(*moved)
+                return tuple(out[k] for k in used)
 
-def _at_wanted(found, mask):
-    """One entry for each of mask's: those found where it is set, None elsewhere."""
-    rest = iter(found)
-    return tuple(next(rest) if want else None for want in (*mask[:-1], False))
+            grads = BETWEEN.pull(call, [tensors[k] for k in moving], [d_out[k] for k in used])
+            found = replaced(found, moving, grads)
+        return None, None, None, None, None, None, *found
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        layer = ctx.layer
+        batch_sizes, *tensors = ctx.saved_tensors
+        primals = [_primal(t) for t in tensors]
+        moves = tangents[6:]
+        moving = [k for k, t in enumerate(moves) if t is not None]
+        call = with_moved(primals, moving, tangents_of(layer, batch_sizes, INSIDE))
+        out = INSIDE.push(call, [primals[k] for k in moving], [moves[k] for k in moving])
+        return out[0], out[1], out[2] if layer.has_cell_state else None
 
 
 def _second_derivatives(layer, mask, needs, grad_grads, batch_sizes, *tensors):
@@ -251,196 +285,14 @@ def _second_derivatives(layer, mask, needs, grad_grads, batch_sizes, *tensors):
     found = [None] * len(tensors)
     if not used or not moving:
         return found
+    gradients = with_moved(tensors, moving, gradients_of(layer, mask, batch_sizes, BETWEEN))
 
     def call(*moved):
-        full = _replaced(tensors, moving, moved)
-        first = _reference_gradients(layer, mask, batch_sizes, full[:3], full[3:], _BETWEEN)
+        first = gradients(*moved)
         return tuple(first[k] for k in used)
 
-    again = _BETWEEN.pull(call, [tensors[k] for k in moving], [weights[k] for k in used])
-    return _replaced(found, moving, again)
-
-
-@contextmanager
-def _recording():
-    """Autograd records at the level of the tensors, whatever the transform they are inside of."""
-    allowed = torch._C._functorch.get_inplace_requires_grad_allowed()
-    torch._C._functorch.set_inplace_requires_grad_allowed(True)
-    try:
-        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-            yield
-    finally:
-        torch._C._functorch.set_inplace_requires_grad_allowed(allowed)
-
-
-def _leaf(t):
-    """An alias of t that gradients are recorded for: one for each place of a tensor given twice."""
-    alias = t.view_as(t)
-    return alias if alias.requires_grad else alias.requires_grad_()
-
-
-def _pull(call, args, cotangents):
-    with _recording():
-        places = [_leaf(t) for t in args]
-        out = call(*places)
-        pairs = [(o, d) for o, d in zip(out, cotangents, strict=True) if o.requires_grad]
-        return torch.autograd.grad(
-            [o for o, _ in pairs],
-            places,
-            [d for _, d in pairs],
-            create_graph=True,
-            materialize_grads=True,
-        )
-
-
-def _tangents(call, args, tangents):
-    """The Jacobian-vector product of call(*args): the gradient of _pull, which is linear in u."""
-    with _recording():
-        out_like = call(*args)
-        u = [_leaf(torch.zeros_like(o)) for o in out_like]
-        return _pull(lambda *u: _pull(call, args, u), u, tangents)
-
-
-def _one_by_one(run, in_dims=0, out_dims=0):
-    """torch.func.vmap for where it cannot begin: inside an operator's kernel."""
-
-    def each(*args):
-        dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(args)
-
-        def of(k, arg, dim):
-            return tree_map(lambda t: t.select(dim, k), arg) if dim is not None else arg
-
-        count = next(
-            t.shape[dim]
-            for arg, dim in zip(args, dims, strict=True)
-            if dim is not None
-            for t in tree_leaves(arg)
-        )
-        found = [run(*(of(k, a, d) for a, d in zip(args, dims, strict=True))) for k in range(count)]
-        parts = list(zip(*found, strict=True))
-        ends = out_dims if isinstance(out_dims, tuple) else (out_dims,) * len(parts)
-        return tuple(torch.stack(ts, d) for ts, d in zip(parts, ends, strict=True))
-
-    return each
-
-
-def _func_pull(call, args, cotangents):
-    _, pull = torch.func.vjp(call, *args)
-    return pull(tuple(cotangents))
-
-
-@dataclass(frozen=True)
-class _Tools:
-    """pull(call, args, cotangents): the vector-Jacobian product of call(*args); and torch.vmap."""
-
-    pull: Callable
-    vmap: Callable
-
-
-# Between two calls of operators, where a transform can begin, and inside of an operator's kernel.
-_BETWEEN = _Tools(_func_pull, torch.func.vmap)
-_INSIDE = _Tools(_pull, _one_by_one)
-
-
-def _reference(layer, batch_sizes, x, tensors, tools):
-    """(y, h_n[, c_n]) by the reference; x and tensors may have a first dimension of models."""
-
-    def one(x, *tensors):
-        state0, weights = layer.split(tensors)
-        run = reference.CELLS[_NAMES[layer.cell]]
-        y, ends = run(x, batch_sizes, tuple(state0), weights, layer.directions)
-        return y, *ends
-
-    run = tools.vmap(one) if models.several(x, batch_sizes) else one
-    return run(x, *tensors)
-
-
-def _reference_gradients(layer, mask, batch_sizes, d_out, tensors, tools):
-    """The gradients that mask asks for, as a tuple of those alone.
-
-    d_out: of y, h_n and c_n, None where there is none. tensors: x, the states, the weights. With
-    samples, the rows are (n, sample), the last the innermost, and a weight has a gradient for each.
-    """
-    given = [k for k, d in enumerate(d_out) if d is not None]
-    wanted = [
-        k for k, want in enumerate((mask[0], *mask[1 : 1 + layer.states], *mask[3:-1])) if want
-    ]
-    sizes = batch_sizes
-    if batch_sizes is not None and layer.samples:
-        sizes = batch_sizes // layer.samples
-
-    def one(d_out, *tensors):
-        def outputs(*moved):
-            full = _replaced(tensors, wanted, moved)
-            out = _reference(layer, sizes, full[0], full[1:], tools)
-            return tuple(out[k] for k in given)
-
-        return tools.pull(outputs, [tensors[k] for k in wanted], d_out)
-
-    run = _over_samples(layer, one, wanted, tools) if layer.samples else one
-    if models.several(tensors[0], batch_sizes):
-        run = tools.vmap(run)
-    return run(tuple(d_out[k] for k in given), *tensors)
-
-
-def _over_samples(layer, one, wanted, tools):
-    """one for each sample, whose rows are unflattened from (N * samples) and flattened again."""
-
-    def parted(t):
-        return t.unflatten(-2, (-1, layer.samples))
-
-    def run(d_out, *tensors):
-        rows, weights = tensors[: 1 + layer.states], tensors[1 + layer.states :]
-        in_dims = (-2, *[-2] * len(rows), *[None] * len(weights))
-        out_dims = tuple(-2 if k <= layer.states else 0 for k in wanted)
-        found = tools.vmap(one, in_dims, out_dims)(
-            tuple(map(parted, d_out)), *map(parted, rows), *weights
-        )
-        return tuple(
-            g.flatten(-3, -2) if k <= layer.states else g
-            for k, g in zip(wanted, found, strict=True)
-        )
-
-    return run
-
-
-def _batched_level(*grads):
-    """How many vmaps of is_grads_batched the gradients are inside of, 0 outside.
-
-    Of the gradients themselves: torch's own count is not known to the thread that autograd has for
-    a CUDA device.
-    """
-    level = 0
-    grads = [g for g in grads if g is not None]
-    while any(map(torch._C._functorch.is_legacy_batchedtensor, grads)):
-        level += 1
-        grads = [torch._remove_batch_dim(g, level, 1, 0) for g in grads]
-    return level
-
-
-def _each_example(run, level, *args):
-    """run once per example under is_grads_batched of torch.autograd.grad, a vmap of its own kind.
-
-    Only outside of run's autograd.Function can its results be differentiated again.
-    """
-    if level == 0:
-        return run(*args)
-
-    def bare(a):  # (B, *shape), or (1, *shape) if a is not batched at this level
-        return torch._remove_batch_dim(a, level, 1, 0) if isinstance(a, torch.Tensor) else a
-
-    def example(k, a):
-        return a.select(0, k % a.shape[0]) if isinstance(a, torch.Tensor) else a
-
-    def joined(*ts):
-        return None if ts[0] is None else torch._add_batch_dim(torch.stack(ts), 0, level)
-
-    args = tree_map(bare, args)
-    count = max(a.shape[0] for a in tree_leaves(args) if isinstance(a, torch.Tensor))
-    results = [
-        _each_example(run, level - 1, *tree_map(partial(example, k), args)) for k in range(count)
-    ]
-    return tree_map(joined, *results)
+    again = BETWEEN.pull(call, [tensors[k] for k in moving], [weights[k] for k in used])
+    return replaced(found, moving, again)
 
 
 def _follows_tangents():
@@ -500,9 +352,21 @@ def _backward_kernel(op, keyset, *args):
     return dx, dh0, dc0, dweights, d_preacts
 
 
+def _jvp_kernel(keyset, *args):
+    x, batch_sizes, state0, weights, y, gates, saved_states, tangents, cell, directions = args
+    if not _differentiates(x, *state0, *weights, *tangents):
+        with torch._C._AutoDispatchBelowAutograd():
+            return jvp_op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+    layer = Layer(cell, directions, len(state0))
+    tensors = (batch_sizes, y, gates, saved_states, x, *state0, *weights, *tangents)
+    with enable_single_level_autograd_function():
+        return _apply(LayerTangents, _below(jvp_op, keyset), layer, *tensors)
+
+
 def register():
     """Make the rules the operators' Autograd kernels."""
     library.impl("recurrent_forward", _forward_kernel, "Autograd", with_keyset=True)
+    library.impl("recurrent_jvp", _jvp_kernel, "Autograd", with_keyset=True)
     for op, name in (
         (backward_op, "recurrent_backward"),
         (samples_op, "recurrent_backward_samples"),

@@ -11,7 +11,7 @@ Sizes as in `ops`; B examples.
 from torch.library import register_vmap
 
 from lstm_fused import cuda, models
-from lstm_fused.operators import backward_op, forward_op, samples_op
+from lstm_fused.operators import backward_op, forward_op, jvp_op, samples_op
 
 # The dimension of all steps' rows, from the end, in what is saved on the CPU and by CUDA's kernels.
 _GATE_ROWS, _STATE_ROWS = {False: -3, True: -4}, {False: -2, True: -3}
@@ -185,8 +185,35 @@ def _samples_rule(info, in_dims, *args):
     return _parted_gradients(examples, found, part_weight)
 
 
+def _jvp_rule(info, in_dims, *args):
+    x, batch_sizes, state0, weights, y, gates, saved_states, tangents, cell, directions = args
+    x_dim, sizes_dim, state_dims, weight_dims, y_dim, gates_dim, saved_dim, moved, *_ = in_dims
+    rows = 1 + len(state0)
+    as_models = _any(weight_dims) or _any(moved[rows:])
+    examples = _Examples(info, x, x_dim, batch_sizes, sizes_dim, as_models)
+    pairs = list(zip(tangents, moved, strict=True))
+    out = jvp_op(
+        examples.rows(x, x_dim),
+        examples.batch_sizes,
+        [examples.rows(t, d) for t, d in zip(state0, state_dims, strict=True)],
+        examples.weights(weights, weight_dims),
+        examples.rows(y, y_dim),
+        examples.gates(gates, gates_dim),
+        examples.saved_states(saved_states, saved_dim),
+        [
+            *(examples.rows(t, d) for t, d in pairs[:rows]),
+            *examples.weights([t for t, _ in pairs[rows:]], [d for _, d in pairs[rows:]]),
+        ],
+        cell,
+        directions,
+    )
+    parts = [examples.part(t) for t in out]
+    return tuple(t for t, _ in parts), tuple(d for _, d in parts)
+
+
 def register():
     """Make the rules the operators' rules of torch.vmap."""
     register_vmap(forward_op, _forward_rule)
     register_vmap(backward_op, _backward_rule)
     register_vmap(samples_op, _samples_rule)
+    register_vmap(jvp_op, _jvp_rule)

@@ -79,5 +79,10 @@ def _backward(x, batch_sizes, state0, weights, y, gates, saved_states, dy, dh_n,
     )
 
 
+@register_fake("lstm_fused::recurrent_jvp")
+def _jvp(x, batch_sizes, state0, weights, y, gates, saved_states, tangents, cell, directions):
+    return _forward(x, batch_sizes, state0, weights, cell, directions, False)[:3]
+
+
 register_fake("lstm_fused::recurrent_backward")(_backward)
 register_fake("lstm_fused::recurrent_backward_samples")(_backward)

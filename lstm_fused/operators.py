@@ -17,9 +17,19 @@ library.define(
     "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights, Tensor d_preacts)"
 )
 
+# The tangents of recurrent_forward's y, h_n and c_n, see tangents.py. tangents: of x, of each state
+# and of each weight, None for one that does not move.
+library.define(
+    "recurrent_jvp(Tensor x, Tensor? batch_sizes, Tensor[] state0, Tensor[] weights, Tensor y, "
+    "Tensor gates, Tensor cells, Tensor?[] tangents, int cell, int directions) "
+    "-> (Tensor y, Tensor h_n, Tensor c_n)"
+)
+
 forward_op = torch.ops.lstm_fused.recurrent_forward.default
 backward_op = torch.ops.lstm_fused.recurrent_backward.default
 samples_op = torch.ops.lstm_fused.recurrent_backward_samples.default
+jvp_op = torch.ops.lstm_fused.recurrent_jvp.default
+tangent_op = torch.ops.lstm_fused.recurrent_tangent.default
 
 
 def run_directly(op, *args):

@@ -8,7 +8,7 @@ recurrent width (the projection's size, or H), D directions, S rows of packed da
 import torch
 from torch.autograd import forward_ad
 
-from lstm_fused import _C, _plan, autograd, batching, cuda, fakes, samples  # noqa: F401
+from lstm_fused import _C, _plan, autograd, batching, cuda, fakes, samples, tangents  # noqa: F401
 from lstm_fused.operators import forward_op, run_directly
 
 CELLS = _plan.cells()  # by name: id, gates, sums, memory; csrc/cells/cells.h
@@ -21,6 +21,7 @@ cuda.load()
 autograd.register()
 batching.register()
 samples.register()
+tangents.register()
 
 
 def layer(x, batch_sizes, state0, weights, cell="lstm", directions=1):

@@ -38,12 +38,11 @@ def run(x, batch_sizes, state0, weights, y, *rest):
         only_rows,
     )
     part = _Products(x, batch_sizes, state0, y, d_preacts, CELLS[cell], directions, samples)
-    nothing = x.new_empty(0)
     dweights = [
-        part.gradient(*divmod(k, each)).to(x.dtype) if want else nothing
+        part.gradient(*divmod(k, each)).to(x.dtype) if want else x.new_empty(0)
         for k, want in enumerate(mask[3:-1])
     ]
-    return dx, dh0, dc0, dweights, nothing
+    return dx, dh0, dc0, dweights, x.new_empty(0)
 
 
 class _Products:
@@ -66,7 +65,11 @@ class _Products:
         if which >= 2:
             found = part.sum(1)
         else:
-            factor = self.x.reshape(-1, self.x.shape[-1]) if of_input else self._states_before(d)
+            factor = (
+                self.x.reshape(-1, self.x.shape[-1])
+                if of_input
+                else states_before(self.x, self.batch_sizes, self.state0, self.y, d, self.D)
+            )
             found = part.mT @ self._by_sample(factor.to(part.dtype))
         order = self.input_gates if of_input else self.hidden_gates
         if order == sorted(order):
@@ -78,26 +81,23 @@ class _Products:
         """(S, width) as (samples, K, width)."""
         return rows.unflatten(0, (-1, self.samples)).transpose(0, 1)
 
-    def _states_before(self, d):
-        """h before each row's step, (S, R)."""
-        width = self.y.shape[-1] // self.D
-        y = self.y.reshape(-1, self.D, width)[:, d]
-        if self.batch_sizes is None:
-            sizes = [self.x.shape[1]] * self.x.shape[0]
-        else:
-            sizes = self.batch_sizes.tolist()
-        h0 = self.state0[0][d] if self.state0 else y.new_zeros(sizes[0], width)
-        steps = y.split(sizes)
-        if d == 0:
-            before = [h0[: sizes[0]]]
-            before += [step[:rows] for step, rows in zip(steps, sizes[1:], strict=False)]
-        else:
-            before = [
-                torch.cat((steps[t + 1], h0[sizes[t + 1] : sizes[t]]))
-                for t in range(len(sizes) - 1)
-            ]
-            before.append(h0[: sizes[-1]])
-        return torch.cat(before)
+
+def states_before(x, batch_sizes, state0, y, d, directions):
+    """h before each row's step in direction d, (S, R), of y (T, N, D * R) or (S, D * R)."""
+    width = y.shape[-1] // directions
+    y = y.reshape(-1, directions, width)[:, d]
+    sizes = [x.shape[1]] * x.shape[0] if batch_sizes is None else batch_sizes.tolist()
+    h0 = state0[0][d] if state0 else y.new_zeros(sizes[0], width)
+    steps = y.split(sizes)
+    if d == 0:
+        before = [h0]
+        before += [step[:rows] for step, rows in zip(steps, sizes[1:], strict=False)]
+    else:
+        before = [
+            torch.cat((steps[t + 1], h0[sizes[t + 1] : sizes[t]])) for t in range(len(sizes) - 1)
+        ]
+        before.append(h0[: sizes[-1]])
+    return torch.cat(before)
 
 
 def register():

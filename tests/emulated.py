@@ -44,7 +44,7 @@ def library():
 
 @contextmanager
 def kernels():
-    """Meanwhile every layer on the CPU runs the CUDA kernels, emulated, as the operators' kernels."""
+    """Meanwhile the operators on the CPU run the CUDA kernels, emulated."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "kernels", library())
         patch.setattr(cuda, "index_of", lambda device: 0)

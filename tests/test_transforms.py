@@ -14,6 +14,7 @@ from functools import cached_property
 import pytest
 import torch
 from oracle import CELLS, has_cell_state
+from torch.autograd import forward_ad
 from torch.func import (
     functional_call,
     grad,
@@ -24,11 +25,14 @@ from torch.func import (
     vjp,
     vmap,
 )
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves
 
 import lstm_fused
-from lstm_fused import reference
+from lstm_fused import ops, reference
 
 T, N, I, H, B = 3, 2, 3, 5, 4  # noqa: E741
+SIZES = [2, 2, 1]  # of packed data
 F64 = torch.float64
 
 
@@ -42,6 +46,7 @@ class Form:
     directions: int = 1
     proj: int = 0
     bias: bool = True
+    packed: bool = False
 
     def __str__(self):
         words = [self.cell, "step" if self.step else ""]
@@ -50,6 +55,7 @@ class Form:
             "both" if self.directions > 1 else "",
         ]
         words += [f"proj{self.proj}" if self.proj else "", "" if self.bias else "nobias"]
+        words += ["packed" if self.packed else ""]
         return " ".join(filter(None, words))
 
     def module(self, library=lstm_fused):
@@ -84,7 +90,8 @@ class Form:
         if self.step:
             return draw(N, I), *(draw(N, width) for width in widths)
         states = self.layers * self.directions
-        return draw(T, N, I), *(draw(states, N, width) for width in widths)
+        x = draw(sum(SIZES), I) if self.packed else draw(T, N, I)
+        return x, *(draw(states, N, width) for width in widths)
 
     def call(self, library):
         """f(weights by name, x, *states) -> tuple of outputs, by a library or the reference."""
@@ -95,8 +102,12 @@ class Form:
 
         def by_module(weights, x, *states):
             hx = states if len(states) > 1 else states[0]
+            if self.packed:
+                x = PackedSequence(x, torch.tensor(SIZES))
             out = functional_call(module, weights, (x, hx))
-            return tuple(torch.utils._pytree.tree_leaves(out))
+            if self.step:
+                return tuple(tree_leaves(out))
+            return out[0].data if self.packed else out[0], *tree_leaves(out[1])
 
         return by_module
 
@@ -109,7 +120,11 @@ class Form:
         for k in range(self.layers):
             of_layer = tuple(s[k * self.directions : (k + 1) * self.directions] for s in states)
             x, end = reference.CELLS[self.cell](
-                x, None, of_layer, flat[k * each : (k + 1) * each], self.directions
+                x,
+                torch.tensor(SIZES) if self.packed else None,
+                of_layer,
+                flat[k * each : (k + 1) * each],
+                self.directions,
             )
             ends.append(end)
         if self.step:
@@ -123,6 +138,8 @@ FORMS = [
     Form("lstm", layers=2, directions=2),
     Form("lstm", proj=2, directions=2),
     Form("gru", layers=2, directions=2, bias=False),
+    Form("lstm", directions=2, packed=True),
+    Form("gru", packed=True),
 ]
 each_form = pytest.mark.parametrize("form", FORMS, ids=str)
 
@@ -291,6 +308,16 @@ def jacobians_per_sample(f, weights, x, *states):
     return vmap(jacrev(lambda z: f(weights, z, *states)[0]))(xs)
 
 
+def forward_mode(f, weights, x, *states):
+    """Without torch.func, and with gradients of the tangents."""
+    weights, (x, *states) = leaves(weights, (x, *states))
+    with forward_ad.dual_level():
+        duals = {k: forward_ad.make_dual(w, w.detach().sin()) for k, w in weights.items()}
+        out = f(duals, forward_ad.make_dual(x, x.detach().cos()), *states)
+        moved = [forward_ad.unpack_dual(t).tangent for t in out]
+        return moved, recorded(total(moved), weights, (x, *states))
+
+
 TRANSFORMS = {
     "grad of all": lambda f, w, *ts: grad(scalar(f), tuple(range(1 + len(ts))))(w, *ts),
     "grad of x": lambda f, w, x, *s: grad(scalar(f), 1)(w, x, *s),
@@ -309,6 +336,7 @@ TRANSFORMS = {
     "grad of jvp": lambda f, w, x, *s: grad(
         lambda w, z: total(jvp(of_x(f, w, s), (z,), (x.cos(),))[1]), (0, 1)
     )(w, x),
+    "forward mode": forward_mode,
     "hessian": lambda f, w, x, *s: hessian(scalar(of_x(f, w, s)))(x),
     "jacrev of jacrev": lambda f, w, x, *s: jacrev(jacrev(scalar(of_x(f, w, s))))(x),
     "grad of grad of grad": lambda f, w, x, *s: grad(
@@ -352,6 +380,69 @@ def assert_close(found, expected):
 @each_transform
 def test_transform(name, form):
     assert_close(run(name, form, lstm_fused), run(name, form, "reference"))
+
+
+@each_form
+def test_finite_differences(form):
+    """The second judge, of a gradient and of a tangent."""
+    f = form.call(lstm_fused)
+    weights = {k: w.detach() for k, w in form.module().named_parameters()}
+    x, *states = form.inputs()
+    loss, step = scalar(of_x(f, weights, states)), 1e-6 * x.cos()
+    expected = (loss(x + step) - loss(x - step)) / 2e-6
+    slope = grad(loss)(x)
+    torch.testing.assert_close((slope * x.cos()).sum(), expected, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(jvp(loss, (x,), (x.cos(),))[1], expected, rtol=1e-7, atol=1e-9)
+    ran = ops.last_run()["pass"]
+    assert ran == ("forward" if form.proj else "tangent"), "tangents have a kernel, but projections"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_tangents_of_every_dtype(cell, dtype):
+    """Within the rounding of values and tangents to the dtype."""
+    module = Form(cell).module()
+    x = Form(cell).inputs()[0].to(dtype)
+    with torch.no_grad():
+        for w in module.parameters():
+            w.copy_(w.to(dtype))
+    exact = jvp(lambda x: module(x)[0], (x.double(),), (x.double().cos(),))[1]
+    module.to(dtype)
+    found = jvp(lambda x: module(x)[0], (x,), (x.double().cos().to(dtype),))[1]
+    assert found.dtype is dtype
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("randomness", ["same", "different", "error"])
+def test_dropout_under_vmap(randomness):
+    module = lstm_fused.LSTM(I, H, 2, dropout=0.5)
+    xs = torch.randn(1, T, N, I).expand(B, T, N, I)
+
+    def call():
+        return vmap(lambda x: module(x)[0], randomness=randomness)(xs)
+
+    if randomness == "error":
+        with pytest.raises(RuntimeError, match="random operation"):
+            call()
+    else:
+        ys = call()
+        assert torch.equal(ys[0], ys[1]) is (randomness == "same")
+
+
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell != "lstm"])
+def test_as_torch_under_vmap(cell):
+    """Where torch.nn has a batching rule at all: of single steps."""
+    form = Form(cell, step=True)
+    expected = run("per sample", form, torch.nn)
+    assert_close(run("per sample", form, lstm_fused), expected)
+
+
+def test_batch_sizes_of_examples_are_refused():
+    module = lstm_fused.GRU(I, H)
+    sizes = torch.tensor([[2, 1], [2, 1]])
+    x = torch.randn(2, 3, I)
+    with pytest.raises(RuntimeError, match="batch_sizes"):
+        vmap(lambda x, sizes: module(PackedSequence(x, sizes))[1])(x, sizes)
 
 
 # Each program is compiled with one of these, and the gradient of everything with all.

@@ -96,13 +96,8 @@ struct BackwardState {
     return d_hidden + ((d * Rb + block) * S_rows + s) * kBlock;
   }
 
-  // Step `step` of the backward walk; the row before (n, t) in the forward walk, or -1.
+  // Step `step` of the backward walk.
   int64_t time(int d, int64_t step) const { return d == 0 ? T - 1 - step : step; }
-  int64_t previous_time(int d, int64_t t, int64_t n) const {
-    const int64_t before = d == 0 ? t - 1 : t + 1;
-    return before >= 0 && before < T && n < p.size.steps.active(before) ? before : -1;
-  }
-
   Panels<M> hidden_panels(int d, int unit_group) const {
     const Range v = vector_slice<A>(R, plan.unit_groups, unit_group);
     return {v, steps_of(G * Hp), packed_hh + d * Rp * G * Hp + v.begin * lanes * G * Hp};
@@ -330,7 +325,7 @@ struct BackwardWalk {
 
   // What step t of row n began with, from unit u on: c0, or what was saved a step before.
   const A* carried_into(int64_t t, int64_t n, int64_t u) const {
-    const int64_t before = k.previous_time(d, t, n);
+    const int64_t before = k.p.size.steps.before(d, t, n);
     if (before < 0) return k.c0 + (d * k.N + n) * k.Hp + u;
     return k.saved_cell(d, u / kBlock, k.p.size.steps.offset(before) + n) + u % kBlock;
   }

@@ -119,7 +119,7 @@ struct Gradients : BackwardState<Cell, S, M> {
   }
 
   const S* previous_hidden(int d, int64_t t, int64_t n) const {
-    const int64_t before = this->previous_time(d, t, n);
+    const int64_t before = p.size.steps.before(d, t, n);
     if (before >= 0) {
       const int64_t s = p.size.steps.offset(before) + n;
       return this->projection ? static_cast<const S*>(p.y) + (s * p.size.D + d) * R
