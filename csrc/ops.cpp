@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrent_forward(
   params.c_n = c_n.data_ptr();
   params.gates = training ? gates.data_ptr() : nullptr;
   params.cells = training ? cells.data_ptr() : nullptr;
-  STD_TORCH_CHECK(s.steps.T > 0, "x must have at least one time step");
+  LSTM_FUSED_CHECK(s.steps.T > 0, "x must have at least one time step");
   if (s.steps.N > 0) launch(problem_of(layer, training), params);
   return {y, h_n, c_n, gates, cells};
 }
@@ -60,10 +60,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> recurrent_backward(
     int64_t directions, std::vector<bool> mask) {
   Layer layer = read_layer(x, batch_sizes, weights, cell, directions);
   const LayerSizes& s = layer.size;
-  STD_TORCH_CHECK(mask.size() == 3 + weights.size(),
-                  "mask must have one entry each for x, h0, c0 and every weight");
-  STD_TORCH_CHECK(has_cell_state(layer) || (!mask[2] && !dc_n), "cell ", info(layer.cell).name,
-                  " has no c0 or c_n to have a gradient");
+  LSTM_FUSED_CHECK(mask.size() == 3 + weights.size(),
+                   "mask must have one entry each for x, h0, c0 and every weight");
+  LSTM_FUSED_CHECK(has_cell_state(layer) || (!mask[2] && !dc_n), "cell ", info(layer.cell).name,
+                   " has no c0 or c_n to have a gradient");
   check_like(y, x, "y");
   check_shape(y, output_shape(layer, x), "y");
   check_saved(gates, x, layer, gates_shape(layer), "gates");
