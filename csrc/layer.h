@@ -37,8 +37,8 @@ class Models {
 
   Tensor of(const Tensor& t, int64_t model, const char* name) const {
     if (!several_) return t;
-    STD_TORCH_CHECK(t.dim() > 0 && t.size(0) == count_, name, " has shape ", describe(t),
-                    " but must begin with ", count_, ", the number of models");
+    LSTM_FUSED_CHECK(t.dim() > 0 && t.size(0) == count_, name, " has shape ", describe(t),
+                     " but must begin with ", count_, ", the number of models");
     return select_first(t, model);
   }
   MaybeTensor of(const MaybeTensor& t, int64_t model, const char* name) const {
@@ -67,49 +67,49 @@ class Models {
 inline void read_steps(Layer& layer, const Tensor& x, const MaybeTensor& batch_sizes) {
   LayerSizes& size = layer.size;
   if (!batch_sizes) {
-    STD_TORCH_CHECK(x.dim() == 3, "x has shape ", describe(x), " but must be (T, N, I)");
+    LSTM_FUSED_CHECK(x.dim() == 3, "x has shape ", describe(x), " but must be (T, N, I)");
     size.steps = {x.size(0), x.size(1), nullptr, nullptr};
     size.I = x.size(2);
     return;
   }
-  STD_TORCH_CHECK(x.dim() == 2, "packed x has shape ", describe(x), " but must be (S, I)");
-  STD_TORCH_CHECK(batch_sizes->dim() == 1 && batch_sizes->is_cpu() &&
-                      batch_sizes->scalar_type() == ScalarType::Long,
-                  "batch_sizes must be a 1-D int64 tensor on the CPU");
+  LSTM_FUSED_CHECK(x.dim() == 2, "packed x has shape ", describe(x), " but must be (S, I)");
+  LSTM_FUSED_CHECK(batch_sizes->dim() == 1 && batch_sizes->is_cpu() &&
+                       batch_sizes->scalar_type() == ScalarType::Long,
+                   "batch_sizes must be a 1-D int64 tensor on the CPU");
   const int64_t T = batch_sizes->numel();
-  STD_TORCH_CHECK(T > 0, "batch_sizes must not be empty");
+  LSTM_FUSED_CHECK(T > 0, "batch_sizes must not be empty");
   const Tensor& sizes = layer.keep(*batch_sizes);
   const int64_t* data = sizes.const_data_ptr<int64_t>();
   layer.offsets.assign(T + 1, 0);
   for (int64_t t = 0; t < T; ++t) {
-    STD_TORCH_CHECK(data[t] > 0 && (t == 0 || data[t] <= data[t - 1]),
-                    "batch_sizes must be positive and must not grow");
+    LSTM_FUSED_CHECK(data[t] > 0 && (t == 0 || data[t] <= data[t - 1]),
+                     "batch_sizes must be positive and must not grow");
     layer.offsets[t + 1] = layer.offsets[t] + data[t];
   }
-  STD_TORCH_CHECK(layer.offsets[T] == x.size(0), "batch_sizes add up to ", layer.offsets[T],
-                  " but x has ", x.size(0), " rows");
+  LSTM_FUSED_CHECK(layer.offsets[T] == x.size(0), "batch_sizes add up to ", layer.offsets[T],
+                   " but x has ", x.size(0), " rows");
   size.steps = {T, data[0], data, layer.offsets.data()};
   size.I = x.size(1);
 }
 
 inline void read_weights(Layer& layer, const Tensor& x, const Tensors& weights) {
   const size_t each = weights.size() / layer.size.D;
-  STD_TORCH_CHECK(weights.size() % layer.size.D == 0 && each >= 2 && each <= 5,
-                  "weights must hold 2 to 5 tensors for each direction, not ", weights.size(),
-                  " in all");
+  LSTM_FUSED_CHECK(weights.size() % layer.size.D == 0 && each >= 2 && each <= 5,
+                   "weights must hold 2 to 5 tensors for each direction, not ", weights.size(),
+                   " in all");
   layer.bias = each >= 4;
   layer.projection = each % 2 == 1;
   LayerSizes& size = layer.size;
   const int G = info(layer.cell).gates;
-  STD_TORCH_CHECK(!layer.projection || info(layer.cell).memory == Memory::kCell, "cell ",
-                  info(layer.cell).name, " has no projection");
-  STD_TORCH_CHECK(weights[1].dim() == 2 && weights[1].size(0) % G == 0, "w_hh has shape ",
-                  describe(weights[1]), " but must be (", G, " * H, R)");
+  LSTM_FUSED_CHECK(!layer.projection || info(layer.cell).memory == Memory::kCell, "cell ",
+                   info(layer.cell).name, " has no projection");
+  LSTM_FUSED_CHECK(weights[1].dim() == 2 && weights[1].size(0) % G == 0, "w_hh has shape ",
+                   describe(weights[1]), " but must be (", G, " * H, R)");
   size.H = weights[1].size(0) / G;
   size.R = weights[1].size(1);
-  STD_TORCH_CHECK(size.H >= 1 && size.R >= 1 && size.I >= 1, "I, H and R must be at least 1");
-  STD_TORCH_CHECK(layer.projection || size.R == size.H, "w_hh has shape ", describe(weights[1]),
-                  ": without a projection it must be (", G, " * H, H)");
+  LSTM_FUSED_CHECK(size.H >= 1 && size.R >= 1 && size.I >= 1, "I, H and R must be at least 1");
+  LSTM_FUSED_CHECK(layer.projection || size.R == size.H, "w_hh has shape ", describe(weights[1]),
+                   ": without a projection it must be (", G, " * H, H)");
   for (int d = 0; d < size.D; ++d) {
     const Tensor* w = weights.data() + d * each;
     for (size_t i = 0; i < each; ++i) check_like(w[i], x, "every weight");
@@ -130,8 +130,8 @@ inline void read_weights(Layer& layer, const Tensor& x, const Tensors& weights) 
 inline Layer read_layer(const Tensor& x, const MaybeTensor& batch_sizes, const Tensors& weights,
                         int64_t cell, int64_t directions) {
   Layer layer{};
-  STD_TORCH_CHECK(cell >= 0 && cell < kCellCount, "unknown cell ", cell);
-  STD_TORCH_CHECK(directions == 1 || directions == 2, "directions must be 1 or 2");
+  LSTM_FUSED_CHECK(cell >= 0 && cell < kCellCount, "unknown cell ", cell);
+  LSTM_FUSED_CHECK(directions == 1 || directions == 2, "directions must be 1 or 2");
   layer.cell = static_cast<CellKind>(cell);
   layer.dtype = dtype_of(x, "x");
   layer.size.D = static_cast<int>(directions);
@@ -161,8 +161,8 @@ inline bool has_cell_state(const Layer& layer) {
 template <class Params>
 Params given(Layer& layer, const Tensor& x, const Tensors& state0) {
   const bool own = has_cell_state(layer);
-  STD_TORCH_CHECK(state0.empty() || state0.size() == (own ? 2 : 1), "state0 must hold ",
-                  own ? "h0 and c0" : "h0", " or nothing");
+  LSTM_FUSED_CHECK(state0.empty() || state0.size() == (own ? 2 : 1), "state0 must hold ",
+                   own ? "h0 and c0" : "h0", " or nothing");
   Params params{};
   params.size = layer.size;
   params.x = layer.x;
@@ -183,9 +183,9 @@ inline std::vector<int64_t> output_shape(const Layer& layer, const Tensor& x) {
 // gates or cells, as forward saved them for backward.
 inline void check_saved(const Tensor& t, const Tensor& x, const Layer& layer,
                         const std::vector<int64_t>& shape, const char* name) {
-  STD_TORCH_CHECK(
+  LSTM_FUSED_CHECK(
       same_device(t, x) && t.is_contiguous() && t.scalar_type() == compute_dtype(layer.dtype), name,
-      " must be as saved by recurrent_forward in training");
+      " must be as the forward pass saved it");
   check_shape(t, shape, name);
 }
 

@@ -53,7 +53,7 @@ Forward allocate_forward(const Layer& layer, const Models& models, const Tensor&
 Forward recurrent_forward(Tensor x, MaybeTensor batch_sizes, Tensors state0, Tensors weights,
                           int64_t cell, int64_t directions, bool training) {
   const Models models(x, batch_sizes);
-  STD_TORCH_CHECK(models.count() > 0, "there must be at least one model");
+  LSTM_FUSED_CHECK(models.count() > 0, "there must be at least one model");
   std::vector<Layer> layers;
   std::vector<ForwardParams> calls;
   layers.reserve(models.count());
@@ -74,7 +74,7 @@ Forward recurrent_forward(Tensor x, MaybeTensor batch_sizes, Tensors state0, Ten
     p.cells = training ? data(std::get<4>(out)) : nullptr;
   }
   const Steps& steps = layers[0].size.steps;
-  STD_TORCH_CHECK(steps.T > 0, "x must have at least one time step");
+  LSTM_FUSED_CHECK(steps.T > 0, "x must have at least one time step");
   if (steps.N > 0) launch_each(problem_of(layers[0], training), calls);
   return out;
 }
@@ -103,18 +103,18 @@ Backward allocate_backward(const Layer& layer, const Models& models, const Tenso
 
 void check_mask(const std::vector<bool>& mask, size_t weights, const Layer& layer,
                 const MaybeTensor& dc_n) {
-  STD_TORCH_CHECK(mask.size() == 4 + weights,
-                  "mask must have one entry each for x, h0, c0, every weight and the "
-                  "pre-activations");
-  STD_TORCH_CHECK(has_cell_state(layer) || (!mask[2] && !dc_n), "cell ", info(layer.cell).name,
-                  " has no c0 or c_n to have a gradient");
+  LSTM_FUSED_CHECK(mask.size() == 4 + weights,
+                   "mask must have one entry each for x, h0, c0, every weight and the "
+                   "pre-activations");
+  LSTM_FUSED_CHECK(has_cell_state(layer) || (!mask[2] && !dc_n), "cell ", info(layer.cell).name,
+                   " has no c0 or c_n to have a gradient");
 }
 
 // y as backward wants it: only the gradient of w_hh reads it, with a projection.
 void read_output(Layer& layer, const Tensor& x, const MaybeTensor& y, bool wanted,
                  BackwardParams& params) {
   if (!wanted || !layer.projection) return;
-  STD_TORCH_CHECK(y.has_value(), "with a projection, the gradient of w_hh needs y");
+  LSTM_FUSED_CHECK(y.has_value(), "with a projection, the gradient of w_hh needs y");
   check_like(*y, x, "y");
   check_shape(*y, output_shape(layer, x), "y");
   params.y = layer.keep(*y).const_data_ptr();
@@ -133,7 +133,7 @@ Backward recurrent_backward(Tensor x, MaybeTensor batch_sizes, Tensors state0, T
                             MaybeTensor dh_n, MaybeTensor dc_n, int64_t cell, int64_t directions,
                             std::vector<bool> mask) {
   const Models models(x, batch_sizes);
-  STD_TORCH_CHECK(models.count() > 0, "there must be at least one model");
+  LSTM_FUSED_CHECK(models.count() > 0, "there must be at least one model");
   std::vector<Layer> layers;
   std::vector<BackwardParams> calls;
   layers.reserve(models.count());
@@ -186,7 +186,7 @@ Tangents recurrent_tangent(Tensor x, MaybeTensor batch_sizes, Tensors state0, Te
                            MaybeTensor primal_c0, Tensor gates, Tensor cells, MaybeTensor preacts,
                            int64_t cell, int64_t directions) {
   const Models models(x, batch_sizes);
-  STD_TORCH_CHECK(models.count() > 0, "there must be at least one model");
+  LSTM_FUSED_CHECK(models.count() > 0, "there must be at least one model");
   std::vector<Layer> layers;
   std::vector<TangentParams> calls;
   layers.reserve(models.count());
@@ -196,8 +196,8 @@ Tangents recurrent_tangent(Tensor x, MaybeTensor batch_sizes, Tensors state0, Te
     layers.push_back(
         read_layer(x_m, batch_sizes, models.of(weights, m, "every weight"), cell, directions));
     Layer& layer = layers.back();
-    STD_TORCH_CHECK(storage_bytes(layer.dtype) >= 4 && !layer.projection,
-                    "tangents are of float32 or float64, without a projection");
+    LSTM_FUSED_CHECK(storage_bytes(layer.dtype) >= 4 && !layer.projection,
+                     "tangents are of float32 or float64, without a projection");
     calls.push_back(given<TangentParams>(layer, x_m, models.of(state0, m, "state0")));
     if (m == 0) out = allocate_forward(layer, models, x, output_shape(layer, x_m), false);
     TangentParams& p = calls.back();

@@ -5,7 +5,20 @@ import warnings
 
 import pytest
 import torch
-from beside import H, I, N, T, changed, draw, each_cell, ones, outcome, pair
+from beside import (
+    LAYER_REFUSES,
+    H,
+    I,
+    N,
+    T,
+    assert_layer_refuses,
+    changed,
+    draw,
+    each_cell,
+    ones,
+    outcome,
+    pair,
+)
 from oracle import CELLS, has_cell_state
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -182,6 +195,20 @@ STRICTER_OF_TWO_STATES = {
 def test_stricter(cell, call, words):
     with pytest.raises(RuntimeError, match=words):
         call(pair(cell=cell)[1])
+
+
+@pytest.mark.parametrize("change, message", LAYER_REFUSES.values(), ids=LAYER_REFUSES)
+def test_the_op_refuses(change, message):
+    """In words of the arguments' names, with nothing before them."""
+    assert_layer_refuses(change, message)
+
+
+@each_cell
+def test_out_of_memory(cell):
+    """Of more than any machine addresses, expanded from one row."""
+    x = ones(1, 1, I).expand(10**8, 10**7, I)
+    with pytest.raises(RuntimeError, match="^out of memory: no room for a tensor of shape"):
+        pair(cell=cell)[1](x)
 
 
 BAD_LENGTHS = {
