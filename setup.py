@@ -66,7 +66,7 @@ COMMON = [
     "-Wall",
     "-g0",  # setuptools asks for debugging information: five times the object files
     "-Wno-psabi",
-    f"-ffile-prefix-map={ROOT.resolve()}/=",  # messages name csrc/, not our folders
+    f"-ffile-prefix-map={ROOT.resolve()}/=",  # torch's list of operators names csrc/
 ]
 # The kernels rely on no trap and no errno, and on a * b + c becoming one instruction; not on any
 # option that would change NaN, infinity or rounding.

@@ -73,7 +73,7 @@ Isa isa_of_environment() {
 std::atomic<int> forced_isa{-1};
 
 template <class Params, class MakePlan, class Bytes, class Call>
-void launch_pass(const Problem& problem, Params& params, bool backward, MakePlan make_plan,
+void launch_pass(const Problem& problem, Params& params, const char* pass, MakePlan make_plan,
                  Bytes bytes, Call call) {
   for (int threads = usable_threads();; threads = 1) {
     const Plan plan = make_plan(problem, Machine{current_isa(), threads});
@@ -82,7 +82,7 @@ void launch_pass(const Problem& problem, Params& params, bool backward, MakePlan
     const bool ran = (kernel.*call)(params, plan);
     scratch.done();
     if (!ran) continue;
-    last = {plan, backward, true};
+    last = {plan, pass};
     return;
   }
 }
@@ -98,11 +98,60 @@ Problem problem_of(CellKind cell, DType dtype, const LayerSizes& size, bool proj
 void launch(const Problem& problem, ForwardParams& params) {
   static thread_local int64_t calls = 0;
   params.calls = calls++;
-  launch_pass(problem, params, false, plan_forward, &Kernel::forward_scratch, &Kernel::forward);
+  launch_pass(problem, params, "forward", plan_forward, &Kernel::forward_scratch, &Kernel::forward);
 }
 
 void launch(const Problem& problem, BackwardParams& params) {
-  launch_pass(problem, params, true, plan_backward, &Kernel::backward_scratch, &Kernel::backward);
+  launch_pass(problem, params, "backward", plan_backward, &Kernel::backward_scratch,
+              &Kernel::backward);
+}
+
+void launch(const Problem& problem, TangentParams& params) {
+  launch_pass(problem, params, "tangent", plan_forward, &Kernel::tangent_scratch, &Kernel::tangent);
+}
+
+namespace {
+
+template <class Params>
+struct Calls {
+  const Problem& problem;
+  std::vector<Params>& each;
+  int threads;
+  std::atomic<bool> out_of_memory{false};
+
+  void run(int worker) {
+    try {
+      for (size_t i = worker; i < each.size(); i += threads) launch(problem, each[i]);
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+    }
+  }
+};
+
+template <class Params>
+void launch_all(const Problem& problem, std::vector<Params>& each) {
+  const int threads = usable_threads();
+  Calls<Params> calls{problem, each, threads};
+  const bool enough = threads > 1 && each.size() >= static_cast<size_t>(threads);
+  if (!enough ||
+      !run_team(threads, [](void* c, int i) { static_cast<Calls<Params>*>(c)->run(i); }, &calls)) {
+    for (Params& params : each) launch(problem, params);
+  }
+  if (calls.out_of_memory) throw std::bad_alloc();
+}
+
+}  // namespace
+
+void launch_each(const Problem& problem, std::vector<ForwardParams>& calls) {
+  launch_all(problem, calls);
+}
+
+void launch_each(const Problem& problem, std::vector<BackwardParams>& calls) {
+  launch_all(problem, calls);
+}
+
+void launch_each(const Problem& problem, std::vector<TangentParams>& calls) {
+  launch_all(problem, calls);
 }
 
 const Run& last_run() {

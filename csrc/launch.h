@@ -4,6 +4,7 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "poison.h"
@@ -18,12 +19,18 @@ Problem problem_of(CellKind cell, DType dtype, const LayerSizes& size, bool proj
 // for the call. Throws std::bad_alloc.
 void launch(const Problem& problem, ForwardParams& params);
 void launch(const Problem& problem, BackwardParams& params);
+void launch(const Problem& problem, TangentParams& params);  // float32 and float64
+
+// Several calls of one problem: each by one thread where there are enough of them, else one after
+// the other by all threads.
+void launch_each(const Problem& problem, std::vector<ForwardParams>& calls);
+void launch_each(const Problem& problem, std::vector<BackwardParams>& calls);
+void launch_each(const Problem& problem, std::vector<TangentParams>& calls);
 
 // What ran last on this thread, for tests and for the curious.
 struct Run {
   Plan plan;
-  bool backward;
-  bool happened = false;
+  const char* pass = nullptr;  // forward, backward or tangent; null before any
 };
 const Run& last_run();
 

@@ -17,7 +17,7 @@ struct Layer {
   DType dtype;
   CellKind cell;
   bool bias, projection;
-  int64_t rows;  // of x: S, or T * N; more than the steps' where padding lies behind packed data
+  int64_t rows;  // of x: T * N or S; more than those of its steps where padding follows packed data
   Tensors kept;
   std::vector<int64_t> offsets;
 
@@ -27,36 +27,75 @@ struct Layer {
   }
 };
 
+// Whether a call is of one model, or of several with as many sets of weights, which every tensor
+// but batch_sizes then has a first dimension for.
+class Models {
+ public:
+  Models(const Tensor& x, const MaybeTensor& batch_sizes)
+      : several_(x.dim() == (batch_sizes ? 3 : 4)), count_(several_ ? x.size(0) : 1) {}
+
+  int64_t count() const { return count_; }
+
+  Tensor of(const Tensor& t, int64_t model, const char* name) const {
+    if (!several_) return t;
+    LSTM_FUSED_CHECK(t.dim() > 0 && t.size(0) == count_, name, " has shape ", describe(t),
+                     " but must begin with ", count_, ", the number of models");
+    return select_first(t, model);
+  }
+  MaybeTensor of(const MaybeTensor& t, int64_t model, const char* name) const {
+    return t ? MaybeTensor(of(*t, model, name)) : std::nullopt;
+  }
+  Tensors of(const Tensors& ts, int64_t model, const char* name) const {
+    if (!several_) return ts;
+    Tensors found;
+    for (const Tensor& t : ts) found.push_back(of(t, model, name));
+    return found;
+  }
+  // A result that the caller does not want is empty, without models.
+  Tensor of_result(const Tensor& t, int64_t model) const {
+    return several_ && t.numel() > 0 ? select_first(t, model) : t;
+  }
+  std::vector<int64_t> shape(std::vector<int64_t> one) const {
+    if (several_) one.insert(one.begin(), count_);
+    return one;
+  }
+
+ private:
+  bool several_;
+  int64_t count_;
+};
+
 inline void read_steps(Layer& layer, const Tensor& x, const MaybeTensor& batch_sizes) {
   LayerSizes& size = layer.size;
   if (!batch_sizes) {
-    STD_TORCH_CHECK(x.dim() == 3, "x has shape ", describe(x), " but must be (T, N, I)");
+    LSTM_FUSED_CHECK(x.dim() == 3, "x has shape ", describe(x), " but must be (T, N, I)");
     size.steps = {x.size(0), x.size(1), nullptr, nullptr};
     size.I = x.size(2);
     layer.rows = size.steps.rows();
     return;
   }
-  STD_TORCH_CHECK(x.dim() == 2, "packed x has shape ", describe(x), " but must be (S, I)");
-  STD_TORCH_CHECK(batch_sizes->dim() == 1 && batch_sizes->is_cpu() &&
-                      batch_sizes->scalar_type() == ScalarType::Long,
-                  "batch_sizes must be a 1-D int64 tensor on the CPU");
+  LSTM_FUSED_CHECK(x.dim() == 2, "packed x has shape ", describe(x), " but must be (S, I)");
+  LSTM_FUSED_CHECK(batch_sizes->dim() == 1 && batch_sizes->is_cpu() &&
+                       batch_sizes->scalar_type() == ScalarType::Long,
+                   "batch_sizes must be a 1-D int64 tensor on the CPU");
   int64_t T = batch_sizes->numel();
-  STD_TORCH_CHECK(T > 0, "batch_sizes must not be empty");
+  LSTM_FUSED_CHECK(T > 0, "batch_sizes must not be empty");
   const Tensor& sizes = layer.keep(*batch_sizes);
   const int64_t* data = sizes.const_data_ptr<int64_t>();
-  // A last entry -1 - n says that n rows of x follow that belong to no step. It is there where the
-  // number of rows could not depend on the lengths; steps may have no row then.
+  // A negative last entry says how many rows of x follow that belong to no step. It is there where
+  // the number of rows could not depend on the lengths (lstm_fused/padded.py); a step may have no
+  // row then.
   const bool padded = data[T - 1] < 0;
-  const int64_t padding = padded ? -1 - data[--T] : 0;
+  const int64_t padding = padded ? -data[--T] : 0;
   layer.offsets.assign(T + 1, 0);
   for (int64_t t = 0; t < T; ++t) {
-    STD_TORCH_CHECK(data[t] >= !padded && (t == 0 || data[t] <= data[t - 1]),
-                    "batch_sizes must be positive and must not grow");
+    LSTM_FUSED_CHECK(data[t] >= (padded ? 0 : 1) && (t == 0 || data[t] <= data[t - 1]),
+                     "batch_sizes must be positive and must not grow");
     layer.offsets[t + 1] = layer.offsets[t] + data[t];
   }
-  layer.rows = x.size(0);
-  STD_TORCH_CHECK(layer.offsets[T] + padding == layer.rows, "batch_sizes add up to ",
-                  layer.offsets[T] + padding, " but x has ", layer.rows, " rows");
+  layer.rows = layer.offsets[T] + padding;
+  LSTM_FUSED_CHECK(layer.rows == x.size(0), "batch_sizes add up to ", layer.rows, " but x has ",
+                   x.size(0), " rows");
   while (T > 0 && data[T - 1] == 0) --T;
   size.steps = {T, T > 0 ? data[0] : 0, data, layer.offsets.data()};
   size.I = x.size(1);
@@ -64,22 +103,22 @@ inline void read_steps(Layer& layer, const Tensor& x, const MaybeTensor& batch_s
 
 inline void read_weights(Layer& layer, const Tensor& x, const Tensors& weights) {
   const size_t each = weights.size() / layer.size.D;
-  STD_TORCH_CHECK(weights.size() % layer.size.D == 0 && each >= 2 && each <= 5,
-                  "weights must hold 2 to 5 tensors for each direction, not ", weights.size(),
-                  " in all");
+  LSTM_FUSED_CHECK(weights.size() % layer.size.D == 0 && each >= 2 && each <= 5,
+                   "weights must hold 2 to 5 tensors for each direction, not ", weights.size(),
+                   " in all");
   layer.bias = each >= 4;
   layer.projection = each % 2 == 1;
   LayerSizes& size = layer.size;
   const int G = info(layer.cell).gates;
-  STD_TORCH_CHECK(!layer.projection || info(layer.cell).memory == Memory::kCell, "cell ",
-                  info(layer.cell).name, " has no projection");
-  STD_TORCH_CHECK(weights[1].dim() == 2 && weights[1].size(0) % G == 0, "w_hh has shape ",
-                  describe(weights[1]), " but must be (", G, " * H, R)");
+  LSTM_FUSED_CHECK(!layer.projection || info(layer.cell).memory == Memory::kCell, "cell ",
+                   info(layer.cell).name, " has no projection");
+  LSTM_FUSED_CHECK(weights[1].dim() == 2 && weights[1].size(0) % G == 0, "w_hh has shape ",
+                   describe(weights[1]), " but must be (", G, " * H, R)");
   size.H = weights[1].size(0) / G;
   size.R = weights[1].size(1);
-  STD_TORCH_CHECK(size.H >= 1 && size.R >= 1 && size.I >= 1, "I, H and R must be at least 1");
-  STD_TORCH_CHECK(layer.projection || size.R == size.H, "w_hh has shape ", describe(weights[1]),
-                  ": without a projection it must be (", G, " * H, H)");
+  LSTM_FUSED_CHECK(size.H >= 1 && size.R >= 1 && size.I >= 1, "I, H and R must be at least 1");
+  LSTM_FUSED_CHECK(layer.projection || size.R == size.H, "w_hh has shape ", describe(weights[1]),
+                   ": without a projection it must be (", G, " * H, H)");
   for (int d = 0; d < size.D; ++d) {
     const Tensor* w = weights.data() + d * each;
     for (size_t i = 0; i < each; ++i) check_like(w[i], x, "every weight");
@@ -100,8 +139,8 @@ inline void read_weights(Layer& layer, const Tensor& x, const Tensors& weights) 
 inline Layer read_layer(const Tensor& x, const MaybeTensor& batch_sizes, const Tensors& weights,
                         int64_t cell, int64_t directions) {
   Layer layer{};
-  STD_TORCH_CHECK(cell >= 0 && cell < kCellCount, "unknown cell ", cell);
-  STD_TORCH_CHECK(directions == 1 || directions == 2, "directions must be 1 or 2");
+  LSTM_FUSED_CHECK(cell >= 0 && cell < kCellCount, "unknown cell ", cell);
+  LSTM_FUSED_CHECK(directions == 1 || directions == 2, "directions must be 1 or 2");
   layer.cell = static_cast<CellKind>(cell);
   layer.dtype = dtype_of(x, "x");
   layer.size.D = static_cast<int>(directions);
@@ -131,8 +170,8 @@ inline bool has_cell_state(const Layer& layer) {
 template <class Params>
 Params given(Layer& layer, const Tensor& x, const Tensors& state0) {
   const bool own = has_cell_state(layer);
-  STD_TORCH_CHECK(state0.empty() || state0.size() == (own ? 2 : 1), "state0 must hold ",
-                  own ? "h0 and c0" : "h0", " or nothing");
+  LSTM_FUSED_CHECK(state0.empty() || state0.size() == (own ? 2 : 1), "state0 must hold ",
+                   own ? "h0 and c0" : "h0", " or nothing");
   Params params{};
   params.size = layer.size;
   params.x = layer.x;
@@ -153,19 +192,19 @@ inline std::vector<int64_t> output_shape(const Layer& layer, const Tensor& x) {
 // gates or cells, as forward saved them for backward.
 inline void check_saved(const Tensor& t, const Tensor& x, const Layer& layer,
                         const std::vector<int64_t>& shape, const char* name) {
-  STD_TORCH_CHECK(
+  LSTM_FUSED_CHECK(
       same_device(t, x) && t.is_contiguous() && t.scalar_type() == compute_dtype(layer.dtype), name,
-      " must be as saved by recurrent_forward in training");
+      " must be as the forward pass saved it");
   check_shape(t, shape, name);
 }
 
 // The outputs' gradients, those there are, into backward's params.
 template <class Params>
-void read_gradients(Layer& layer, const Tensor& x, const Tensor& y, const MaybeTensor& dy,
-                    const MaybeTensor& dh_n, const MaybeTensor& dc_n, Params& params) {
+void read_gradients(Layer& layer, const Tensor& x, const MaybeTensor& dy, const MaybeTensor& dh_n,
+                    const MaybeTensor& dc_n, Params& params) {
   if (dy) {
-    check_like(*dy, y, "dy");
-    check_shape(*dy, shape_of(y), "dy");
+    check_like(*dy, x, "dy");
+    check_shape(*dy, output_shape(layer, x), "dy");
     params.dy = layer.keep(*dy).const_data_ptr();
   }
   // Shapes of the final states' gradients are those of the states that forward began with.

@@ -59,6 +59,11 @@ struct Steps {
   LSTM_FUSED_INLINE int64_t active(int64_t t) const { return sizes ? sizes[t] : N; }
   LSTM_FUSED_INLINE int64_t offset(int64_t t) const { return offsets ? offsets[t] : t * N; }
   LSTM_FUSED_INLINE int64_t rows() const { return offset(T); }
+  // The step before step t of row n in direction d, or -1 if t is its first.
+  LSTM_FUSED_INLINE int64_t before(int d, int64_t t, int64_t n) const {
+    const int64_t at = d == 0 ? t - 1 : t + 1;
+    return at >= 0 && at < T && n < active(at) ? at : -1;
+  }
 };
 
 // Element (t, n, i) of a sequence lies at data[t * stride_t + n * stride_n + i] when dense, at
@@ -106,6 +111,15 @@ struct ForwardParams {
   void* scratch;  // forward_scratch() bytes, 64-byte aligned
 };
 
+// The forward pass of tangents: in x, h0, c0, the biases, y, h_n and c_n tangents take the values'
+// places, the weights are the weights. What the weights' own tangents add is summed beforehand.
+struct TangentParams : ForwardParams {
+  const void* primal_c0;  // (D, N, H) what the cell was first carried, h0 if it carries h; or null
+  const void* saved_gates;  // as saved by forward
+  const void* saved_cells;
+  const void* preacts;  // (S, D, P, H) to be added to the pre-activations' tangents, or null
+};
+
 struct WeightGradients {
   void* w_ih;  // each shaped as its weight, or null when not asked for
   void* w_hh;
@@ -120,7 +134,7 @@ struct BackwardParams {
   const void* h0;
   const void* c0;
   Weights weights[2];
-  const void* y;      // (S, D * R)
+  const void* y;      // (S, D * R), read with a projection only: else h follows from what is saved
   const void* gates;  // as saved by forward
   const void* cells;
   const void* dy;    // (S, D * R) or null
@@ -130,7 +144,8 @@ struct BackwardParams {
   void* dh0;         // (D, N, R) or null
   void* dc0;         // (D, N, H) or null
   WeightGradients dweights[2];
-  void* scratch;  // backward_scratch() bytes, 64-byte aligned
+  void* d_preacts;  // (S, D, P, H) gradients of the pre-activations, in the compute dtype, or null
+  void* scratch;    // backward_scratch() bytes, 64-byte aligned
 };
 
 }  // namespace lstm_fused

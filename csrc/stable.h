@@ -7,17 +7,31 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <array>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "params.h"
 
+// A RuntimeError in Python whose message is what follows the condition, and nothing else: torch's
+// own STD_TORCH_CHECK puts the function, file and line before it. A macro, so that the message is
+// made only when it is needed.
+#define LSTM_FUSED_CHECK(condition, ...) \
+  if (!(condition)) ::lstm_fused::refuse(__VA_ARGS__)
+
 namespace lstm_fused {
+
+template <class... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -28,13 +42,26 @@ inline DType dtype_of(const Tensor& t, const char* name) {
     case ScalarType::Double: return DType::kFloat64;
     case ScalarType::BFloat16: return DType::kBFloat16;
     case ScalarType::Half: return DType::kFloat16;
-    default: STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
+    default: refuse(name, " must be float32, float64, bfloat16 or float16");
   }
-  return DType::kFloat32;
 }
 
 inline ScalarType compute_dtype(DType dtype) {
   return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+
+inline std::vector<int64_t> shape_of(const Tensor& t) {
+  return {t.sizes().begin(), t.sizes().end()};
+}
+
+inline std::string describe(const std::vector<int64_t>& shape) {
+  std::string s = "(";
+  for (size_t i = 0; i < shape.size(); ++i) s += (i ? ", " : "") + std::to_string(shape[i]);
+  return s + ")";
+}
+
+inline std::string describe(const Tensor& t) {
+  return describe(shape_of(t));
 }
 
 // On the device of `like`.
@@ -46,35 +73,21 @@ inline Tensor allocate(const std::vector<int64_t>& shape, ScalarType dtype, cons
     stride *= shape[i] > 0 ? shape[i] : 1;
   }
   int32_t device_type;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
-      like.get_device_index(), &handle));
+  const bool allocated = aoti_torch_get_device_type(like.get(), &device_type) == TORCH_SUCCESS &&
+                         aoti_torch_empty_strided(
+                             static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                             torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                             device_type, like.get_device_index(), &handle) == TORCH_SUCCESS;
+  LSTM_FUSED_CHECK(allocated, "out of memory: no room for a tensor of shape ", describe(shape));
   return Tensor(handle);
-}
-
-inline std::string describe(const Tensor& t) {
-  std::string s = "(";
-  for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
-  return s + ")";
 }
 
 inline void check_shape(const Tensor& t, const std::vector<int64_t>& shape, const char* name) {
   bool same = t.dim() == static_cast<int64_t>(shape.size());
-  std::string wanted = "(";
   int64_t i = 0;
-  for (const int64_t size : shape) {
-    same = same && t.size(i) == size;
-    wanted += (i ? ", " : "") + std::to_string(size);
-    ++i;
-  }
-  STD_TORCH_CHECK(same, name, " has shape ", describe(t), " but must be ", wanted + ")");
-}
-
-inline std::vector<int64_t> shape_of(const Tensor& t) {
-  return {t.sizes().begin(), t.sizes().end()};
+  for (const int64_t size : shape) same = same && t.size(i++) == size;
+  LSTM_FUSED_CHECK(same, name, " has shape ", describe(t), " but must be ", describe(shape));
 }
 
 inline bool same_device(const Tensor& a, const Tensor& b) {
@@ -83,12 +96,28 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
 }
 
 inline void check_like(const Tensor& t, const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(same_device(t, x), name, " must be on the device of x");
-  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
+  LSTM_FUSED_CHECK(same_device(t, x), name, " must be on the device of x");
+  LSTM_FUSED_CHECK(t.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
+}
+
+// Entry `i` of the first dimension, as a view of the same memory.
+inline Tensor select_first(const Tensor& t, int64_t i) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  AtenTensorHandle handle;
+  const bool viewed =
+      aoti_torch__reinterpret_tensor(t.get(), t.dim() - 1, sizes.data() + 1, strides.data() + 1,
+                                     i * strides[0], &handle) == TORCH_SUCCESS;
+  LSTM_FUSED_CHECK(viewed, "there is no model ", i, " in a tensor of shape ", describe(t));
+  return Tensor(handle);
 }
 
 inline Tensor as_contiguous(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  if (t.is_contiguous()) return t;
+  try {
+    return torch::stable::contiguous(t);
+  } catch (const std::exception&) {
+    refuse("out of memory: no room for a contiguous copy of a tensor of shape ", describe(t));
+  }
 }
 
 }  // namespace lstm_fused

@@ -14,7 +14,8 @@ from lstm_fused import _plan
 
 _LIBRARY = Path(__file__).parent / f"_C_cuda{EXTENSION_SUFFIXES[0]}"  # of this Python's build
 KINDS = _plan.cuda_kinds()  # of plans: csrc/cuda/plan.h
-CELLS = {cell["id"]: cell for cell in _plan.cells().values()}  # csrc/cells/cells.h
+# By number, csrc/cells/cells.h.
+CELLS = {cell["id"]: {"name": name, **cell} for name, cell in _plan.cells().items()}
 
 # To be taken out when docs/cuda.md's first line is.
 _NEVER_RUN = (
@@ -42,6 +43,11 @@ def load():
     _registration = torch.library.Library("lstm_fused", "IMPL", "CUDA")
     _registration.impl("recurrent_forward", cuda_layer.forward)
     _registration.impl("recurrent_backward", cuda_layer.backward)
+
+
+def serves(x):
+    """Whether the CUDA kernels are those of x's device."""
+    return x.device.type == "cuda"
 
 
 def why_not(device):

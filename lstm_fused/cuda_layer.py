@@ -12,7 +12,7 @@ from contextlib import nullcontext
 
 import torch
 
-from lstm_fused import _plan, cuda
+from lstm_fused import _plan, cuda, models
 
 
 def _check(fits, message):
@@ -38,6 +38,8 @@ def _compute(x):
 
 def forward(x, batch_sizes, state0, weights, cell, directions, training):
     """lstm_fused::recurrent_forward; gates (S, D, sums, H) and cells (S, D, H) are saved."""
+    if models.several(x, batch_sizes):
+        return models.each(forward, x, batch_sizes, state0, weights, cell, directions, training)
 
     def run(tf32):
         return cuda.kernels.forward.default(
@@ -52,9 +54,13 @@ def backward(
 ):
     """lstm_fused::recurrent_backward; a gradient that mask does not ask for is empty."""
     _check(
-        len(mask) == 3 + len(weights),
-        "mask must have one entry each for x, h0, c0 and every weight",
+        len(mask) == 4 + len(weights),
+        "mask must have one entry each for x, h0, c0, every weight and the pre-activations",
     )
+    if models.several(x, batch_sizes):
+        tensors = (state0, weights, y, gates, cells, dy, dh_n, dc_n)
+        return models.each(backward, x, batch_sizes, *tensors, cell, directions, mask)
+    _check(y is not None, "y is needed: the gradient of w_hh reads it")
 
     def run(tf32):
         one = _Backward(x, batch_sizes, state0, weights, y, cell, directions, mask, tf32)
@@ -110,7 +116,9 @@ class _Backward:
             cuda.forced_kind(),
         )
         dweights = [self._weight_gradients(d) for d in range(self.D)]
-        return self._input_gradient(), dh0, dc0, [g for each in dweights for g in each]
+        dweights = [g for each in dweights for g in each]
+        d_preacts = self.d_gates if self.mask[-1] else self.x.new_empty(0)
+        return self._input_gradient(), dh0, dc0, dweights, d_preacts.to(_compute(self.x))
 
     def _product(self, a, b):
         """a (n, k) b (k, m), accumulated and given in the compute dtype."""
@@ -125,7 +133,8 @@ class _Backward:
             wanted(dx, *self.x.shape),
             wanted(dh0, self.D, 0, self.R),
             wanted(dc0, self.D, 0, self.H),
-            [wanted(m, *w.shape) for w, m in zip(self.given, self.mask[3:], strict=True)],
+            [wanted(m, *w.shape) for w, m in zip(self.given, self.mask[3:-1], strict=True)],
+            wanted(self.mask[-1], 0, self.D, self.sums, self.H).to(_compute(self.x)),
         )
 
     def _turned(self, w, gates):

@@ -40,9 +40,13 @@ class LSTM(Recurrent, torch.nn.LSTM):
             ``hx`` has another dtype.
         TypeError, IndexError, AttributeError: an argument is of the wrong kind.
 
+    Every transform of ``torch.func`` is fused: ``grad`` and ``vjp`` at any level, ``vmap`` over
+    inputs and over stacked weights (an ensemble runs in one call), per-sample gradients by
+    ``vmap(grad)``, ``jvp``; derivatives of derivatives go through a pure-torch reference.
+
     Inputs without a fused path (another device than cpu and cuda, other dtypes, Tensor subclasses,
-    vmap, forward-mode derivatives, ``torch.jit.trace``) run through ``torch.nn.LSTM`` itself, with
-    one warning for each reason. ``torch.jit.script`` compiles ``torch.nn.LSTM``'s own forward, with
+    ``torch.jit.trace``) run through ``torch.nn.LSTM`` itself, with one warning for each reason.
+    ``torch.jit.script`` compiles ``torch.nn.LSTM``'s own forward, with
     the same warning. ``lstm_fused.explain`` tells beforehand.
 
     The equations and the options are those of ``torch.nn.LSTM``'s documentation; Hochreiter and

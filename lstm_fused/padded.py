@@ -2,8 +2,8 @@
 
 ``lstm(x, lengths=lengths)`` packs its input in eager mode, and the packed data's size depends on the
 lengths' values, which torch.compile and torch.export do not know. Here the steps of all rows are
-moved to the front of T * N rows instead, the padding behind them, and the operator walks those that
-the batch sizes count.
+moved to the front of T * N + 1 rows instead, the padding behind them, and the operator walks those
+that the batch sizes count.
 
 Sizes: T steps, N rows, I inputs, H hidden units, R recurrent width, D directions.
 """
@@ -56,12 +56,13 @@ def _padded(x, lengths, state0, weights, cell, directions):
     alive = torch.arange(T, device="cpu").unsqueeze(1) < steps_of[order]  # (T, N), sorted rows
     flat = alive.flatten()
     total = flat.sum(0, keepdim=True)
-    # The last entry counts the padding behind the packed data: csrc/layer.h.
+    # The last entry counts the padding behind the packed data, negative: csrc/layer.h. There is a row
+    # more of it than there need be, so that the entry is never 0.
     batch_sizes = torch.cat((alive.sum(1), total - (T * N + 1)))
     # Packed data holds step by step the rows alive; (t, n) becomes its row at[t * N + n].
     at = torch.where(flat, flat.cumsum(0), total + (~flat).cumsum(0)) - 1
     at = at.view(T, N)[:, order.argsort()].flatten()
-    source = at.argsort().to(x.device)
+    source = torch.cat((at.argsort(), at.new_zeros(1))).to(x.device)
     rows = x.flatten(0, 1).index_select(0, source)
     order, back, at = order.to(x.device), order.argsort().to(x.device), at.to(x.device)
     y, ends = ops.layer(

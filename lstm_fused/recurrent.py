@@ -4,7 +4,6 @@ import warnings
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -35,15 +34,6 @@ def why_torch(x, hx, weights):
         same = t.is_cpu if x.is_cpu else isinstance(t, Tensor) and t.device == x.device
         if (type(t) not in _PLAIN_TYPES or not same) and (reason := _why_not_plain(t, x)):
             return reason
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        for level in torch._C._functorch.get_interpreter_stack():
-            transform = str(level.key()).partition(".")[2]
-            if transform in ("Vmap", "Jvp"):
-                return f"the fused op has no rule for torch.func's {transform.lower()}"
-    if forward_ad._current_level >= 0:
-        states = hx if isinstance(hx, (tuple, list)) else ()
-        if any(_has_tangent(t) for t in (x, *states, *weights)):
-            return "the fused op has no forward-mode derivative"
     return None
 
 
@@ -65,10 +55,6 @@ def _why_not_plain(t, x):
     if type(t) in _PLAIN_TYPES or isinstance(t, FakeTensor):
         return None
     return f"{type(t).__name__} is a Tensor subclass"
-
-
-def _has_tangent(t):
-    return isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None
 
 
 class Fused:

@@ -139,3 +139,64 @@ def assert_accurate(found, expected, exact, dtype):
         )
         limit = tolerance.allowed(name, dtype, torch_error, truth.abs().max().item())
         assert error <= limit, name
+
+
+# Of ops.layer's arguments those that are wrong, and the whole of what it says.
+LAYER_REFUSES = {
+    "2-D": ({"x": torch.zeros(3, 2)}, "x has shape (3, 2) but must be (T, N, I)"),
+    "integers": (
+        {"x": torch.zeros(3, 2, 4).int()},
+        "x must be float32, float64, bfloat16 or float16",
+    ),
+    "no step": ({"x": torch.zeros(0, 2, 4)}, "x must have at least one time step"),
+    "no input": (
+        {"x": torch.zeros(3, 2, 0), "w_ih": torch.zeros(20, 0)},
+        "I, H and R must be at least 1",
+    ),
+    "w_hh": (
+        {"w_hh": torch.zeros(20, 4)},
+        "w_hh has shape (20, 4): without a projection it must be (4 * H, H)",
+    ),
+    "gates": ({"w_hh": torch.zeros(19, 5)}, "w_hh has shape (19, 5) but must be (4 * H, R)"),
+    "weight dtype": (
+        {"w_hh": torch.zeros(20, 5).double()},
+        "every weight must have the dtype of x",
+    ),
+    "w_ih": ({"w_ih": torch.zeros(20, 3)}, "w_ih has shape (20, 3) but must be (20, 4)"),
+    "one state": (
+        {"state0": (torch.zeros(1, 2, 5),)},
+        "state0 must hold h0 and c0 or nothing",
+    ),
+    "c0": (
+        {"state0": (torch.zeros(1, 2, 5), torch.zeros(1, 2, 4))},
+        "c0 has shape (1, 2, 4) but must be (1, 2, 5)",
+    ),
+    "packed 3-D": (
+        {"batch_sizes": torch.tensor([2, 1])},
+        "packed x has shape (3, 2, 4) but must be (S, I)",
+    ),
+} | {
+    f"batch_sizes {name}": (
+        {"x": torch.zeros(3, 4), "batch_sizes": torch.tensor(sizes, dtype=torch.int64)},
+        message,
+    )
+    for name, sizes, message in (
+        ("grow", [1, 2], "batch_sizes must be positive and must not grow"),
+        ("zero", [2, 0, 1], "batch_sizes must be positive and must not grow"),
+        ("sum", [2, 2], "batch_sizes add up to 4 but x has 3 rows"),
+        ("empty", [], "batch_sizes must not be empty"),
+    )
+}
+
+
+def assert_layer_refuses(change, message):
+    given = {
+        "x": torch.zeros(3, 2, 4),
+        "batch_sizes": None,
+        "state0": (),
+        "w_ih": torch.zeros(20, 4),
+        "w_hh": torch.zeros(20, 5),
+    } | change
+    with pytest.raises(RuntimeError) as error:
+        ops.layer(given["x"], given["batch_sizes"], given["state0"], (given["w_ih"], given["w_hh"]))
+    assert str(error.value) == message

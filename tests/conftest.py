@@ -72,8 +72,6 @@ def device(request, monkeypatch):
     if request.param != "emulated":
         yield from placed(request.param, monkeypatch)
         return
-    if request.node.get_closest_marker("dispatched"):
-        pytest.skip("the emulation stands behind no operator of torch's dispatcher")
     with emulated.kernels():
         yield request.param
 

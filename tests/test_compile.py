@@ -311,5 +311,17 @@ def test_opcheck_backward(cell, name):
         "x only": ([d_out[0], None, None], [True] + [False] * (2 + count)),
     }
     for (dy, dh_n, dc_n), mask in masks.values():
-        given = (x, batch_sizes, state0, weights, y, gates, cells, dy, dh_n, dc_n, kind, D, mask)
-        opcheck(BACKWARD, given)
+        given = (x, batch_sizes, state0, weights, y, gates, cells, dy, dh_n, dc_n, kind, D)
+        for preacts in (False, True):
+            opcheck(BACKWARD, (*given, [*mask, preacts]))
+
+
+@each_sample
+def test_opcheck_tangents(cell, name):
+    x, batch_sizes, state0, weights, D = sample(cell, name)
+    kind = ops.CELLS[cell]["id"]
+    y, _, _, gates, cells = FORWARD(x, batch_sizes, state0, weights, kind, D, True)
+    moves = [t.cos() for t in (x, *state0, *weights)]
+    if len(weights) // D % 2 == 0:  # without a projection
+        given = (x, batch_sizes, state0, weights, y, gates, cells, moves, kind, D)
+        opcheck(torch.ops.lstm_fused.recurrent_jvp.default, given)

@@ -15,6 +15,7 @@ import oracle
 import pytest
 import tolerance
 import torch
+from beside import LAYER_REFUSES, assert_layer_refuses
 from cuda_cases import HELD, KINDS, PROJECTED, SMALL, cases, check_products, expected, tf32
 from oracle import Problem, check, judges, run_module
 from paths import DTYPES
@@ -127,39 +128,9 @@ def test_no_rows_and_one_step():
     assert all(not p.grad.any() for p in module.parameters())
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"x": torch.zeros(3, 2)}, r"x has shape \(3, 2\) but must be \(T, N, I\)"),
-        ({"x": torch.zeros(3, 2, 4).int()}, "x must be float32, float64"),
-        ({"w_hh": torch.zeros(20, 4)}, "without a projection it must be"),
-        ({"w_hh": torch.zeros(20, 5).double()}, "every weight must have the dtype of x"),
-        ({"w_ih": torch.zeros(20, 3)}, r"w_ih has shape \(20, 3\) but must be \(20, 4\)"),
-        ({"state0": (torch.zeros(1, 2, 5),)}, "state0 must hold h0 and c0 or nothing"),
-        ({"batch_sizes": torch.tensor([2, 1])}, r"packed x has shape"),
-    ],
-)
+@pytest.mark.parametrize("change, message", LAYER_REFUSES.values(), ids=LAYER_REFUSES)
 def test_refuses(change, message):
-    given = {
-        "x": torch.zeros(3, 2, 4),
-        "batch_sizes": None,
-        "state0": (),
-        "w_ih": torch.zeros(20, 4),
-        "w_hh": torch.zeros(20, 5),
-    } | change
-    with pytest.raises(RuntimeError, match=message):
-        ops.layer(given["x"], given["batch_sizes"], given["state0"], (given["w_ih"], given["w_hh"]))
-
-
-@pytest.mark.parametrize("sizes", [[1, 2], [2, 0, 1], [2, 2]])
-def test_refuses_batch_sizes(sizes):
-    with pytest.raises(RuntimeError, match="batch_sizes"):
-        ops.layer(
-            torch.zeros(3, 4),
-            torch.tensor(sizes),
-            (),
-            (torch.zeros(20, 4), torch.zeros(20, 5)),
-        )
+    assert_layer_refuses(change, message)
 
 
 def sanitized(*arguments, program="driver", **environment):

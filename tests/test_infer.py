@@ -171,7 +171,7 @@ def test_left_to_the_operator_while_torch_watches(short_way):
 
 @pytest.mark.filterwarnings("ignore:lstm_fused.* ran through", "ignore::DeprecationWarning")
 def test_left_to_torch(short_way):
-    """What the operator has no rule for either."""
+    """Tangents go to the operator, what is traced to torch.nn."""
     module, x = lstm_fused.GRU(4, 6).requires_grad_(False), torch.randn(3, 2, 4)
     with forward_ad.dual_level():
         y, _ = module(forward_ad.make_dual(x, torch.ones_like(x)))

@@ -5,10 +5,22 @@ import warnings
 
 import pytest
 import torch
-from beside import H, I, N, T, changed, draw, each_cell, ones, outcome, pair
+from beside import (
+    LAYER_REFUSES,
+    H,
+    I,
+    N,
+    T,
+    assert_layer_refuses,
+    changed,
+    draw,
+    each_cell,
+    ones,
+    outcome,
+    pair,
+)
 from oracle import CELLS, has_cell_state
 from torch import nn
-from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import lstm_fused
@@ -185,6 +197,20 @@ def test_stricter(cell, call, words):
         call(pair(cell=cell)[1])
 
 
+@pytest.mark.parametrize("change, message", LAYER_REFUSES.values(), ids=LAYER_REFUSES)
+def test_the_op_refuses(change, message):
+    """In words of the arguments' names, with nothing before them."""
+    assert_layer_refuses(change, message)
+
+
+@each_cell
+def test_out_of_memory(cell):
+    """Of more than any machine addresses, expanded from one row."""
+    x = ones(1, 1, I).expand(10**8, 10**7, I)
+    with pytest.raises(RuntimeError, match="^out of memory: no room for a tensor of shape"):
+        pair(cell=cell)[1](x)
+
+
 BAD_LENGTHS = {
     "too few": (X, [5, 3], ValueError, r"one length a row, shape \(3,\)"),
     "2-D": (X, [[5, 3, 1]], ValueError, "one length a row"),
@@ -222,15 +248,7 @@ class Named(torch.Tensor):
     pass
 
 
-def tangent(module, x):
-    with forward_ad.dual_level():
-        y = module(forward_ad.make_dual(x, x))[0]
-        return forward_ad.unpack_dual(y).tangent
-
-
 THROUGH_TORCH = {
-    "jvp": (lambda m, x: torch.func.jvp(lambda x: m(x)[0], (x,), (x,))[1], "jvp"),
-    "forward mode": (tangent, "forward-mode"),
     "jit.trace": (lambda m, x: torch.jit.trace(m, x)(x)[0], "torch.jit.trace"),
     "subclass": (lambda m, x: m(x.as_subclass(Named))[0], "Named is a Tensor subclass"),
     "meta": (lambda m, x: m.to("meta")(x.to("meta"))[0], "input is on meta"),
@@ -274,14 +292,6 @@ def test_jit_script(cell):
         found = torch.jit.script(ours)
     x = ones(*X)
     torch.testing.assert_close(found(x), theirs(x), rtol=0, atol=0)
-
-
-@each_cell
-def test_vmap_fails_as_torch_does(cell):
-    theirs, ours = pair(cell=cell)
-    for module in (theirs, ours):
-        with pytest.raises(RuntimeError, match=f"Batching rule not implemented for aten::{cell}"):
-            torch.func.vmap(lambda x, m=module: m(x)[0])(ones(2, *X))
 
 
 @each_cell

@@ -17,6 +17,8 @@
 //                     saved (kSums), c_prev, c: as forward left them
 //                     dh: gradient of h; dc: gradient of c from the step after, replaced by the one
 //                     for the step before; d_sum (kSums): gradients of the pre-activations
+//   tangent(saved, c_prev, c, d_sum, dc_prev, dc) -> dh
+//                     as backward, with d_sum, dc_prev, dc and dh the tangents of sum, c_prev, c, h
 #pragma once
 
 #include "gru.h"
@@ -30,6 +32,15 @@
   CELL(rnn_relu, RnnRelu)
 
 namespace lstm_fused {
+namespace {
+
+// A cell whose forward pass is that of tangents.
+template <class Cell>
+struct TangentOf : Cell {
+  using Primal = Cell;
+};
+
+}  // namespace
 
 enum class CellKind : int {
 #define LSTM_FUSED_KIND(name, Cell) k##Cell,

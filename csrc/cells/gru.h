@@ -37,6 +37,15 @@ struct Gru {
     dc = total * z;
     return c;
   }
+
+  template <class V>
+  static LSTM_FUSED_INLINE V tangent(const V (&saved)[kSums], const V& c_prev, const V&,
+                                     const V (&d_sum)[kSums], const V& dc_prev, V& dc) {
+    const V n = saved[0], r = saved[1], z = saved[2];
+    const V d_n = (1 - n * n) * (d_sum[0] + saved[3] * r * (1 - r) * d_sum[1] + r * d_sum[3]);
+    dc = d_n + (c_prev - n) * z * (1 - z) * d_sum[2] + z * (dc_prev - d_n);
+    return dc;
+  }
 };
 
 }  // namespace

@@ -38,6 +38,16 @@ struct Lstm {
     dc = dc_total * f;
     return o * tanh_c;
   }
+
+  template <class V>
+  static LSTM_FUSED_INLINE V tangent(const V (&gate)[kSums], const V& c_prev, const V& c,
+                                     const V (&d_sum)[kSums], const V& dc_prev, V& dc) {
+    const V i = gate[0], f = gate[1], g = gate[2], o = gate[3];
+    const V tanh_c = tanh(c);
+    dc = f * dc_prev + c_prev * f * (1 - f) * d_sum[1] + g * i * (1 - i) * d_sum[0] +
+         i * (1 - g * g) * d_sum[2];
+    return tanh_c * o * (1 - o) * d_sum[3] + o * (1 - tanh_c * tanh_c) * dc;
+  }
 };
 
 }  // namespace

@@ -24,6 +24,12 @@ struct RnnTanh {
     d_sum[0] = dh * (1 - saved[0] * saved[0]);
     return saved[0];
   }
+
+  template <class V>
+  static LSTM_FUSED_INLINE V tangent(const V (&saved)[kSums], const V&, const V&,
+                                     const V (&d_sum)[kSums], const V&, V&) {
+    return (1 - saved[0] * saved[0]) * d_sum[0];
+  }
 };
 
 struct RnnRelu : RnnTanh {
@@ -38,6 +44,12 @@ struct RnnRelu : RnnTanh {
                                       V (&d_sum)[kSums]) {
     d_sum[0] = saved[0] <= V{} ? V{} : dh;
     return saved[0];
+  }
+
+  template <class V>
+  static LSTM_FUSED_INLINE V tangent(const V (&saved)[kSums], const V&, const V&,
+                                     const V (&d_sum)[kSums], const V&, V&) {
+    return saved[0] <= V{} ? V{} : d_sum[0];
   }
 };
 

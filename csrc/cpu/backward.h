@@ -32,6 +32,7 @@ struct BackwardState {
   A* c0;         // (D, N, Hp)
   E* d_hidden;   // (D, Rb, S, 16) gradients of the projected state, projection only
   A* full;       // (D, S, Hp) hidden states before the projection, projection only
+  S* hidden;     // (D, S, H) hidden states as forward gave them, for d_w_hh without a projection
   A* db;         // (threads, 2, D, Hb, P, 16) sums over rows: recent ones, and all before
   E* packed_hh;  // (D, Rp, G * Hp) in panels: columns of W_hh
   E* packed_hr;  // (D, Hp, R) in panels: columns of W_hr, projection only
@@ -62,6 +63,8 @@ struct BackwardState {
     c0 = kCarries ? arena.take<A>(D * N * Hp) : nullptr;
     d_hidden = projection ? arena.take<E>(D * Rb * S_rows * kBlock) : nullptr;
     full = projection ? arena.take<A>(D * S_rows * Hp) : nullptr;
+    const bool wanted = p.dweights[0].w_hh || p.dweights[1].w_hh;
+    hidden = wanted && !projection ? arena.take<S>(D * S_rows * H) : nullptr;
     db = arena.take<A>(plan.threads * 2 * D * Hb * P * kBlock);
     packed_hh = arena.take<E>(D * Rp * G * Hp);
     packed_hr = projection ? arena.take<E>(D * Hp * Rp) : nullptr;
@@ -93,13 +96,8 @@ struct BackwardState {
     return d_hidden + ((d * Rb + block) * S_rows + s) * kBlock;
   }
 
-  // Step `step` of the backward walk; the row before (n, t) in the forward walk, or -1.
+  // Step `step` of the backward walk.
   int64_t time(int d, int64_t step) const { return d == 0 ? T - 1 - step : step; }
-  int64_t previous_time(int d, int64_t t, int64_t n) const {
-    const int64_t before = d == 0 ? t - 1 : t + 1;
-    return before >= 0 && before < T && n < p.size.steps.active(before) ? before : -1;
-  }
-
   Panels<M> hidden_panels(int d, int unit_group) const {
     const Range v = vector_slice<A>(R, plan.unit_groups, unit_group);
     return {v, steps_of(G * Hp), packed_hh + d * Rp * G * Hp + v.begin * lanes * G * Hp};
@@ -327,7 +325,7 @@ struct BackwardWalk {
 
   // What step t of row n began with, from unit u on: c0, or what was saved a step before.
   const A* carried_into(int64_t t, int64_t n, int64_t u) const {
-    const int64_t before = k.previous_time(d, t, n);
+    const int64_t before = k.p.size.steps.before(d, t, n);
     if (before < 0) return k.c0 + (d * k.N + n) * k.Hp + u;
     return k.saved_cell(d, u / kBlock, k.p.size.steps.offset(before) + n) + u % kBlock;
   }
@@ -357,6 +355,7 @@ struct BackwardWalk {
       store(sums + j * kBlock, load<V>(sums + j * kBlock) + d_sum[j]);
     }
     if (k.projection) store(k.full + (d * k.S_rows + s) * k.Hp + u, h);
+    if (k.hidden) store_first(k.hidden + (d * k.S_rows + s) * k.H + u, h, k.H - u);
   }
 
   void through_projection(int64_t step, int64_t active) const {

@@ -30,6 +30,17 @@ struct Same<A, A> {
   static constexpr bool value = true;
 };
 
+template <class Cell>
+struct ParamsOf {
+  using type = ForwardParams;
+  static constexpr bool tangents = false;
+};
+template <class Cell>
+struct ParamsOf<TangentOf<Cell>> {
+  using type = TangentParams;
+  static constexpr bool tangents = true;
+};
+
 // What both forward kernels (persistent and direct) keep and do: the state, and the end of a step.
 template <class Cell, class S, class M>
 struct ForwardState {
@@ -39,15 +50,17 @@ struct ForwardState {
   static constexpr int G = Cell::kGates, P = Cell::kSums;
   static constexpr int lanes = VectorOf<A>::lanes;
   static constexpr bool kCarries = Cell::kMemory != Memory::kNone;
+  static constexpr bool kTangents = ParamsOf<Cell>::tangents;
+  using Params = typename ParamsOf<Cell>::type;
 
-  const ForwardParams& p;
+  const Params& p;
   const int64_t T, N, I, H, R, S_rows;
   const int64_t Hp, Rp, vectors;
   E* h;     // (D, 2, N, Rp) hidden states of two steps, in the type the tiles read
   A* c;     // (D, N, Hp) what the cell carries, if anything
   A* full;  // (D, N, Hp) hidden states before a projection, else null
 
-  ForwardState(const ForwardParams& params, Arena& arena)
+  ForwardState(const Params& params, Arena& arena)
       : p(params),
         T(p.size.steps.T),
         N(p.size.steps.N),
@@ -110,7 +123,12 @@ struct ForwardState {
       for (int j = 0; j < P; ++j) sum[j] = keep_first(sum[j], H - u);
     V c_old = {}, c_new = {};
     if constexpr (kCarries) c_old = load<V>(cell(d, n) + u);
-    const V h_new = Cell::forward(sum, c_old, c_new);
+    V h_new;
+    if constexpr (kTangents) {
+      h_new = tangent(d, step, n, u, sum, c_old, c_new);
+    } else {
+      h_new = Cell::forward(sum, c_old, c_new);
+    }
     if constexpr (kCarries) store(cell(d, n) + u, c_new);
     if (p.gates) save(d, step, n, vec, sum, c_new);
     if (full) {
@@ -118,6 +136,36 @@ struct ForwardState {
     } else {
       put_hidden(d, step, n, u, h_new);
     }
+  }
+
+  // Of h, from those of the pre-activations and of what the cell was carried.
+  LSTM_FUSED_INLINE V tangent(int d, int64_t step, int64_t n, int64_t u, V (&sum)[P],
+                              const V& dc_prev, V& dc) const {
+    const Steps& steps = p.size.steps;
+    const int64_t t = time(d, step), s = steps.offset(t) + n;
+    const auto saved_at = [&](const void* saved, int64_t row) {
+      const int64_t at = (d * p.size.blocks() + u / kBlock) * S_rows + row;
+      return static_cast<const A*>(saved) + at * kBlock;
+    };
+    V saved[P], c_prev = {}, c = {};
+    for (int j = 0; j < P; ++j) {
+      const int64_t at = (d * p.size.blocks() + u / kBlock) * S_rows + s;
+      saved[j] = load<V>(static_cast<const A*>(p.saved_gates) + (at * P + j) * kBlock + u % kBlock);
+      if (p.preacts)
+        sum[j] += load_first<V>(
+            static_cast<const A*>(p.preacts) + ((s * p.size.D + d) * P + j) * H + u, H - u);
+    }
+    if constexpr (kCarries) {
+      c = load<V>(saved_at(p.saved_cells, s) + u % kBlock);
+      const int64_t before = steps.before(d, t, n);
+      const S* c0 = static_cast<const S*>(p.primal_c0);
+      if (before >= 0) {
+        c_prev = load<V>(saved_at(p.saved_cells, steps.offset(before) + n) + u % kBlock);
+      } else if (c0) {
+        c_prev = load_first<V>(c0 + (d * N + n) * H + u, H - u);
+      }
+    }
+    return Cell::tangent(saved, c_prev, c, sum, dc_prev, dc);
   }
 
   LSTM_FUSED_INLINE void save(int d, int64_t step, int64_t n, int64_t vec, const V (&sum)[P],
@@ -197,7 +245,7 @@ struct PersistentForward : ForwardState<Cell, S, M> {
   }
   int groups() const { return plan.direction_groups * plan.row_groups; }
 
-  PersistentForward(const ForwardParams& params, const Plan& the_plan, Arena& arena)
+  PersistentForward(const typename Base::Params& params, const Plan& the_plan, Arena& arena)
       : Base(params, arena),
         plan(the_plan),
         depth_x(steps_of(I)),

@@ -119,9 +119,12 @@ struct Gradients : BackwardState<Cell, S, M> {
   }
 
   const S* previous_hidden(int d, int64_t t, int64_t n) const {
-    const int64_t before = this->previous_time(d, t, n);
-    if (before >= 0)
-      return static_cast<const S*>(p.y) + ((p.size.steps.offset(before) + n) * p.size.D + d) * R;
+    const int64_t before = p.size.steps.before(d, t, n);
+    if (before >= 0) {
+      const int64_t s = p.size.steps.offset(before) + n;
+      return this->projection ? static_cast<const S*>(p.y) + (s * p.size.D + d) * R
+                              : this->hidden + (d * S_rows + s) * H;
+    }
     return p.h0 ? static_cast<const S*>(p.h0) + (d * N + n) * R : nullptr;
   }
 
@@ -275,6 +278,20 @@ struct Gradients : BackwardState<Cell, S, M> {
     }
   }
 
+  void put_preact_gradients(int worker) const {
+    if (!p.d_preacts) return;
+    const Range own = split(S_rows, plan.threads, worker);
+    for (int64_t s = own.begin; s < own.end; ++s)
+      for (int d = 0; d < p.size.D; ++d)
+        for (int j = 0; j < P; ++j) {
+          A* to = static_cast<A*>(p.d_preacts) + ((s * p.size.D + d) * P + j) * H;
+          for (int64_t u = 0; u < H; u += lanes) {
+            const E* from = this->sum_gradients(d, u / kBlock, s) + j * kBlock + u % kBlock;
+            store_first(to + u, load<V>(from), H - u);
+          }
+        }
+  }
+
   struct Worker {
     const Gradients& k;
     const int i;
@@ -287,6 +304,7 @@ struct Gradients : BackwardState<Cell, S, M> {
       k.input_gradient(i);
       k.weight_gradients(i);
       k.bias_gradients(i);
+      k.put_preact_gradients(i);
     }
   };
 

@@ -58,9 +58,23 @@ int64_t forward_scratch(const ForwardParams& p, const Plan& plan) {
 }
 
 template <class Cell, class S>
-inline constexpr Kernel kKernel = {forward_scratch<Cell, S>, forward<Cell, S>,
-                                   scratch_bytes<Backward<Cell, S>, BackwardParams>,
-                                   run<Backward<Cell, S>, BackwardParams>};
+constexpr Kernel kernel() {
+  Kernel k = {forward_scratch<Cell, S>,
+              forward<Cell, S>,
+              scratch_bytes<Backward<Cell, S>, BackwardParams>,
+              run<Backward<Cell, S>, BackwardParams>,
+              nullptr,
+              nullptr};
+  if constexpr (sizeof(S) >= sizeof(float)) {
+    using Tangents = Persistent<TangentOf<Cell>, S>;
+    k.tangent_scratch = scratch_bytes<Tangents, TangentParams>;
+    k.tangent = run<Tangents, TangentParams>;
+  }
+  return k;
+}
+
+template <class Cell, class S>
+inline constexpr Kernel kKernel = kernel<Cell, S>();
 
 template <class Cell>
 const Kernel* kernel_of_dtype(DType dtype) {

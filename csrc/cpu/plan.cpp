@@ -109,7 +109,8 @@ Plan with_partition(const Problem& p, const Machine& m, KernelKind kernel, const
 }  // namespace
 
 Plan plan_forward(const Problem& p, const Machine& m) {
-  const bool direct = p.T <= kDirectMaxSteps && p.N <= kDirectMaxRows && !p.projection;
+  const bool direct =
+      p.T <= kDirectMaxSteps && p.N <= kDirectMaxRows && !p.projection && !p.tangents;
   const KernelKind kernel = direct ? KernelKind::kDirect : KernelKind::kPersistent;
   const Partition part = best_partition(p, m, kernel);
   Plan plan = with_partition(p, m, kernel, part);

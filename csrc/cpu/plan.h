@@ -23,6 +23,7 @@ struct Problem {
   int D;
   bool projection;
   bool training;
+  bool tangents = false;  // the forward pass of tangents
 };
 
 struct Machine {

@@ -16,8 +16,8 @@ namespace {
 
 // a (n, k) b (k, m) for Python, of any strides.
 Tensor product_of(Tensor a, Tensor b, bool tf32) {
-  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0) && a.size(1) > 0,
-                  "b has shape ", describe(b), ", which does not fit a's, ", describe(a));
+  LSTM_FUSED_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0) && a.size(1) > 0,
+                   "b has shape ", describe(b), ", which does not fit a's, ", describe(a));
   check_like(b, a, "b");
   const Guard guard(a.get_device_index());
   Tensors kept;
@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor x, MaybeTensor
   Layer layer = read_layer(x, batch_sizes, weights, cell, directions);
   const LayerSizes& s = layer.size;
   const Steps& steps = s.steps;
-  STD_TORCH_CHECK(steps.T > 0, "x must have at least one time step");
+  LSTM_FUSED_CHECK(steps.T > 0, "x must have at least one time step");
   const ForwardParams given = lstm_fused::given<ForwardParams>(layer, x, state0);
   Pass pass(layer, x, tf32, kind, false);
   const ScalarType compute = compute_dtype(layer.dtype);
@@ -116,12 +116,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor x, MaybeTensor
 // One a direction, contiguous and 16-byte aligned.
 const char* turned_weights(const Tensors& w, int d, const Tensor& x, const Shape& shape,
                            const char* name) {
-  STD_TORCH_CHECK(static_cast<size_t>(d) < w.size(), name, " must hold one for each direction");
+  LSTM_FUSED_CHECK(static_cast<size_t>(d) < w.size(), name, " must hold one for each direction");
   check_like(w[d], x, name);
   check_shape(w[d], shape, name);
   const void* data = w[d].data_ptr();
-  STD_TORCH_CHECK(w[d].is_contiguous() && reinterpret_cast<uintptr_t>(data) % 16 == 0, name,
-                  " must be contiguous and aligned");
+  LSTM_FUSED_CHECK(w[d].is_contiguous() && reinterpret_cast<uintptr_t>(data) % 16 == 0, name,
+                   " must be contiguous and aligned");
   return static_cast<const char*>(data);
 }
 
@@ -136,9 +136,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Layer layer = read_layer(x, batch_sizes, weights, cell, directions);
   const LayerSizes& s = layer.size;
   const int64_t N = s.steps.N, S = s.steps.rows();
-  STD_TORCH_CHECK(N > 0, "there must be a row");
-  STD_TORCH_CHECK(has_cell_state(layer) || (!dc0_too && !dc_n), "cell ", info(layer.cell).name,
-                  " has no c0 or c_n to have a gradient");
+  LSTM_FUSED_CHECK(N > 0, "there must be a row");
+  LSTM_FUSED_CHECK(has_cell_state(layer) || (!dc0_too && !dc_n), "cell ", info(layer.cell).name,
+                   " has no c0 or c_n to have a gradient");
   const ForwardParams given = lstm_fused::given<ForwardParams>(layer, x, state0);
   check_like(y, x, "y");
   check_shape(y, output_shape(layer, x), "y");
@@ -162,7 +162,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   p.s_end += dh0_too || dc0_too;
   p.gates = gates.data_ptr();
   if (pass.memory() != Memory::kNone) p.cells = cells.data_ptr();
-  read_gradients(layer, x, y, dy, dh_n, dc_n, p);
+  read_gradients(layer, x, dy, dh_n, dc_n, p);
   p.d_gates = d_gates.data_ptr();
   if (batch_sizes) {
     p.h = layer.keep(y).data_ptr();

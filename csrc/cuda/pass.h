@@ -31,7 +31,7 @@ class Guard {
 #endif
 
 inline void check(const char* error, const char* what) {
-  STD_TORCH_CHECK(error == nullptr, "lstm_fused, ", what, ": ", error);
+  LSTM_FUSED_CHECK(error == nullptr, "lstm_fused, ", what, ": ", error);
 }
 
 inline Run* run_of(DType dtype, bool tf32) {
@@ -85,8 +85,7 @@ inline LastRun& last_run() {
 inline PlanKind kind_named(const std::string& wanted) {
   for (int kind = 0; kind < kPlanKinds; ++kind)
     if (wanted == name(static_cast<PlanKind>(kind))) return static_cast<PlanKind>(kind);
-  STD_TORCH_CHECK(false, "no such plan: ", wanted);
-  return PlanKind::kStep;
+  refuse("no such plan: ", wanted);
 }
 
 // t's memory, of a copy if neither its rows nor its columns are contiguous.
@@ -100,7 +99,7 @@ inline Matrix matrix_of(const Tensor& t, Tensors& kept) {
     return {t.data_ptr(), rows, columns, rows == 1 ? columns : t.stride(0), false};
   if (runs(columns, t.stride(1), rows, t.stride(0)))
     return {t.data_ptr(), rows, columns, columns == 1 ? rows : t.stride(1), true};
-  kept.push_back(torch::stable::contiguous(t));
+  kept.push_back(as_contiguous(t));
   return {kept.back().data_ptr(), rows, columns, columns, false};
 }
 
@@ -108,9 +107,10 @@ inline Matrix matrix_of(const Tensor& t, Tensors& kept) {
 inline Tensor product(const Matrix& a, const Matrix& b, bool tf32, const Tensor& like) {
   const DType dtype = dtype_of(like, "x");
   Tensor out = allocate({a.rows, b.columns}, compute_dtype(dtype), like);
-  STD_TORCH_CHECK(has_library(), "lstm_fused: torch came without cuBLAS of CUDA 12 or later");
+  LSTM_FUSED_CHECK(has_library(), "lstm_fused: torch came without cuBLAS of CUDA 12 or later");
   void* library = nullptr;
-  TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&library));
+  LSTM_FUSED_CHECK(torch_get_current_cuda_blas_handle(&library) == TORCH_SUCCESS,
+                   "torch has no cuBLAS handle for this device");
   check(multiply(library, dtype, tf32, a, b, out.data_ptr()), "cuBLAS");
   return out;
 }
@@ -141,13 +141,15 @@ class Pass {
   Pass(const Layer& layer, const Tensor& x, bool tf32, const std::string& kind, bool backward)
       : layer_(layer), x_(x), size_(layer.size), guard_(x.get_device_index()) {
 #if !defined(LSTM_FUSED_EMULATION)
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_));
+    LSTM_FUSED_CHECK(
+        aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_) == TORCH_SUCCESS,
+        "torch has no current stream for device ", x.get_device_index());
 #endif
     tf32 = tf32 && layer.dtype == DType::kFloat32;
     const Device device = device_of(x.get_device_index());
-    STD_TORCH_CHECK(supported(device),
-                    "the fused kernels need compute capability 8.0 or later, not ", device.major,
-                    ".", device.minor);
+    LSTM_FUSED_CHECK(supported(device),
+                     "the fused kernels need compute capability 8.0 or later, not ", device.major,
+                     ".", device.minor);
     const Steps& steps = size_.steps;
     const Problem problem{layer.dtype, steps.T, steps.N,          size_.H, size_.R,
                           size_.D,     gates(), layer.projection, tf32};

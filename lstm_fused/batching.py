@@ -1,0 +1,219 @@
+"""torch.vmap of the operators.
+
+Where the weights are the same for all examples, the examples become rows of the batch, (n, example)
+with the example innermost. Where the weights differ they become models: every tensor has a first
+dimension of them, and one call of the thread team runs all. Gradients that differ from example to
+example, of weights that do not, are products over each example's own rows.
+
+Sizes as in `ops`; B examples.
+"""
+
+from torch.library import register_vmap
+
+from lstm_fused import cuda, models
+from lstm_fused.operators import backward_op, forward_op, jvp_op, samples_op
+
+# The dimension of all steps' rows, from the end, in what is saved on the CPU and by CUDA's kernels.
+_GATE_ROWS, _STATE_ROWS = {False: -3, True: -4}, {False: -2, True: -3}
+
+
+def _fold(t, dim, count, at=-2):
+    """t whose examples are at dim, None if they share it, with them in the rows at `at`."""
+    if t is None:
+        return None
+    if dim is None:
+        t = t.unsqueeze(at)
+        sizes = list(t.shape)
+        sizes[at] = count
+        t = t.expand(sizes)
+    else:
+        t = t.movedim(dim, at)
+    return t.flatten(at - 1, at)
+
+
+def _unfold(t, count, at=-2):
+    """t with a dimension of examples again, and where it is."""
+    t = t.unflatten(at, (t.shape[at] // count, count))
+    return t, t.dim() + at
+
+
+def _as_models(t, dim, count, several):
+    """t whose examples are at dim, None if they share it, as models; several: it had some."""
+    if t is None:
+        return None
+    t = t.unsqueeze(0).expand(count, *t.shape) if dim is None else t.movedim(dim, 0)
+    return t.flatten(0, 1) if several else t
+
+
+def _of_models(t, count, several):
+    return (t.unflatten(0, (count, -1)) if several else t), 0
+
+
+class _Examples:
+    """How the examples of one call are laid out for the operator, and its results parted again."""
+
+    def __init__(self, info, x, x_dim, batch_sizes, batch_sizes_dim, as_models):
+        if batch_sizes_dim is not None:
+            raise RuntimeError("batch_sizes must be the same for all examples under vmap")
+        self.count, self.as_models, self.cuda = info.batch_size, as_models, cuda.serves(x)
+        one = x if x_dim is None else x.select(x_dim, 0)
+        self.several = models.several(one, batch_sizes)
+        fold_sizes = batch_sizes is not None and not as_models
+        self.batch_sizes = batch_sizes * self.count if fold_sizes else batch_sizes
+
+    def rows(self, t, dim):
+        """t (..., N, width) or (S, width)."""
+        return self._put(t, dim, -2)
+
+    def gates(self, t, dim):
+        return self._put(t, dim, _GATE_ROWS[self.cuda]).contiguous()
+
+    def saved_states(self, t, dim):
+        if t.dim() - (dim is not None) < 2:  # empty: the cell saves none
+            return t if dim is None else t.select(dim, 0)
+        return self._put(t, dim, _STATE_ROWS[self.cuda]).contiguous()
+
+    def _put(self, t, dim, at):
+        if self.as_models:
+            return _as_models(t, dim, self.count, self.several)
+        return _fold(t, dim, self.count, at)
+
+    def weights(self, ts, dims):
+        if not self.as_models:
+            return list(ts)
+        return [_as_models(t, d, self.count, self.several) for t, d in zip(ts, dims, strict=True)]
+
+    def part(self, t, at=-2):
+        """(a result with a dimension of examples, where it is); an empty result has none."""
+        if t.dim() == 1 and t.shape[0] == 0:
+            return t, None
+        if self.as_models:
+            return _of_models(t, self.count, self.several)
+        return _unfold(t, self.count, at)
+
+    def part_gates(self, t):
+        return self.part(t, _GATE_ROWS[self.cuda])
+
+    def part_saved_states(self, t):
+        return self.part(t, _STATE_ROWS[self.cuda])
+
+
+def _any(dims):
+    return any(d is not None for d in dims)
+
+
+def _forward_rule(info, in_dims, x, batch_sizes, state0, weights, cell, directions, training):
+    x_dim, sizes_dim, state_dims, weight_dims, *_ = in_dims
+    examples = _Examples(info, x, x_dim, batch_sizes, sizes_dim, _any(weight_dims))
+    out = forward_op(
+        examples.rows(x, x_dim),
+        examples.batch_sizes,
+        [examples.rows(t, d) for t, d in zip(state0, state_dims, strict=True)],
+        examples.weights(weights, weight_dims),
+        cell,
+        directions,
+        training,
+    )
+    y, h_n, c_n, gates, saved_states = out
+    parts = [examples.part(t) for t in (y, h_n, c_n)]
+    parts += [examples.part_gates(gates), examples.part_saved_states(saved_states)]
+    return tuple(t for t, _ in parts), tuple(d for _, d in parts)
+
+
+def _lay_out_backward(info, in_dims, args, as_models):
+    """The examples of a backward operator, and its tensors laid out for it."""
+    x, batch_sizes, state0, weights, y, gates, saved_states, *d_out = args
+    x_dim, sizes_dim, state_dims, weight_dims, y_dim, gates_dim, saved_dim, *d_dims = in_dims
+    examples = _Examples(info, x, x_dim, batch_sizes, sizes_dim, as_models)
+    return examples, (
+        examples.rows(x, x_dim),
+        examples.batch_sizes,
+        [examples.rows(t, d) for t, d in zip(state0, state_dims, strict=True)],
+        examples.weights(weights, weight_dims),
+        examples.rows(y, y_dim),
+        examples.gates(gates, gates_dim),
+        examples.saved_states(saved_states, saved_dim),
+        *(examples.rows(t, d) for t, d in zip(d_out, d_dims, strict=True)),
+    )
+
+
+def _parted_gradients(examples, found, part_weight):
+    """Results of a backward operator with a dimension of examples, and where it is in each.
+
+    part_weight: (gradient of a weight with that dimension, where it is).
+    """
+    dx, dh0, dc0, dweights, d_preacts = found
+    parts = [examples.part(t) for t in (dx, dh0, dc0)]
+    weights = [part_weight(t) if t.numel() else (t, None) for t in dweights]
+    return (
+        (*(t for t, _ in parts), [t for t, _ in weights], d_preacts),
+        (*(d for _, d in parts), [d for _, d in weights], None),
+    )
+
+
+def _backward_rule(info, in_dims, *args):
+    *tensors, cell, directions, mask = args
+    *dims, _, _, _ = in_dims
+    weights = tensors[3]
+    wants_weights = any(mask[3:-1])
+    # recurrent_backward_samples has no gradient of a projection.
+    as_models = _any(dims[3]) or (wants_weights and len(weights) // directions % 2 == 1)
+    examples, given = _lay_out_backward(info, dims, tensors, as_models)
+    if wants_weights and not as_models:
+        found = samples_op(*given, cell, directions, mask, info.batch_size)
+        sample = 1 if examples.several else 0
+        return _parted_gradients(examples, found, lambda t: (t, sample))
+    found = backward_op(*given, cell, directions, mask)
+    return _parted_gradients(examples, found, examples.part)
+
+
+def _samples_rule(info, in_dims, *args):
+    """Examples are samples too: rows (n, sample, example), gradients (sample, example)."""
+    *tensors, cell, directions, mask, samples = args
+    *dims, _, _, _, _ = in_dims
+    as_models = _any(dims[3])
+    examples, given = _lay_out_backward(info, dims, tensors, as_models)
+    if as_models:
+        found = samples_op(*given, cell, directions, mask, samples)
+        return _parted_gradients(examples, found, examples.part)
+    found = samples_op(*given, cell, directions, mask, samples * info.batch_size)
+    sample = 1 if examples.several else 0
+
+    def part_weight(t):
+        return t.unflatten(sample, (samples, info.batch_size)), sample + 1
+
+    return _parted_gradients(examples, found, part_weight)
+
+
+def _jvp_rule(info, in_dims, *args):
+    x, batch_sizes, state0, weights, y, gates, saved_states, tangents, cell, directions = args
+    x_dim, sizes_dim, state_dims, weight_dims, y_dim, gates_dim, saved_dim, moved, *_ = in_dims
+    rows = 1 + len(state0)
+    as_models = _any(weight_dims) or _any(moved[rows:])
+    examples = _Examples(info, x, x_dim, batch_sizes, sizes_dim, as_models)
+    pairs = list(zip(tangents, moved, strict=True))
+    out = jvp_op(
+        examples.rows(x, x_dim),
+        examples.batch_sizes,
+        [examples.rows(t, d) for t, d in zip(state0, state_dims, strict=True)],
+        examples.weights(weights, weight_dims),
+        examples.rows(y, y_dim),
+        examples.gates(gates, gates_dim),
+        examples.saved_states(saved_states, saved_dim),
+        [
+            *(examples.rows(t, d) for t, d in pairs[:rows]),
+            *examples.weights([t for t, _ in pairs[rows:]], [d for _, d in pairs[rows:]]),
+        ],
+        cell,
+        directions,
+    )
+    parts = [examples.part(t) for t in out]
+    return tuple(t for t, _ in parts), tuple(d for _, d in parts)
+
+
+def register():
+    """Make the rules the operators' rules of torch.vmap."""
+    register_vmap(forward_op, _forward_rule)
+    register_vmap(backward_op, _backward_rule)
+    register_vmap(samples_op, _samples_rule)
+    register_vmap(jvp_op, _jvp_rule)

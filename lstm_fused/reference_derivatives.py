@@ -1,0 +1,215 @@
+"""The reference's derivatives, which are those of the operators wherever no kernel gives them.
+
+Sizes as in `ops`.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lstm_fused import models, reference
+from lstm_fused.cuda import CELLS
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a call of an operator says beside its tensors."""
+
+    cell: int
+    directions: int
+    states: int  # initial states given: 0, or as many as the cell has
+    samples: int = 0  # of recurrent_backward_samples, 0 for the other operators
+
+    @property
+    def has_cell_state(self):
+        return CELLS[self.cell]["memory"] == "cell"
+
+    @property
+    def outputs(self):
+        """How many final states there are."""
+        return 2 if self.has_cell_state else 1
+
+    def split(self, tensors):
+        """(state0, weights) of the tensors after x."""
+        return list(tensors[: self.states]), list(tensors[self.states :])
+
+
+def replaced(tensors, places, others):
+    found = list(tensors)
+    for k, t in zip(places, others, strict=True):
+        found[k] = t
+    return found
+
+
+def with_moved(tensors, moving, call):
+    """call as a function of the tensors at the places `moving` alone."""
+    return lambda *moved: call(replaced(tensors, moving, moved))
+
+
+@contextmanager
+def _recording():
+    """Autograd records at the level of the tensors, whatever the transform they are inside of."""
+    allowed = torch._C._functorch.get_inplace_requires_grad_allowed()
+    torch._C._functorch.set_inplace_requires_grad_allowed(True)
+    try:
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            yield
+    finally:
+        torch._C._functorch.set_inplace_requires_grad_allowed(allowed)
+
+
+def _leaf(t):
+    """An alias of t that gradients are recorded for: one for each place of a tensor given twice."""
+    alias = t.view_as(t)
+    return alias if alias.requires_grad else alias.requires_grad_()
+
+
+def _pull(call, args, cotangents):
+    with _recording():
+        places = [_leaf(t) for t in args]
+        out = call(*places)
+        pairs = [(o, d) for o, d in zip(out, cotangents, strict=True) if o.requires_grad]
+        return torch.autograd.grad(
+            [o for o, _ in pairs],
+            places,
+            [d for _, d in pairs],
+            create_graph=True,
+            materialize_grads=True,
+        )
+
+
+def _one_by_one(run, in_dims=0, out_dims=0):
+    """torch.func.vmap for where it cannot begin: inside an operator's kernel."""
+
+    def each(*args):
+        dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(args)
+
+        def of(k, arg, dim):
+            return tree_map(lambda t: t.select(dim, k), arg) if dim is not None else arg
+
+        count = next(
+            t.shape[dim]
+            for arg, dim in zip(args, dims, strict=True)
+            if dim is not None
+            for t in tree_leaves(arg)
+        )
+        found = [run(*(of(k, a, d) for a, d in zip(args, dims, strict=True))) for k in range(count)]
+        parts = list(zip(*found, strict=True))
+        ends = out_dims if isinstance(out_dims, tuple) else (out_dims,) * len(parts)
+        return tuple(torch.stack(ts, d) for ts, d in zip(parts, ends, strict=True))
+
+    return each
+
+
+def _func_pull(call, args, cotangents):
+    _, pull = torch.func.vjp(call, *args)
+    return pull(tuple(cotangents))
+
+
+@dataclass(frozen=True)
+class Tools:
+    """pull(call, args, cotangents), the vector-Jacobian product of call(*args), and torch.vmap."""
+
+    pull: Callable
+    vmap: Callable
+
+    def push(self, call, args, tangents):
+        """The Jacobian-vector product of call(*args): pull is linear in u, so that its is this."""
+        u = [torch.zeros_like(out) for out in call(*args)]
+        return self.pull(lambda *u: self.pull(call, args, u), u, tangents)
+
+
+# Between two calls of operators, where a transform can begin, and inside of an operator's kernel.
+BETWEEN = Tools(_func_pull, torch.func.vmap)
+INSIDE = Tools(_pull, _one_by_one)
+
+
+def outputs_of(layer, batch_sizes, tools):
+    """The reference as a function of [x, *state0, *weights]."""
+    return lambda tensors: _reference(layer, batch_sizes, tensors[0], tensors[1:], tools)
+
+
+def gradients_of(layer, mask, batch_sizes, tools):
+    """The reference's gradients as a function of [dy, dh_n, dc_n, x, *state0, *weights]."""
+    return lambda tensors: _reference_gradients(
+        layer, mask, batch_sizes, tensors[:3], tensors[3:], tools
+    )
+
+
+def tangents_of(layer, batch_sizes, tools):
+    """The reference's tangents as a function of [x, *state0, *weights], then a tangent of each."""
+
+    def call(tensors):
+        count = len(tensors) // 2
+        primals, moves = tensors[:count], tensors[count:]
+        moving = [k for k, t in enumerate(moves) if t is not None]
+        outputs = with_moved(primals, moving, outputs_of(layer, batch_sizes, tools))
+        return tools.push(outputs, [primals[k] for k in moving], [moves[k] for k in moving])
+
+    return call
+
+
+def _reference(layer, batch_sizes, x, tensors, tools):
+    """(y, h_n[, c_n]) by the reference; x and tensors may have a first dimension of models."""
+
+    def one(x, *tensors):
+        state0, weights = layer.split(tensors)
+        run = reference.CELLS[CELLS[layer.cell]["name"]]
+        y, ends = run(x, batch_sizes, tuple(state0), weights, layer.directions)
+        return y, *ends
+
+    run = tools.vmap(one) if models.several(x, batch_sizes) else one
+    return run(x, *tensors)
+
+
+def _reference_gradients(layer, mask, batch_sizes, d_out, tensors, tools):
+    """The gradients that mask asks for, as a tuple of those alone.
+
+    d_out: of y, h_n and c_n, None where there is none. tensors: x, the states, the weights. With
+    samples, the rows are (n, sample), the last the innermost, and a weight has a gradient for each.
+    """
+    given = [k for k, d in enumerate(d_out) if d is not None]
+    wanted = [
+        k for k, want in enumerate((mask[0], *mask[1 : 1 + layer.states], *mask[3:-1])) if want
+    ]
+    sizes = batch_sizes
+    if batch_sizes is not None and layer.samples:
+        sizes = batch_sizes // layer.samples
+
+    def one(d_out, *tensors):
+        def outputs(*moved):
+            full = replaced(tensors, wanted, moved)
+            out = _reference(layer, sizes, full[0], full[1:], tools)
+            return tuple(out[k] for k in given)
+
+        return tools.pull(outputs, [tensors[k] for k in wanted], d_out)
+
+    run = _over_samples(layer, one, wanted, tools) if layer.samples else one
+    if models.several(tensors[0], batch_sizes):
+        run = tools.vmap(run)
+    return run(tuple(d_out[k] for k in given), *tensors)
+
+
+def _over_samples(layer, one, wanted, tools):
+    """one for each sample, whose rows are unflattened from (N * samples) and flattened again."""
+
+    def parted(t):
+        return t.unflatten(-2, (-1, layer.samples))
+
+    def run(d_out, *tensors):
+        rows, weights = tensors[: 1 + layer.states], tensors[1 + layer.states :]
+        in_dims = (-2, *[-2] * len(rows), *[None] * len(weights))
+        out_dims = tuple(-2 if k <= layer.states else 0 for k in wanted)
+        found = tools.vmap(one, in_dims, out_dims)(
+            tuple(map(parted, d_out)), *map(parted, rows), *weights
+        )
+        return tuple(
+            g.flatten(-3, -2) if k <= layer.states else g
+            for k, g in zip(wanted, found, strict=True)
+        )
+
+    return run
