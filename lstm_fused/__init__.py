@@ -1,5 +1,6 @@
 """torch.nn.LSTM, GRU and RNN, fused: drop-in modules on our own kernels."""
 
+from lstm_fused import integrations
 from lstm_fused.cells import GRUCell, LSTMCell, RNNCell
 from lstm_fused.explain import explain
 from lstm_fused.export import decompositions
@@ -23,3 +24,5 @@ __all__ = [
     "replace",
     "restore",
 ]
+
+integrations.register()

@@ -5,9 +5,9 @@ Sizes: T steps, N rows, I inputs, H hidden units, R recurrent width, D direction
 
 import torch
 
-from lstm_fused import ops, reference
-
-_NAMES = {cell["id"]: name for name, cell in ops.CELLS.items()}
+from lstm_fused import reference
+from lstm_fused.cuda import CELLS
+from lstm_fused.operators import forward_op, padded_op
 
 
 def decompositions():
@@ -19,10 +19,9 @@ def decompositions():
         program = torch.export.export(model, (x,))
         program = program.run_decompositions(lstm_fused.decompositions())
 
-    A layer becomes ``aten.lstm``, ``aten.gru``, ``aten.rnn_tanh`` or ``aten.rnn_relu``, what an export
-    of torch.nn's layer holds; with ``torch.export.default_decompositions() |
-    lstm_fused.decompositions()`` the basic operators of each step. With ``lengths=``, for which torch
-    has no operator, it becomes the latter at once, which needs a fixed T.
+    A layer becomes ``aten.lstm``, ``aten.gru``, ``aten.rnn_tanh`` or ``aten.rnn_relu``, what an
+    export of torch.nn's layer holds. With ``lengths=``, for which torch has no operator, it becomes
+    the basic operators of each step, which needs a fixed T.
 
     ``torch.onnx.export`` and AOTInductor need no table. A model that was not exported yet can be
     given torch's layers by ``lstm_fused.restore`` as well.
@@ -31,28 +30,27 @@ def decompositions():
         A dict for ``torch.export.ExportedProgram.run_decompositions``.
     """
     return {
-        torch.ops.lstm_fused.recurrent_forward.default: _forward,
-        torch.ops.lstm_fused.recurrent_padded.default: _padded,
+        forward_op: _forward,
+        padded_op: _padded,
     }
 
 
-def _state_or_zeros(x, rows, state0, weights, cell, directions):
-    w_ih, w_hh = weights[:2]
-    info = ops.CELLS[cell]
+def state_or_zeros(x, batch_sizes, state0, weights, cell, directions):
+    """state0 as a list, zeros for ()."""
     if state0:
         return list(state0)
-    widths = [w_hh.shape[1], w_ih.shape[0] // info["gates"]]
+    info = CELLS[cell]
+    rows = x.shape[-2] if batch_sizes is None else batch_sizes[0].item()
+    widths = [weights[1].shape[1], weights[0].shape[0] // info["gates"]]
     return [x.new_zeros(directions, rows, w) for w in widths[: 1 + (info["memory"] == "cell")]]
 
 
 def _forward(x, batch_sizes, state0, weights, cell, directions, training):
-    """``recurrent_forward`` by the operator of torch's own module; it saves nothing for backward."""
-    name = _NAMES[cell]
-    rows = x.shape[1] if batch_sizes is None else batch_sizes[0].item()
-    state0 = _state_or_zeros(x, rows, state0, weights, name, directions)
+    """``recurrent_forward`` by torch's operator; nothing is saved for backward."""
+    state0 = state_or_zeros(x, batch_sizes, state0, weights, cell, directions)
     has_biases = len(weights) // directions > 3
     options = (has_biases, 1, 0.0, False, directions == 2)
-    op = getattr(torch.ops.aten, name)
+    op = getattr(torch.ops.aten, CELLS[cell]["name"])
     state = state0 if len(state0) > 1 else state0[0]
     if batch_sizes is None:
         y, *ends = op.input(x, state, weights, *options, False)
@@ -64,14 +62,14 @@ def _forward(x, batch_sizes, state0, weights, cell, directions, training):
 
 def _padded(x, lengths, state0, weights, cell, directions):
     """``recurrent_padded`` step by step, where a row that has ended keeps its state."""
-    name = _NAMES[cell]
-    T, N, _ = x.shape
+    T = x.shape[0]
     if not isinstance(T, int):
         raise NotImplementedError(
             "lengths= has no operator of torch's for a dynamic number of time steps: export with a "
             "fixed one"
         )
-    state0 = _state_or_zeros(x, N, state0, weights, name, directions)
+    state0 = state_or_zeros(x, None, state0, weights, cell, directions)
+    step = reference.CELLS[CELLS[cell]["name"]]
     steps, outputs, ends = x.unbind(0), [], []
     for d in range(directions):
         each = len(weights) // directions
@@ -79,9 +77,7 @@ def _padded(x, lengths, state0, weights, cell, directions):
         ys = [None] * T
         for t in reversed(range(T)) if d else range(T):
             here = (lengths > t).to(x.device).unsqueeze(1)
-            _, after = reference.CELLS[name](
-                steps[t].unsqueeze(0), None, state, weights[d * each : (d + 1) * each]
-            )
+            _, after = step(steps[t].unsqueeze(0), None, state, weights[d * each : (d + 1) * each])
             ys[t] = torch.where(here, after[0][0], 0)
             state = [torch.where(here, new, old) for new, old in zip(after, state, strict=True)]
         outputs.append(torch.stack(ys))

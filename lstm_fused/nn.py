@@ -2,7 +2,7 @@
 
 import torch
 
-from lstm_fused import checks, dynamo, onnx
+from lstm_fused import checks
 from lstm_fused.recurrent import Recurrent
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
@@ -117,5 +117,3 @@ class RNN(Recurrent, torch.nn.RNN):
 
 
 MODULES = (LSTM, GRU, RNN)
-dynamo.allow(MODULES)
-onnx.register()

@@ -11,10 +11,9 @@ data.
 import numpy as np
 import torch
 
-from lstm_fused import _plan
+from lstm_fused.cuda import CELLS
 from lstm_fused.hooks import when_imported
 
-_NAMES = {cell["id"]: name for name, cell in _plan.cells().items()}
 _OPSET = 15  # the first with all that is used here
 
 
@@ -196,9 +195,7 @@ def _without_projection(g, x, lengths, h0, parts):
         if len(parts) == 2:
             end = _size(g, x, 0) if lengths is None else g.op("Max", lengths, g.constant(1))
             last = g.op("Sub", end, g.constant(1))
-            begins.append(
-                last if lengths is None else g.op("Unsqueeze", last, g.constant([0, 2]))
-            )
+            begins.append(last if lengths is None else g.op("Unsqueeze", last, g.constant([0, 2])))
         given = []
         for d, begin in enumerate(begins):
             start = g.op("Gather", h0, g.constant([d]), axis=0)
@@ -249,15 +246,17 @@ def _none(g, like):
 def _forward(g, x, batch_sizes, state0, weights, cell, directions, training):
     """``lstm_fused::recurrent_forward``; what it saves for backward is not there."""
     if batch_sizes is None:
-        y, h_n, c_n = _layer(g, x, None, state0, weights, _NAMES[cell], directions)
+        y, h_n, c_n = _layer(g, x, None, state0, weights, CELLS[cell]["name"], directions)
     else:
-        y, h_n, c_n = _packed_layer(g, x, batch_sizes, state0, weights, _NAMES[cell], directions)
+        y, h_n, c_n = _packed_layer(
+            g, x, batch_sizes, state0, weights, CELLS[cell]["name"], directions
+        )
     return y, h_n, _none(g, x) if c_n is None else c_n, _none(g, x), _none(g, x)
 
 
 def _padded(g, x, lengths, state0, weights, cell, directions):
     """``lstm_fused::recurrent_padded``."""
-    y, h_n, c_n = _layer(g, x, lengths, state0, weights, _NAMES[cell], directions)
+    y, h_n, c_n = _layer(g, x, lengths, state0, weights, CELLS[cell]["name"], directions)
     return y, h_n, _none(g, x) if c_n is None else c_n
 
 

@@ -1,9 +1,9 @@
-"""A layer over a padded batch with lengths, in a graph: every shape is known without the lengths.
+"""A layer over a padded batch with lengths, in a graph: no shape depends on the lengths' values.
 
-``lstm(x, lengths=lengths)`` packs its input in eager mode, and the packed data's size depends on the
-lengths' values, which torch.compile and torch.export do not know. Here the steps of all rows are
-moved to the front of T * N + 1 rows instead, the padding behind them, and the operator walks those
-that the batch sizes count.
+``lstm(x, lengths=lengths)`` packs its input in eager mode, and how many rows that gives depends on
+the values, which torch.compile and torch.export do not know. Here the steps of all rows are moved
+to the front of T * N + 1 rows, the padding behind them, and the operator walks those that the batch
+sizes count.
 
 Sizes: T steps, N rows, I inputs, H hidden units, R recurrent width, D directions.
 """
@@ -11,14 +11,9 @@ Sizes: T steps, N rows, I inputs, H hidden units, R recurrent width, D direction
 import torch
 
 from lstm_fused import ops
-
-_NAMES = {cell["id"]: name for name, cell in ops.CELLS.items()}
-
-_library = torch.library.Library("lstm_fused", "FRAGMENT")
-_library.define(
-    "recurrent_padded(Tensor x, Tensor lengths, Tensor[] state0, Tensor[] weights, int cell, "
-    "int directions) -> (Tensor y, Tensor h_n, Tensor c_n)"
-)
+from lstm_fused.cuda import CELLS
+from lstm_fused.export import state_or_zeros
+from lstm_fused.operators import library, padded_op
 
 
 def layer(x, lengths, state0, weights, cell="lstm", directions=1):
@@ -28,15 +23,15 @@ def layer(x, lengths, state0, weights, cell="lstm", directions=1):
     and the final states, each row's at its own end; a row of length 0 keeps its initial state.
     """
     number = ops.CELLS[cell]["id"]
-    # An export keeps the operator, for ONNX to find. A compiler's cache of graphs must not: what the
-    # operator stands for may be another in the next version.
-    compiled = torch.compiler.is_dynamo_compiling()
-    run = _padded if compiled else torch.ops.lstm_fused.recurrent_padded
+    # An export keeps the operator, for ONNX to find. A compiler's cache of graphs must not: what it
+    # stands for may be another in the next version.
+    compiled = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+    run = _padded if compiled else padded_op
     y, h_n, c_n = run(x, lengths, list(state0), list(weights), number, directions)
     return y, ((h_n, c_n) if ops.CELLS[cell]["memory"] == "cell" else (h_n,))
 
 
-@torch.library.impl(_library, "recurrent_padded", "CompositeImplicitAutograd")
+@torch.library.impl(library, "recurrent_padded", "CompositeImplicitAutograd")
 def _padded(x, lengths, state0, weights, cell, directions):
     T, N, _ = x.shape
     lengths = lengths.to("cpu", torch.int64)
@@ -48,16 +43,16 @@ def _padded(x, lengths, state0, weights, cell, directions):
     # is dropped.
     began = (lengths > 0).to(x.device).unsqueeze(1)
     x = torch.where(began, x, 0)
-    if not state0:  # or the operator's outputs have as many rows as the values of batch_sizes say
-        state0 = _zeros(x, N, weights, cell, directions)
+    # Given, so that the operator's results have as many rows, whatever batch_sizes says.
+    state0 = state_or_zeros(x, None, state0, weights, cell, directions)
     start = [torch.where(began, s, 0) for s in state0]
     steps_of = lengths.clamp(min=1)
     order = steps_of.argsort(descending=True)
     alive = torch.arange(T, device="cpu").unsqueeze(1) < steps_of[order]  # (T, N), sorted rows
     flat = alive.flatten()
     total = flat.sum(0, keepdim=True)
-    # The last entry counts the padding behind the packed data, negative: csrc/layer.h. There is a row
-    # more of it than there need be, so that the entry is never 0.
+    # The last entry counts the padding behind the packed data, negative: csrc/layer.h. One row more
+    # than there is, so that it is never 0.
     batch_sizes = torch.cat((alive.sum(1), total - (T * N + 1)))
     # Packed data holds step by step the rows alive; (t, n) becomes its row at[t * N + n].
     at = torch.where(flat, flat.cumsum(0), total + (~flat).cumsum(0)) - 1
@@ -70,7 +65,7 @@ def _padded(x, lengths, state0, weights, cell, directions):
         batch_sizes,
         [s.index_select(1, order) for s in start],
         weights,
-        _NAMES[cell],
+        CELLS[cell]["name"],
         directions,
     )
     y = y.index_select(0, at).unflatten(0, (T, N)).masked_fill(~began, 0)
@@ -79,12 +74,3 @@ def _padded(x, lengths, state0, weights, cell, directions):
         for end, initial in zip(ends, state0, strict=True)
     ]
     return y, *(*ends, x.new_empty(0))[:2]
-
-
-def _zeros(x, rows, weights, cell, directions):
-    w_ih, w_hh = weights[:2]
-    info = ops.CELLS[_NAMES[cell]]
-    widths = [w_hh.shape[1]]
-    if info["memory"] == "cell":
-        widths.append(w_ih.shape[0] // info["gates"])
-    return [x.new_zeros(directions, rows, width) for width in widths]

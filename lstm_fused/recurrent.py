@@ -253,9 +253,7 @@ class Recurrent(Fused):
     def _run_layer(self, x, batch_sizes, state, weights):
         lengths = batch_sizes is not None and x.dim() == 3
         layer = padded.layer if lengths else ops.layer
-        return layer(
-            x, batch_sizes, state, weights, self._cell(), 2 if self.bidirectional else 1
-        )
+        return layer(x, batch_sizes, state, weights, self._cell(), 2 if self.bidirectional else 1)
 
     def _run_layers(self, x, batch_sizes, state, weights):
         directions = 2 if self.bidirectional else 1

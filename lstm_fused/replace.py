@@ -7,7 +7,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lstm_fused import cells, nn
 
-_OURS = {ours._original: ours for ours in (*nn.MODULES, *cells.MODULES)}
+OURS = {ours._original: ours for ours in (*nn.MODULES, *cells.MODULES)}
 
 
 def replace(model):
@@ -32,7 +32,7 @@ def replace(model):
     Raises:
         TypeError: model is not a ``torch.nn.Module``.
     """
-    left = _exchange(model, _OURS)
+    left = _exchange(model, OURS)
     if left:
         warnings.warn(f"lstm_fused.replace left alone: {'; '.join(left)}", stacklevel=2)
     return model
@@ -43,7 +43,7 @@ def restore(model):
 
     So too every other module of ours.
     The inverse of ``replace``: again only the class changes. Also the way to hand a model to what
-    knows torch's own operators only, such as an ONNX export or a program without lstm_fused.
+    knows torch's own modules only, or to a program without lstm_fused.
 
     Args:
         model: a ``torch.nn.Module``.
@@ -54,7 +54,7 @@ def restore(model):
     Raises:
         TypeError: model is not a ``torch.nn.Module``.
     """
-    _exchange(model, {ours: original for original, ours in _OURS.items()})
+    _exchange(model, {ours: original for original, ours in OURS.items()})
     return model
 
 
