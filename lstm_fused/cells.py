@@ -4,22 +4,24 @@ import torch
 from torch import Tensor
 
 from lstm_fused import ops
-from lstm_fused.recurrent import Fused, why_torch
+from lstm_fused.recurrent import Fused
 
 
 class Cell(Fused):
     """The fused forward of one step, before torch.nn's own class in the order of bases.
 
-    What does not fit exactly, mistakes included, goes to torch.nn's own forward: it decides what is
-    an error, and words it.
+    What does not fit exactly goes to torch.nn's own forward: it decides what is an error, and words
+    it, except for what it fails to notice.
     """
+
+    _states = 1
 
     def _cell(self):
         """The name the op knows the cell by."""
         raise NotImplementedError
 
-    def _state(self, hx):
-        """hx as a tuple of states, or None if it is of no such kind."""
+    def _state(self, input, hx):
+        """hx as a tuple of what may be states, right or not."""
         return (hx,)
 
     def forward(self, input, hx=None):
@@ -29,16 +31,12 @@ class Cell(Fused):
                 return ends
         if type(input) is not Tensor and isinstance(input, torch.fx.Proxy):
             return self._fx_leaf(input, hx)
-        state = () if hx is None else self._state(hx)
-        if state is None or not self._fits(input, state):
+        state = () if hx is None else self._state(input, hx)
+        if not self._fits(input, state):
+            self._check_ranks(input, state)
             return super().forward(input, hx)
-        weights = [self.weight_ih, self.weight_hh]
-        if self.bias:
-            weights += [self.bias_ih, self.bias_hh]
-        reason = why_torch(input, hx if len(state) > 1 else state, weights)
-        if reason is None and _is_autocast_enabled(input):
-            reason = "the fused step does not run under autocast"
-        if reason:
+        weights = self._weights()
+        if reason := self._reason(input, state, weights):
             return self._through_torch(reason, input, hx)
         single = input.dim() == 1
         x = input.view(1, 1, -1) if single else input.unsqueeze(0)
@@ -47,6 +45,19 @@ class Cell(Fused):
         ends = [end.view(-1) if single else end.squeeze(0) for end in ends]
         return ends[0] if len(ends) == 1 else tuple(ends)
 
+    def _weights(self):
+        weights = [self.weight_ih, self.weight_hh]
+        return [*weights, self.bias_ih, self.bias_hh] if self.bias else weights
+
+    def _reason(self, x, hx, weights):
+        if reason := super()._reason(x, hx, weights):
+            return reason
+        if _is_autocast_enabled(x):
+            return "the fused step does not run under autocast"
+        if self.input_size == 0 or self.hidden_size == 0:
+            return "the fused step needs an input_size and a hidden_size of at least 1"
+        return None
+
     def _fits(self, input, state):
         """input (N, I) or (I,), each state (N, H) or (H,), all of the weights' dtype."""
         dim = input.dim()
@@ -54,15 +65,32 @@ class Cell(Fused):
             return False
         shape = (*input.shape[:-1], self.hidden_size)
         dtype = self.weight_ih.dtype
-        if input.dtype is not dtype and not _is_autocast_enabled(input):
+        any_dtype = _is_autocast_enabled(input)
+        if (input.dtype is not dtype and not any_dtype) or len(state) not in (0, self._states):
             return False
         return all(
             isinstance(s, Tensor)
             and s.shape == shape
-            and s.dtype is dtype
+            and (s.dtype is dtype or any_dtype)
             and s.device == input.device
             for s in state
         )
+
+    def _check_ranks(self, input, state):
+        """Refuse states of another rank than the input's.
+
+        torch.nn takes rows of states beside the input of one: its result has rows then, or it reads
+        memory that is not there.
+        """
+        dim, *ranks = [t.dim() if isinstance(t, Tensor) else 0 for t in (input, *state)]
+        if not {dim, *ranks} <= {1, 2}:
+            return  # torch.nn refuses that
+        for k, rank in enumerate(ranks):
+            if rank != dim:
+                name = "hx" if self._states == 1 else f"hx[{k}]"
+                raise RuntimeError(
+                    f"For {dim}-D input, {name} should also be {dim}-D but got {rank}-D tensor"
+                )
 
 
 def _is_autocast_enabled(t):
@@ -85,12 +113,15 @@ class LSTMCell(Cell, torch.nn.LSTMCell):
     """
 
     _original = torch.nn.LSTMCell
+    _states = 2
 
     def _cell(self):
         return "lstm"
 
-    def _state(self, hx):
-        return tuple(hx) if isinstance(hx, (tuple, list)) and len(hx) == 2 else None
+    def _state(self, input, hx):
+        """Two in a sequence; for one row stacked in a tensor, too."""
+        stacked = isinstance(hx, Tensor) and hx.dim() > 0 and input.dim() == 1
+        return (tuple(hx) if stacked or isinstance(hx, (tuple, list)) else ()) or (hx,)
 
 
 class GRUCell(Cell, torch.nn.GRUCell):

@@ -1,18 +1,23 @@
 """Say which kernel a call would run, without running it."""
 
 import functools
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from lstm_fused import ops
-from lstm_fused.recurrent import Recurrent, why_torch
+from lstm_fused.cells import Cell
+from lstm_fused.recurrent import Fused
+
+_KINDS = (torch.nn.RNNBase, torch.nn.RNNCellBase)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of a call: its sizes, and the plan of its forward pass (see ``ops.plan``)."""
+    """One layer of a call, or a cell's step: its sizes, and the plan of its forward pass (see
+    ``ops.plan``)."""
 
     T: int
     N: int
@@ -32,63 +37,74 @@ class Layer:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an LSTM, GRU or RNN: the layers that would run fused, or why torch would."""
+    """One call of an LSTM, GRU or RNN or of a cell: what would run fused, or why torch would.
+
+    layers: a ``Layer`` for each layer, one for a single-step cell.
+    """
 
     name: str
     module: str
     reason: str | None
     layers: tuple
+    step: bool = False
 
     def __str__(self):
         head = f"{self.name}: {self.module}" if self.name else self.module
         if self.reason is not None:
             return f"{head}\n  runs through torch: {self.reason}"
-        return "\n".join([head, *(f"  layer {k}: {layer}" for k, layer in enumerate(self.layers))])
+        names = ["step"] if self.step else [f"layer {k}" for k in range(len(self.layers))]
+        lines = [f"  {n}: {layer}" for n, layer in zip(names, self.layers, strict=True)]
+        return "\n".join([head, *lines])
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What ``explain`` found, one ``Call`` for each recurrent layer's call; prints as text."""
+    """What ``explain`` found, one ``Call`` for each call of a layer or cell.
+
+    Prints as text, calls that are alike once.
+    """
 
     calls: tuple
 
     def __str__(self):
-        return "\n".join(str(call) for call in self.calls) or "no LSTM, GRU or RNN was called"
+        counts = Counter(str(call) for call in self.calls)
+        texts = [f"{text}\n  called {n} times" if n > 1 else text for text, n in counts.items()]
+        return "\n".join(texts) or "no LSTM, GRU, RNN or single-step cell was called"
 
 
 def explain(model, input, hx=None):
     """Say which kernel, instruction set, thread partition and tile would run, or why torch would.
 
     Args:
-        model: an ``lstm_fused.LSTM``, ``GRU`` or ``RNN`` (or torch.nn's), or a module that holds
-            some. Such a layer is not run. Another module is run once on input, in evaluation mode,
-            without gradients and leaving the random state as it was, to see what its layers are
-            given.
-        input: what model is called with; for a module that is no such layer a tuple is its
+        model: an ``lstm_fused.LSTM``, ``GRU`` or ``RNN``, a single-step cell of these (or
+            torch.nn's), or a module that holds some. A layer or cell is not run. Another module is
+            run once on input, in evaluation mode, without gradients and leaving the random state as
+            it was, to see what its layers and cells are given.
+        input: what model is called with; for a module that is no layer or cell a tuple is its
             positional and a dict its keyword arguments.
-        hx: the layer's states, ``(h_0, c_0)`` of an LSTM, else ``h_0``; None for any other module.
+        hx: the states, ``(h_0, c_0)`` of an LSTM, else ``h_0``; None for any other module.
 
     Returns:
         An ``Explanation``; ``print`` it, or read ``.calls[i].reason`` and
         ``.calls[i].layers[k].plan``. A layer counts as training if autograd would record it now.
 
     Raises:
-        TypeError: model is not a ``torch.nn.Module``, or hx is given with one that is no recurrent
-            layer.
+        TypeError: model is not a ``torch.nn.Module``, or hx is given with one that is no layer or
+            cell.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     grad = torch.is_grad_enabled()
-    if isinstance(model, torch.nn.RNNBase):
+    if isinstance(model, _KINDS):
         return Explanation((_explain_call("", grad, model, (input, hx), {}),))
     if hx is not None:
-        raise TypeError(f"hx goes with an LSTM, GRU or RNN, model is a {type(model).__name__}")
+        raise TypeError(f"hx goes with a layer or a cell, model is a {type(model).__name__}")
     calls = []
 
     def note(name, module, args, kwargs):
         calls.append(_explain_call(name, grad, module, args, kwargs))
 
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.RNNBase)]
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, _KINDS)]
     modes = [(m, m.training) for m in model.modules()]
     hooks = [
         m.register_forward_pre_hook(functools.partial(note, n), with_kwargs=True) for n, m in layers
@@ -111,15 +127,17 @@ def explain(model, input, hx=None):
 
 
 def _explain_call(name, grad, module, args, kwargs):
-    input, hx, lengths = _arguments(*args, **kwargs)
     text = repr(module)
-    if not isinstance(module, Recurrent):
+    if not isinstance(module, Fused):
         return Call(name, text, "it is not of lstm_fused, see lstm_fused.replace", ())
+    if isinstance(module, Cell):
+        return _explain_step(name, text, grad, module, *args, **kwargs)
+    input, hx, lengths = _arguments(*args, **kwargs)
     packed = isinstance(input, PackedSequence)
     x, batch_sizes = (input.data, input.batch_sizes) if packed else (input, None)
     weights = module._weights()
     state = () if hx is None else module._as_state(hx)
-    if reason := why_torch(x, hx, weights):
+    if reason := module._reason(x, hx, weights):
         return Call(name, text, reason, ())
     if lengths is not None:
         lengths = torch.as_tensor(lengths)
@@ -136,6 +154,23 @@ def _explain_call(name, grad, module, args, kwargs):
         dtype, _ = module._autocast_dtypes(x, padded, state, weights)
     training = grad and any(t.requires_grad for t in (x, *state, *weights))
     return Call(name, text, None, _layers(module, x.device, dtype, T, N, training))
+
+
+def _explain_step(name, text, grad, module, input, hx=None):
+    """As _explain_call, of a single-step cell."""
+    state = () if hx is None else module._state(input, hx)
+    if not module._fits(input, state):
+        return Call(name, text, "input or hx does not fit, as torch.nn will say", (), step=True)
+    weights = module._weights()
+    if reason := module._reason(input, state, weights):
+        return Call(name, text, reason, (), step=True)
+    N = 1 if input.dim() == 1 else input.shape[0]
+    H = module.hidden_size
+    sizes = (1, N, module.input_size, H, H, 1)
+    training = grad and any(t.requires_grad for t in (input, *state, *weights))
+    kind, dtype = module._cell(), input.dtype
+    plan = ops.plan(kind, dtype, *sizes, training=training, device=input.device)
+    return Call(name, text, None, (Layer(*sizes, training, plan),), step=True)
 
 
 def _arguments(input, hx=None, *, lengths=None):

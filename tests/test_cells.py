@@ -178,7 +178,7 @@ REFUSED = {
     "state 3-D": lambda x, s: (x, s[None]),
     "state float32": lambda x, s: (x, s.float()),
     "state on meta": lambda x, s: (x, s.to("meta")),
-    "state of rows for one": lambda x, s: (x[0], s),
+    "state 0-D": lambda x, s: (x[0], s[0, 0]),
     "no input": lambda x, s: (None, None),
     "list": lambda x, s: ([1.0], None),
 }
@@ -205,17 +205,74 @@ def test_refused_alike(given, cell):
     assert outcome(ours, x, hx) == expected
 
 
+# Shapes of an input and of states of which at least one is of another rank.
+RANKS = {
+    "rows for one": ((I,), (N, H), (N, H)),
+    "H rows for one": ((I,), (H, H), (H, H)),
+    "h of rows for one": ((I,), (H, H), (H,)),
+    "c of rows for one": ((I,), (H,), (H, H)),
+    "c of one column for one": ((I,), (H,), (H, 1)),
+    "one for rows": ((N, I), (H,), (H,)),
+    "one for H rows": ((H, I), (H,), (H,)),
+    "h of one for rows": ((H, I), (H,), (H, H)),
+    "c of one for rows": ((H, I), (H, H), (H,)),
+}
+
+
+@each_cell
+@pytest.mark.parametrize("grad", (True, False), ids=("grad", "no_grad"))
+@pytest.mark.parametrize("shapes", RANKS.values(), ids=RANKS)
+def test_ranks(shapes, grad, cell):
+    """Refused; of torch.nn the first of these gets a wrong shape or ends the process."""
+    x, *states = (draw(*shape, grad=grad) for shape in shapes)
+    name, forms = r"hx\[[01]\]", (tuple(states), states)
+    if not has_cell_state(cell):
+        wrong = [s for s in states if s.dim() != x.dim()]
+        name, forms = "hx", wrong[:1]
+    for hx in forms:
+        with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=f"input, {name} "):
+            make(cell, lstm_fused)(x, hx)
+
+
+@each_cell
+@pytest.mark.filterwarnings("ignore:lstm_fused.* ran through torch")
+@pytest.mark.parametrize("rows", (None, 0, 2), ids=str)
+@pytest.mark.parametrize("sizes", ((0, 2), (2, 0), (0, 0)), ids=str)
+def test_zero_sizes(sizes, rows, cell):
+    """Which torch.nn's cells take, and its layers do not."""
+    name, more = CELLS[cell]
+    batch = () if rows is None else (rows,)
+    for bias, with_state, grad in product((True, False), repeat=3):
+        results = []
+        for library in (nn, lstm_fused):
+            torch.manual_seed(1)
+            kind = getattr(library, f"{name}Cell")
+            module = kind(*sizes, bias=bias, dtype=torch.float64, **more)
+            x = draw(*batch, sizes[0])
+            states = tuple(draw(*batch, sizes[1]) for _ in range(1 + has_cell_state(cell)))
+            hx = (states if has_cell_state(cell) else states[0]) if with_state else None
+            with torch.set_grad_enabled(grad):
+                out = states_of(module(x, hx))
+            leaves = [x, *states_of(hx), *module.parameters()]
+            loss = sum(s.square().sum() for s in out)
+            grads = torch.autograd.grad(loss, leaves, allow_unused=True) if grad else ()
+            results.append((out, grads))
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 @each_cell
 @pytest.mark.parametrize("odd", ODD_STATES.values(), ids=ODD_STATES)
 def test_odd_states(odd, cell):
     """Taken or refused as torch.nn does."""
     theirs, ours = pair(cell)
-    x, hx = ones(N, I), odd(ones(N, H))
-    expected, found = outcome(theirs, x, hx), outcome(ours, x, hx)
-    if isinstance(expected[0], type):
-        assert found == expected
-    else:
-        torch.testing.assert_close(found, expected)
+    for rows in ((N,), ()):
+        x, hx = ones(*rows, I), odd(ones(*rows, H))
+        expected, found = outcome(theirs, x, hx), outcome(ours, x, hx)
+        if isinstance(expected[0], type):
+            assert found[0] is expected[0]
+            assert found[1] == expected[1] or "input, hx should" in found[1]
+        else:
+            torch.testing.assert_close(found, expected)
 
 
 class Named(torch.Tensor):
@@ -229,6 +286,10 @@ THROUGH_TORCH = {
     "jit.script": (lambda m, x: torch.jit.script(nn.Sequential(m))(x), "torch.jit.script"),
     "subclass": (lambda m, x: m(x.as_subclass(Named)), "Named is a Tensor subclass"),
     "meta": (lambda m, x: m.to("meta")(x.to("meta")), "input is on meta"),
+    "no input": (
+        lambda m, x: type(m)(0, H, bias=False, dtype=x.dtype)(x[:, :0]),
+        "needs an input_size and a hidden_size of at least 1",
+    ),
 }
 
 

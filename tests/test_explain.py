@@ -3,7 +3,7 @@
 import pytest
 import torch
 from beside import each_cell, fitting, state_for, states_of
-from oracle import CELLS
+from oracle import CELLS, has_cell_state
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -16,6 +16,11 @@ T, N, I, H = 7, 3, 5, 12  # noqa: E741
 def make(cell, **options):
     name, more = CELLS[cell]
     return getattr(lstm_fused, name)(I, H, **more | fitting(cell, options))
+
+
+def make_step(cell, **options):
+    name, more = CELLS[cell]
+    return getattr(lstm_fused, f"{name}Cell")(I, H, **more | options)
 
 
 def packed(x):
@@ -54,6 +59,29 @@ def test_agrees_with_what_runs(options, form, sizes, isa, grad, cell):
     assert layer.training is grad
     assert ran.pop("pass") == "forward"
     assert {key: getattr(layer.plan, key) for key in ran} == ran
+
+
+@each_cell
+@pytest.mark.parametrize("grad", (True, False), ids=("grad", "no_grad"))
+@pytest.mark.parametrize("isa", ops.available_isas())
+@pytest.mark.parametrize("rows", (None, 1, N, 200), ids=str)
+def test_step_agrees_with_what_runs(rows, isa, grad, cell):
+    ops.set_isa(isa)
+    module = make_step(cell, dtype=torch.bfloat16)
+    batch = () if rows is None else (rows,)
+    states = [torch.randn(*batch, H).bfloat16() for _ in range(1 + has_cell_state(cell))]
+    given = torch.randn(*batch, I).bfloat16(), tuple(states) if len(states) > 1 else states[0]
+    with torch.set_grad_enabled(grad):
+        (call,) = lstm_fused.explain(module, *given).calls
+        module(*given)
+    ran = ops.last_run()
+    (layer,) = call.layers
+    assert (call.step, call.reason) == (True, None)
+    assert (1, rows or 1, I, H, H) == (layer.T, layer.N, layer.I, layer.H, layer.R)
+    assert layer.training is grad
+    assert ran.pop("pass") == "forward"
+    assert {key: getattr(layer.plan, key) for key in ran} == ran
+    assert str(call).splitlines()[1].startswith(f"  step: T=1 N={rows or 1} I=5 H=12")
 
 
 def test_text_of_an_lstm():
@@ -120,9 +148,35 @@ def test_model_without_gradients():
     assert not any(layer.training for call in calls for layer in call.layers)
 
 
+class Decoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = lstm_fused.LSTMCell(I, H), nn.GRUCell(H, I)
+
+    def forward(self, x):
+        state = None
+        for _ in range(T):
+            state = self.first(x, state)
+            x = self.second(state[0], x)
+        return x
+
+
+def test_steps_of_a_model():
+    """Each call is found, and those that are alike are printed once."""
+    model = Decoder()
+    explanation = lstm_fused.explain(model, torch.randn(N, I))
+    assert [call.name for call in explanation.calls] == ["first", "second"] * T
+    assert all(call.step and call.layers[0].training for call in explanation.calls[::2])
+    lines = str(explanation).splitlines()
+    assert lines[::3] == [f"first: {model.first}", f"second: {model.second}"]
+    assert lines[1].startswith("  step: T=1 N=3 I=5 H=12, keeps gates for backward")
+    assert lines[4].startswith("  runs through torch: it is not of lstm_fused")
+    assert lines[2::3] == ["  called 7 times"] * 2
+
+
 def test_model_without_a_layer():
     said = str(lstm_fused.explain(nn.Linear(I, 2), torch.randn(3, I)))
-    assert said == "no LSTM, GRU or RNN was called"
+    assert said == "no LSTM, GRU, RNN or single-step cell was called"
 
 
 THROUGH_TORCH = {
@@ -142,6 +196,39 @@ def test_through_torch(change, input, reason, cell):
     (call,) = explanation.calls
     assert reason in call.reason and call.layers == ()
     assert str(explanation) == f"{module}\n  runs through torch: {call.reason}"
+
+
+STEPS_THROUGH_TORCH = {
+    "meta": (lambda m: m.to("meta"), lambda: torch.ones(N, I, device="meta"), "input is on meta"),
+    "complex": (
+        lambda m: m.to(torch.complex64),
+        lambda: torch.ones(N, I, dtype=torch.complex64),
+        "complex64",
+    ),
+    "torch.nn": (lstm_fused.restore, lambda: torch.ones(N, I), "it is not of lstm_fused"),
+    "width": (lambda m: m, lambda: torch.ones(N, 4), "input or hx does not fit"),
+    "no input": (lambda m: type(m)(0, H), lambda: torch.ones(N, 0), "input_size and a hidden_size"),
+}
+
+
+@each_cell
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
+@pytest.mark.parametrize(
+    "change, input, reason", STEPS_THROUGH_TORCH.values(), ids=STEPS_THROUGH_TORCH
+)
+def test_step_through_torch(change, input, reason, cell):
+    module = change(make_step(cell))
+    explanation = lstm_fused.explain(module, input())
+    (call,) = explanation.calls
+    assert reason in call.reason and call.layers == ()
+    assert str(explanation) == f"{module}\n  runs through torch: {call.reason}"
+
+
+@each_cell
+def test_step_under_autocast(cell):
+    with torch.autocast("cpu", torch.bfloat16):
+        (call,) = lstm_fused.explain(make_step(cell), torch.ones(N, I)).calls
+    assert "does not run under autocast" in call.reason
 
 
 @each_cell
@@ -167,5 +254,5 @@ def test_state_decides_whether_it_trains(cell):
 def test_refused():
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
         lstm_fused.explain("lstm", torch.ones(T, N, I))
-    with pytest.raises(TypeError, match="hx goes with an LSTM, GRU or RNN, model is a Linear"):
+    with pytest.raises(TypeError, match="hx goes with a layer or a cell, model is a Linear"):
         lstm_fused.explain(nn.Linear(I, 2), torch.ones(3, I), hx=())
