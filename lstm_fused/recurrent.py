@@ -119,6 +119,13 @@ class Fused:
 
         torch.jit.script also puts it into the model in this module's place.
         """
+        ours = next(cls for cls in type(self).__mro__ if vars(cls).get("_original"))
+        own = overridden(type(self), ours, ("forward", *CALLED_BY_TORCH))
+        if own and self._replaced is None:
+            raise RuntimeError(
+                f"torch.jit.script cannot compile {type(self).__name__}, derived from lstm_fused's "
+                f"{ours.__name__}, which overrides {', '.join(own)}"
+            )
         theirs = self._replaced or self._original
         name = f"torch.nn.{theirs.__name__}" if theirs is self._original else theirs.__name__
         warn_once(
