@@ -10,17 +10,24 @@ from torch import Tensor
 from lstm_fused import ops
 
 
-def check_input(module, x, batch_sizes):
-    """Refuse x (T, N, I) or packed (S, I) of another dtype or width, or without a step."""
+def check_input(module, input, batch_sizes):
+    """Refuse an input as given, or packed data (S, I), of another dtype or width or without a step.
+
+    The module's own check_input is what does, called where torch.nn's forward calls it.
+    """
     module._update_flat_weights()
-    try:
-        module.check_input(x, batch_sizes)
-    except ValueError as error:
-        if batch_sizes is None or not isinstance(module, torch.nn.LSTM):
-            raise
+    time = 1 if module.batch_first and batch_sizes is None else 0
+    if input.dim() == 2 and batch_sizes is None:
+        input = input.unsqueeze(1 - time)
+    if batch_sizes is None or not isinstance(module, torch.nn.LSTM):
+        module.check_input(input, batch_sizes)
+    else:
         # torch.nn.LSTM does not check packed input: the product refuses it, by a RuntimeError.
-        raise RuntimeError(str(error)) from None
-    if x.shape[0] == 0:
+        try:
+            torch.nn.RNNBase.check_input(module, input, batch_sizes)
+        except ValueError as error:
+            raise RuntimeError(str(error)) from None
+    if input.shape[time] == 0:
         raise RuntimeError(
             "Expected sequence length to be larger than 0 in RNN, got an input without a time step"
         )

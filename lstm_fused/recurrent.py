@@ -12,6 +12,19 @@ from lstm_fused import checks, cuda, ops, padded
 _FUSED_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _PLAIN_TYPES = frozenset((Tensor, Parameter))
 _warned = set()
+# What torch.nn's forward of a layer calls on the module. Ours calls the first likewise; a module
+# that has one of the others to itself runs through torch.
+CALLED_BY_TORCH = (
+    "check_input",
+    "check_forward_args",
+    "check_hidden_size",
+    "get_expected_hidden_size",
+    "get_expected_cell_size",
+    "permute_hidden",
+    "_update_flat_weights",
+    "_weights_have_changed",
+    "_init_flat_weights",
+)
 
 
 def why_torch(x, hx, weights):
@@ -60,10 +73,20 @@ def _why_not_plain(t, x):
 class Fused:
     """What every module of ours has, before torch.nn's own class: the ways around the fused op.
 
-    A subclass names that class as ``_original``.
+    A subclass names that class as ``_original``; one made by ``lstm_fused.replace`` from a class of
+    the user's names that one as ``_replaced``.
     """
 
     _original = None
+    _replaced = None
+
+    def __init_subclass__(cls, **options):
+        if "_replaced" not in vars(cls):  # the user's class has been announced before
+            super().__init_subclass__(**options)
+
+    def _reason(self, x, hx, weights):
+        """Why a call runs through torch.nn's forward, or None; the arguments of why_torch."""
+        return why_torch(x, hx, weights)
 
     def _through_torch(self, reason, input, hx):
         """torch.nn's own forward, and a warning that says why the first time."""
@@ -82,13 +105,21 @@ class Fused:
 
         torch.jit.script also puts it into the model in this module's place.
         """
+        ours = next(cls for cls in type(self).__mro__ if vars(cls).get("_original"))
+        own = overridden(type(self), ours, ("forward", *CALLED_BY_TORCH))
+        if own and self._replaced is None:
+            raise RuntimeError(
+                f"torch.jit.script cannot compile {type(self).__name__}, derived from lstm_fused's "
+                f"{ours.__name__}, which overrides {', '.join(own)}"
+            )
+        theirs = self._replaced or self._original
+        name = f"torch.nn.{theirs.__name__}" if theirs is self._original else theirs.__name__
         warn_once(
             self,
-            "torch.jit.script cannot call the fused op, and leaves "
-            f"torch.nn.{self._original.__name__} in the model "
+            f"torch.jit.script cannot call the fused op, and leaves {name} in the model "
             "(lstm_fused.replace brings the fused module back)",
         )
-        twin = self._original.__new__(self._original)
+        twin = theirs.__new__(theirs)
         twin.__dict__ = self.__dict__
         return twin
 
@@ -101,6 +132,37 @@ class Recurrent(Fused):
     """
 
     _states = 1
+    _overridden = ()  # names of CALLED_BY_TORCH: a subclass's, or of the instance as well
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        cls._overridden = overridden(cls, cls._original)
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name in CALLED_BY_TORCH:
+            self._find_overridden()
+
+    def __delattr__(self, name):
+        super().__delattr__(name)
+        if name in CALLED_BY_TORCH:
+            self._find_overridden()
+
+    def _find_overridden(self):
+        """Set _overridden of an instance that may have methods of its own."""
+        self.__dict__.pop("_overridden", None)
+        if own := [name for name in CALLED_BY_TORCH if name in self.__dict__]:
+            self.__dict__["_overridden"] = tuple(dict.fromkeys([*self._overridden, *own]))
+
+    def _reason(self, x, hx, weights):
+        if self._overridden:
+            names = [name for name in self._overridden if name != "check_input"]
+            if names:
+                return (
+                    f"{type(self).__name__} overrides {', '.join(names)}, "
+                    "which the fused forward does not call"
+                )
+        return why_torch(x, hx, weights)
 
     def _cell(self):
         """The name the op knows the cell by."""
@@ -124,7 +186,7 @@ class Recurrent(Fused):
     def forward(self, input, hx=None, lengths=None):
         if lengths is not None:
             return self._forward_padded(input, hx, lengths)
-        if not torch.compiler.is_compiling():
+        if not self._overridden and not torch.compiler.is_compiling():
             result = ops.infer(self, input, hx)
             if result is not None:
                 return result
@@ -137,7 +199,7 @@ class Recurrent(Fused):
         if dim != 3 and dim != 2:
             return super().forward(input, hx)  # torch.nn's refusal, in its words
         weights = self._weights()
-        if reason := why_torch(input, hx, weights):
+        if reason := self._reason(input, hx, weights):
             return self._through_torch(reason, input, hx)
         x = input
         if dim == 2:
@@ -145,8 +207,9 @@ class Recurrent(Fused):
         elif self.batch_first:
             x = input.transpose(0, 1)
         length, rows, width = x.shape
-        if width != self.input_size or length == 0 or x.dtype is not weights[0].dtype:
-            checks.check_input(self, x, None)
+        plain = width == self.input_size and length and x.dtype is weights[0].dtype
+        if not plain or self._overridden:
+            checks.check_input(self, input, None)
         state = () if hx is None else self._check_state(hx, dim, rows)
         y, state = self._run(x, None, state, weights)
         if dim == 2:
@@ -156,10 +219,11 @@ class Recurrent(Fused):
     def _forward_packed(self, packed, hx):
         x, batch_sizes, sorted_indices, unsorted_indices = packed
         weights = self._weights()
-        if reason := why_torch(x, hx, weights):
+        if reason := self._reason(x, hx, weights):
             return self._through_torch(reason, packed, hx)
         checks.check_batch_sizes(batch_sizes)
-        if x.dim() != 2 or x.shape[1] != self.input_size or x.dtype is not weights[0].dtype:
+        plain = x.dim() == 2 and x.shape[1] == self.input_size and x.dtype is weights[0].dtype
+        if not plain or self._overridden:
             checks.check_input(self, x, batch_sizes)
         state = ()
         if hx is not None:
@@ -175,7 +239,7 @@ class Recurrent(Fused):
             return self._fx_leaf(input, hx, lengths=lengths)
         lengths = checks.check_lengths(input, lengths, self.batch_first)
         x = input.transpose(0, 1) if self.batch_first else input
-        checks.check_input(self, x, None)
+        checks.check_input(self, input, None)
         total, count = x.shape[:2]
         state = () if hx is None else self._check_state(hx, 3, count)
         if _is_captured():
@@ -308,6 +372,11 @@ def _is_captured():
 
 def _permuted(state, permutation):
     return state if permutation is None else tuple(s.index_select(1, permutation) for s in state)
+
+
+def overridden(cls, base, names=CALLED_BY_TORCH):
+    """Those of names that cls, derived from base of torch.nn, has to itself."""
+    return tuple(n for n in names if getattr(cls, n, None) is not getattr(base, n, None))
 
 
 def warn_once(module, reason):

@@ -1,11 +1,13 @@
 """Exchange torch.nn's recurrent modules for ours inside a model, in place, and back."""
 
+import types
 import warnings
 
 import torch
 from torch.nn.utils.parametrize import is_parametrized
 
 from lstm_fused import cells, nn
+from lstm_fused.recurrent import CALLED_BY_TORCH, Fused, Recurrent, overridden
 
 OURS = {ours._original: ours for ours in (*nn.MODULES, *cells.MODULES)}
 
@@ -13,15 +15,20 @@ OURS = {ours._original: ours for ours in (*nn.MODULES, *cells.MODULES)}
 def replace(model):
     """Make every ``torch.nn.LSTM`` inside model, or model itself, an ``lstm_fused.LSTM``.
 
-    So too every ``GRU``, ``RNN``, ``LSTMCell``, ``GRUCell`` and ``RNNCell``.
+    So too every ``GRU``, ``RNN``, ``LSTMCell``, ``GRUCell`` and ``RNNCell``, and what is of a class
+    derived from these without a ``forward`` of its own: it gets a class of the same name that is
+    derived from both, so that its methods, ``isinstance`` and ``super()`` work as before, and that
+    can be pickled where its own could.
 
     Only the modules' class changes: each stays the object it was, with the very same Parameters,
     buffers, hooks, mode, attributes, parametrizations, weight norm and pruning, and a module held
     in two places stays one. An optimizer built before goes on working. ``restore`` undoes it.
 
-    Left alone, with a warning that names them: subclasses of these classes, modules whose
-    ``forward`` was overridden on the instance, and modules compiled by TorchScript. Modules that
-    ``model.modules()`` does not know, such as those kept in a plain list, are not found.
+    Left alone, with a warning that names them and says why: modules with a ``forward`` of their
+    own, or with another method of their own that torch.nn's forward calls and ours does not
+    (``check_input`` ours calls, too); modules compiled by TorchScript, and those that
+    ``fully_shard`` has given a class. Modules that ``model.modules()`` does not know, such as those
+    kept in a plain list, are not found.
 
     Args:
         model: a ``torch.nn.Module``.
@@ -32,18 +39,18 @@ def replace(model):
     Raises:
         TypeError: model is not a ``torch.nn.Module``.
     """
-    left = _exchange(model, OURS)
-    if left:
-        warnings.warn(f"lstm_fused.replace left alone: {'; '.join(left)}", stacklevel=2)
-    return model
+    return _exchange(model, _fused_class, "replace")
 
 
 def restore(model):
     """Make every ``lstm_fused.LSTM`` inside model a ``torch.nn.LSTM``, also those built as ours.
 
-    So too every other module of ours.
+    So too every other module of ours; one of a class of the user's gets the very class it had.
     The inverse of ``replace``: again only the class changes. Also the way to hand a model to what
     knows torch's own modules only, or to a program without lstm_fused.
+
+    Left alone, with a warning that names them: modules of a class that the user has derived from
+    ours, and those that ``fully_shard`` has given a class.
 
     Args:
         model: a ``torch.nn.Module``.
@@ -54,27 +61,49 @@ def restore(model):
     Raises:
         TypeError: model is not a ``torch.nn.Module``.
     """
-    _exchange(model, {ours: original for original, ours in OURS.items()})
-    return model
+    return _exchange(model, _torch_class, "restore")
 
 
-def _exchange(model, classes):
-    """Give each module the class its own is mapped to; returns what was left alone, and why."""
+class _LeftAlone(Exception):
+    """A module keeps its class, for the reason in the message."""
+
+
+def _exchange(model, class_for, caller):
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     left = []
-    known = dict(classes)
     for name, module in model.named_modules():
-        cls = type(module)
-        base = cls.__bases__[0]
-        if reason := _why_left(module, classes, known):
+        try:
+            cls = class_for(module)
+            if cls is not None:
+                _become(module, cls)
+        except _LeftAlone as reason:
             left.append(f"{name or 'the model'}, {reason}")
-        elif cls in known:
-            module.__class__ = known[cls]
-        elif base in classes and is_parametrized(module):
-            known[cls] = _rebase(cls, classes[base])
-            module.__class__ = known[cls]
-    return left
+    if left:
+        warnings.warn(f"lstm_fused.{caller} left alone: {'; '.join(left)}", stacklevel=3)
+    return model
+
+
+def _become(module, cls):
+    """Make module one of cls, or of cls as parametrized as it is."""
+    if _plain_class(module) is not type(module):
+        cls = _rebase(type(module), cls)
+    try:
+        module.__class__ = cls
+    except TypeError as error:  # the class has __slots__
+        raise _LeftAlone(f"a {type(module).__name__}: {error}") from None
+    module.__dict__.pop("_overridden", None)
+    if isinstance(module, Recurrent):
+        module._find_overridden()
+
+
+def _plain_class(module):
+    """Its class, without the one that torch.nn.utils.parametrize has put before it."""
+    cls = type(module)
+    base = cls.__bases__[0]
+    if is_parametrized(module) and cls.__name__ == f"Parametrized{base.__name__}":
+        return base
+    return cls
 
 
 def _rebase(cls, base):
@@ -83,17 +112,86 @@ def _rebase(cls, base):
     return type(cls)(cls.__name__, (base,), namespace)
 
 
-def _why_left(module, classes, known):
-    """Why a module that is of the old classes, or derived from one, keeps its class."""
-    for old, new in classes.items():
-        if isinstance(module, torch.jit.ScriptModule) and module.original_name == old.__name__:
-            return "compiled by TorchScript"
-        if not isinstance(module, old) or isinstance(module, new):
-            continue
-        if "forward" in module.__dict__:
-            return "whose forward is overridden on the instance"
-        cls = type(module)
-        parametrized = cls.__bases__ == (old,) and is_parametrized(module)
-        if cls not in known and not parametrized:
-            return f"a {cls.__name__}, which is a subclass"
-    return None
+def _fused_class(module):
+    """The class that replace gives, None for what is ours already or no recurrent module."""
+    if isinstance(module, torch.jit.ScriptModule):
+        if module.original_name in {theirs.__name__ for theirs in OURS}:
+            raise _LeftAlone("compiled by TorchScript")
+        return None
+    ours = next((ours for theirs, ours in OURS.items() if isinstance(module, theirs)), None)
+    if ours is None or isinstance(module, Fused):
+        return None
+    _check_not_wrapped(module)
+    cls = _plain_class(module)
+    called = ("forward", *(CALLED_BY_TORCH if issubclass(ours, Recurrent) else ()))
+    matters = [name for name in called if name != "check_input"]
+    for name in matters:
+        if name in module.__dict__:
+            raise _LeftAlone(f"whose {name} is overridden on the instance")
+    if cls is ours._original:
+        return ours
+    if own := overridden(cls, ours._original, matters):
+        raise _LeftAlone(f"a {cls.__name__}, which overrides {', '.join(own)}")
+    if taken := [name for name in _names_of(ours) if hasattr(module, name)]:
+        raise _LeftAlone(f"a {cls.__name__}, which has {', '.join(taken)}, as lstm_fused has")
+    try:
+        return _derived(ours, cls)
+    except TypeError as error:
+        raise _LeftAlone(f"a {cls.__name__}, which cannot be derived from: {error}") from None
+
+
+def _torch_class(module):
+    """The class that restore gives, None for what is not ours."""
+    if not isinstance(module, Fused):
+        return None
+    _check_not_wrapped(module)
+    cls = _plain_class(module)
+    if cls in OURS.values():
+        return cls._original
+    if "_replaced" in vars(cls):
+        return cls._replaced
+    raise _LeftAlone(f"a {cls.__name__}, which is derived from lstm_fused's own class")
+
+
+def _check_not_wrapped(module):
+    """Refuse a module that torch.distributed has given a class, of which it keeps account."""
+    for cls in type(module).__mro__:
+        if cls.__module__.startswith("torch.distributed"):
+            raise _LeftAlone(
+                f"a {type(module).__name__}, whose class torch.distributed made ({cls.__name__})"
+            )
+
+
+def _names_of(ours):
+    """What our classes call things inside, which no class of the user's may take."""
+    names = {name for cls in ours.__mro__ if issubclass(cls, Fused) for name in vars(cls)}
+    return sorted(name for name in names if name != "forward" and not name.startswith("__"))
+
+
+class _Derived:
+    """A module of a class made by _derived, which pickle cannot find by its name."""
+
+    def __reduce_ex__(self, protocol):
+        make, args, *rest = super().__reduce_ex__(protocol)
+        cls = type(self)
+        if args and args[0] is cls and "_replaced" in vars(cls):
+            make, args = _make_derived, (cls.__bases__[1], cls._replaced, make, *args[1:])
+        return make, args, *rest
+
+
+def _derived(ours, theirs):
+    """The class of the same name derived from ours and theirs, one of the user's."""
+    for cls in type.__subclasses__(theirs):
+        if vars(cls).get("_replaced") is theirs:
+            return cls
+
+    def fill(namespace):
+        for name in ("__module__", "__qualname__", "__doc__"):
+            namespace[name] = getattr(theirs, name)
+        namespace["_replaced"] = theirs
+
+    return types.new_class(theirs.__name__, (_Derived, ours, theirs), exec_body=fill)
+
+
+def _make_derived(ours, theirs, make, *args):
+    return make(_derived(ours, theirs), *args)

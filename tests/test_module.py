@@ -22,12 +22,15 @@ from beside import (
     pair,
     run,
     state_for,
+    tensors_of,
 )
 from oracle import CELLS
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import lstm_fused
+from lstm_fused.recurrent import CALLED_BY_TORCH
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -247,3 +250,86 @@ def test_functional_call(cell):
     expected, found = (torch.func.functional_call(m, weights, (x,)) for m in (theirs, ours))
     torch.testing.assert_close(found, expected)
     assert not torch.equal(found[0], ours(x)[0])
+
+
+def with_method(base, method, calls, on):
+    """A module of a class derived from base, a method of which (or of it) notes its arguments."""
+
+    def note(args):
+        shapes = [tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in args]
+        calls.append(str(shapes) if method == "check_input" else "called")
+
+    def noted(self, *args):
+        note(args)
+        return getattr(super(kind, self), method)(*args)
+
+    kind = type("Mine", (base,), {method: noted} if on == "class" else {})
+    module = kind(I, H, dtype=torch.float64)
+    if on == "instance":
+        setattr(module, method, lambda *args: note(args) or getattr(kind, method)(module, *args))
+    calls.clear()
+    return module
+
+
+def packed():
+    return pack_padded_sequence(draw(T, N, I), [2, 5, 1], enforce_sorted=False)
+
+
+# Whether batch_first, the input, and the rows of its state.
+INPUTS = {
+    "dense": (False, lambda: draw(T, N, I), N),
+    "batch_first": (True, lambda: draw(N, T, I), N),
+    "unbatched": (False, lambda: draw(T, I), None),
+    "unbatched batch_first": (True, lambda: draw(T, I), None),
+    "packed": (False, packed, N),
+}
+
+
+@pytest.mark.parametrize("on", ("class", "instance"))
+@pytest.mark.parametrize(
+    "name, method",
+    [(n, m) for n in ("LSTM", "GRU", "RNN") for m in CALLED_BY_TORCH if hasattr(getattr(nn, n), m)],
+)
+@pytest.mark.parametrize("batch_first, form, rows", INPUTS.values(), ids=INPUTS)
+def test_overridden_methods(batch_first, form, rows, name, method, on):
+    """Are called as torch.nn calls them; where only torch.nn's forward does, that one runs."""
+    noted, results = ([], []), []
+    input = form()
+    for calls, library in zip(noted, (nn, lstm_fused), strict=True):
+        torch.manual_seed(1)
+        module = with_method(getattr(library, name), method, calls, on)
+        module.batch_first = batch_first
+        state = changed(torch.ones_like, state_for(module, rows))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            results.append([tensors_of(module(input, given)) for given in (None, state)])
+    assert noted[1] == noted[0]
+    torch.testing.assert_close(results[1], results[0])
+    said = [str(w.message) for w in caught]
+    if method == "check_input":
+        assert not said and lstm_fused.ops.last_run()["pass"] == "forward"
+    else:
+        assert len(said) == 1 and f"Mine overrides {method}, which the fused" in said[0]
+
+
+@each_cell
+def test_a_method_of_an_instance_comes_and_goes(cell):
+    theirs, ours = pair(cell=cell)
+    x, calls = ones(T, N, I), []
+    with torch.no_grad():
+        expected = theirs(x)
+        for _ in range(2):
+            ours.check_input = lambda *args: calls.append(args)
+            torch.testing.assert_close(ours(x), expected)
+            del ours.check_input
+            torch.testing.assert_close(ours(x), expected)
+    assert len(calls) == 2
+
+
+@each_cell
+def test_check_input_sees_padded_input(cell):
+    _, ours = pair(cell=cell)
+    calls = []
+    ours.check_input = lambda x, batch_sizes: calls.append((tuple(x.shape), batch_sizes))
+    ours(ones(T, N, I), lengths=[5, 2, 1])
+    assert calls[0] == ((T, N, I), None)

@@ -295,6 +295,18 @@ def test_jit_script(cell):
 
 
 @each_cell
+@pytest.mark.parametrize("method", ("forward", "check_input"))
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
+def test_jit_script_of_a_subclass(method, cell):
+    """What torch.nn's own module would not do is not left out."""
+    base = type(pair(cell=cell)[1])
+    mine = type("Mine", (base,), {method: getattr(base, method).__get__})(I, H)
+    words = f"cannot compile Mine, derived from .*{base.__name__}, which overrides {method}"
+    with pytest.raises(RuntimeError, match=words):
+        torch.jit.script(nn.Sequential(mine))
+
+
+@each_cell
 def test_func_grad_is_fused(cell):
     theirs, ours = pair(cell=cell)
     x = ones(*X)

@@ -1,14 +1,18 @@
 """replace and restore: the same model with another class under it, and back."""
 
+import copy
+import pickle
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import lstm_fused
 from lstm_fused import ops
+from lstm_fused.recurrent import CALLED_BY_TORCH
 
 pytestmark = pytest.mark.usefixtures("real_device")
 
@@ -126,20 +130,236 @@ WRAPPED = {
 }
 
 
+def test_optimizer_goes_on():
+    """An optimizer made before trains the replaced model as it would have trained the other."""
+    x = torch.randn(5, 3, 4, dtype=torch.float64)
+    trained = []
+    for change in (lambda m: m, lstm_fused.replace):
+        torch.manual_seed(6)
+        model = Model().double().eval()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+        for k in range(4):
+            if k == 2:
+                change(model)
+            outcome(model, x)
+            optimizer.step()
+        trained.append(model.state_dict())
+    torch.testing.assert_close(trained[1], trained[0])
+    assert not torch.equal(trained[0]["shared.weight_hh_l0"], Model().shared.weight_hh_l0.double())
+
+
+def overridden(theirs):
+    module = theirs(4, 6)
+    module.forward = lambda *args: theirs.forward(module, *args)
+    return module
+
+
+class Final(type):
+    def __new__(cls, name, bases, namespace):
+        if any(type(base) is Final for base in bases):
+            raise TypeError("it is final")
+        return super().__new__(cls, name, bases, namespace)
+
+
+def with_forward(theirs):
+    def forward(self, *args):
+        return theirs.forward(self, *args)
+
+    return type("Custom", (theirs,), {"forward": forward})(4, 6)
+
+
+LEFT = {
+    "forward of a class": (with_forward, "0, a Custom, which overrides forward"),
+    "forward": (overridden, "0, whose forward is overridden on the instance"),
+    "script": (lambda theirs: torch.jit.script(theirs(4, 6)), "0, compiled by TorchScript"),
+    "a name of ours": (
+        lambda theirs: type("Custom", (theirs,), {"_weights": ()})(4, 6),
+        "0, a Custom, which has _weights, as lstm_fused has",
+    ),
+    "final": (
+        lambda theirs: Final("Custom", (theirs,), {})(4, 6),
+        "0, a Custom, which cannot be derived from: it is final",
+    ),
+}
+
+
+@each_name
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
+@pytest.mark.parametrize("make, words", LEFT.values(), ids=LEFT)
+def test_left_alone_with_a_warning(make, words, name):
+    theirs, ours = getattr(nn, name), getattr(lstm_fused, name)
+    model = nn.ModuleList([make(theirs), theirs(4, 6)])
+    kind = type(model[0])
+    with pytest.warns(UserWarning, match=f"replace left alone: {words}$") as caught:
+        lstm_fused.replace(model)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert type(model[0]) is kind and type(model[1]) is ours
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lstm_fused.restore(model)
+    assert type(model[0]) is kind and type(model[1]) is theirs
+
+
+CALLED = [name for name in CALLED_BY_TORCH if name != "check_input"]
+
+
+@pytest.mark.parametrize("name", ("LSTM", "GRU", "RNN"))
+@pytest.mark.parametrize("method", CALLED)
+def test_methods_that_only_torch_calls(method, name):
+    """Left alone if a class or an instance has one of its own."""
+    theirs, ours = getattr(nn, name), getattr(lstm_fused, name)
+
+    def own(*args):
+        return None
+
+    model = nn.ModuleList([type("Custom", (theirs,), {})(4, 6), theirs(4, 6)])
+    setattr(type(model[0]), method, own)
+    setattr(model[1], method, own)
+    words = f"0, a Custom, which overrides {method}; 1, whose {method} is overridden"
+    with pytest.warns(UserWarning, match=f"left alone: {words} on the instance$"):
+        lstm_fused.replace(model)
+    assert not any(isinstance(m, ours) for m in model)
+
+
+@each_name
+def test_restore_leaves_subclasses_of_ours(name):
+    model = nn.ModuleList([type("Mine", (getattr(lstm_fused, name),), {})(4, 6)])
+    kind = type(model[0])
+    words = "restore left alone: 0, a Mine, which is derived from lstm_fused's own class"
+    with pytest.warns(UserWarning, match=words) as caught:
+        lstm_fused.restore(model)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert type(model[0]) is kind
+
+
+@each_name
+@pytest.mark.parametrize("make", ("fully_shard", "replicate"))
+def test_classes_made_by_torch_distributed(make, name):
+    """They are kept account of by their class, so that replace and restore keep out of it."""
+    change = distributed_changes()[make]
+    theirs, ours = getattr(nn, name), getattr(lstm_fused, name)
+    with one_process(), torch.device("cpu"):
+        for kind, caller in ((theirs, "replace"), (ours, "restore")):
+            model = nn.ModuleList([kind(4, 6), nn.Linear(2, 2)])
+            change(model[0])
+            made = type(model[0])
+            words = f"{caller} left alone: 0, a {made.__name__}, whose class torch.distributed made"
+            with pytest.warns(UserWarning, match=words) as caught:
+                getattr(lstm_fused, caller)(model)
+            assert len(caught) == 1 and caught[0].filename == __file__
+            assert type(model[0]) is made is not kind
+
+
+def distributed_changes():
+    from torch.distributed._composable.replicate import replicate
+    from torch.distributed.fsdp import fully_shard
+
+    return {"fully_shard": fully_shard, "replicate": replicate}
+
+
+@contextmanager
+def one_process():
+    """A process group of this process alone."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class Own:
+    """What a user's class has beside torch.nn's, without a forward."""
+
+    made = []
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        Own.made.append(cls)
+
+    def __init__(self, size, **options):
+        super().__init__(4, size, **options)
+        self.note = "mine"
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        for name, w in self.named_parameters():
+            if name.startswith("bias"):
+                nn.init.ones_(w)
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, {self.note}"
+
+
+def own_class(theirs):
+    """Found by pickle."""
+    name = f"Own{theirs.__name__}"
+    return type(name, (Own, theirs), {"__module__": __name__, "__doc__": "Mine."})
+
+
+for kind in {getattr(nn, name) for name in NAMES}:
+    globals()[f"Own{kind.__name__}"] = own_class(kind)
+
+
+def described(cls):
+    return cls.__name__, cls.__qualname__, cls.__module__, cls.__doc__
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+    "pickle 0": lambda m: pickle.loads(pickle.dumps(m, protocol=0)),
+}
+
+
+@each_name
+def test_subclass(name):
+    """Fused, of a class of the same name derived from its own, and back to its very own."""
+    theirs, ours = getattr(nn, name), getattr(lstm_fused, name)
+    own, x = globals()[f"Own{name}"], torch.randn(3, 4)
+    model = nn.ModuleList([own(6), own(6), theirs(4, 6)])
+    model.forward = lambda x: sum(first(m(x)) for m in model)
+    model[1].register_forward_hook(lambda m, args, out: -first(out))
+    before, text, announced = outcome(model, x), repr(model), list(Own.made)
+
+    lstm_fused.replace(model)
+    replaced = type(model[0])
+    assert replaced is type(model[1]) is not own
+    assert described(replaced) == described(own)
+    assert isinstance(model[0], own) and isinstance(model[0], ours)
+    torch.testing.assert_close(outcome(model, x), before)
+    assert ops.last_run()["pass"] == "backward"
+    assert repr(model) == text
+    assert Own.made == announced
+    for copied in COPIES.values():
+        twin = copied(model[0])
+        assert type(twin) is replaced and twin.note == "mine"
+        torch.testing.assert_close(first(twin(x)), first(model[0](x)))
+        assert type(lstm_fused.restore(twin)) is own
+    lstm_fused.restore(model)
+    assert [type(m) for m in model] == [own, own, theirs]
+    torch.testing.assert_close(outcome(model, x), before, rtol=0, atol=0)
+
+
 @each_name
 @pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("own", (False, True), ids=("", "own"))
 @pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
-def test_wrapped_weights(wrap, name):
+def test_wrapped_weights(wrap, own, name):
     """Twice the same way and once back: parametrized modules have classes of their own."""
     x = torch.randn(3, 4, dtype=torch.float64)
     theirs, ours = getattr(nn, name), getattr(lstm_fused, name)
+    sizes = (4, 6)
+    if own:
+        theirs, sizes, name = globals()[f"Own{name}"], (6,), f"Own{name}"
     at = "" if name.endswith("Cell") else "_l0"
 
     class First(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a = wrap(theirs(4, 6, dtype=torch.float64), at)
-            self.b = theirs(4, 6, dtype=torch.float64)
+            self.a = wrap(theirs(*sizes, dtype=torch.float64), at)
+            self.b = theirs(*sizes, dtype=torch.float64)
 
         def forward(self, x):
             return first(self.a(x)) + first(self.b(x))
@@ -160,58 +380,9 @@ def test_wrapped_weights(wrap, name):
     )
     torch.testing.assert_close(outcome(model, x), before)
     assert list(model.state_dict()) == names
-
-
-def test_optimizer_goes_on():
-    """An optimizer made before trains the replaced model as it would have trained the other."""
-    x = torch.randn(5, 3, 4, dtype=torch.float64)
-    trained = []
-    for change in (lambda m: m, lstm_fused.replace):
-        torch.manual_seed(6)
-        model = Model().double().eval()
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
-        for k in range(4):
-            if k == 2:
-                change(model)
-            outcome(model, x)
-            optimizer.step()
-        trained.append(model.state_dict())
-    torch.testing.assert_close(trained[1], trained[0])
-    assert not torch.equal(trained[0]["shared.weight_hh_l0"], Model().shared.weight_hh_l0.double())
-
-
-def subclass(theirs):
-    return type("Custom", (theirs,), {})(4, 6)
-
-
-def overridden(theirs):
-    module = theirs(4, 6)
-    module.forward = lambda *args: theirs.forward(module, *args)
-    return module
-
-
-LEFT = {
-    "subclass": (subclass, "0, a Custom, which is a subclass"),
-    "forward": (overridden, "0, whose forward is overridden on the instance"),
-    "script": (lambda theirs: torch.jit.script(theirs(4, 6)), "0, compiled by TorchScript"),
-}
-
-
-@each_name
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
-@pytest.mark.parametrize("make, words", LEFT.values(), ids=LEFT)
-def test_left_alone_with_a_warning(make, words, name):
-    theirs, ours = getattr(nn, name), getattr(lstm_fused, name)
-    model = nn.ModuleList([make(theirs), theirs(4, 6)])
-    kind = type(model[0])
-    with pytest.warns(UserWarning, match=f"left alone: {words}") as caught:
-        lstm_fused.replace(model)
-    assert len(caught) == 1 and caught[0].filename == __file__
-    assert type(model[0]) is kind and type(model[1]) is ours
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        lstm_fused.restore(model)
-    assert type(model[0]) is kind and type(model[1]) is theirs
+    if parametrize.is_parametrized(model.a):
+        parametrize.remove_parametrizations(model.a, next(iter(model.a.parametrizations)))
+        assert type(model.a) is theirs
 
 
 @pytest.mark.parametrize("change", (lstm_fused.replace, lstm_fused.restore))
