@@ -4,14 +4,13 @@ import functools
 from math import prod
 
 import torch
-from torch.nn.utils.parametrize import type_before_parametrizations
 
 from lstm_fused import dynamo, onnx
 from lstm_fused.export import state_or_zeros
 from lstm_fused.hooks import when_imported
 from lstm_fused.nn import MODULES
 from lstm_fused.operators import forward_op
-from lstm_fused.recurrent import warn_once
+from lstm_fused.recurrent import Fused, warn_once
 from lstm_fused.replace import OURS, replace, restore
 
 _THEIRS = {ours: theirs for theirs, ours in OURS.items()}
@@ -71,7 +70,7 @@ def _register_flops(flop_counter):
 
 def _ours_in(model):
     """Our modules inside a model, or the model itself."""
-    return [m for m in model.modules() if type_before_parametrizations(m) in _THEIRS]
+    return [module for module in model.modules() if isinstance(module, Fused)]
 
 
 def _register_quantization(quantize):
@@ -89,7 +88,7 @@ def _register_quantization(quantize):
         restore(module)
         propagate(module, qconfig_dict, *args, **more)
         for each in ours:
-            if getattr(each, "qconfig", None) is None:
+            if not isinstance(each, Fused) and getattr(each, "qconfig", None) is None:
                 replace(each)
 
     quantize.propagate_qconfig_ = propagate_qconfig_

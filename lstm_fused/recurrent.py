@@ -267,8 +267,8 @@ class Recurrent(Fused):
     def _forward_padded_graph(self, x, lengths, state):
         """As _forward_padded, x (T, N, I), where the lengths' values are not known yet."""
         weights = self._weights()
-        if reason := why_torch(x, None, weights):
-            raise RuntimeError(f"lengths cannot be captured in a graph: {reason}")
+        if reason := self._reason(x, None, weights):
+            raise RuntimeError(f"lengths= cannot be recorded in a graph: {reason}")
         y, state = self._run(x, lengths, state, weights)
         return (y.transpose(0, 1) if self.batch_first else y), self._as_given(state)
 
