@@ -6,28 +6,12 @@ from math import prod
 import torch
 
 from lstm_fused import dynamo, onnx
-from lstm_fused.export import state_or_zeros
 from lstm_fused.hooks import when_imported
 from lstm_fused.nn import MODULES
-from lstm_fused.operators import forward_op
 from lstm_fused.recurrent import Fused, warn_once
 from lstm_fused.replace import OURS, replace, restore
 
 _THEIRS = {ours: theirs for theirs, ours in OURS.items()}
-
-
-def _with_states(x, batch_sizes, state0, weights, cell, directions, training):
-    """A layer without hx for AOTInductor, whose runtime takes no empty list of tensors."""
-    from torch._inductor.virtualized import V
-
-    if state0 or not V.aot_compilation:
-        return NotImplemented
-    state0 = state_or_zeros(x, batch_sizes, state0, weights, cell, directions)
-    return forward_op(x, batch_sizes, state0, weights, cell, directions, training)
-
-
-def _register_inductor(decomposition):
-    decomposition.decompositions[forward_op] = _with_states
 
 
 def _products(x_shape, batch_sizes_shape, weights_shapes):
@@ -124,7 +108,6 @@ def register():
     """Called when lstm_fused is imported."""
     dynamo.allow(MODULES)
     onnx.register()
-    when_imported("torch._inductor.decomposition", _register_inductor)
     when_imported("torch.utils.flop_counter", _register_flops)
     when_imported("torch.ao.quantization.quantize", _register_quantization)
     when_imported("torch.ao.quantization.quantize_fx", _register_fx_quantization)

@@ -49,6 +49,16 @@ class _Graph:
     def shape(self, value):
         return tuple(value.shape)
 
+    def is_zeros(self, value):
+        """Whether it is known to be zeros, as an export gives a layer without hx."""
+        node = value.producer()
+        while node is not None and node.op_type == "CastLike":
+            node = node.inputs[0].producer()
+        if node is None or node.op_type != "ConstantOfShape":
+            return False
+        fill = node.attributes.get("value")
+        return fill is None or not fill.value.numpy().any()
+
 
 class _TracedGraph:
     """The graph under construction of the exporter on TorchScript."""
@@ -80,6 +90,9 @@ class _TracedGraph:
 
     def shape(self, value):
         return tuple(value.type().sizes())
+
+    def is_zeros(self, value):
+        return False
 
 
 def _directions(weights, directions):
@@ -121,7 +134,7 @@ def _layer(g, x, lengths, state0, weights, cell, directions):
     kind = _NODES[cell]
     parts = list(_directions(weights, directions))
     hidden = g.shape(parts[0][1])[0] // len(kind.gates)
-    h0, c0 = (*state0, None, None)[:2]
+    h0, c0 = (*(None if g.is_zeros(s) else s for s in state0), None, None)[:2]
     if parts[0][3] is not None:
         x, initial_h, parts = _without_projection(g, x, lengths, h0, parts)
     else:
