@@ -227,7 +227,12 @@ class Recurrent(Fused):
             checks.check_input(self, x, batch_sizes)
         state = ()
         if hx is not None:
-            rows = int(batch_sizes[0]) if sorted_indices is None else sorted_indices.shape[0]
+            if sorted_indices is not None:
+                rows = sorted_indices.shape[0]
+            elif _is_captured():
+                rows = self._as_state(hx)[0].shape[1]  # the operator compares
+            else:
+                rows = int(batch_sizes[0])
             state = _permuted(self._check_state(hx, None, rows), sorted_indices)
         y, state = self._run(x, batch_sizes, state, weights)
         state = self._as_given(_permuted(state, unsorted_indices))
@@ -239,8 +244,10 @@ class Recurrent(Fused):
             return self._fx_leaf(input, hx, lengths=lengths)
         lengths = checks.check_lengths(input, lengths, self.batch_first)
         x = input.transpose(0, 1) if self.batch_first else input
-        checks.check_input(self, input, None)
-        total, count = x.shape[:2]
+        total, count, width = x.shape
+        plain = width == self.input_size and total and x.dtype is self._weights()[0].dtype
+        if not plain or self._overridden:
+            checks.check_input(self, input, None)
         state = () if hx is None else self._check_state(hx, 3, count)
         if _is_captured():
             return self._forward_padded_graph(x, lengths, state)
