@@ -52,7 +52,7 @@ Forward allocate_forward(const Layer& layer, const Models& models, const Tensor&
 
 Forward recurrent_forward(Tensor x, MaybeTensor batch_sizes, Tensors state0, Tensors weights,
                           int64_t cell, int64_t directions, bool training) {
-  const Models models(x, batch_sizes);
+  const Models models(x, weights);
   LSTM_FUSED_CHECK(models.count() > 0, "there must be at least one model");
   std::vector<Layer> layers;
   std::vector<ForwardParams> calls;
@@ -132,7 +132,7 @@ Backward recurrent_backward(Tensor x, MaybeTensor batch_sizes, Tensors state0, T
                             MaybeTensor y, Tensor gates, Tensor cells, MaybeTensor dy,
                             MaybeTensor dh_n, MaybeTensor dc_n, int64_t cell, int64_t directions,
                             std::vector<bool> mask) {
-  const Models models(x, batch_sizes);
+  const Models models(x, weights);
   LSTM_FUSED_CHECK(models.count() > 0, "there must be at least one model");
   std::vector<Layer> layers;
   std::vector<BackwardParams> calls;
@@ -185,7 +185,7 @@ using Tangents = std::tuple<Tensor, Tensor, Tensor>;
 Tangents recurrent_tangent(Tensor x, MaybeTensor batch_sizes, Tensors state0, Tensors weights,
                            MaybeTensor primal_c0, Tensor gates, Tensor cells, MaybeTensor preacts,
                            int64_t cell, int64_t directions) {
-  const Models models(x, batch_sizes);
+  const Models models(x, weights);
   LSTM_FUSED_CHECK(models.count() > 0, "there must be at least one model");
   std::vector<Layer> layers;
   std::vector<TangentParams> calls;

@@ -38,7 +38,7 @@ def _compute(x):
 
 def forward(x, batch_sizes, state0, weights, cell, directions, training):
     """lstm_fused::recurrent_forward; gates (S, D, sums, H) and cells (S, D, H) are saved."""
-    if models.several(x, batch_sizes):
+    if models.several(weights):
         return models.each(forward, x, batch_sizes, state0, weights, cell, directions, training)
 
     def run(tf32):
@@ -57,7 +57,7 @@ def backward(
         len(mask) == 4 + len(weights),
         "mask must have one entry each for x, h0, c0, every weight and the pre-activations",
     )
-    if models.several(x, batch_sizes):
+    if models.several(weights):
         tensors = (state0, weights, y, gates, cells, dy, dh_n, dc_n)
         return models.each(backward, x, batch_sizes, *tensors, cell, directions, mask)
     _check(y is not None, "y is needed: the gradient of w_hh reads it")
