@@ -5,8 +5,6 @@ import torch
 from lstm_fused import checks, dynamo
 from lstm_fused.recurrent import Recurrent
 
-_HAS_ONEDNN = torch.backends.mkldnn.is_available()
-
 
 class LSTM(Recurrent, torch.nn.LSTM):
     """``torch.nn.LSTM`` computed by fused kernels: same constructor, weights, inputs and results.
@@ -66,15 +64,6 @@ class LSTM(Recurrent, torch.nn.LSTM):
     def _as_state(self, given):
         return given
 
-    def _promoted_dtypes(self, x, batch_sizes, state, narrow):
-        """oneDNN's layer runs wholly in autocast's dtype; elsewhere c_n keeps a wider c_0's."""
-        onednn = _HAS_ONEDNN and torch.backends.mkldnn.enabled
-        dense = batch_sizes is None and not self.proj_size
-        if onednn and dense and x.dtype in (torch.float32, torch.bfloat16):
-            return narrow, narrow
-        wide, _ = super()._promoted_dtypes(x, batch_sizes, state, narrow)
-        return wide, narrow if self.proj_size else wide
-
 
 class GRU(Recurrent, torch.nn.GRU):
     """``torch.nn.GRU`` computed by fused kernels: same constructor, weights, inputs and results.
@@ -111,9 +100,6 @@ class RNN(Recurrent, torch.nn.RNN):
     """
 
     _original = torch.nn.RNN
-
-    def _promoted_dtypes(self, x, batch_sizes, state, narrow):
-        return narrow, narrow
 
 
 MODULES = (LSTM, GRU, RNN)
