@@ -83,7 +83,7 @@ class Cell(Fused):
         memory that is not there.
         """
         dim, *ranks = [t.dim() if isinstance(t, Tensor) else 0 for t in (input, *state)]
-        if not {dim, *ranks} <= {1, 2}:
+        if not {dim, *ranks} <= {1, 2} or len(ranks) < self._states:
             return  # torch.nn refuses that
         for k, rank in enumerate(ranks):
             if rank != dim:

@@ -38,8 +38,13 @@ def why_torch(x, hx, weights):
         return reason
     if x.dtype not in _FUSED_DTYPES:
         return f"the fused kernels have no {x.dtype}"
-    if x.layout is not torch.strided:
-        return f"the input's layout is {x.layout}, the fused kernels need strided tensors"
+    states = hx if isinstance(hx, (tuple, list)) else () if hx is None else (hx,)
+    if x.is_nested:
+        return "the input is a nested tensor"
+    for t in (x, *states):
+        if isinstance(t, Tensor) and t.layout is not torch.strided:
+            name = "the input's" if t is x else "a state's"
+            return f"{name} layout is {t.layout}, the fused kernels need strided tensors"
     if torch.compiler.is_compiling():
         return None
     if torch.jit.is_tracing():
@@ -53,10 +58,8 @@ def why_torch(x, hx, weights):
             transform = str(level.key()).partition(".")[2]
             if transform in ("Vmap", "Jvp"):
                 return f"the fused op has no rule for torch.func's {transform.lower()}"
-    if forward_ad._current_level >= 0:
-        states = hx if isinstance(hx, (tuple, list)) else ()
-        if any(_has_tangent(t) for t in (x, *states, *weights)):
-            return "the fused op has no forward-mode derivative"
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, (x, *states, *weights))):
+        return "the fused op has no forward-mode derivative"
     return None
 
 
