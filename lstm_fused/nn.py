@@ -43,9 +43,11 @@ class LSTM(Recurrent, torch.nn.LSTM):
     ``vmap(grad)``, ``jvp``; derivatives of derivatives go through a pure-torch reference.
 
     Inputs without a fused path (another device than cpu and cuda, other dtypes, Tensor subclasses,
-    ``torch.jit.trace``) run through ``torch.nn.LSTM`` itself, with one warning for each reason.
-    ``torch.jit.script`` compiles ``torch.nn.LSTM``'s own forward, with
-    the same warning. ``lstm_fused.explain`` tells beforehand.
+    sparse and nested tensors, ``torch.jit.trace``) run through
+    ``torch.nn.LSTM`` itself, with one warning for each reason. So does a module of a class derived
+    from this one that overrides a method which only torch.nn's forward calls; ``check_input`` of
+    such a class is called. ``torch.jit.script`` compiles ``torch.nn.LSTM``'s own forward, with the
+    same warning. ``lstm_fused.explain`` tells beforehand.
 
     The equations and the options are those of ``torch.nn.LSTM``'s documentation; Hochreiter and
     Schmidhuber, Long Short-Term Memory, 1997; for ``proj_size`` Sak, Senior and Beaufays, Long

@@ -37,8 +37,13 @@ def why_torch(x, hx, weights):
         return reason
     if x.dtype not in _FUSED_DTYPES:
         return f"the fused kernels have no {x.dtype}"
-    if x.layout is not torch.strided:
-        return f"the input's layout is {x.layout}, the fused kernels need strided tensors"
+    states = hx if isinstance(hx, (tuple, list)) else () if hx is None else (hx,)
+    if x.is_nested:
+        return "the input is a nested tensor"
+    for t in (x, *states):
+        if isinstance(t, Tensor) and t.layout is not torch.strided:
+            name = "the input's" if t is x else "a state's"
+            return f"{name} layout is {t.layout}, the fused kernels need strided tensors"
     if torch.compiler.is_compiling():
         return None
     if torch.jit.is_tracing():
