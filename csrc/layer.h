@@ -17,6 +17,7 @@ struct Layer {
   DType dtype;
   CellKind cell;
   bool bias, projection;
+  int64_t rows;  // of x: T * N or S; more than those of its steps where padding follows packed data
   Tensors kept;
   std::vector<int64_t> offsets;
 
@@ -71,25 +72,33 @@ inline void read_steps(Layer& layer, const Tensor& x, const MaybeTensor& batch_s
     LSTM_FUSED_CHECK(x.dim() == 3, "x has shape ", describe(x), " but must be (T, N, I)");
     size.steps = {x.size(0), x.size(1), nullptr, nullptr};
     size.I = x.size(2);
+    layer.rows = size.steps.rows();
     return;
   }
   LSTM_FUSED_CHECK(x.dim() == 2, "packed x has shape ", describe(x), " but must be (S, I)");
   LSTM_FUSED_CHECK(batch_sizes->dim() == 1 && batch_sizes->is_cpu() &&
                        batch_sizes->scalar_type() == ScalarType::Long,
                    "batch_sizes must be a 1-D int64 tensor on the CPU");
-  const int64_t T = batch_sizes->numel();
+  int64_t T = batch_sizes->numel();
   LSTM_FUSED_CHECK(T > 0, "batch_sizes must not be empty");
   const Tensor& sizes = layer.keep(*batch_sizes);
   const int64_t* data = sizes.const_data_ptr<int64_t>();
+  // A negative last entry says how many rows of x follow that belong to no step. It is there where
+  // the number of rows could not depend on the lengths (lstm_fused/padded.py); a step may have no
+  // row then.
+  const bool padded = data[T - 1] < 0;
+  const int64_t padding = padded ? -data[--T] : 0;
   layer.offsets.assign(T + 1, 0);
   for (int64_t t = 0; t < T; ++t) {
-    LSTM_FUSED_CHECK(data[t] > 0 && (t == 0 || data[t] <= data[t - 1]),
+    LSTM_FUSED_CHECK(data[t] >= (padded ? 0 : 1) && (t == 0 || data[t] <= data[t - 1]),
                      "batch_sizes must be positive and must not grow");
     layer.offsets[t + 1] = layer.offsets[t] + data[t];
   }
-  LSTM_FUSED_CHECK(layer.offsets[T] == x.size(0), "batch_sizes add up to ", layer.offsets[T],
-                   " but x has ", x.size(0), " rows");
-  size.steps = {T, data[0], data, layer.offsets.data()};
+  layer.rows = layer.offsets[T] + padding;
+  LSTM_FUSED_CHECK(layer.rows == x.size(0), "batch_sizes add up to ", layer.rows, " but x has ",
+                   x.size(0), " rows");
+  while (T > 0 && data[T - 1] == 0) --T;
+  size.steps = {T, T > 0 ? data[0] : 0, data, layer.offsets.data()};
   size.I = x.size(1);
 }
 

@@ -21,12 +21,49 @@ Problem problem_of(const Layer& layer, bool training) {
 // Shapes of what is saved for backward: values of the sums, and what the cell carries.
 std::vector<int64_t> gates_shape(const Layer& layer) {
   const LayerSizes& s = layer.size;
-  return {s.D, s.blocks(), s.steps.rows(), info(layer.cell).sums, kBlock};
+  return {s.D, s.blocks(), layer.rows, info(layer.cell).sums, kBlock};
 }
 std::vector<int64_t> cells_shape(const Layer& layer) {
   if (info(layer.cell).memory == Memory::kNone) return {0};
   const LayerSizes& s = layer.size;
-  return {s.D, s.blocks(), s.steps.rows(), kBlock};
+  return {s.D, s.blocks(), layer.rows, kBlock};
+}
+
+// Zeros for the rows of t (layer.rows, ...) that belong to no step.
+void clear_padding(const Tensor& t, const Layer& layer) {
+  const int64_t padding = layer.rows - layer.size.steps.rows();
+  if (padding == 0) return;
+  const int64_t row = t.numel() / layer.rows * t.element_size();
+  std::memset(static_cast<char*>(t.data_ptr()) + layer.size.steps.rows() * row, 0, padding * row);
+}
+
+// Where padding follows packed data, kernels write what they save without it, block after block.
+// The tensor has room for it: each block of rows is put where the tensor's shape says it is.
+void spread_blocks(const Tensor& t, const Layer& layer) {
+  const int64_t rows = layer.size.steps.rows();
+  if (rows == layer.rows || t.numel() == 0) return;
+  const int64_t blocks = layer.size.D * layer.size.blocks();
+  const int64_t row = t.numel() / (blocks * layer.rows) * t.element_size();
+  char* data = static_cast<char*>(t.data_ptr());
+  for (int64_t block = blocks; block-- > 0;) {
+    char* to = data + block * layer.rows * row;
+    std::memmove(to, data + block * rows * row, rows * row);
+    std::memset(to + rows * row, 0, (layer.rows - rows) * row);
+  }
+}
+
+// And back again, in a copy.
+const Tensor& without_padding(Layer& layer, const Tensor& t) {
+  const int64_t rows = layer.size.steps.rows();
+  if (rows == layer.rows || t.numel() == 0) return layer.keep(t);
+  const int64_t blocks = layer.size.D * layer.size.blocks();
+  const int64_t row = t.numel() / (blocks * layer.rows) * t.element_size();
+  layer.kept.push_back(allocate(shape_of(t), t.scalar_type(), t));
+  char* to = static_cast<char*>(layer.kept.back().data_ptr());
+  const char* from = static_cast<const char*>(t.const_data_ptr());
+  for (int64_t block = 0; block < blocks; ++block)
+    std::memcpy(to + block * rows * row, from + block * layer.rows * row, rows * row);
+  return layer.kept.back();
 }
 
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -74,8 +111,13 @@ Forward recurrent_forward(Tensor x, MaybeTensor batch_sizes, Tensors state0, Ten
     p.cells = training ? data(std::get<4>(out)) : nullptr;
   }
   const Steps& steps = layers[0].size.steps;
-  LSTM_FUSED_CHECK(steps.T > 0, "x must have at least one time step");
+  LSTM_FUSED_CHECK(steps.T > 0 || batch_sizes, "x must have at least one time step");
   if (steps.N > 0) launch_each(problem_of(layers[0], training), calls);
+  for (int64_t m = 0; m < models.count(); ++m) {
+    clear_padding(models.of_result(std::get<0>(out), m), layers[0]);
+    spread_blocks(models.of_result(std::get<3>(out), m), layers[0]);
+    spread_blocks(models.of_result(std::get<4>(out), m), layers[0]);
+  }
   return out;
 }
 
@@ -97,7 +139,7 @@ Backward allocate_backward(const Layer& layer, const Models& models, const Tenso
   for (size_t i = 0; i < weights.size(); ++i) dweights.push_back(like(mask[3 + i], weights[i]));
   return {like(mask[0], x), result(mask[1], models, {s.D, s.steps.N, s.R}, x, dtype),
           result(mask[2], models, {s.D, s.steps.N, s.H}, x, dtype), dweights,
-          result(mask.back(), models, {s.steps.rows(), s.D, info(layer.cell).sums, s.H}, x,
+          result(mask.back(), models, {layer.rows, s.D, info(layer.cell).sums, s.H}, x,
                  compute_dtype(layer.dtype))};
 }
 
@@ -122,10 +164,10 @@ void read_output(Layer& layer, const Tensor& x, const MaybeTensor& y, bool wante
 
 // What forward saved of model m, checked.
 const void* saved_values(const Models& models, const Tensor& t, int64_t m, const Tensor& x,
-                         const Layer& layer, const std::vector<int64_t>& shape, const char* name) {
+                         Layer& layer, const std::vector<int64_t>& shape, const char* name) {
   const Tensor t_m = shape.size() > 1 ? models.of(t, m, name) : t;
   check_saved(t_m, x, layer, shape, name);
-  return t_m.const_data_ptr();
+  return without_padding(layer, t_m).const_data_ptr();
 }
 
 Backward recurrent_backward(Tensor x, MaybeTensor batch_sizes, Tensors state0, Tensors weights,
@@ -174,6 +216,10 @@ Backward recurrent_backward(Tensor x, MaybeTensor batch_sizes, Tensors state0, T
     for (size_t i = 0; i < dweights.size(); ++i)
       if (mask[3 + i]) torch::stable::zero_(dweights[i]);
   }
+  for (int64_t m = 0; m < models.count(); ++m) {
+    if (mask[0]) clear_padding(models.of_result(std::get<0>(out), m), layers[0]);
+    if (mask.back()) clear_padding(models.of_result(std::get<4>(out), m), layers[0]);
+  }
   return out;
 }
 
@@ -213,13 +259,15 @@ Tangents recurrent_tangent(Tensor x, MaybeTensor batch_sizes, Tensors state0, Te
     if (preacts) {
       const Tensor t = models.of(*preacts, m, "preacts");
       const LayerSizes& s = layer.size;
-      check_saved(t, x, layer, {s.steps.rows(), s.D, info(layer.cell).sums, s.H}, "preacts");
+      check_saved(t, x, layer, {layer.rows, s.D, info(layer.cell).sums, s.H}, "preacts");
       p.preacts = t.const_data_ptr();
     }
   }
   Problem problem = problem_of(layers[0], false);
   problem.tangents = true;
   if (layers[0].size.steps.N > 0) launch_each(problem, calls);
+  for (int64_t m = 0; m < models.count(); ++m)
+    clear_padding(models.of_result(std::get<0>(out), m), layers[0]);
   return {std::get<0>(out), std::get<1>(out), std::get<2>(out)};
 }
 

@@ -1,7 +1,9 @@
 """torch.nn.LSTM, GRU and RNN, fused: drop-in modules on our own kernels."""
 
+from lstm_fused import integrations
 from lstm_fused.cells import GRUCell, LSTMCell, RNNCell
 from lstm_fused.explain import explain
+from lstm_fused.export import decompositions
 from lstm_fused.gradient_flow import gradient_flow
 from lstm_fused.nn import GRU, LSTM, RNN
 from lstm_fused.replace import replace, restore
@@ -16,8 +18,11 @@ __all__ = [
     "RNN",
     "RNNCell",
     "__version__",
+    "decompositions",
     "explain",
     "gradient_flow",
     "replace",
     "restore",
 ]
+
+integrations.register()

@@ -162,7 +162,8 @@ def check_lengths(input, lengths, batch_first):
         raise ValueError(
             f"lengths must hold one length a row, shape ({rows},), got {tuple(lengths.shape)}"
         )
-    if rows and (int(lengths.min()) < 0 or int(lengths.max()) > length):
+    captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if rows and not captured and (int(lengths.min()) < 0 or int(lengths.max()) > length):
         raise ValueError(
             f"lengths must be from 0 to {length}, the input's length, "
             f"got {int(lengths.min())} to {int(lengths.max())}"

@@ -5,41 +5,17 @@ set: then it unrolls them, step by step. Ours is one op a layer and needs the fi
 that globally would do the second to torch's own. So it is set only while Dynamo looks at ours.
 """
 
-import importlib.abc
-import importlib.machinery
-import sys
+from functools import partial
 
-_BUILDER = "torch._dynamo.variables.builder"
+from lstm_fused.hooks import when_imported
 
 
 def allow(classes):
     """Have Dynamo accept modules of these classes, once somebody imports it: that takes seconds."""
-    if _BUILDER in sys.modules:
-        _patch(sys.modules[_BUILDER], classes)
-    else:
-        sys.meta_path.insert(0, _PatchOnImport(classes))
+    when_imported("torch._dynamo.variables.builder", partial(_patch, classes))
 
 
-class _PatchOnImport(importlib.abc.MetaPathFinder):
-    def __init__(self, classes):
-        self.classes = classes
-
-    def find_spec(self, name, path, target=None):
-        if name != _BUILDER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        exec_module = spec.loader.exec_module
-
-        def exec_and_patch(module):
-            exec_module(module)
-            _patch(module, self.classes)
-
-        spec.loader.exec_module = exec_and_patch
-        return spec
-
-
-def _patch(builder, classes):
+def _patch(classes, builder):
     wrap_module = builder.VariableBuilder.wrap_module
 
     def wrap(self, value):

@@ -172,7 +172,7 @@ def _explain_step(name, text, grad, module, input, hx=None):
     return Call(name, text, None, (Layer(*sizes, training, plan),), step=True)
 
 
-def _arguments(input, hx=None, *, lengths=None):
+def _arguments(input, hx=None, lengths=None):
     return input, hx, lengths
 
 

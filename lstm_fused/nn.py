@@ -2,7 +2,7 @@
 
 import torch
 
-from lstm_fused import checks, dynamo
+from lstm_fused import checks
 from lstm_fused.recurrent import Recurrent
 
 
@@ -105,4 +105,3 @@ class RNN(Recurrent, torch.nn.RNN):
 
 
 MODULES = (LSTM, GRU, RNN)
-dynamo.allow(MODULES)

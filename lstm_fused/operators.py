@@ -25,10 +25,17 @@ library.define(
     "-> (Tensor y, Tensor h_n, Tensor c_n)"
 )
 
+# A layer of a padded batch with lengths in an exported graph, see padded.py.
+library.define(
+    "recurrent_padded(Tensor x, Tensor lengths, Tensor[] state0, Tensor[] weights, int cell, "
+    "int directions) -> (Tensor y, Tensor h_n, Tensor c_n)"
+)
+
 forward_op = torch.ops.lstm_fused.recurrent_forward.default
 backward_op = torch.ops.lstm_fused.recurrent_backward.default
 samples_op = torch.ops.lstm_fused.recurrent_backward_samples.default
 jvp_op = torch.ops.lstm_fused.recurrent_jvp.default
+padded_op = torch.ops.lstm_fused.recurrent_padded.default
 tangent_op = torch.ops.lstm_fused.recurrent_tangent.default
 
 

@@ -9,6 +9,7 @@ import torch
 from torch.autograd import forward_ad
 
 from lstm_fused import _C, _plan, autograd, batching, cuda, fakes, samples, tangents  # noqa: F401
+from lstm_fused.export import state_or_zeros
 from lstm_fused.operators import forward_op, run_directly
 
 CELLS = _plan.cells()  # by name: id, gates, sums, memory; csrc/cells/cells.h
@@ -45,8 +46,11 @@ def layer(x, batch_sizes, state0, weights, cell="lstm", directions=1):
     device. Gradients of any order are given. Raises RuntimeError on shapes, dtypes or devices that
     do not fit.
     """
+    if not state0 and torch.compiler.is_exporting():
+        # As torch.nn's layers do: AOTInductor's runtime, for one, takes no empty list of tensors.
+        state0 = state_or_zeros(x, batch_sizes, (), weights, _IDS[cell], directions)
     args = x, batch_sizes, state0, weights, _IDS[cell], directions
-    if torch.compiler.is_compiling() or _is_transformed():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_transformed():
         y, h_n, c_n, _, _ = forward_op(*args, False)
     elif torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights, *state0)):
         y, h_n, c_n, _, _ = autograd.record(*args)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from lstm_fused import autocast, checks, cuda, ops
+from lstm_fused import autocast, checks, cuda, ops, padded
 
 _FUSED_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _PLAIN_TYPES = frozenset((Tensor, Parameter))
@@ -46,7 +46,7 @@ def why_torch(x, hx, weights):
             return f"{name} layout is {t.layout}, the fused kernels need strided tensors"
     if torch.compiler.is_compiling():
         return None
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export():
         return "torch.jit.trace records torch's op, for programs without lstm_fused"
     for t in (x, *weights):
         same = t.is_cpu if x.is_cpu else isinstance(t, Tensor) and t.device == x.device
@@ -100,10 +100,10 @@ class Fused:
             warn_once(self, reason)
         return result
 
-    def _fx_leaf(self, input, hx):
+    def _fx_leaf(self, input, hx, **more):
         """torch.fx keeps torch.nn's own modules whole; this one asks for the same."""
         tracer = input.tracer
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, hx), {})
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, hx), more)
 
     def __prepare_scriptable__(self):
         """What torch.jit.script compiles for this module: torch.nn's own of the same state.
@@ -184,7 +184,7 @@ class Recurrent(Fused):
     def _as_state(self, given):
         return (given,)
 
-    def forward(self, input, hx=None, *, lengths=None):
+    def forward(self, input, hx=None, lengths=None):
         if lengths is not None:
             return self._forward_padded(input, hx, lengths)
         if not self._overridden and not torch.compiler.is_compiling():
@@ -236,11 +236,15 @@ class Recurrent(Fused):
 
     def _forward_padded(self, input, hx, lengths):
         """input (T, N, I) or (N, T, I) whose row n holds lengths[n] steps, then padding."""
+        if isinstance(input, torch.fx.Proxy):
+            return self._fx_leaf(input, hx, lengths=lengths)
         lengths = checks.check_lengths(input, lengths, self.batch_first)
         x = input.transpose(0, 1) if self.batch_first else input
         checks.check_input(self, input, None)
         total, count = x.shape[:2]
         state = () if hx is None else self._check_state(hx, 3, count)
+        if _is_captured():
+            return self._forward_padded_graph(x, lengths, state)
         if count == 0 or int(lengths.min()) == total:
             return self.forward(input, hx)
         rows = lengths.nonzero().squeeze(1)
@@ -258,6 +262,14 @@ class Recurrent(Fused):
                 s.to(end.dtype).index_copy(1, at, end)
                 for s, end in zip(state or zeros, ends, strict=True)
             )
+        return (y.transpose(0, 1) if self.batch_first else y), self._as_given(state)
+
+    def _forward_padded_graph(self, x, lengths, state):
+        """As _forward_padded, x (T, N, I), where the lengths' values are not known yet."""
+        weights = self._weights()
+        if reason := self._reason(x, None, weights):
+            raise RuntimeError(f"lengths= cannot be recorded in a graph: {reason}")
+        y, state = self._run(x, lengths, state, weights)
         return (y.transpose(0, 1) if self.batch_first else y), self._as_given(state)
 
     def _forward_rows(self, x, lengths, state):
@@ -294,7 +306,11 @@ class Recurrent(Fused):
             return [getattr(self, name) for name in self._flat_weights_names]
 
     def _run(self, x, batch_sizes, state, weights):
-        """All layers: x (T, N, I) or packed (S, I), state () or each (L*D, N, R or H)."""
+        """All layers: x (T, N, I) or packed (S, I), state () or each (L*D, N, R or H).
+
+        batch_sizes: None for all steps of all rows, else the packed data's; of a padded (T, N, I)
+        the lengths (N,).
+        """
         if torch.is_autocast_enabled(x.device.type):
             return self._run_autocast(x, batch_sizes, state, weights)
         for s in state:
@@ -302,12 +318,16 @@ class Recurrent(Fused):
                 checks.check_state_kind(x, state)
         try:
             if self.num_layers == 1:
-                directions = 2 if self.bidirectional else 1
-                return ops.layer(x, batch_sizes, state, weights, self._cell(), directions)
+                return self._run_layer(x, batch_sizes, state, weights)
             return self._run_layers(x, batch_sizes, state, weights)
         except RuntimeError:
             checks.check_weights(self, weights, x.dtype)
             raise
+
+    def _run_layer(self, x, batch_sizes, state, weights):
+        lengths = batch_sizes is not None and x.dim() == 3
+        layer = padded.layer if lengths else ops.layer
+        return layer(x, batch_sizes, state, weights, self._cell(), 2 if self.bidirectional else 1)
 
     def _run_layers(self, x, batch_sizes, state, weights):
         directions = 2 if self.bidirectional else 1
@@ -321,7 +341,7 @@ class Recurrent(Fused):
             if k and dropout:
                 x = torch.dropout(x, dropout, True)
             layer_weights = weights[k * each : (k + 1) * each]
-            x, end = ops.layer(x, batch_sizes, states[k], layer_weights, self._cell(), directions)
+            x, end = self._run_layer(x, batch_sizes, states[k], layer_weights)
             ends.append(end)
         return x, tuple([torch.cat(s) for s in zip(*ends, strict=True)])
 
@@ -362,6 +382,11 @@ class Recurrent(Fused):
             grad,
         )
         return autocast.dtypes(call, narrow, autocast.onednn())
+
+
+def _is_captured():
+    """Whether a graph is being made for other values than those here: nothing may read them."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _permuted(state, permutation):

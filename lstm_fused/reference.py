@@ -62,6 +62,7 @@ def _layer(step, widths_of, x, batch_sizes, state0, weights, directions=1):
     """One layer, the contract of ``ops.layer``.
 
     x: (T, N, I), or packed (S, I) with batch_sizes (T,), never increasing and batch_sizes[0] == N.
+    A negative entry after those says how many rows of x follow that belong to no step.
     state0: () for zeros, or the initial states, h0 (D, N, R) first.
     weights: per direction w_ih (G*H, I), w_hh (G*H, R)[, b_ih (G*H,), b_hh (G*H,)][, w_hr (R, H)].
     step and widths_of are the cell's: one step of it, and its states' widths by (w_ih, w_hh).
@@ -72,7 +73,8 @@ def _layer(step, widths_of, x, batch_sizes, state0, weights, directions=1):
         rows = x.shape[1]
     else:
         sizes = batch_sizes.tolist()
-        steps = x.split(sizes)
+        padding = -sizes.pop() if sizes[-1] < 0 else 0
+        steps = x[: sum(sizes)].split(sizes)
         rows = sizes[0]
     outputs, ends = [], []
     for d, params in enumerate(_split_weights(weights, directions)):
@@ -91,6 +93,8 @@ def _layer(step, widths_of, x, batch_sizes, state0, weights, directions=1):
         ends.append(state)
     join = torch.stack if batch_sizes is None else torch.cat
     y = torch.cat([join(ys) for ys in outputs], dim=-1)
+    if batch_sizes is not None and padding:
+        y = torch.cat((y, y.new_zeros(padding, y.shape[-1])))
     return y, tuple(torch.stack(s) for s in zip(*ends, strict=True))
 
 

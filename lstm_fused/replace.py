@@ -9,7 +9,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from lstm_fused import cells, nn
 from lstm_fused.recurrent import CALLED_BY_TORCH, Fused, Recurrent, overridden
 
-_OURS = {ours._original: ours for ours in (*nn.MODULES, *cells.MODULES)}
+OURS = {ours._original: ours for ours in (*nn.MODULES, *cells.MODULES)}
 
 
 def replace(model):
@@ -47,7 +47,7 @@ def restore(model):
 
     So too every other module of ours; one of a class of the user's gets the very class it had.
     The inverse of ``replace``: again only the class changes. Also the way to hand a model to what
-    knows torch's own operators only, such as an ONNX export or a program without lstm_fused.
+    knows torch's own modules only, or to a program without lstm_fused.
 
     Left alone, with a warning that names them: modules of a class that the user has derived from
     ours, and those that ``fully_shard`` has given a class.
@@ -115,10 +115,10 @@ def _rebase(cls, base):
 def _fused_class(module):
     """The class that replace gives, None for what is ours already or no recurrent module."""
     if isinstance(module, torch.jit.ScriptModule):
-        if module.original_name in {theirs.__name__ for theirs in _OURS}:
+        if module.original_name in {theirs.__name__ for theirs in OURS}:
             raise _LeftAlone("compiled by TorchScript")
         return None
-    ours = next((ours for theirs, ours in _OURS.items() if isinstance(module, theirs)), None)
+    ours = next((ours for theirs, ours in OURS.items() if isinstance(module, theirs)), None)
     if ours is None or isinstance(module, Fused):
         return None
     _check_not_wrapped(module)
@@ -146,7 +146,7 @@ def _torch_class(module):
         return None
     _check_not_wrapped(module)
     cls = _plain_class(module)
-    if cls in _OURS.values():
+    if cls in OURS.values():
         return cls._original
     if "_replaced" in vars(cls):
         return cls._replaced

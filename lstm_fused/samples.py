@@ -87,6 +87,8 @@ def states_before(x, batch_sizes, state0, y, d, directions):
     width = y.shape[-1] // directions
     y = y.reshape(-1, directions, width)[:, d]
     sizes = [x.shape[1]] * x.shape[0] if batch_sizes is None else batch_sizes.tolist()
+    padding = -sizes.pop() if sizes[-1] < 0 else 0  # rows of no step, csrc/layer.h
+    y = y[: y.shape[0] - padding]
     h0 = state0[0][d] if state0 else y.new_zeros(sizes[0], width)
     steps = y.split(sizes)
     if d == 0:
@@ -97,7 +99,7 @@ def states_before(x, batch_sizes, state0, y, d, directions):
             torch.cat((steps[t + 1], h0[sizes[t + 1] : sizes[t]])) for t in range(len(sizes) - 1)
         ]
         before.append(h0[: sizes[-1]])
-    return torch.cat(before)
+    return torch.cat((*before, y.new_zeros(padding, width)))
 
 
 def register():

@@ -1,0 +1,34 @@
+// Python's interface as weak symbols: a C++ program without Python loads the module, too, for the
+// operators it registers. Nothing but `infer`, which is Python's to call, touches these.
+#pragma once
+
+#include <Python.h>
+
+#pragma weak PyCapsule_GetPointer
+#pragma weak PyDict_GetItemWithError
+#pragma weak PyDict_Type
+#pragma weak PyErr_Clear
+#pragma weak PyErr_NoMemory
+#pragma weak PyErr_SetString
+#pragma weak PyEval_RestoreThread
+#pragma weak PyEval_SaveThread
+#pragma weak PyExc_RuntimeError
+#pragma weak PyExc_TypeError
+#pragma weak PyImport_ImportModule
+#pragma weak PyList_Type
+#pragma weak PyLong_AsLong
+#pragma weak PyLong_FromLong
+#pragma weak PyLong_FromLongLong
+#pragma weak PyModule_Create2
+#pragma weak PyObject_CallNoArgs
+#pragma weak PyObject_CallOneArg
+#pragma weak PyObject_GetAttr
+#pragma weak PyObject_GetAttrString
+#pragma weak PyObject_VectorcallMethod
+#pragma weak PyTuple_New
+#pragma weak PyTuple_Pack
+#pragma weak PyTuple_Type
+#pragma weak PyUnicode_InternFromString
+#pragma weak _Py_Dealloc
+#pragma weak _Py_FalseStruct
+#pragma weak _Py_NoneStruct

@@ -1,0 +1,318 @@
+"""Our operators in ONNX: one LSTM, GRU or RNN node a layer, for both of torch.onnx's exporters.
+
+A layer is written once, by ``_layer`` and its parts, on a graph that has ``op`` and ``constant``:
+``_Graph`` of the exporter on torch.export (``dynamo=True``), ``_TracedGraph`` of the one on
+TorchScript. ONNX's gates are in another order than torch's: i o f g, and z r n.
+
+Sizes: T steps, N rows, I inputs, H hidden units, R recurrent width, D directions, S rows of packed
+data.
+"""
+
+import numpy as np
+import torch
+
+from lstm_fused.cuda import CELLS
+from lstm_fused.hooks import when_imported
+
+_OPSET = 15  # the first with all that is used here
+
+
+class _Node:
+    """What ONNX calls a cell: the operator, its gates in terms of ours, its attributes."""
+
+    def __init__(self, op, gates, states=1, **attributes):
+        self.op, self.gates, self.states, self.attributes = op, gates, states, attributes
+
+
+_NODES = {
+    "lstm": _Node("LSTM", (0, 3, 1, 2), states=2),
+    "gru": _Node("GRU", (1, 0, 2), linear_before_reset=1),
+    "rnn_tanh": _Node("RNN", (0,), activations=["Tanh"]),
+    "rnn_relu": _Node("RNN", (0,), activations=["Relu"]),
+}
+
+
+class _Graph:
+    """The graph under construction of the exporter on torch.export."""
+
+    def op(self, name, *inputs, outputs=1, **attributes):
+        from torch.onnx._internal.exporter._torchlib.ops.hop import call_op
+
+        made = call_op(name, *inputs, _num_outputs=outputs, **attributes)
+        return made[0] if outputs == 1 else tuple(made)
+
+    def constant(self, values, dtype=np.int64):
+        import onnx_ir
+
+        return self.op("Constant", value=onnx_ir.tensor(np.array(values, dtype)))
+
+    def shape(self, value):
+        return tuple(value.shape)
+
+    def is_zeros(self, value):
+        """Whether it is known to be zeros, as an export gives a layer without hx."""
+        node = value.producer()
+        while node is not None and node.op_type == "CastLike":
+            node = node.inputs[0].producer()
+        if node is None or node.op_type != "ConstantOfShape":
+            return False
+        fill = node.attributes.get("value")
+        return fill is None or not fill.value.numpy().any()
+
+
+class _TracedGraph:
+    """The graph under construction of the exporter on TorchScript."""
+
+    _SUFFIX = {int: "i", float: "f", str: "s"}
+
+    def __init__(self, graph):
+        self.graph = graph
+
+    def op(self, name, *inputs, outputs=1, **attributes):
+        named = {}
+        for key, value in attributes.items():
+            first = value[0] if isinstance(value, list) else value
+            named[f"{key}_{self._SUFFIX[type(first)]}"] = value
+        while inputs and inputs[-1] is None:
+            inputs = inputs[:-1]
+        return self.graph.op(name, *map(self._given, inputs), outputs=outputs, **named)
+
+    def _given(self, value):
+        """The value, or what stands for an input that is left out."""
+        if value is not None:
+            return value
+        none = self.graph.op("prim::Constant")
+        none.setType(torch._C.OptionalType.ofTensor())
+        return none
+
+    def constant(self, values, dtype=np.int64):
+        return self.graph.op("Constant", value_t=torch.from_numpy(np.array(values, dtype)))
+
+    def shape(self, value):
+        return tuple(value.type().sizes())
+
+    def is_zeros(self, value):
+        return False
+
+
+def _directions(weights, directions):
+    """Per direction (w_ih, w_hh, biases, w_hr); no biases are (), no projection is None."""
+    each = len(weights) // directions
+    for d in range(directions):
+        w_ih, w_hh, *rest = weights[d * each : (d + 1) * each]
+        w_hr = rest.pop() if each % 2 else None
+        yield w_ih, w_hh, tuple(rest), w_hr
+
+
+def _stacked(g, tensors):
+    """Tensors of one shape along a new first axis."""
+    axis = g.constant([0])
+    parts = [g.op("Unsqueeze", t, axis) for t in tensors]
+    return parts[0] if len(parts) == 1 else g.op("Concat", *parts, axis=0)
+
+
+def _size(g, value, axis):
+    """The size of an axis as an int64 scalar."""
+    return g.op("Gather", g.op("Shape", value), g.constant(axis), axis=0)
+
+
+def _range(g, stop):
+    return g.op("Range", g.constant(0), stop, g.constant(1))
+
+
+def _zero_like(g, value):
+    """A zero of value's dtype, of one element."""
+    return g.op("CastLike", g.constant([0], np.float32), value)
+
+
+def _layer(g, x, lengths, state0, weights, cell, directions):
+    """One layer of x (T, N, I): y (T, N, D * R), h_n (D, N, R) and c_n (D, N, H) or None.
+
+    lengths: (N,), from 0 to T, or None. A row of length 0 keeps its state, which ONNX leaves open:
+    it is run for one step, and the result dropped.
+    """
+    kind = _NODES[cell]
+    parts = list(_directions(weights, directions))
+    hidden = g.shape(parts[0][1])[0] // len(kind.gates)
+    h0, c0 = (*(None if g.is_zeros(s) else s for s in state0), None, None)[:2]
+    if parts[0][3] is not None:
+        x, initial_h, parts = _without_projection(g, x, lengths, h0, parts)
+    else:
+        initial_h = h0
+    order = np.concatenate([np.arange(hidden) + gate * hidden for gate in kind.gates])
+    rows = g.constant(order)
+
+    def sorted_rows(w):
+        return w if len(kind.gates) == 1 else g.op("Gather", w, rows, axis=0)
+
+    biases = [g.op("Concat", *map(sorted_rows, b), axis=0) for _, _, b, _ in parts if b]
+    sequence_lens = None
+    if lengths is not None:
+        sequence_lens = g.op("Cast", g.op("Max", lengths, g.constant(1)), to=6)  # int32
+    attributes = dict(kind.attributes)
+    if "activations" in attributes:
+        attributes["activations"] = attributes["activations"] * directions
+    y, *ends = g.op(
+        kind.op,
+        x,
+        _stacked(g, [sorted_rows(part[0]) for part in parts]),
+        _stacked(g, [sorted_rows(part[1]) for part in parts]),
+        _stacked(g, biases) if biases else None,
+        sequence_lens,
+        initial_h,
+        c0,
+        outputs=1 + kind.states,
+        hidden_size=hidden,
+        direction="bidirectional" if directions == 2 else "forward",
+        **attributes,
+    )
+    if parts[0][3] is not None:
+        project = _stacked(g, [g.op("Transpose", w_hr, perm=[1, 0]) for *_, w_hr in parts])
+        y, ends[0] = g.op("MatMul", y, project), g.op("MatMul", ends[0], project)
+    # (T, D, N, R) -> (T, N, D * R)
+    if directions == 1:
+        y = g.op("Squeeze", y, g.constant([1]))
+    else:
+        y = g.op("Transpose", y, perm=[0, 2, 1, 3])
+        y = g.op("Reshape", y, g.constant([0, 0, -1]))
+    if lengths is not None:
+        y, ends = _at_lengths(g, y, ends, lengths, (h0, c0))
+    return (y, *ends, None)[:3]
+
+
+def _at_lengths(g, y, ends, lengths, state0):
+    """y with zeros in the padding, and the states of rows without a step as they were."""
+    zero = _zero_like(g, y)
+    steps = g.op("Unsqueeze", _range(g, _size(g, y, 0)), g.constant([1]))
+    within = g.op("Unsqueeze", g.op("Less", steps, lengths), g.constant([2]))
+    began = g.op("Unsqueeze", g.op("Greater", lengths, g.constant(0)), g.constant([1]))
+    ends = [
+        g.op("Where", began, end, zero if start is None else start)
+        for end, start in zip(ends, state0, strict=False)
+    ]
+    return g.op("Where", within, y, zero), ends
+
+
+def _without_projection(g, x, lengths, h0, parts):
+    """The same layer for a node that has no projection: it carries what is not projected yet.
+
+    The recurrent product is W_hh (W_hr h) = (W_hh W_hr) h. What that cannot give, W_hh h_0 in the
+    first step of each direction, comes as further inputs: h_0 there, zeros elsewhere.
+    Returns x, the initial h and the parts.
+    """
+    inputs, recurrent = [part[0] for part in parts], [part[1] for part in parts]
+    if h0 is not None:
+        steps = g.op("Unsqueeze", _range(g, _size(g, x, 0)), g.constant([1, 2]))
+        zero = _zero_like(g, x)
+        begins = [g.constant(0)]
+        if len(parts) == 2:
+            end = _size(g, x, 0) if lengths is None else g.op("Max", lengths, g.constant(1))
+            last = g.op("Sub", end, g.constant(1))
+            begins.append(last if lengths is None else g.op("Unsqueeze", last, g.constant([0, 2])))
+        given = []
+        for d, begin in enumerate(begins):
+            start = g.op("Gather", h0, g.constant([d]), axis=0)
+            given.append(g.op("Where", g.op("Equal", steps, begin), start, zero))
+        x = g.op("Concat", x, *given, axis=2)
+        nothing = [g.op("Mul", w, zero) for w in recurrent]
+        inputs = [
+            g.op("Concat", w, *nothing[:d], recurrent[d], *nothing[d + 1 :], axis=1)
+            for d, w in enumerate(inputs)
+        ]
+    return (
+        x,
+        None,
+        [
+            (w, g.op("MatMul", w_hh, w_hr), b, w_hr)
+            for w, (_, w_hh, b, w_hr) in zip(inputs, parts, strict=True)
+        ],
+    )
+
+
+def _packed_layer(g, x, batch_sizes, state0, weights, cell, directions):
+    """One layer of packed x (S, I): padded for the node, and its y packed again."""
+    column = g.op("Unsqueeze", batch_sizes, g.constant([1]))
+    ranks = _range(g, g.op("Gather", batch_sizes, g.constant(0), axis=0))
+    alive = g.op("Greater", column, ranks)  # (T, N)
+    lengths = g.op("ReduceSum", g.op("Cast", alive, to=7), g.constant([0]), keepdims=0)
+    offsets = g.op("CumSum", column, g.constant(0), exclusive=1)
+    at = g.op("Where", alive, g.op("Add", offsets, ranks), g.constant(0))
+    padded = g.op("Gather", x, at, axis=0)
+    y, h_n, c_n = _layer(g, padded, lengths, state0, weights, cell, directions)
+    merged = g.constant([-1])
+    width = g.op("Shape", y)
+    width = g.op("Slice", width, g.constant([2]), g.constant([3]))
+    rows = g.op("Reshape", y, g.op("Concat", merged, width, axis=0))
+    rows = g.op("Compress", rows, g.op("Reshape", alive, merged), axis=0)
+    # Rows of x beyond the batch sizes' sum are of no step: zeros, as the operator gives.
+    missing = g.op("Sub", _size(g, x, 0), _size(g, rows, 0))
+    shape = g.op("Concat", g.op("Unsqueeze", missing, g.constant([0])), width, axis=0)
+    rest = g.op("Expand", _zero_like(g, y), shape)
+    return g.op("Concat", rows, rest, axis=0), h_n, c_n
+
+
+def _none(g, like):
+    """What stands for an output that there is not: (0,)."""
+    return g.op("Expand", _zero_like(g, like), g.constant([0]))
+
+
+def _forward(g, x, batch_sizes, state0, weights, cell, directions, training):
+    """``lstm_fused::recurrent_forward``; what it saves for backward is not there."""
+    if batch_sizes is None:
+        y, h_n, c_n = _layer(g, x, None, state0, weights, CELLS[cell]["name"], directions)
+    else:
+        y, h_n, c_n = _packed_layer(
+            g, x, batch_sizes, state0, weights, CELLS[cell]["name"], directions
+        )
+    return y, h_n, _none(g, x) if c_n is None else c_n, _none(g, x), _none(g, x)
+
+
+def _padded(g, x, lengths, state0, weights, cell, directions):
+    """``lstm_fused::recurrent_padded``."""
+    y, h_n, c_n = _layer(g, x, lengths, state0, weights, CELLS[cell]["name"], directions)
+    return y, h_n, _none(g, x) if c_n is None else c_n
+
+
+_OPERATORS = {"recurrent_forward": _forward, "recurrent_padded": _padded}
+
+
+def _register(_):
+    """Give the exporter on torch.export our operators, as its own torchlib gives it torch's."""
+    from torch.onnx._internal.exporter._torchlib import _torchlib_registry as registry
+
+    for name, write in _OPERATORS.items():
+
+        def translate(*arguments, write=write):
+            return write(_Graph(), *arguments)
+
+        operator = getattr(torch.ops.lstm_fused, name).default
+        registry.onnx_impl(operator, no_compile=True)(translate)
+
+
+def _register_traced(registration):
+    """Give the exporter on TorchScript our operators."""
+
+    for name, write in _OPERATORS.items():
+
+        def translate(graph, *arguments, write=write):
+            return write(_TracedGraph(graph), *map(_traced, arguments))
+
+        registration.custom_onnx_symbolic(f"lstm_fused::{name}", _OPSET)(translate)
+
+
+def _traced(argument):
+    """What a traced argument holds: the value of a tensor, several, a number, or None."""
+    from torch.onnx import symbolic_helper
+
+    if argument.node().kind() == "prim::ListConstruct":
+        return symbolic_helper._unpack_list(argument)
+    if symbolic_helper._is_none(argument):
+        return None
+    numbers = argument.node().kind() in ("prim::Constant", "onnx::Constant")
+    return symbolic_helper._maybe_get_const(argument, "i") if numbers else argument
+
+
+def register():
+    """Have torch.onnx know our operators, once somebody imports it."""
+    when_imported("torch.onnx._internal.exporter._torchlib.ops", _register)
+    when_imported("torch.onnx._internal.torchscript_exporter.registration", _register_traced)

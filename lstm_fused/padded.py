@@ -1,0 +1,76 @@
+"""A layer over a padded batch with lengths, in a graph: no shape depends on the lengths' values.
+
+``lstm(x, lengths=lengths)`` packs its input in eager mode, and how many rows that gives depends on
+the values, which torch.compile and torch.export do not know. Here the steps of all rows are moved
+to the front of T * N + 1 rows, the padding behind them, and the operator walks those that the batch
+sizes count.
+
+Sizes: T steps, N rows, I inputs, H hidden units, R recurrent width, D directions.
+"""
+
+import torch
+
+from lstm_fused import ops
+from lstm_fused.cuda import CELLS
+from lstm_fused.export import state_or_zeros
+from lstm_fused.operators import library, padded_op
+
+
+def layer(x, lengths, state0, weights, cell="lstm", directions=1):
+    """``ops.layer`` of x (T, N, I) whose row n holds lengths[n] steps, then padding.
+
+    lengths: (N,), int64, from 0 to T in any order. Returns y (T, N, D * R), zero in the padding,
+    and the final states, each row's at its own end; a row of length 0 keeps its initial state.
+    """
+    number = ops.CELLS[cell]["id"]
+    # An export keeps the operator, for ONNX to find. A compiler's cache of graphs must not: what it
+    # stands for may be another in the next version.
+    compiled = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+    run = _padded if compiled else padded_op
+    y, h_n, c_n = run(x, lengths, list(state0), list(weights), number, directions)
+    return y, ((h_n, c_n) if ops.CELLS[cell]["memory"] == "cell" else (h_n,))
+
+
+@torch.library.impl(library, "recurrent_padded", "CompositeImplicitAutograd")
+def _padded(x, lengths, state0, weights, cell, directions):
+    T, N, _ = x.shape
+    lengths = lengths.to("cpu", torch.int64)
+    torch._assert_async(
+        ((lengths >= 0) & (lengths <= T)).all(),
+        "lengths must be from 0 to the input's length",
+    )
+    # A row without a step is run for one, of zeros, so that the first step has all rows; the result
+    # is dropped.
+    began = (lengths > 0).to(x.device).unsqueeze(1)
+    x = torch.where(began, x, 0)
+    # Given, so that the operator's results have as many rows, whatever batch_sizes says.
+    state0 = state_or_zeros(x, None, state0, weights, cell, directions)
+    start = [torch.where(began, s, 0) for s in state0]
+    steps_of = lengths.clamp(min=1)
+    order = steps_of.argsort(descending=True)
+    alive = torch.arange(T, device="cpu").unsqueeze(1) < steps_of[order]  # (T, N), sorted rows
+    flat = alive.flatten()
+    total = flat.sum(0, keepdim=True)
+    # The last entry counts the padding behind the packed data, negative: csrc/layer.h. One row more
+    # than there is, so that it is never 0.
+    batch_sizes = torch.cat((alive.sum(1), total - (T * N + 1)))
+    # Packed data holds step by step the rows alive; (t, n) becomes its row at[t * N + n].
+    at = torch.where(flat, flat.cumsum(0), total + (~flat).cumsum(0)) - 1
+    at = at.view(T, N)[:, order.argsort()].flatten()
+    source = torch.cat((at.argsort(), at.new_zeros(1))).to(x.device)
+    rows = x.flatten(0, 1).index_select(0, source)
+    order, back, at = order.to(x.device), order.argsort().to(x.device), at.to(x.device)
+    y, ends = ops.layer(
+        rows,
+        batch_sizes,
+        [s.index_select(1, order) for s in start],
+        weights,
+        CELLS[cell]["name"],
+        directions,
+    )
+    y = y.index_select(0, at).unflatten(0, (T, N)).masked_fill(~began, 0)
+    ends = [
+        torch.where(began, end.index_select(1, back), initial)
+        for end, initial in zip(ends, state0, strict=True)
+    ]
+    return y, *(*ends, x.new_empty(0))[:2]
