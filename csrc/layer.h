@@ -31,8 +31,9 @@ struct Layer {
 // but batch_sizes then has a first dimension for.
 class Models {
  public:
-  Models(const Tensor& x, const MaybeTensor& batch_sizes)
-      : several_(x.dim() == (batch_sizes ? 3 : 4)), count_(several_ ? x.size(0) : 1) {}
+  Models(const Tensor& x, const Tensors& weights)
+      : several_(weights.size() > 1 && weights[1].dim() == 3 && x.dim() > 0),
+        count_(several_ ? x.size(0) : 1) {}
 
   int64_t count() const { return count_; }
 

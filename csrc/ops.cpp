@@ -37,6 +37,35 @@ void clear_padding(const Tensor& t, const Layer& layer) {
   std::memset(static_cast<char*>(t.data_ptr()) + layer.size.steps.rows() * row, 0, padding * row);
 }
 
+// Where padding follows packed data, kernels write what they save without it, block after block.
+// The tensor has room for it: each block of rows is put where the tensor's shape says it is.
+void spread_blocks(const Tensor& t, const Layer& layer) {
+  const int64_t rows = layer.size.steps.rows();
+  if (rows == layer.rows || t.numel() == 0) return;
+  const int64_t blocks = layer.size.D * layer.size.blocks();
+  const int64_t row = t.numel() / (blocks * layer.rows) * t.element_size();
+  char* data = static_cast<char*>(t.data_ptr());
+  for (int64_t block = blocks; block-- > 0;) {
+    char* to = data + block * layer.rows * row;
+    std::memmove(to, data + block * rows * row, rows * row);
+    std::memset(to + rows * row, 0, (layer.rows - rows) * row);
+  }
+}
+
+// And back again, in a copy.
+const Tensor& without_padding(Layer& layer, const Tensor& t) {
+  const int64_t rows = layer.size.steps.rows();
+  if (rows == layer.rows || t.numel() == 0) return layer.keep(t);
+  const int64_t blocks = layer.size.D * layer.size.blocks();
+  const int64_t row = t.numel() / (blocks * layer.rows) * t.element_size();
+  layer.kept.push_back(allocate(shape_of(t), t.scalar_type(), t));
+  char* to = static_cast<char*>(layer.kept.back().data_ptr());
+  const char* from = static_cast<const char*>(t.const_data_ptr());
+  for (int64_t block = 0; block < blocks; ++block)
+    std::memcpy(to + block * rows * row, from + block * layer.rows * row, rows * row);
+  return layer.kept.back();
+}
+
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensors, Tensor>;
 
@@ -60,7 +89,7 @@ Forward allocate_forward(const Layer& layer, const Models& models, const Tensor&
 
 Forward recurrent_forward(Tensor x, MaybeTensor batch_sizes, Tensors state0, Tensors weights,
                           int64_t cell, int64_t directions, bool training) {
-  const Models models(x, batch_sizes);
+  const Models models(x, weights);
   LSTM_FUSED_CHECK(models.count() > 0, "there must be at least one model");
   std::vector<Layer> layers;
   std::vector<ForwardParams> calls;
@@ -84,8 +113,11 @@ Forward recurrent_forward(Tensor x, MaybeTensor batch_sizes, Tensors state0, Ten
   const Steps& steps = layers[0].size.steps;
   LSTM_FUSED_CHECK(steps.T > 0 || batch_sizes, "x must have at least one time step");
   if (steps.N > 0) launch_each(problem_of(layers[0], training), calls);
-  for (int64_t m = 0; m < models.count(); ++m)
+  for (int64_t m = 0; m < models.count(); ++m) {
     clear_padding(models.of_result(std::get<0>(out), m), layers[0]);
+    spread_blocks(models.of_result(std::get<3>(out), m), layers[0]);
+    spread_blocks(models.of_result(std::get<4>(out), m), layers[0]);
+  }
   return out;
 }
 
@@ -132,17 +164,17 @@ void read_output(Layer& layer, const Tensor& x, const MaybeTensor& y, bool wante
 
 // What forward saved of model m, checked.
 const void* saved_values(const Models& models, const Tensor& t, int64_t m, const Tensor& x,
-                         const Layer& layer, const std::vector<int64_t>& shape, const char* name) {
+                         Layer& layer, const std::vector<int64_t>& shape, const char* name) {
   const Tensor t_m = shape.size() > 1 ? models.of(t, m, name) : t;
   check_saved(t_m, x, layer, shape, name);
-  return t_m.const_data_ptr();
+  return without_padding(layer, t_m).const_data_ptr();
 }
 
 Backward recurrent_backward(Tensor x, MaybeTensor batch_sizes, Tensors state0, Tensors weights,
                             MaybeTensor y, Tensor gates, Tensor cells, MaybeTensor dy,
                             MaybeTensor dh_n, MaybeTensor dc_n, int64_t cell, int64_t directions,
                             std::vector<bool> mask) {
-  const Models models(x, batch_sizes);
+  const Models models(x, weights);
   LSTM_FUSED_CHECK(models.count() > 0, "there must be at least one model");
   std::vector<Layer> layers;
   std::vector<BackwardParams> calls;
@@ -199,7 +231,7 @@ using Tangents = std::tuple<Tensor, Tensor, Tensor>;
 Tangents recurrent_tangent(Tensor x, MaybeTensor batch_sizes, Tensors state0, Tensors weights,
                            MaybeTensor primal_c0, Tensor gates, Tensor cells, MaybeTensor preacts,
                            int64_t cell, int64_t directions) {
-  const Models models(x, batch_sizes);
+  const Models models(x, weights);
   LSTM_FUSED_CHECK(models.count() > 0, "there must be at least one model");
   std::vector<Layer> layers;
   std::vector<TangentParams> calls;

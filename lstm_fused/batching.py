@@ -10,7 +10,7 @@ Sizes as in `ops`; B examples.
 
 from torch.library import register_vmap
 
-from lstm_fused import cuda, models
+from lstm_fused import cuda
 from lstm_fused.operators import backward_op, forward_op, jvp_op, samples_op
 
 # The dimension of all steps' rows, from the end, in what is saved on the CPU and by CUDA's kernels.
@@ -52,12 +52,11 @@ def _of_models(t, count, several):
 class _Examples:
     """How the examples of one call are laid out for the operator, and its results parted again."""
 
-    def __init__(self, info, x, x_dim, batch_sizes, batch_sizes_dim, as_models):
+    def __init__(self, info, x, weights, weight_dims, batch_sizes, batch_sizes_dim, as_models):
         if batch_sizes_dim is not None:
             raise RuntimeError("batch_sizes must be the same for all examples under vmap")
         self.count, self.as_models, self.cuda = info.batch_size, as_models, cuda.serves(x)
-        one = x if x_dim is None else x.select(x_dim, 0)
-        self.several = models.several(one, batch_sizes)
+        self.several = weights[1].dim() - (weight_dims[1] is not None) == 3
         fold_sizes = batch_sizes is not None and not as_models
         self.batch_sizes = batch_sizes * self.count if fold_sizes else batch_sizes
 
@@ -104,7 +103,7 @@ def _any(dims):
 
 def _forward_rule(info, in_dims, x, batch_sizes, state0, weights, cell, directions, training):
     x_dim, sizes_dim, state_dims, weight_dims, *_ = in_dims
-    examples = _Examples(info, x, x_dim, batch_sizes, sizes_dim, _any(weight_dims))
+    examples = _Examples(info, x, weights, weight_dims, batch_sizes, sizes_dim, _any(weight_dims))
     out = forward_op(
         examples.rows(x, x_dim),
         examples.batch_sizes,
@@ -124,7 +123,7 @@ def _lay_out_backward(info, in_dims, args, as_models):
     """The examples of a backward operator, and its tensors laid out for it."""
     x, batch_sizes, state0, weights, y, gates, saved_states, *d_out = args
     x_dim, sizes_dim, state_dims, weight_dims, y_dim, gates_dim, saved_dim, *d_dims = in_dims
-    examples = _Examples(info, x, x_dim, batch_sizes, sizes_dim, as_models)
+    examples = _Examples(info, x, weights, weight_dims, batch_sizes, sizes_dim, as_models)
     return examples, (
         examples.rows(x, x_dim),
         examples.batch_sizes,
@@ -190,7 +189,7 @@ def _jvp_rule(info, in_dims, *args):
     x_dim, sizes_dim, state_dims, weight_dims, y_dim, gates_dim, saved_dim, moved, *_ = in_dims
     rows = 1 + len(state0)
     as_models = _any(weight_dims) or _any(moved[rows:])
-    examples = _Examples(info, x, x_dim, batch_sizes, sizes_dim, as_models)
+    examples = _Examples(info, x, weights, weight_dims, batch_sizes, sizes_dim, as_models)
     pairs = list(zip(tangents, moved, strict=True))
     out = jvp_op(
         examples.rows(x, x_dim),

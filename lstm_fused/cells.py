@@ -83,7 +83,7 @@ class Cell(Fused):
         memory that is not there.
         """
         dim, *ranks = [t.dim() if isinstance(t, Tensor) else 0 for t in (input, *state)]
-        if not {dim, *ranks} <= {1, 2}:
+        if not {dim, *ranks} <= {1, 2} or len(ranks) < self._states:
             return  # torch.nn refuses that
         for k, rank in enumerate(ranks):
             if rank != dim:
@@ -108,8 +108,9 @@ class LSTMCell(Cell, torch.nn.LSTMCell):
         ``(h_1, c_1)``, each (N, H), or (H,).
 
     Raises:
-        What ``torch.nn.LSTMCell`` raises. Inputs without a fused path (see ``LSTM``, and autocast)
-        run through it, with one warning for each reason.
+        What ``torch.nn.LSTMCell`` raises, and a RuntimeError for states of another rank than the
+        input's. Inputs without a fused path (see ``LSTM``; autocast; sizes of 0) run through
+        ``torch.nn.LSTMCell``, with one warning for each reason.
     """
 
     _original = torch.nn.LSTMCell

@@ -124,7 +124,8 @@ def check_batch_sizes(batch_sizes):
 
 
 def check_weights(module, weights, dtype):
-    """Refuse a weight, named, whose shape or dtype is not what the module's sizes ask for."""
+    """Refuse a weight, named, of another shape or dtype than the module's sizes and input ask for,
+    or that is sparse."""
     gates = ops.CELLS[module._cell()]["gates"] * module.hidden_size
     width = module.proj_size or module.hidden_size
     directions = 2 if module.bidirectional else 1
@@ -140,6 +141,8 @@ def check_weights(module, weights, dtype):
             raise RuntimeError(f"{name} must have shape {expected}, got {tuple(w.shape)}")
         if w.dtype != dtype:
             raise RuntimeError(f"{name} must be {dtype} as the input is, got {w.dtype}")
+        if w.layout is not torch.strided:
+            raise RuntimeError(f"{name} must be strided, got {w.layout}")
 
 
 def check_lengths(input, lengths, batch_first):

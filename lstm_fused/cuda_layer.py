@@ -36,10 +36,27 @@ def _compute(x):
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
+def _without_padding(batch_sizes):
+    """batch_sizes of the steps that have rows, and how many rows of x follow: csrc/layer.h."""
+    if batch_sizes is None or batch_sizes[-1] >= 0:
+        return batch_sizes, 0
+    return batch_sizes[:-1][batch_sizes[:-1] > 0], -int(batch_sizes[-1])
+
+
+def _padded(t, padding):
+    """Packed t with zeros behind it; an empty tensor stands for none."""
+    return torch.cat((t, t.new_zeros(padding, *t.shape[1:]))) if t.dim() > 1 else t
+
+
 def forward(x, batch_sizes, state0, weights, cell, directions, training):
     """lstm_fused::recurrent_forward; gates (S, D, sums, H) and cells (S, D, H) are saved."""
-    if models.several(x, batch_sizes):
+    if models.several(weights):
         return models.each(forward, x, batch_sizes, state0, weights, cell, directions, training)
+    sizes, padding = _without_padding(batch_sizes)
+    if padding:
+        found = forward(x[:-padding], sizes, state0, weights, cell, directions, training)
+        y, h_n, c_n, gates, cells = found
+        return _padded(y, padding), h_n, c_n, _padded(gates, padding), _padded(cells, padding)
 
     def run(tf32):
         return cuda.kernels.forward.default(
@@ -57,9 +74,20 @@ def backward(
         len(mask) == 4 + len(weights),
         "mask must have one entry each for x, h0, c0, every weight and the pre-activations",
     )
-    if models.several(x, batch_sizes):
+    if models.several(weights):
         tensors = (state0, weights, y, gates, cells, dy, dh_n, dc_n)
         return models.each(backward, x, batch_sizes, *tensors, cell, directions, mask)
+    sizes, padding = _without_padding(batch_sizes)
+    if padding:
+        y, gates, cells, dy = (
+            t[:-padding] if t is not None and t.dim() > 1 else t for t in (y, gates, cells, dy)
+        )
+        found = backward(
+            *(x[:-padding], sizes, state0, weights, y, gates, cells, dy, dh_n, dc_n),
+            *(cell, directions, mask),
+        )
+        dx, dh0, dc0, dweights, d_preacts = found
+        return _padded(dx, padding), dh0, dc0, dweights, _padded(d_preacts, padding)
     _check(y is not None, "y is needed: the gradient of w_hh reads it")
 
     def run(tf32):

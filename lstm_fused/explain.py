@@ -139,19 +139,18 @@ def _explain_call(name, grad, module, args, kwargs):
     state = () if hx is None else module._as_state(hx)
     if reason := module._reason(x, hx, weights):
         return Call(name, text, reason, ())
-    if lengths is not None:
-        lengths = torch.as_tensor(lengths)
-        T, N = max(1, int(lengths.max())), int((lengths > 0).sum())
-    elif packed:
+    if packed:
         T, N = len(batch_sizes), int(batch_sizes[0])
     elif x.dim() == 2:
         T, N = x.shape[0], 1
     else:
         T, N = x.shape[:2] if not module.batch_first else (x.shape[1], x.shape[0])
+    lengths = torch.as_tensor([] if lengths is None else lengths)
+    if lengths.numel() and int(lengths.min()) < T:  # else it runs as if there were no lengths
+        packed, T, N = True, max(1, int(lengths.max())), int((lengths > 0).sum())
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):
-        padded = batch_sizes if lengths is None else lengths
-        dtype, _ = module._autocast_dtypes(x, padded, state, weights)
+        dtype, _ = module._autocast_dtypes(x, packed, state, weights, grad)
     training = grad and any(t.requires_grad for t in (x, *state, *weights))
     return Call(name, text, None, _layers(module, x.device, dtype, T, N, training))
 

@@ -31,7 +31,7 @@ def _compute_dtype(x):
 @register_fake("lstm_fused::recurrent_forward")
 def _forward(x, batch_sizes, state0, weights, cell, directions, training):
     info = CELLS[cell]
-    lead = x.shape[:1] if models.several(x, batch_sizes) else ()
+    lead = x.shape[:1] if models.several(weights) else ()
     hidden, width = weights[1].shape[-2] // info["gates"], weights[1].shape[-1]
     if batch_sizes is None:
         n, rows = x.shape[-2], x.shape[-3] * x.shape[-2]
@@ -55,7 +55,7 @@ def _forward(x, batch_sizes, state0, weights, cell, directions, training):
 def _backward(x, batch_sizes, state0, weights, y, gates, saved_states, dy, dh_n, dc_n, *options):
     cell, directions, mask, *samples = options
     info = CELLS[cell]
-    lead = x.shape[:1] if models.several(x, batch_sizes) else ()
+    lead = x.shape[:1] if models.several(weights) else ()
     hidden, width = weights[1].shape[-2] // info["gates"], weights[1].shape[-1]
     rows = x.shape[-2] if batch_sizes is not None else x.shape[-3] * x.shape[-2]
     n = x.shape[-2]

@@ -7,9 +7,9 @@ import torch
 from torch.utils._pytree import tree_map
 
 
-def several(x, batch_sizes):
-    """Whether x (T, N, I), or packed (S, I), has a dimension of models before these."""
-    return x.dim() == (4 if batch_sizes is None else 3)
+def several(weights):
+    """Whether weights have a dimension of models: w_hh is the second and else (G * H, R)."""
+    return weights[1].dim() == 3
 
 
 def each(run, x, batch_sizes, *args):

@@ -5,8 +5,6 @@ import torch
 from lstm_fused import checks
 from lstm_fused.recurrent import Recurrent
 
-_HAS_ONEDNN = torch.backends.mkldnn.is_available()
-
 
 class LSTM(Recurrent, torch.nn.LSTM):
     """``torch.nn.LSTM`` computed by fused kernels: same constructor, weights, inputs and results.
@@ -45,9 +43,11 @@ class LSTM(Recurrent, torch.nn.LSTM):
     ``vmap(grad)``, ``jvp``; derivatives of derivatives go through a pure-torch reference.
 
     Inputs without a fused path (another device than cpu and cuda, other dtypes, Tensor subclasses,
-    ``torch.jit.trace``) run through ``torch.nn.LSTM`` itself, with one warning for each reason.
-    ``torch.jit.script`` compiles ``torch.nn.LSTM``'s own forward, with
-    the same warning. ``lstm_fused.explain`` tells beforehand.
+    sparse and nested tensors, ``torch.jit.trace``) run through
+    ``torch.nn.LSTM`` itself, with one warning for each reason. So does a module of a class derived
+    from this one that overrides a method which only torch.nn's forward calls; ``check_input`` of
+    such a class is called. ``torch.jit.script`` compiles ``torch.nn.LSTM``'s own forward, with the
+    same warning. ``lstm_fused.explain`` tells beforehand.
 
     The equations and the options are those of ``torch.nn.LSTM``'s documentation; Hochreiter and
     Schmidhuber, Long Short-Term Memory, 1997; for ``proj_size`` Sak, Senior and Beaufays, Long
@@ -65,15 +65,6 @@ class LSTM(Recurrent, torch.nn.LSTM):
 
     def _as_state(self, given):
         return given
-
-    def _promoted_dtypes(self, x, batch_sizes, state, narrow):
-        """oneDNN's layer runs wholly in autocast's dtype; elsewhere c_n keeps a wider c_0's."""
-        onednn = _HAS_ONEDNN and torch.backends.mkldnn.enabled
-        dense = batch_sizes is None and not self.proj_size
-        if onednn and dense and x.dtype in (torch.float32, torch.bfloat16):
-            return narrow, narrow
-        wide, _ = super()._promoted_dtypes(x, batch_sizes, state, narrow)
-        return wide, narrow if self.proj_size else wide
 
 
 class GRU(Recurrent, torch.nn.GRU):
@@ -111,9 +102,6 @@ class RNN(Recurrent, torch.nn.RNN):
     """
 
     _original = torch.nn.RNN
-
-    def _promoted_dtypes(self, x, batch_sizes, state, narrow):
-        return narrow, narrow
 
 
 MODULES = (LSTM, GRU, RNN)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from lstm_fused import checks, cuda, ops, padded
+from lstm_fused import autocast, checks, cuda, ops, padded
 
 _FUSED_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _PLAIN_TYPES = frozenset((Tensor, Parameter))
@@ -37,8 +37,13 @@ def why_torch(x, hx, weights):
         return reason
     if x.dtype not in _FUSED_DTYPES:
         return f"the fused kernels have no {x.dtype}"
-    if x.layout is not torch.strided:
-        return f"the input's layout is {x.layout}, the fused kernels need strided tensors"
+    states = hx if isinstance(hx, (tuple, list)) else () if hx is None else (hx,)
+    if x.is_nested:
+        return "the input is a nested tensor"
+    for t in (x, *states):
+        if isinstance(t, Tensor) and t.layout is not torch.strided:
+            name = "the input's" if t is x else "a state's"
+            return f"{name} layout is {t.layout}, the fused kernels need strided tensors"
     if torch.compiler.is_compiling():
         return None
     if torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export():
@@ -179,10 +184,6 @@ class Recurrent(Fused):
     def _as_state(self, given):
         return (given,)
 
-    def _promoted_dtypes(self, x, batch_sizes, state, narrow):
-        wide = torch.promote_types(narrow, state[-1].dtype if state else x.dtype)
-        return wide, wide
-
     def forward(self, input, hx=None, lengths=None):
         if lengths is not None:
             return self._forward_padded(input, hx, lengths)
@@ -255,8 +256,7 @@ class Recurrent(Fused):
             return self.forward(input, hx)
         rows = lengths.nonzero().squeeze(1)
         if len(rows) == 0:
-            y, zeros = self._zeros(x, total, count)
-            state = state or zeros
+            y, state = self._no_steps(x, state)
         elif len(rows) == count:
             y, state = self._forward_rows(x, lengths, state)
         else:
@@ -284,6 +284,16 @@ class Recurrent(Fused):
         packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
         y, state = self._forward_packed(packed, self._as_given(state) if state else None)
         return pad_packed_sequence(y, total_length=x.shape[0])[0], self._as_state(state)
+
+    def _no_steps(self, x, state):
+        """What _forward_rows would return if x (T, N, I) had no row with a step."""
+        y, zeros = self._zeros(x, *x.shape[:2])
+        h_n, *c_n = state or zeros
+        if not torch.is_autocast_enabled(x.device.type):
+            return y, (h_n, *c_n)
+        grad = torch.is_grad_enabled()
+        dtype, h_dtype = self._autocast_dtypes(x, True, state, self._weights(), grad)
+        return y.to(h_dtype), (h_n.to(h_dtype), *(c.to(dtype) for c in c_n))
 
     def _zeros(self, like, total, count):
         """Zeros for y (T, N, D*R) and the final states."""
@@ -343,19 +353,19 @@ class Recurrent(Fused):
         return x, tuple([torch.cat(s) for s in zip(*ends, strict=True)])
 
     def _run_autocast(self, x, batch_sizes, state, weights):
-        dtype, h_dtype = self._autocast_dtypes(x, batch_sizes, state, weights)
+        packed, grad = batch_sizes is not None, torch.is_grad_enabled()
+        dtype, h_dtype = self._autocast_dtypes(x, packed, state, weights, grad)
         state = tuple(s.to(dtype) for s in state)
         with torch.autocast(x.device.type, enabled=False):
             weights = [w.to(dtype) for w in weights]
             y, (h_n, *c_n) = self._run(x.to(dtype), batch_sizes, state, weights)
         return y.to(h_dtype), (h_n.to(h_dtype), *c_n)
 
-    def _autocast_dtypes(self, x, batch_sizes, state, weights):
+    def _autocast_dtypes(self, x, packed, state, weights, grad):
         """The dtypes of (c_n and everything computed, output and h_n) under autocast.
 
-        cuDNN's layers run wholly in autocast's dtype. On the CPU autocast leaves float64 alone, and
-        elsewhere narrows matrix products only, so that what torch.nn computes in depends on what it
-        adds to those: see _promoted_dtypes.
+        cuDNN's layers run wholly in autocast's dtype. On the CPU autocast leaves float64 alone; for
+        the rest see autocast.dtypes.
         """
         tensors = (x, *state, *weights)
         double = [t.dtype is torch.float64 for t in tensors]
@@ -369,7 +379,16 @@ class Recurrent(Fused):
         narrow = torch.get_autocast_dtype(x.device.type)
         if x.is_cuda:
             return narrow, narrow
-        return self._promoted_dtypes(x, batch_sizes, state, narrow)
+        call = autocast.Call(
+            ops.CELLS[self._cell()]["memory"],
+            x.dtype,
+            state[-1].dtype if state else x.dtype,
+            packed,
+            self.proj_size > 0,
+            x.numel() == 0,
+            grad,
+        )
+        return autocast.dtypes(call, narrow, autocast.onednn())
 
 
 def _is_captured():

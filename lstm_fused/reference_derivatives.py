@@ -162,7 +162,7 @@ def _reference(layer, batch_sizes, x, tensors, tools):
         y, ends = run(x, batch_sizes, tuple(state0), weights, layer.directions)
         return y, *ends
 
-    run = tools.vmap(one) if models.several(x, batch_sizes) else one
+    run = tools.vmap(one) if models.several(layer.split(tensors)[1]) else one
     return run(x, *tensors)
 
 
@@ -189,7 +189,7 @@ def _reference_gradients(layer, mask, batch_sizes, d_out, tensors, tools):
         return tools.pull(outputs, [tensors[k] for k in wanted], d_out)
 
     run = _over_samples(layer, one, wanted, tools) if layer.samples else one
-    if models.several(tensors[0], batch_sizes):
+    if models.several(layer.split(tensors[1:])[1]):
         run = tools.vmap(run)
     return run(tuple(d_out[k] for k in given), *tensors)
 

@@ -18,7 +18,7 @@ def run(x, batch_sizes, state0, weights, y, *rest):
 
     y is needed for the gradient of w_hh. Weights may be those of several models, no projections.
     """
-    if models.several(x, batch_sizes):
+    if models.several(weights):
         return models.each(run, x, batch_sizes, state0, weights, y, *rest)
     *saved_and_d_out, cell, directions, mask, samples = rest
     each = len(weights) // directions

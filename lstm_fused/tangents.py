@@ -29,7 +29,7 @@ def run(x, batch_sizes, state0, weights, y, gates, saved_states, tangents, cell,
 
     dx, *rest = map(wide, tangents)
     d_states, d_weights = rest[: len(state0)], rest[len(state0) :]
-    several = models.several(x, batch_sizes)
+    several = models.several(weights)
     x, y, state0, weights = wide(x), wide(y), [*map(wide, state0)], [*map(wide, weights)]
     if any(t is not None for t in d_states):
         pairs = zip(d_states, state0, strict=True)

@@ -284,6 +284,7 @@ THROUGH_TORCH = {
     "jit.script": (lambda m, x: torch.jit.script(nn.Sequential(m))(x), "torch.jit.script"),
     "subclass": (lambda m, x: m(x.as_subclass(Named)), "Named is a Tensor subclass"),
     "meta": (lambda m, x: m.to("meta")(x.to("meta")), "input is on meta"),
+    "sparse": (lambda m, x: m(x.to_sparse()), "input's layout is torch.sparse_coo"),
     "no input": (
         lambda m, x: type(m)(0, H, bias=False, dtype=x.dtype)(x[:, :0]),
         "needs an input_size and a hidden_size of at least 1",

@@ -232,16 +232,6 @@ def test_step_under_autocast(cell):
 
 
 @each_cell
-def test_autocast_dtype(cell):
-    module, x = make(cell), torch.randn(T, N, I)
-    for input in (x, packed(x)):
-        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-            (call,) = lstm_fused.explain(module, input).calls
-            module(input)
-        assert call.layers[0].plan.dtype == ops.last_run()["dtype"]
-
-
-@each_cell
 def test_state_decides_whether_it_trains(cell):
     module = make(cell).requires_grad_(False)
     x, state = torch.randn(T, N, I), state_for(module, N, torch.float32)

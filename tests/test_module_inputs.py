@@ -2,7 +2,6 @@
 
 import copy
 from contextlib import nullcontext
-from itertools import product
 
 import pytest
 import torch
@@ -13,12 +12,10 @@ from beside import (
     T,
     assert_accurate,
     assert_same,
-    autocast,
     changed,
     draw,
     each_cell,
     each_option,
-    fitting,
     pair,
     run,
     state_for,
@@ -141,59 +138,6 @@ def test_frozen_module_passes_gradients_through(cell):
     theirs, ours = (m.requires_grad_(False) for m in pair(num_layers=2, cell=cell))
     assert_same(theirs, ours, draw(T, N, I), state_for(ours, N))
     assert_same(theirs, ours, draw(T, N, I, grad=False))
-
-
-@each_cell
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
-@pytest.mark.parametrize("proj", (0, 3))
-@pytest.mark.parametrize("form", ("dense", "unsorted"))
-def test_autocast(form, proj, dtype, cell):
-    """The dtypes that torch.nn returns, and values at most twice as far off as its own."""
-    options = {"num_layers": 2, "proj_size": proj, "dtype": dtype}
-    theirs, ours = pair(cell=cell, **fitting(cell, options))
-    input, state = FORMS[form](state_for(ours, N, dtype))
-    input = input.to(dtype)
-    with torch.no_grad():
-        wide = changed(torch.Tensor.double, state)
-        exact = tensors_of(copy.deepcopy(theirs).double()(input.double(), wide))
-    with autocast(torch.bfloat16):
-        expected, found = tensors_of(theirs(input, state)), tensors_of(ours(input, state))
-    narrow = torch.float64 if dtype is torch.float64 else torch.bfloat16
-    assert_accurate(found, expected, exact, narrow)
-
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@each_cell
-@pytest.mark.parametrize("form", ("dense", "unsorted"))
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-def test_autocast_dtypes(form, dtype, cell):
-    """Of every mixture of the dtypes of input, weights and states."""
-    for of_x, of_weights, of_state in product(FLOATS, FLOATS, (None, *FLOATS)):
-        theirs, ours = (m.to(of_weights) for m in pair(cell=cell))
-        state = None if of_state is None else state_for(ours, N, of_state)
-        input = FORMS[form](None)[0].to(of_x)
-        with autocast(dtype), torch.no_grad():
-            found = tensors_of(ours(input, state))
-            try:
-                expected = tensors_of(theirs(input, state))
-            except RuntimeError as error:  # an LSTM in float16: not every machine's oneDNN has it
-                assert "could not create a primitive" in str(error)
-                continue
-        for name, t in expected.items():
-            assert found[name].dtype is t.dtype, (name, of_x, of_weights, of_state)
-
-
-@each_cell
-def test_autocast_gradients_have_the_weights_dtype(cell):
-    theirs, ours = pair(dtype=torch.float32, cell=cell)
-    x = draw(T, N, I, dtype=torch.float32)
-    with autocast(torch.bfloat16):
-        y, expected = ours(x)[0], theirs(x)[0]
-    assert y.dtype is expected.dtype
-    y.float().sum().backward()
-    assert x.grad.dtype is ours.weight_hh_l0.grad.dtype is torch.float32
 
 
 class ByRows:

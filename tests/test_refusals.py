@@ -82,6 +82,7 @@ REFUSED = {
     "no step": (called(0, N, I), "sequence length"),
     "float32": (called(*X, dtype=torch.float32), "input dtype .*float32.* weight dtype .*float64"),
     "integers": (called(*X, dtype=torch.int64), "input dtype .*int64"),
+    "sparse": (lambda m: m(ones(*X).to_sparse()), "parse|mkldnn"),
     "no input": (lambda m: m(), "'input'"),
     "None": (lambda m: m(None), "NoneType"),
     "list": (lambda m: m([1.0]), "list"),
@@ -115,6 +116,10 @@ REFUSED = {
     "weight device": (
         with_weight("weight_hh_l0", lambda w: w.to("meta")),
         "parameter tensor at meta",
+    ),
+    "sparse weight": (
+        with_weight("weight_hh_l0", torch.Tensor.to_sparse),
+        "weight_hh_l0 must be strided, got torch.sparse_coo",
     ),
     "bias size": (with_weight("bias_ih_l0", lambda b: b[1:]), "bias_ih_l0 must have shape"),
 }
@@ -253,6 +258,17 @@ THROUGH_TORCH = {
     "subclass": (lambda m, x: m(x.as_subclass(Named))[0], "Named is a Tensor subclass"),
     "meta": (lambda m, x: m.to("meta")(x.to("meta"))[0], "input is on meta"),
     "complex": (lambda m, x: m.to(torch.complex64)(x.to(torch.complex64))[0], "complex64"),
+    "nested": (lambda m, x: m(torch.nested.nested_tensor([*x]))[0], "the input is a nested tensor"),
+    "sparse state": (
+        lambda m, x: m(x, ones(1, N, H).to_sparse())[0],
+        "a state's layout is torch.sparse_coo",
+    ),
+}
+NOT_IN_TORCH = {
+    ("rnn_relu", "complex"),
+    ("lstm", "nested"),
+    ("lstm", "sparse state"),
+    ("gru", "sparse state"),
 }
 
 
@@ -263,7 +279,7 @@ THROUGH_TORCH = {
         pytest.param(cell, *row, id=f"{cell} {name}")
         for cell in CELLS
         for name, row in THROUGH_TORCH.items()
-        if (cell, name) != ("rnn_relu", "complex")  # torch has no such relu
+        if (cell, name) not in NOT_IN_TORCH
     ],
 )
 def test_through_torch_with_one_warning(cell, call, reason, real_device):

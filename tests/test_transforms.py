@@ -9,7 +9,7 @@ Sizes are T, N, I, H; B examples.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import emulated
 import pytest
@@ -455,7 +455,8 @@ def test_batch_sizes_of_examples_are_refused():
         vmap(lambda x, sizes: module(PackedSequence(x, sizes))[1])(x, sizes)
 
 
-# Each program is compiled with one of these, and the gradient of everything with all.
+# Each program is compiled with one of these, and the gradient of everything with all. Of forward
+# mode torch.compile knows that of torch.func alone.
 COMPILED_FORMS = [
     Form("lstm"),
     Form("gru", step=True),
@@ -464,6 +465,7 @@ COMPILED_FORMS = [
     Form("lstm", proj=2, directions=2),
 ]
 COMPILED = [(name, COMPILED_FORMS[k % len(COMPILED_FORMS)]) for k, name in enumerate(TRANSFORMS)]
+COMPILED = [(name, form) for name, form in COMPILED if name != "forward mode"]
 COMPILED += [("grad of all", form) for form in COMPILED_FORMS[1:]]
 
 
@@ -479,6 +481,44 @@ def fresh_compiler():
 def test_compiled(name, form):
     found = run(name, form, lstm_fused, lambda f: torch.compile(f, backend="aot_eager"))
     assert_close(found, run(name, form, "reference"))
+
+
+def own_parameters(module, x, how):
+    """Programs over a module whose parameters need gradients: torch.func does not see them.
+
+    Returns the gradient of x, and those that ordinary autograd then finds.
+    """
+
+    def f(z):
+        return total(tree_leaves(module(z)))
+
+    g = how(grad(f))(x)
+    weights = [w for w in module.parameters() if w.requires_grad]
+    through = torch.autograd.grad(g.sum(), weights, allow_unused=True)
+    x = x.clone().requires_grad_()
+    J = jacrev(lambda z: tree_leaves(module(z))[0])(x)
+    J.square().sum().add(f(x)).backward()
+    return g, through, x.grad, [w.grad for w in weights]
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("compiled", [False, True], ids=("eager", "compiled"))
+@pytest.mark.parametrize("frozen", ["", "ih", "all"], ids=lambda f: f"{f or 'nothing'} frozen")
+@pytest.mark.parametrize("form", FORMS[:8], ids=str)
+def test_as_torch_over_own_parameters(form, frozen, compiled):
+    found = []
+    for library in (lstm_fused, torch.nn):
+        module = form.module(library)
+        for name, w in module.named_parameters():
+            w.requires_grad_(frozen != "all" and not (frozen and frozen in name))
+        ours = library is lstm_fused
+        how = partial(torch.compile, backend="aot_eager") if compiled and ours else lambda f: f
+        if frozen == "all":
+            x = form.inputs()[0]
+            found.append(how(grad(lambda z, m=module: total(tree_leaves(m(z)))))(x))
+        else:
+            found.append(own_parameters(module, form.inputs()[0], how))
+    assert_close(*found)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
