@@ -19,15 +19,17 @@ def decompositions():
         program = torch.export.export(model, (x,))
         program = program.run_decompositions(lstm_fused.decompositions())
 
-    A layer becomes ``aten.lstm``, ``aten.gru``, ``aten.rnn_tanh`` or ``aten.rnn_relu``, what an
-    export of torch.nn's layer holds. With ``lengths=``, for which torch has no operator, it becomes
-    the basic operators of each step, which needs a fixed T.
+    A layer becomes ``aten.lstm``, ``aten.gru``, ``aten.rnn_tanh`` or ``aten.rnn_relu``, as in an
+    export of torch.nn's layer. With ``lengths=``, for which torch has no operator, it becomes the
+    basic operators of each step. N may be dynamic, T may not: torch unrolls its operators over the
+    number of steps that it sees. A ``PackedSequence`` has none, ``lengths=`` takes its place.
 
     ``torch.onnx.export`` and AOTInductor need no table. A model that was not exported yet can be
     given torch's layers by ``lstm_fused.restore`` as well.
 
     Returns:
-        A dict for ``torch.export.ExportedProgram.run_decompositions``.
+        A dict for ``torch.export.ExportedProgram.run_decompositions``, which raises
+        NotImplementedError for what has no decomposition.
     """
     return {
         forward_op: _forward,
@@ -45,29 +47,35 @@ def state_or_zeros(x, batch_sizes, state0, weights, cell, directions):
     return [x.new_zeros(directions, rows, w) for w in widths[: 1 + (info["memory"] == "cell")]]
 
 
+def _check_steps(x, batch_sizes=None):
+    if batch_sizes is not None:
+        raise NotImplementedError(
+            "packed data has no decomposition into torch's operators: "
+            "give the layer a padded input and lengths="
+        )
+    if not isinstance(x.shape[0], int):
+        raise NotImplementedError(
+            "a dynamic number of time steps has no decomposition into torch's operators: "
+            "export with a fixed one"
+        )
+
+
 def _forward(x, batch_sizes, state0, weights, cell, directions, training):
     """``recurrent_forward`` by torch's operator; nothing is saved for backward."""
-    state0 = state_or_zeros(x, batch_sizes, state0, weights, cell, directions)
+    _check_steps(x, batch_sizes)
+    state0 = state_or_zeros(x, None, state0, weights, cell, directions)
     has_biases = len(weights) // directions > 3
-    options = (has_biases, 1, 0.0, False, directions == 2)
-    op = getattr(torch.ops.aten, CELLS[cell]["name"])
+    op = getattr(torch.ops.aten, CELLS[cell]["name"]).input
     state = state0 if len(state0) > 1 else state0[0]
-    if batch_sizes is None:
-        y, *ends = op.input(x, state, weights, *options, False)
-    else:
-        y, *ends = op.data(x, batch_sizes, state, weights, *options)
+    y, *ends = op(x, state, weights, has_biases, 1, 0.0, False, directions == 2, False)
     none = x.new_empty(0)
     return y, *(*ends, none)[:2], none, none
 
 
 def _padded(x, lengths, state0, weights, cell, directions):
     """``recurrent_padded`` step by step, where a row that has ended keeps its state."""
+    _check_steps(x)
     T = x.shape[0]
-    if not isinstance(T, int):
-        raise NotImplementedError(
-            "lengths= has no operator of torch's for a dynamic number of time steps: export with a "
-            "fixed one"
-        )
     state0 = state_or_zeros(x, None, state0, weights, cell, directions)
     step = reference.CELLS[CELLS[cell]["name"]]
     steps, outputs, ends = x.unbind(0), [], []

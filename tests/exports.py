@@ -27,16 +27,17 @@ LAYER = {
 STEP = {"cell": tuple(CELLS), "form": ("step", "step and hx"), "bias": (True, False)}
 
 
-def rows(seed=0):
+def rows(layer=LAYER, step=STEP, seed=0):
     """Layers and single-step cells by a name that says what they are."""
     found = {}
-    for row in (*pairwise(LAYER, seed), *pairwise(STEP, seed)):
+    for row in (*pairwise(layer, seed), *pairwise(step, seed)):
         if not has_cell_state(row["cell"]):
             row.pop("projection", None)
         words = [row["cell"], row["form"]]
-        words += [name for name, value in row.items() if value is True]
+        words += [name for name, value in row.items() if value is True and name != "bias"]
         words += ["two layers"] if row.get("num_layers") == 2 else []
-        found[", ".join(words) + ("" if row["bias"] else ", no bias")] = row
+        words += ["no bias"] if row.get("bias") is False else []
+        found[", ".join(words)] = row
     return found
 
 
@@ -94,6 +95,8 @@ def inputs(T, N):
     return torch.randn(T, N, I), torch.randn(4, N, H), torch.randn(4, N, H), lengths
 
 
-def dynamic_shapes():
-    T, N = Dim("T", min=1), Dim("N", min=1)
-    return {"x": {0: T, 1: N}, "h": {1: N}, "c": {1: N}, "lengths": {0: N}}
+def dynamic_shapes(T=True):
+    """Any number of rows, and of steps unless T is False."""
+    N = Dim("N", min=1)
+    steps = {0: Dim("T", min=1)} if T else {}
+    return {"x": steps | {1: N}, "h": {1: N}, "c": {1: N}, "lengths": {0: N}}

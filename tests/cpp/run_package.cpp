@@ -15,9 +15,9 @@ int main(int, char** argv) {
   }
   std::ifstream in(argv[3], std::ios::binary);
   const std::vector<char> bytes((std::istreambuf_iterator<char>(in)), {});
+  const c10::IValue read = torch::jit::pickle_load(bytes);
   std::vector<at::Tensor> inputs;
-  for (const c10::IValue& t : torch::jit::pickle_load(bytes).toListRef())
-    inputs.push_back(t.toTensor());
+  for (const c10::IValue& t : read.toListRef()) inputs.push_back(t.toTensor());
   torch::inductor::AOTIModelPackageLoader loader(argv[2]);
   const std::vector<char> found = torch::jit::pickle_save(c10::IValue(loader.run(inputs)));
   std::ofstream(argv[4], std::ios::binary).write(found.data(), found.size());
