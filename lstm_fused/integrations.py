@@ -60,7 +60,8 @@ def _ours_in(model):
 def _register_quantization(quantize):
     """Have quantize_dynamic and the like, which look a module's class up, see torch.nn's.
 
-    Those that are given no configuration are ours again.
+    Those that will not be converted, for want of a configuration or because they are the model
+    itself, are ours again.
     """
     propagate = quantize.propagate_qconfig_
 
@@ -72,7 +73,8 @@ def _register_quantization(quantize):
         restore(module)
         propagate(module, qconfig_dict, *args, **more)
         for each in ours:
-            if not isinstance(each, Fused) and getattr(each, "qconfig", None) is None:
+            kept = each is module or getattr(each, "qconfig", None) is None
+            if kept and not isinstance(each, Fused):
                 replace(each)
 
     quantize.propagate_qconfig_ = propagate_qconfig_

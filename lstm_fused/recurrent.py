@@ -325,16 +325,20 @@ class Recurrent(Fused):
                 checks.check_state_kind(x, state)
         try:
             if self.num_layers == 1:
-                return self._run_layer(x, batch_sizes, state, weights)
+                return self._run_layer(0, x, batch_sizes, state, weights)
             return self._run_layers(x, batch_sizes, state, weights)
         except RuntimeError:
             checks.check_weights(self, weights, x.dtype)
             raise
 
-    def _run_layer(self, x, batch_sizes, state, weights):
+    def _run_layer(self, k, x, batch_sizes, state, weights):
         lengths = batch_sizes is not None and x.dim() == 3
         layer = padded.layer if lengths else ops.layer
-        return layer(x, batch_sizes, state, weights, self._cell(), 2 if self.bidirectional else 1)
+        args = x, batch_sizes, state, weights, self._cell(), 2 if self.bidirectional else 1
+        if torch.compiler.is_compiling() or not torch._C._autograd._profiler_enabled():
+            return layer(*args)
+        with torch.profiler.record_function(f"lstm_fused.{self._original.__name__} layer {k}"):
+            return layer(*args)
 
     def _run_layers(self, x, batch_sizes, state, weights):
         directions = 2 if self.bidirectional else 1
@@ -348,7 +352,7 @@ class Recurrent(Fused):
             if k and dropout:
                 x = torch.dropout(x, dropout, True)
             layer_weights = weights[k * each : (k + 1) * each]
-            x, end = self._run_layer(x, batch_sizes, states[k], layer_weights)
+            x, end = self._run_layer(k, x, batch_sizes, states[k], layer_weights)
             ends.append(end)
         return x, tuple([torch.cat(s) for s in zip(*ends, strict=True)])
 
