@@ -16,7 +16,7 @@ _THEIRS = {ours: theirs for theirs, ours in OURS.items()}
 
 def _products(x_shape, batch_sizes_shape, weights_shapes):
     """(rows of a model, for each weight the multiply-adds of one product of it with all rows)."""
-    several = len(x_shape) == (4 if batch_sizes_shape is None else 3)
+    several = len(weights_shapes[1]) == 3
     rows = x_shape[-2] if batch_sizes_shape is not None else x_shape[-3] * x_shape[-2]
     matrix = 3 if several else 2
     return rows, [rows * prod(w) if len(w) == matrix else 0 for w in weights_shapes]

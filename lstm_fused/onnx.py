@@ -8,7 +8,6 @@ Sizes: T steps, N rows, I inputs, H hidden units, R recurrent width, D direction
 data.
 """
 
-import numpy as np
 import torch
 
 from lstm_fused.cuda import CELLS
@@ -41,10 +40,10 @@ class _Graph:
         made = call_op(name, *inputs, _num_outputs=outputs, **attributes)
         return made[0] if outputs == 1 else tuple(made)
 
-    def constant(self, values, dtype=np.int64):
+    def constant(self, values, dtype=torch.int64):
         import onnx_ir
 
-        return self.op("Constant", value=onnx_ir.tensor(np.array(values, dtype)))
+        return self.op("Constant", value=onnx_ir.tensor(torch.tensor(values, dtype=dtype).numpy()))
 
     def shape(self, value):
         return tuple(value.shape)
@@ -85,8 +84,8 @@ class _TracedGraph:
         none.setType(torch._C.OptionalType.ofTensor())
         return none
 
-    def constant(self, values, dtype=np.int64):
-        return self.graph.op("Constant", value_t=torch.from_numpy(np.array(values, dtype)))
+    def constant(self, values, dtype=torch.int64):
+        return self.graph.op("Constant", value_t=torch.tensor(values, dtype=dtype))
 
     def shape(self, value):
         return tuple(value.type().sizes())
@@ -122,7 +121,7 @@ def _range(g, stop):
 
 def _zero_like(g, value):
     """A zero of value's dtype, of one element."""
-    return g.op("CastLike", g.constant([0], np.float32), value)
+    return g.op("CastLike", g.constant([0], torch.float32), value)
 
 
 def _layer(g, x, lengths, state0, weights, cell, directions):
@@ -139,7 +138,7 @@ def _layer(g, x, lengths, state0, weights, cell, directions):
         x, initial_h, parts = _without_projection(g, x, lengths, h0, parts)
     else:
         initial_h = h0
-    order = np.concatenate([np.arange(hidden) + gate * hidden for gate in kind.gates])
+    order = [gate * hidden + unit for gate in kind.gates for unit in range(hidden)]
     rows = g.constant(order)
 
     def sorted_rows(w):

@@ -244,3 +244,22 @@ def test_kernels_include_no_torch():
 def test_plan_module_includes_no_torch():
     text = (ROOT / "csrc" / "plan_module.cpp").read_text()
     assert not re.search(r"#\s*include\s*[<\"](torch|ATen|c10)", text)
+
+
+ALONE = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("numpy", "onnx", "onnxscript", "onnx_ir", "opacus", "pytest"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+import torch, lstm_fused
+lstm_fused.LSTM(3, 4)(torch.zeros(9, 2, 3))[0].sum().backward()
+"""
+
+
+def test_needs_torch_alone():
+    found = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
