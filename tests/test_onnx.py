@@ -151,6 +151,29 @@ def test_packed_data(tmp_path):
             torch.testing.assert_close(run(*given), list(model(*given)))
 
 
+@pytest.mark.filterwarnings("ignore:lstm_fused.* ran through torch")
+def test_packed_inside_a_traced_model(tmp_path):
+    """The exporter on TorchScript finds torch's operator between packing and padding."""
+
+    class Packs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = lstm_fused.GRU(3, 5, num_layers=2, bidirectional=True)
+
+        def forward(self, x, lengths):
+            y, ends = self.layer(nn.utils.rnn.pack_padded_sequence(x, lengths))
+            return nn.utils.rnn.pad_packed_sequence(y)[0], ends
+
+    model, path = Packs(), tmp_path / "model.onnx"
+    T, N = (torch.export.Dim(name) for name in "TN")
+    given = torch.randn(6, 3, 3), torch.tensor([6, 4, 1])
+    run = export(model, given, path, "traced", {"x": {0: T, 1: N}, "lengths": {0: N}})
+    assert count(path) == {"GRU": 2}
+    for x, lengths in (given, (torch.randn(8, 2, 3), torch.tensor([8, 3]))):
+        with torch.no_grad():
+            torch.testing.assert_close(run(x, lengths), list(model(x, lengths)))
+
+
 def test_decomposed_lengths(tmp_path):
     """A program whose lengths have become packed data and padding behind it."""
     model = lstm_fused.RNN(3, 5, nonlinearity="relu").eval()
