@@ -106,6 +106,26 @@ def test_one_node_a_layer(exported):
     assert count(exported[1]) == dict(expected)
 
 
+def test_openvino_reads_it(tmp_path):
+    """Lengths and any T, which an exported program has no operator of torch's for.
+
+    Of one layer: OpenVINO 2026.4 confuses several, torch.nn's too, that share an input.
+    """
+    openvino = pytest.importorskip("openvino")
+    row = {"cell": "lstm", "form": "hx and lengths", "num_layers": 2, "bidirectional": True}
+    model, path = Model({"row": row}), tmp_path / "model.onnx"
+    export(model, inputs(*SIZES[0]), path, shapes=dynamic_shapes())
+    core = openvino.Core()
+    precision = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = core.compile_model(core.read_model(path), "CPU", precision)
+    for T, N in SIZES:
+        given = inputs(T, N)
+        results = compiled([t.numpy() for t in given])
+        found = [torch.from_numpy(results[k]) for k in range(len(results))]
+        with torch.no_grad():
+            torch.testing.assert_close(found, model(*given))
+
+
 @pytest.mark.parametrize("exporter", EXPORTERS)
 def test_sequence_lens(exporter, tmp_path):
     """lengths= is the node's own input, also without an axis that is dynamic."""
