@@ -5,7 +5,6 @@ where somebody uses them.
 """
 
 import importlib.abc
-import importlib.machinery
 import sys
 
 
@@ -24,15 +23,23 @@ class _CallOnImport(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name != self.name:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec is None:
-            return None
-        exec_module = spec.loader.exec_module
+        found = (
+            finder.find_spec(name, path, target)
+            for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]
+            if hasattr(finder, "find_spec")
+        )
+        spec = next(filter(None, found), None)
+        if spec is not None and spec.loader is not None:
+            self._call_after(spec.loader)
+        return spec
+
+    def _call_after(self, loader):
+        exec_module = loader.exec_module
 
         def exec_and_call(module):
             exec_module(module)
-            self.function(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                self.function(module)
 
-        spec.loader.exec_module = exec_and_call
-        return spec
+        loader.exec_module = exec_and_call

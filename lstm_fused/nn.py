@@ -26,7 +26,8 @@ class LSTM(Recurrent, torch.nn.LSTM):
         lengths: beyond ``torch.nn.LSTM``: the length of each row of a padded (T, N, I) or
             (N, T, I) input, N integers from 0 to T in any order, as a list or a tensor. No time
             goes into the padding, ``output`` is zero there, and ``h_n``, ``c_n`` are those at each
-            row's own end (``hx`` for a row of length 0).
+            row's own end (``hx`` for a row of length 0). It may be a tensor that ``torch.compile``
+            and ``torch.export`` do not know the values of.
 
     Returns:
         ``output, (h_n, c_n)``: (T, N, D*R) laid out as the input was, (L*D, N, R), (L*D, N, H).
@@ -41,6 +42,10 @@ class LSTM(Recurrent, torch.nn.LSTM):
     Every transform of ``torch.func`` is fused: ``grad`` and ``vjp`` at any level, ``vmap`` over
     inputs and over stacked weights (an ensemble runs in one call), per-sample gradients by
     ``vmap(grad)``, ``jvp``; derivatives of derivatives go through a pure-torch reference.
+
+    ``dropout`` draws the masks that torch.nn draws from the same seed. Under ``torch.compile``
+    Inductor draws others, as in any module, unless ``torch._inductor.config.fallback_random`` is
+    set.
 
     Inputs without a fused path (another device than cpu and cuda, other dtypes, Tensor subclasses,
     sparse and nested tensors, ``torch.jit.trace``) run through

@@ -11,6 +11,7 @@ from lstm_fused import autocast, checks, cuda, ops, padded
 
 _FUSED_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _PLAIN_TYPES = frozenset((Tensor, Parameter))
+_TRACED = "torch.jit.trace records torch's op, for programs without lstm_fused"
 _warned = set()
 # What torch.nn's forward of a layer calls on the module. Ours calls the first likewise; a module
 # that has one of the others to itself runs through torch.
@@ -47,7 +48,7 @@ def why_torch(x, hx, weights):
     if torch.compiler.is_compiling():
         return None
     if torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export():
-        return "torch.jit.trace records torch's op, for programs without lstm_fused"
+        return _TRACED
     for t in (x, *weights):
         same = t.is_cpu if x.is_cpu else isinstance(t, Tensor) and t.device == x.device
         if (type(t) not in _PLAIN_TYPES or not same) and (reason := _why_not_plain(t, x)):
@@ -220,7 +221,8 @@ class Recurrent(Fused):
     def _forward_packed(self, packed, hx):
         x, batch_sizes, sorted_indices, unsorted_indices = packed
         weights = self._weights()
-        if reason := self._reason(x, hx, weights):
+        # torch.onnx on TorchScript looks for torch's operator between packing and padding.
+        if reason := _TRACED if torch.jit.is_tracing() else self._reason(x, hx, weights):
             return self._through_torch(reason, packed, hx)
         checks.check_batch_sizes(batch_sizes)
         plain = x.dim() == 2 and x.shape[1] == self.input_size and x.dtype is weights[0].dtype

@@ -98,7 +98,7 @@ def test_quantize_dynamic(models, name):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_quantize_dynamic_of_one_module():
-    """torch converts modules inside a model only: ours alone stays ours, as torch.nn's stays its."""
+    """torch converts modules inside a model only: alone, ours stays ours."""
     for module in (nn.LSTM(4, 6), lstm_fused.LSTM(4, 6)):
         assert type(torch.ao.quantization.quantize_dynamic(module)) is type(module)
 

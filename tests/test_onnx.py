@@ -106,6 +106,26 @@ def test_one_node_a_layer(exported):
     assert count(exported[1]) == dict(expected)
 
 
+def test_openvino_reads_it(tmp_path):
+    """Lengths and any T, which an exported program has no operator of torch's for.
+
+    Of one layer: OpenVINO 2026.4 confuses several, torch.nn's too, that share an input.
+    """
+    openvino = pytest.importorskip("openvino")
+    row = {"cell": "lstm", "form": "hx and lengths", "num_layers": 2, "bidirectional": True}
+    model, path = Model({"row": row}), tmp_path / "model.onnx"
+    export(model, inputs(*SIZES[0]), path, shapes=dynamic_shapes())
+    core = openvino.Core()
+    precision = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = core.compile_model(core.read_model(path), "CPU", precision)
+    for T, N in SIZES:
+        given = inputs(T, N)
+        results = compiled([t.numpy() for t in given])
+        found = [torch.from_numpy(results[k]) for k in range(len(results))]
+        with torch.no_grad():
+            torch.testing.assert_close(found, model(*given))
+
+
 @pytest.mark.parametrize("exporter", EXPORTERS)
 def test_sequence_lens(exporter, tmp_path):
     """lengths= is the node's own input, also without an axis that is dynamic."""
@@ -149,6 +169,29 @@ def test_packed_data(tmp_path):
         given = arguments(*sizes)
         with torch.no_grad():
             torch.testing.assert_close(run(*given), list(model(*given)))
+
+
+@pytest.mark.filterwarnings("ignore:lstm_fused.* ran through torch")
+def test_packed_inside_a_traced_model(tmp_path):
+    """The exporter on TorchScript finds torch's operator between packing and padding."""
+
+    class Packs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = lstm_fused.GRU(3, 5, num_layers=2, bidirectional=True)
+
+        def forward(self, x, lengths):
+            y, ends = self.layer(nn.utils.rnn.pack_padded_sequence(x, lengths))
+            return nn.utils.rnn.pad_packed_sequence(y)[0], ends
+
+    model, path = Packs(), tmp_path / "model.onnx"
+    T, N = (torch.export.Dim(name) for name in "TN")
+    given = torch.randn(6, 3, 3), torch.tensor([6, 4, 1])
+    run = export(model, given, path, "traced", {"x": {0: T, 1: N}, "lengths": {0: N}})
+    assert count(path) == {"GRU": 2}
+    for x, lengths in (given, (torch.randn(8, 2, 3), torch.tensor([8, 3]))):
+        with torch.no_grad():
+            torch.testing.assert_close(run(x, lengths), list(model(x, lengths)))
 
 
 def test_decomposed_lengths(tmp_path):
