@@ -130,6 +130,8 @@ def _layer(g, x, lengths, state0, weights, cell, directions):
     lengths: (N,), from 0 to T, or None. A row of length 0 keeps its state, which ONNX leaves open:
     it is run for one step, and the result dropped.
     """
+    if cell not in _NODES:
+        raise NotImplementedError(f"ONNX has no operator for the cell {cell}")
     kind = _NODES[cell]
     parts = list(_directions(weights, directions))
     hidden = g.shape(parts[0][1])[0] // len(kind.gates)
