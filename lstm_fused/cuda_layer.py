@@ -38,7 +38,7 @@ def _compute(x):
 
 def _without_padding(batch_sizes):
     """batch_sizes of the steps that have rows, and how many rows of x follow: csrc/layer.h."""
-    if batch_sizes is None or batch_sizes[-1] >= 0:
+    if batch_sizes is None or batch_sizes.numel() == 0 or batch_sizes.flatten()[-1] >= 0:
         return batch_sizes, 0
     return batch_sizes[:-1][batch_sizes[:-1] > 0], -int(batch_sizes[-1])
 

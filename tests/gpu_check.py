@@ -40,7 +40,8 @@ def test_files(*names):
 KERNELS = test_files("cuda")
 PARITY = (  # each group a process: an error of CUDA's stays until its process ends
     test_files("layer_parity"),
-    test_files("module", "module_inputs", "autograd", "cells", "gradient_flow"),
+    test_files("module", "module_inputs", "module_around"),
+    test_files("autograd", "autocast", "cells", "gradient_flow"),
     test_files("refusals", "replace", "upstream", "compile"),
 )
 

@@ -82,12 +82,12 @@ def test_decisions(call, narrow, machines, expected):
         assert dtypes(call, narrow, MACHINES[machine]) == expected, machine
 
 
-def test_machine_is_the_one_torch_sees(monkeypatch):
+def test_machine_is_the_one_torch_sees():
     has, ask = torch.backends.mkldnn.is_available(), torch.ops.mkldnn
     narrow = (ask._is_mkldnn_bf16_supported(), ask._is_mkldnn_fp16_supported()) if has else (0, 0)
     assert onednn() == (has, *narrow)
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    assert onednn() == (False, *narrow)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert onednn() == (False, *narrow)
 
 
 def test_asking_is_no_part_of_a_graph():
@@ -137,31 +137,31 @@ def result(module, input, state, narrow):
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("grad", (True, False), ids=("grad", "no_grad"))
 @pytest.mark.parametrize("enabled", (True, False), ids=("", "oneDNN off"))
-def test_dtypes(enabled, grad, form, options, narrow, cell, monkeypatch):
+def test_dtypes(enabled, grad, form, options, narrow, cell):
     """Of every mixture of the dtypes of input and states; explain says what is computed in."""
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", enabled)
-    pairs = [pair(cell=cell, **fitting(cell, options | {"dtype": w})) for w in FLOATS]
-    for k, (of_x, of_state) in enumerate(product(FLOATS, (None, *FLOATS))):
-        theirs, ours = pairs[k % 3]
-        input = form().to(of_x)
-        packed = isinstance(input, PackedSequence)
-        rows = int(input.batch_sizes[0]) if packed else input.shape[1]
-        if ours.batch_first and not packed:
-            input = input.transpose(0, 1)
-        state = None if of_state is None else state_for(ours, rows, of_state)
-        with torch.set_grad_enabled(grad):
-            expected, found = (result(m, input, state, narrow) for m in (theirs, ours))
-            with autocast(narrow):
-                (call,) = lstm_fused.explain(ours, input, state).calls
-        case = of_x, ours.weight_hh_l0.dtype, of_state, expected
-        if isinstance(expected, RuntimeError):
-            assert str(expected).startswith(ERRORS), case
-            assert found["y"].dtype is found["h_n"].dtype is narrow, case
-        else:
-            of_ours, of_torchs = ({k: t.dtype for k, t in r.items()} for r in (found, expected))
-            assert of_ours == of_torchs, case
-        computed = found["c_n" if cell == "lstm" else "y"].dtype
-        assert {layer.plan.dtype for layer in call.layers} == {str(computed)[6:]}, case
+    with torch.backends.mkldnn.flags(enabled=enabled):
+        pairs = [pair(cell=cell, **fitting(cell, options | {"dtype": w})) for w in FLOATS]
+        for k, (of_x, of_state) in enumerate(product(FLOATS, (None, *FLOATS))):
+            theirs, ours = pairs[k % 3]
+            input = form().to(of_x)
+            packed = isinstance(input, PackedSequence)
+            rows = int(input.batch_sizes[0]) if packed else input.shape[1]
+            if ours.batch_first and not packed:
+                input = input.transpose(0, 1)
+            state = None if of_state is None else state_for(ours, rows, of_state)
+            with torch.set_grad_enabled(grad):
+                expected, found = (result(m, input, state, narrow) for m in (theirs, ours))
+                with autocast(narrow):
+                    (call,) = lstm_fused.explain(ours, input, state).calls
+            case = of_x, ours.weight_hh_l0.dtype, of_state, expected
+            if isinstance(expected, RuntimeError):
+                assert str(expected).startswith(ERRORS), case
+                assert found["y"].dtype is found["h_n"].dtype is narrow, case
+            else:
+                of_ours, of_torchs = ({k: t.dtype for k, t in r.items()} for r in (found, expected))
+                assert of_ours == of_torchs, case
+            computed = found["c_n" if cell == "lstm" else "y"].dtype
+            assert {layer.plan.dtype for layer in call.layers} == {str(computed)[6:]}, case
 
 
 MIXED = [kinds for kinds in product((F32, F64), repeat=3) if F64 in kinds]
