@@ -61,21 +61,17 @@ class _Products:
         d_preacts = self.d_preacts[:, d]  # (S, P, H)
         of_input = which % 2 == 0
         part = d_preacts[:, : self.G] if of_input else d_preacts[:, -self.G :]
+        order = self.input_gates if of_input else self.hidden_gates
+        if order != sorted(order):
+            part = part[:, [order.index(gate) for gate in range(self.G)]]
         part = self._by_sample(part.flatten(1)).to(self.compute)  # (samples, K, G * H)
         if which >= 2:
-            found = part.sum(1)
+            return part.sum(1)
+        if of_input:
+            factor = self.x.reshape(-1, self.x.shape[-1])
         else:
-            factor = (
-                self.x.reshape(-1, self.x.shape[-1])
-                if of_input
-                else states_before(self.x, self.batch_sizes, self.state0, self.y, d, self.D)
-            )
-            found = part.mT @ self._by_sample(factor.to(part.dtype))
-        order = self.input_gates if of_input else self.hidden_gates
-        if order == sorted(order):
-            return found
-        gates = found.unflatten(1, (self.G, -1))
-        return torch.stack([gates[:, order.index(g)] for g in range(self.G)], 1).flatten(1, 2)
+            factor = states_before(self.x, self.batch_sizes, self.state0, self.y, d, self.D)
+        return part.mT @ self._by_sample(factor.to(self.compute))
 
     def _by_sample(self, rows):
         """(S, width) as (samples, K, width)."""
