@@ -106,9 +106,14 @@ def _h(w_ih, w_hh):
     return (w_hh.shape[1],)
 
 
+def rnn(activation):
+    """``_layer`` of an RNN with this activation of a tensor (n, H), called once a step."""
+    return partial(_layer, _rnn_step(activation), _h)
+
+
 CELLS = {
     "lstm": partial(_layer, _lstm_step, _h_and_c),
     "gru": partial(_layer, _gru_step, _h),
-    "rnn_tanh": partial(_layer, _rnn_step(torch.tanh), _h),
-    "rnn_relu": partial(_layer, _rnn_step(torch.relu), _h),
+    "rnn_tanh": rnn(torch.tanh),
+    "rnn_relu": rnn(torch.relu),
 }

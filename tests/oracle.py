@@ -28,7 +28,6 @@ CELLS = {
     "rnn_tanh": ("RNN", {}),
     "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
 }
-NARROW_DTYPES = (torch.bfloat16, torch.float16)
 ELEMENTS_JUDGED = 64
 MOST_DRAWS = 16
 
@@ -124,11 +123,14 @@ class Values:
 
 @dataclass
 class Outcome:
-    """Outputs, states and gradients by name, and what ran (ours only)."""
+    """Outputs, states and gradients by name; what ran (ours only); relu's sums (reference only),
+    for each layer those of each step in the order the steps run; see errors_of."""
 
     tensors: dict
     forward_run: dict = field(default_factory=dict)
     backward_run: dict = field(default_factory=dict)
+    sums: list = field(default_factory=list)
+    errors: dict = field(default_factory=dict)
 
 
 def here(problem):
@@ -169,28 +171,25 @@ def values_of(problem, draw=0):
         normal(*rows, p.directions * p.R),
         *(normal(states, p.N, width) for width in p.states),
     ]
-    x = normal(p.T, p.N, p.I)
-    if p.cell == "rnn_relu" and p.dtype in NARROW_DTYPES:
-        keep_from_kink(x, weights)
-    return Values(x, lengths, state, weights, cotangents)
+    return Values(normal(p.T, p.N, p.I), lengths, state, weights, cotangents)
 
 
-def keep_from_kink(x, weights):
-    """Have every sum near 8 or -8: relu's slope jumps at 0, where the last bit would decide it.
+def shaped(problem, x, lengths):
+    """x (T, N, I) in the form that the problem's module takes."""
+    if problem.packed:
+        return pack_padded_sequence(x, lengths, enforce_sorted=problem.form == "sorted")
+    if problem.form == "single":
+        return x.squeeze(1)
+    return x.transpose(0, 1) if problem.batch_first else x
 
-    The first half of the features is 8; the first half of the units is on, which makes it 8 in the
-    layer above too. Every unit sees one of these features with a weight of 1 or -1.
-    """
-    units = next(w.shape[0] for w in weights.values())
-    x[..., : (x.shape[-1] + 1) // 2] = 8
-    for name, w in weights.items():
-        w.mul_(0.125)
-        if name.startswith("weight_ih"):
-            features = x.shape[-1] if name.startswith("weight_ih_l0") else units
-            row = torch.arange(units)
-            w[row, row % ((features + 1) // 2)] = torch.where(row < (units + 1) // 2, 1.0, -1.0).to(
-                w
-            )
+
+def rows_of(problem, y):
+    """What such a module returns, as (T, N, D*R) or packed (S, D*R)."""
+    if problem.packed:
+        return y.data
+    if problem.form == "single":
+        return y.unsqueeze(1)
+    return y.transpose(0, 1) if problem.batch_first else y
 
 
 def run_module(problem, library, draw=0, gradients=True):
@@ -200,25 +199,17 @@ def run_module(problem, library, draw=0, gradients=True):
     module.load_state_dict(values.weights)
     x = values.x.clone().requires_grad_(gradients)
     state = tuple(s.clone().requires_grad_(gradients) for s in values.state)
-    given, given_state = x, state
-    if p.packed:
-        given = pack_padded_sequence(x, values.lengths, enforce_sorted=p.form == "sorted")
-    elif p.form == "single":
-        given = x.squeeze(1)
+    given_state = state
+    if p.form == "single":
         given_state = tuple(s.squeeze(1) for s in state)
-    elif p.batch_first:
-        given = x.transpose(0, 1)
     if not has_cell_state(p.cell):
         given_state = given_state and given_state[0]
-    y, ends = module(given, given_state if p.hx else None)
+    y, ends = module(shaped(p, x, values.lengths), given_state if p.hx else None)
     ends = ends if has_cell_state(p.cell) else (ends,)
     forward_run = ops.last_run(p.device)
-    if p.packed:
-        y = y.data
-    elif p.form == "single":
-        y, ends = y.unsqueeze(1), tuple(end.unsqueeze(1) for end in ends)
-    elif p.batch_first:
-        y = y.transpose(0, 1)
+    y = rows_of(p, y)
+    if p.form == "single":
+        ends = tuple(end.unsqueeze(1) for end in ends)
     if not gradients:
         return Outcome(named(y, ends, {}), forward_run)
     torch.autograd.backward([y, *ends], values.cotangents)
@@ -230,8 +221,57 @@ def initial(state):
     return dict(zip(("h0", "c0"), state, strict=False))
 
 
-def reversed_layer(cell, x, batch_sizes, state0, weights, directions):
-    """The reference of a layer, its features and hidden units inside in reverse order."""
+def signs_of(problem, library, draw, y):
+    """Where each layer's output is positive, (n, H) for each step in the order the steps run:
+    the branches that relu took.
+
+    The layers run one by one, as they do inside of the module, which must have given y; to the
+    last bit for ours, while torch.nn's products depend on where a state happens to lie.
+    """
+    p, values = problem, values_of(problem, draw)
+    given, signs = shaped(p, values.x, values.lengths), []
+    each = len(values.weights) // p.layers
+    for k in range(p.layers):
+        module = replace(p, layers=1, I=p.directions * p.H if k else p.I).module(library)
+        weights = list(values.weights.values())[k * each : (k + 1) * each]
+        module.load_state_dict(dict(zip(module.state_dict(), weights, strict=True)))
+        state = None
+        if p.hx:
+            state = values.state[0][k * p.directions : (k + 1) * p.directions]
+            state = state.squeeze(1) if p.form == "single" else state
+        given, _ = module(given, state)
+        sizes = given.batch_sizes if p.packed else None
+        signs.append(list(in_order(rows_of(p, given).cpu() > 0, sizes, p.directions)))
+    exactly = {"rtol": 0, "atol": 0} if library is lstm_fused else {}
+    torch.testing.assert_close(rows_of(p, given).detach().cpu(), y, **exactly)
+    return signs
+
+
+def in_order(rows, batch_sizes, directions):
+    """(n, H) of each step of rows (T, N, D*H) or packed (S, D*H), in the order the steps run."""
+    steps = rows.unbind(0) if batch_sizes is None else rows.split(batch_sizes.tolist())
+    for d in range(directions):
+        for step in reversed(steps) if d else steps:
+            yield step.chunk(directions, -1)[d]
+
+
+class Relu:
+    """relu as the reference calls it, once a step; keeps the sums it was given, in that order.
+
+    Its slope jumps at 0, so that a rounding error may decide it. With signs, of every step, it
+    takes their branches in place of its own.
+    """
+
+    def __init__(self, signs=None):
+        self.signs, self.sums = signs and iter(signs), []
+
+    def __call__(self, sums):  # (n, H), units in reverse order
+        self.sums.append(sums.detach().flip(-1))
+        return torch.relu(sums) if self.signs is None else sums * next(self.signs).flip(-1)
+
+
+def reversed_layer(cell, layer, x, batch_sizes, state0, weights, directions):
+    """layer, of the reference, with its features and hidden units in reverse order."""
 
     gates = ops.CELLS[cell]["gates"]
 
@@ -244,13 +284,16 @@ def reversed_layer(cell, x, batch_sizes, state0, weights, directions):
     each = len(weights) // directions
     weights = [turned(w, each % 2 and k % each == each - 1) for k, w in enumerate(weights)]
     state0 = tuple(s.flip(-1) for s in state0)
-    y, states = reference.CELLS[cell](x.flip(-1), batch_sizes, state0, weights, directions)
+    y, states = layer(x.flip(-1), batch_sizes, state0, weights, directions)
     y = y.unflatten(-1, (directions, -1)).flip(-1).flatten(-2)
     return y, tuple(s.flip(-1) for s in states)
 
 
-def run_reference(problem, draw=0):
-    """The problem in float64 by lstm_fused.reference, which shares nothing with the kernels."""
+def run_reference(problem, draw=0, signs=None):
+    """The problem in float64 by lstm_fused.reference, which shares nothing with the kernels.
+
+    signs: for each layer, the branches that its relu takes, as signs_of gives them; or None.
+    """
 
     def exact(t):
         return t.to("cpu", torch.float64, copy=True).requires_grad_()
@@ -264,19 +307,23 @@ def run_reference(problem, draw=0):
         rows, sizes, order, back = pack_padded_sequence(x, values.lengths, enforce_sorted=False)
     each = len(weights) // p.layers
     flat = list(weights.values())
-    ends = []
+    ends, sums = [], []
     for k in range(p.layers):
+        layer = reference.CELLS[p.cell]
+        if p.cell == "rnn_relu":
+            relu = Relu(signs and signs[k])
+            sums.append(relu.sums)
+            layer = reference.rnn(relu)
         state0 = ()
         if state:
             part = slice(k * p.directions, (k + 1) * p.directions)
             state0 = tuple(s[part] if order is None else s[part][:, order] for s in state)
-        rows, end = reversed_layer(
-            p.cell, rows, sizes, state0, flat[k * each : (k + 1) * each], p.directions
-        )
+        part = flat[k * each : (k + 1) * each]
+        rows, end = reversed_layer(p.cell, layer, rows, sizes, state0, part, p.directions)
         ends.append(tuple(s if back is None else s[:, back] for s in end))
     ends = tuple(torch.cat(s) for s in zip(*ends, strict=True))
     torch.autograd.backward([rows, *ends], [g.cpu().double() for g in values.cotangents])
-    return Outcome(named(rows, ends, {"x": x, **weights, **initial(state)}))
+    return Outcome(named(rows, ends, {"x": x, **weights, **initial(state)}), sums=sums)
 
 
 def named(y, ends, leaves):
@@ -286,17 +333,35 @@ def named(y, ends, leaves):
     return {k: None if v is None else v.cpu() for k, v in found.items()}
 
 
+def errors_of(problem, library, draw, tensors, exact):
+    """How far off the tensors are that library made of a draw; exact: the reference's Outcome.
+
+    Gradients of relu are held to those of the branches that the library's forward pass took, and
+    relu_sum is the sum furthest from 0 whose branch is not the reference's.
+    """
+    truth, errors = exact.tensors, {}
+    if problem.cell == "rnn_relu" and "d_x" in tensors:
+        signs = signs_of(problem, library, draw, tensors["y"])
+        along = run_reference(problem, draw, signs).tensors
+        truth = {name: (along if name.startswith("d_") else truth)[name] for name in truth}
+        for k, steps in enumerate(zip(exact.sums, signs, strict=True)):
+            flipped = [s[(s > 0) != taken].abs() for s, taken in zip(*steps, strict=True)]
+            errors[f"relu_sum_l{k}"] = max((s.max().item() for s in flipped if len(s)), default=0.0)
+    return errors | {name: tolerance.error_of(t, truth[name]) for name, t in tensors.items()}
+
+
 @lru_cache(maxsize=8)
 def judges(problem):
-    """What torch.nn and what the float64 reference make of each draw of a problem."""
+    """What torch.nn and what the float64 reference make of each draw of a problem: Outcomes."""
     draws = range(problem.draws)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # torch's own threads are no gain at these sizes
     try:
-        return (
-            [run_module(problem, torch.nn, k).tensors for k in draws],
-            [run_reference(problem, k).tensors for k in draws],
-        )
+        exact = [run_reference(problem, k) for k in draws]
+        torchs = [run_module(problem, torch.nn, k) for k in draws]
+        for k in draws:
+            torchs[k].errors = errors_of(problem, torch.nn, k, torchs[k].tensors, exact[k])
+        return torchs, exact
     finally:
         torch.set_num_threads(threads)
 
@@ -304,18 +369,23 @@ def judges(problem):
 def misses(found, problem):
     """A line for each tensor that is further off than its tolerance; found: one dict a draw."""
     torchs, exact = judges(problem)
+    ours = [errors_of(problem, lstm_fused, k, t, exact[k]) for k, t in enumerate(found)]
     lines = []
-    for name in found[0]:
-        ours, theirs, truth = ([draw[name] for draw in draws] for draws in (found, torchs, exact))
-        if wrong := {t.dtype for t in ours if t is not None} - {problem.dtype}:
+    for name in ours[0]:
+        if wrong := {t[name].dtype for t in found if t.get(name) is not None} - {problem.dtype}:
             lines.append(f"{name} is {wrong}")
-        error = max(map(tolerance.error_of, ours, truth))
-        torch_error = max(map(tolerance.error_of, theirs, truth))
-        largest = max(t.abs().max().item() if t.numel() else 0.0 for t in truth)
-        limit = tolerance.allowed(name, problem.dtype, torch_error, largest)
+        error, torch_error = (max(e[name] for e in es) for es in (ours, [t.errors for t in torchs]))
+        limit = tolerance.allowed(name, problem.dtype, torch_error, largest(name, exact))
         if not error <= limit:
             lines.append(f"{name}: off by {error:.2e} > {limit:.2e}, torch by {torch_error:.2e}")
     return lines
+
+
+def largest(name, exact):
+    """The largest absolute value of a tensor in the reference's Outcomes, or of a layer's sums."""
+    layer = name.removeprefix("relu_sum_l")
+    given = [e.sums[int(layer)] if layer != name else [e.tensors[name]] for e in exact]
+    return max(t.abs().max().item() if t.numel() else 0.0 for ts in given for t in ts)
 
 
 def check(problem):
@@ -327,7 +397,7 @@ def check(problem):
         [run_module(problem, lstm_fused, k, gradients) for k in range(problem.draws)]
         for gradients in (False, True)
     )
-    assert full[0].tensors.keys() == judges(problem)[1][0].keys()
+    assert full[0].tensors.keys() == judges(problem)[1][0].tensors.keys()
     lines = [f"without gradients {line}" for line in misses([r.tensors for r in plain], problem)]
     lines += misses([r.tensors for r in full], problem)
     assert not lines, "\n".join([str(problem), *lines])

@@ -75,7 +75,7 @@ def test_tf32(kind, problem):
     cuda.set_plan(kind)
     oracle.judges.cache_clear()
     with tf32(True):
-        theirs, exact = (tensors[0] for tensors in oracle.judges(problem))
+        theirs, exact = (outcomes[0].tensors for outcomes in oracle.judges(problem))
         found = run_module(problem, lstm_fused)
     oracle.judges.cache_clear()  # the others' judges are without TF32
     assert found.forward_run["tf32"] == found.backward_run["tf32"] == 1

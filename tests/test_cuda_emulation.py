@@ -60,7 +60,7 @@ def test_tf32(kind, problem):
         found = run_module(problem, lstm_fused)
     assert_ran(kind, problem, found)
     assert found.forward_run["tf32"] == found.backward_run["tf32"] == 1
-    exact = judges(problem)[1][0]
+    exact = judges(problem)[1][0].tensors
     for name, truth in exact.items():
         error, largest = tolerance.error_of(found.tensors[name], truth), truth.abs().max().item()
         assert error <= torch.finfo(torch.float16).eps * largest, name
