@@ -211,7 +211,8 @@ def trained(module, input, state, dtype, narrow=None):
 def test_values(form, proj, dtype, narrow, cell):
     """Outputs and gradients, at most twice as far off as torch.nn's own.
 
-    Where torch.nn raises, its module made narrow stands in for it.
+    Where torch.nn raises, its module made narrow stands in for it. Which branch relu takes at a sum
+    near 0 is the rounding's to decide, and with it whole gradients: test_layer_parity judges those.
     """
     options = fitting(cell, {"num_layers": 2, "proj_size": proj, "dtype": dtype})
     theirs, ours = pair(cell=cell, **options)
@@ -226,4 +227,6 @@ def test_values(form, proj, dtype, narrow, cell):
         stand_in = trained(copy.deepcopy(theirs).to(narrow), *given, narrow)
         expected = {name: t.to(found[name].dtype) for name, t in stand_in.items()}
     assert {t.dtype for name, t in found.items() if name.startswith("d_")} == {dtype}
+    if cell == "rnn_relu":
+        exact = {name: t for name, t in exact.items() if not name.startswith("d_")}
     assert_accurate(found, expected, exact, F64 if dtype is F64 else narrow)
