@@ -2,11 +2,14 @@
 
 from dataclasses import replace
 
+import oracle
 import pytest
+import torch
 from covering import pairs_of, pairwise
-from oracle import CELLS, Problem, check
+from oracle import CELLS, Problem, check, judges, misses, run_module, run_reference, signs_of
 from paths import DEVICES, DTYPES, assert_ran, isas_for
 
+import lstm_fused
 from lstm_fused import ops
 
 FACTORS = {
@@ -75,6 +78,27 @@ def cases():
 def test_agrees(problem, isa):
     ops.set_isa(isa)
     assert_ran(problem, isa, check(problem))
+
+
+def test_a_wrong_branch_of_relu_is_found(monkeypatch):
+    """At a sum far from 0: taken by the backward pass alone, and by both."""
+    problem = Problem(9, 5, 6, 11, torch.bfloat16, 2, 2, cell="rnn_relu", form="unsorted", hx=True)
+    found = [run_module(problem, lstm_fused, k).tensors for k in range(problem.draws)]
+    assert misses(found, problem) == []
+    sums, signs = judges(problem)[1][0].sums, signs_of(problem, lstm_fused, 0, found[0]["y"])
+    step = max(range(len(sums[0])), key=lambda k: sums[0][k].max())
+    signs[0][step] &= sums[0][step] < sums[0][step].max()
+    wrong = run_reference(problem, 0, signs).tensors
+    found[0] |= {k: t.to(problem.dtype) for k, t in wrong.items() if k.startswith("d_")}
+    assert [line for line in misses(found, problem) if line.startswith("d_weight_ih_l0: off")]
+    monkeypatch.setattr(
+        oracle,
+        "signs_of",
+        lambda p, library, k, y: (
+            signs if library is lstm_fused and k == 0 else signs_of(p, library, k, y)
+        ),
+    )
+    assert [line.partition(":")[0] for line in misses(found, problem)] == ["relu_sum_l0"]
 
 
 def test_design_covers_every_pair():
