@@ -52,7 +52,7 @@ build: $(STAMPS)/build
 
 # With PYTHON as it is, no set-up: such a machine has its own torch, and may have no network.
 gpu-check:
-	$(PYTHON) tests/gpu_check.py $(ARGS)
+	$(PYTHON) tests/cuda/gpu_check.py $(ARGS)
 
 clean:
 	rm -rf build *.egg-info lstm_fused/*.so $(STAMPS)/build .pytest_cache .ruff_cache .hypothesis

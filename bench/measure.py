@@ -8,10 +8,11 @@ from dataclasses import asdict
 
 import torch
 
-from bench import machine, parity, problem, progress, roofline, timing
+from bench import machine, problem, progress, roofline, timing
 from bench.providers import BASELINE, OURS, PROVIDERS, Provider
 from bench.timing import Effort
 from bench.workloads import Workload
+from lstm_fused.testing import parity
 
 SCHEMA = 2
 

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import nn
 
 import lstm_fused
-from bench import parity
+from lstm_fused.testing import parity
 
 BATCH, LENGTH = 16, 64
 EMBEDDING = 64

@@ -5,14 +5,14 @@ import warnings
 
 os.environ["LSTM_FUSED_POISON"] = "1"  # read once, when the first layer runs
 
-import emulated
 import pytest
 import torch
-from cuda_cases import tf32
-from paths import DEVICES
 
 import lstm_fused.recurrent
 from lstm_fused import cuda, ops
+from tests.helpers import emulated
+from tests.helpers.cuda_cases import tf32
+from tests.helpers.plan_coverage import DEVICES
 
 try:
     from hypothesis import settings
@@ -41,7 +41,7 @@ def pytest_configure(config):
 
 @pytest.fixture
 def fake_cuda(monkeypatch):
-    import fake_cuda
+    from tests.helpers import fake_cuda
 
     fake_cuda.install(monkeypatch)
 

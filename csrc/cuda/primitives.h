@@ -1,5 +1,5 @@
 // Every instruction that plain C++ cannot name, behind a function each. The host's version, for
-// tests, is tests/emulation/primitives_host.h.
+// tests, is tests/cuda/emulation/primitives_host.h.
 #pragma once
 
 #if defined(LSTM_FUSED_EMULATION)

@@ -1,0 +1,207 @@
+"""`make gpu-check`: all that a CUDA device is needed for, each part in a process with a time limit.
+
+    python tests/cuda/gpu_check.py [--out FOLDER] [PART ...]
+
+Parts, in this order: build, smoke, kernels, parity, sanitizer, plans, bench. FOLDER (default
+build/gpu-check) receives log.txt and results.json, and bench.json, which is what `python -m bench
+report` reads. Without a CUDA device the emulation runs instead. Exits 1 if a part failed. Needs
+torch, ninja, pybind11 and pytest; no network. Tests that need more are skipped without it.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+PYTHON = sys.executable
+LIMITS = {  # seconds, half an hour in all: a kernel that hangs must not take the others' time
+    "build": 180,
+    "smoke": 120,
+    "kernels": 220,
+    "parity": 360,
+    "sanitizer": 200,
+    "plans": 180,
+    "bench": 530,  # of which the rows are told to take 420
+}
+
+
+def test_files(folder, *names):
+    return [f"tests/{folder}/test_{name}.py" for name in names]
+
+
+KERNELS = test_files("cuda", "cuda")
+PARITY = (  # each group a process: an error of CUDA's stays until its process ends
+    test_files("kernels", "layer_parity"),
+    test_files("modules", "module", "module_inputs", "module_around"),
+    test_files("modules", "cells", "gradient_flow")
+    + test_files("transforms", "autograd", "autocast"),
+    test_files("modules", "errors", "replace", "torch_suite") + test_files("transforms", "compile"),
+)
+
+
+def has(module):
+    return importlib.util.find_spec(module) is not None
+
+
+def commands(part, out):
+    """What a part runs; none if something it needs is missing."""
+    check = [PYTHON, "tests/cuda/gpu_check.py"]
+    if part == "build":
+        return [[PYTHON, "setup.py", "build_ext", "--inplace"]]
+    if part == "smoke":
+        return [[*check, "--inside", "smoke"]]
+    pytest = [PYTHON, "-m", "pytest", "-m", "cuda", "--maxfail=20", "-o", "faulthandler_timeout=60"]
+    if part == "kernels":
+        return [[*pytest, "-vv", *KERNELS]]  # by name, should one hang
+    if part == "parity":
+        parallel = ["-n", "8"] if has("xdist") else []
+        return [[*pytest, *parallel, *files] for files in PARITY]
+    if part == "sanitizer":
+        name = "compute-sanitizer"
+        tool = shutil.which(name) or shutil.which(f"/usr/local/cuda/bin/{name}")
+        # Each allocation by itself, so that what lies beside one is nobody's.
+        run = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", tool, "--error-exitcode", "9"]
+        inside = [*check, "--inside", "tiny"]
+        kinds = (["memcheck", "--report-api-errors", "no"], ["racecheck"])
+        return [[*run, "--tool", *kind, *inside] for kind in kinds if tool]
+    if part == "plans":
+        names = ("exchange", "plans")
+        return [[PYTHON, "-m", f"bench.{n}", "--json", str(out / f"{n}.json")] for n in names]
+    return [[PYTHON, "-m", "bench", "--set", "gpu", "--json", str(out / "bench.json")]]
+
+
+def run_part(part, out, log, environment):
+    """How the part ended, in words, and seconds."""
+    started = time.monotonic()
+    words = "passed"
+    found = commands(part, out)
+    for command in found:
+        line = f"== {part}: {' '.join(map(str, command))}"
+        print(line, flush=True)
+        log.write(line + "\n")
+        left = LIMITS[part] - (time.monotonic() - started)
+        signal = "INT" if "pytest" in command else "TERM"  # pytest then says what failed so far
+        process = subprocess.Popen(
+            ["timeout", "-s", signal, "-k", "10", str(max(1, int(left))), *map(str, command)],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for text in process.stdout:
+            log.write(text)
+            log.flush()
+            print(text, end="", flush=True)
+        if code := process.wait():
+            words = "ran out of time" if code in (124, 137) else f"failed, exit code {code}"
+    return (words if found else "left out: what it needs is not here"), time.monotonic() - started
+
+
+def smoke():
+    """Each plan and dtype on one small problem: whether anything runs at all, one line each."""
+    from dataclasses import replace
+
+    from lstm_fused import cuda
+    from tests.helpers.cuda_cases import SMALL, cases
+    from tests.helpers.oracle import check
+
+    torch.backends.cudnn.allow_tf32 = False
+    wrong = 0
+    for kind, problem in cases(SMALL[:2]):
+        cuda.set_plan(kind)
+        try:
+            run = check(replace(problem, device="cuda")).forward_run
+            print(f"ok     {kind} {problem}: {run}", flush=True)
+        except Exception as error:
+            wrong += 1
+            print(f"WRONG  {kind} {problem}: {type(error).__name__}: {error}", flush=True)
+            if "CUDA error" in str(error):
+                break
+    return wrong
+
+
+def tiny():
+    """For the sanitizer, which slows kernels down a hundredfold."""
+    import lstm_fused
+    from lstm_fused import cuda
+
+    for kind in cuda.KINDS:
+        cuda.set_plan(kind)
+        for dtype in (torch.float32, torch.bfloat16):
+            module = lstm_fused.LSTM(6, 40, bidirectional=True, device="cuda", dtype=dtype)
+            x = torch.randn(4, 19, 6, device="cuda", dtype=dtype, requires_grad=True)
+            y, states = module(x)
+            (y.sum() + states[0].sum() + states[1].sum()).backward()
+            torch.cuda.synchronize()
+            print(kind, dtype, cuda.last_run(), flush=True)
+    return 0
+
+
+def emulation():
+    print("no CUDA device here: the emulation runs instead")
+    tests = test_files("cuda", "cuda_plan", "cuda_build", "cuda_emulation")
+    return subprocess.run([PYTHON, "-m", "pytest", *tests], cwd=ROOT).returncode
+
+
+def device():
+    major, minor = torch.cuda.get_device_capability()
+    properties = torch.cuda.get_device_properties(0)
+    suffix = "a" if major == 9 else ""
+    return {
+        "name": properties.name,
+        "capability": f"{major}.{minor}{suffix}",
+        "sms": properties.multi_processor_count,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(LIMITS))
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-check")
+    parser.add_argument("--inside", choices=("smoke", "tiny"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.inside:
+        sys.path.insert(0, str(ROOT))
+        os.environ.setdefault("LSTM_FUSED_POISON", "1")
+        return 1 if {"smoke": smoke, "tiny": tiny}[args.inside]() else 0
+    if unknown := set(args.parts) - set(LIMITS):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    if not torch.cuda.is_available():
+        return emulation()
+    args.out = args.out.resolve()  # parts run in the repository's root
+    args.out.mkdir(parents=True, exist_ok=True)
+    found = device()
+    environment = dict(os.environ, PYTHONUNBUFFERED="1")
+    environment.setdefault("TORCH_CUDA_ARCH_LIST", found["capability"])
+    result = {"device": found, "parts": {}}
+    with (args.out / "log.txt").open("w") as log:
+        log.write(f"{found}\n")
+        for part in args.parts or LIMITS:
+            words, seconds = run_part(part, args.out, log, environment)
+            result["parts"][part] = {"result": words, "seconds": round(seconds, 1)}
+            for name in ("exchange", "plans"):
+                written = args.out / f"{name}.json"
+                if part == "plans" and written.exists():
+                    result[name] = json.loads(written.read_text())
+            (args.out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    for part, ended in result["parts"].items():
+        print(f"{part}: {ended['result']}, {ended['seconds']} s")
+    print(f"written to {args.out}/log.txt and results.json")
+    good = ("passed", "left out: what it needs is not here")
+    return 0 if all(p["result"] in good for p in result["parts"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

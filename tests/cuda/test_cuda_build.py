@@ -1,0 +1,105 @@
+"""The CUDA library as built: its symbols, its registers, and loading where torch has no CUDA."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from lstm_fused import cuda, ops
+from tests.kernels.test_build import NEED_NM, SHIM, TORCH, UNSTABLE, symbols
+
+ROOT = Path(__file__).parents[2]
+LIBRARY = cuda._LIBRARY if cuda._LIBRARY.exists() else None
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+NEED_NVCC = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+NEED_LIBRARY = pytest.mark.skipif(LIBRARY is None, reason="built without nvcc")
+ARCHS = ("80", "90a")
+SOURCES = sorted(p for p in (ROOT / "csrc" / "cuda").glob("*.cu") if p.name != "ops.cu")
+
+
+@NEED_NVCC
+def test_is_built_where_nvcc_is():
+    assert LIBRARY is not None and ops.build_info()["cuda"]
+
+
+@NEED_LIBRARY
+@NEED_NM
+def test_uses_the_stable_interface_only():
+    undefined = [name for _, name in symbols(LIBRARY, "--dynamic", "--undefined-only")]
+    assert not [name for name in undefined if UNSTABLE.search(name)]
+    torchs = [name for name in undefined if TORCH.search(name)]
+    assert torchs and all(SHIM.match(name) for name in torchs)
+    # The runtime is inside: which one torch has does not matter.
+    assert not [name for name in undefined if name.startswith("cuda")]
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_stays_unloaded_without_cuda():
+    assert not cuda.available()
+    assert "lstm_fused_cuda" not in torch._C._dispatch_get_all_op_names().__repr__()
+    assert cuda.why_not(torch.device("cuda", 0)) == "torch has no CUDA"
+
+
+def report(source, arch, folder):
+    """What nvcc says of the kernels of one file."""
+    options = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-cubin", "-Xptxas", "-v"]
+    cubin = folder / f"{source.stem}-{arch}"
+    target = [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-o", str(cubin)]
+    return subprocess.run([NVCC, *options, *target, str(source)], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """Futures of report, by its arguments, as many at a time as there are processors."""
+    folder = tmp_path_factory.mktemp("cubins")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {(s, a): pool.submit(report, s, a, folder) for a in ARCHS for s in SOURCES}
+
+
+@NEED_NVCC
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
+def test_no_spills(source, arch, reports):
+    """No kernel keeps registers in local memory, and each fits its SM as the plan says."""
+    done = reports[source, arch].result()
+    assert done.returncode == 0, done.stderr
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", done.stderr)
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
+    assert len(spills) == len(registers) >= 4
+    assert set(spills) == {("0", "0")}, done.stderr
+    assert max(registers) <= 255
+
+
+def functions_of_setup():
+    """setup.py's functions, without its setup()."""
+    text = (ROOT / "setup.py").read_text().rpartition("setup(version")[0]
+    spec = importlib.util.spec_from_loader("lstm_fused_setup", loader=None)
+    module = importlib.util.module_from_spec(spec)
+    module.__file__ = str(ROOT / "setup.py")
+    exec(compile(text, "setup.py", "exec"), module.__dict__)
+    return module
+
+
+def test_architectures():
+    gencode = functions_of_setup().gencode
+    assert gencode("8.0;9.0a") == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+    ]
+    assert gencode("12.0+PTX")[1] == "-gencode=arch=compute_120,code=compute_120"
+    assert gencode("8.6 8.9") == gencode("8.6;8.9")
+    with pytest.raises(SystemExit, match="'Hopper', which is not like 9.0"):
+        gencode("Hopper")
+
+
+def test_kernels_include_no_torch():
+    headers = re.compile(r"#\s*include\s*[<\"](torch|ATen|c10|pybind11|Python|\.\./stable)")
+    folder = ROOT / "csrc" / "cuda"
+    found = {f.name for f in folder.iterdir() if headers.search(f.read_text())}
+    assert found == {"pass.h", "plan_module.cpp", "plan_module.h"}

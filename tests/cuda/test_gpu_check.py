@@ -1,0 +1,55 @@
+"""gpu_check.py: what it names is there, and fits the time that somebody has a GPU for."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.cuda.gpu_check import KERNELS, LIMITS, PARITY
+from tests.cuda.gpu_check import __doc__ as said
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs" / "cuda.md"
+NAMED = [*KERNELS, *(file for group in PARITY for file in group)]
+
+# Collects as where there is a CUDA device, but nothing beyond torch, ninja, pybind11 and pytest.
+COLLECT = """
+import sys
+sys.path[:0] = ["."]
+sys.modules |= dict.fromkeys(
+    ["expecttest", "hypothesis", "matplotlib", "numpy", "onnx", "onnxruntime", "rich", "sklearn",
+     "statsmodels", "xdist"]
+)
+from tests.helpers import plan_coverage
+plan_coverage.DEVICES = ("cpu", "cuda")
+import pytest
+sys.exit(pytest.main(["-m", "cuda", "--collect-only", "-p", "no:cacheprovider", "tests"]))
+"""
+
+
+def test_collects_where_little_is_installed():
+    """And every file with a test marked cuda is named; test_upstream is skipped there."""
+    done = subprocess.run(
+        [sys.executable, "-c", COLLECT],
+        cwd=ROOT,
+        env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.findall(r"^(tests/\w+/test_\w+\.py)", done.stdout, re.MULTILINE)
+    assert set(found) == set(NAMED) - {"tests/modules/test_torch_suite.py"}
+    assert len(NAMED) == len(set(NAMED)) and all((ROOT / name).exists() for name in NAMED)
+
+
+def test_parts_fit_in_half_an_hour():
+    assert max(LIMITS.values()) <= 560 and sum(LIMITS.values()) <= 1800
+
+
+def test_parts_are_in_the_order_that_is_said():
+    assert f"in this order: {', '.join(LIMITS)}." in said
+    listed = re.findall(
+        r"^\d\. `python tests/cuda/gpu_check.py ([\w ]+)`", DOCS.read_text(), re.MULTILINE
+    )
+    assert " ".join(listed).split() == list(LIMITS)

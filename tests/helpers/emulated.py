@@ -1,0 +1,65 @@
+"""The CUDA kernels on the host: builds tests/cuda/emulation and puts it in the kernels' place."""
+
+import fcntl
+import subprocess
+import warnings
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from lstm_fused import cuda, cuda_layer, ops
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "build" / "emulation"
+
+
+def ninja(*targets):
+    """Build what build.ninja names, for one process at a time; run in tests/cuda/emulation."""
+    torch_folder = Path(torch.__file__).parent
+    includes = (torch_folder / "include", torch_folder / "include/torch/csrc/api/include")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    text = (
+        f"torch = -DTORCH_TARGET_VERSION=0x020a000000000000 -I{includes[0]} -I{includes[1]}\n"
+        f"torch_link = -Wl,--no-as-needed -L{torch_folder / 'lib'} -ltorch -ltorch_cpu\n"
+    )
+    settings = FOLDER / "torch.ninja"
+    with (FOLDER / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not settings.exists() or settings.read_text() != text:
+            settings.write_text(text)
+        command = ["ninja", "-C", str(ROOT / "tests" / "cuda" / "emulation"), *targets]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@lru_cache
+def library():
+    ninja()
+    torch.ops.load_library(FOLDER / "emulation.so")
+    return torch.ops.lstm_fused_emulation
+
+
+@contextmanager
+def kernels():
+    """Meanwhile the operators on the CPU run the CUDA kernels, emulated."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "kernels", library())
+        patch.setattr(cuda, "index_of", lambda device: 0)
+        patch.setattr(cuda, "serves", lambda x: True)
+        patch.setattr(ops, "infer", lambda module, input, hx: None)
+        patch.setattr(ops, "infer_step", lambda module, input, hx: None)
+        patch.setattr(ops, "last_run", lambda device=None: cuda.last_run())
+        cuda.device_properties.cache_clear()
+        registered = torch.library.Library("lstm_fused", "IMPL")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that kernels are overridden
+            for name in ("forward", "backward"):
+                run = getattr(cuda_layer, name)
+                registered.impl(f"recurrent_{name}", run, "CPU", allow_override=True)
+        yield
+        registered._destroy()
+    cuda.set_plan(None)
+    cuda.device_properties.cache_clear()

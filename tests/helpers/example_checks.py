@@ -1,0 +1,65 @@
+"""An example run with either backend, and what must then agree."""
+
+import copy
+
+import torch
+
+from lstm_fused import ops
+from lstm_fused.testing import parity, tolerance
+
+STEPS = 5
+
+
+def loss_and_gradients(model, loss_of, batch):
+    """Of one batch, by name as the table of tolerances knows them."""
+    model.zero_grad()
+    loss = loss_of(model, *batch)
+    loss.backward()
+    found = {"y": loss.detach()}
+    return found | {f"d {name}": p.grad.clone() for name, p in model.named_parameters()}
+
+
+def double(tensor):
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def row_of(name):
+    """The row of the table of tolerances: gradients by what the parameter is."""
+    return "d_" + name.rpartition(".")[2] if name.startswith("d ") else name
+
+
+def judge(fused, original, loss_of, batch):
+    """Loss and every gradient of the fused model, by the rule of all parity tests."""
+    fused, original = copy.deepcopy(fused), copy.deepcopy(original)
+    fused.load_state_dict(original.state_dict())
+    baseline = loss_and_gradients(original, loss_of, batch)
+    exact_batch = tuple(double(t) if isinstance(t, torch.Tensor) else t for t in batch)
+    exact = loss_and_gradients(original.double(), loss_of, exact_batch)
+    found = loss_and_gradients(fused, loss_of, batch)
+    assert ops.last_run()["pass"] == "backward"
+    wrong = [v for v in parity.compare(found, baseline, exact, row_of) if not v.ok]
+    assert not wrong
+
+
+def assert_agree(example, folder, *arguments):
+    """The same seed gives both backends the same first losses, outputs and gradients."""
+
+    def results(backend):
+        more = ["--backend", backend, "--steps", str(STEPS), "--out", str(folder / backend)]
+        return example.results([*arguments, *more])
+
+    fused, theirs = results("fused"), results("torch")
+    losses = [torch.tensor(each["losses"]) for each in (fused, theirs)]
+    for found, expected in (losses, (fused["outputs"], theirs["outputs"])):
+        assert found.shape == expected.shape
+        apart = (found.double() - expected.double()).abs().max().item()
+        assert apart <= tolerance.TRAINED * expected.abs().max().item()
+    judge(fused["problem"][0], *theirs["problem"])
+
+
+def learn(example, folder, *arguments):
+    """What the example finds with the fused layers in its small run; it must leave files."""
+    found = example.results(["--quick", "--out", str(folder), *arguments])
+    assert sorted(folder.glob("*.csv"))
+    assert sorted(folder.glob("*.png"))
+    return found

@@ -1,0 +1,405 @@
+"""One problem computed three ways: by us, by torch.nn in its dtype, by the reference in float64.
+
+The reference is driven from here, layer by layer, so that nothing of lstm_fused.nn is taken for
+granted. It sees features and hidden units in reverse order: its sums then round differently from
+torch.nn's, whose own error would otherwise come out as zero in float64.
+
+The largest of four numbers is a matter of luck, so that small problems are drawn several times and
+all their draws are judged as one.
+
+Sizes are T, N, I, H; R is proj or else H, D directions, L layers, S rows of packed data.
+"""
+
+import zlib
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import torch
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import lstm_fused
+from lstm_fused import ops, reference
+from lstm_fused.testing import tolerance
+
+# By the name the op knows it by: the module, in torch.nn as in lstm_fused, and what it takes more.
+CELLS = {
+    "lstm": ("LSTM", {}),
+    "gru": ("GRU", {}),
+    "rnn_tanh": ("RNN", {}),
+    "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
+}
+ELEMENTS_JUDGED = 64
+MOST_DRAWS = 16
+
+
+def has_cell_state(cell):
+    """Whether there is a c beside h; such cells have projections too."""
+    return ops.CELLS[cell]["memory"] == "cell"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A module, its input and the gradients of its outputs; the same fields, the same numbers."""
+
+    T: int
+    N: int
+    I: int  # noqa: E741
+    H: int
+    dtype: torch.dtype = torch.float32
+    layers: int = 1
+    directions: int = 1
+    bias: bool = True
+    proj: int = 0
+    batch_first: bool = False
+    form: str = "dense"  # or "sorted", "unsorted": packed, or "single": 2-D, of one row
+    hx: bool = False
+    device: str = "cpu"
+    cell: str = "lstm"
+
+    def __str__(self):
+        words = [self.cell] if self.cell != "lstm" else []
+        words += [
+            str(self.dtype).removeprefix("torch."),
+            f"T{self.T}-N{self.N}-I{self.I}-H{self.H}",
+        ]
+        words += [f"L{self.layers}"] if self.layers > 1 else []
+        words += ["both"] if self.directions == 2 else []
+        words += [] if self.bias else ["nobias"]
+        words += [f"proj{self.proj}"] if self.proj else []
+        words += ["batch_first"] if self.batch_first else []
+        words += [self.form] if self.form != "dense" else []
+        words += ["hx"] if self.hx else []
+        words += [self.device] if self.device != "cpu" else []
+        return "-".join(words)
+
+    @property
+    def packed(self):
+        return self.form in ("sorted", "unsorted")
+
+    @property
+    def draws(self):
+        smallest = min(self.H, self.T * self.N * self.I, self.directions * self.N * self.R)
+        return min(MOST_DRAWS, -(-ELEMENTS_JUDGED // smallest))
+
+    @property
+    def R(self):
+        return self.proj or self.H
+
+    @property
+    def states(self):
+        """Widths of the states."""
+        return (self.R, self.H) if has_cell_state(self.cell) else (self.H,)
+
+    def module(self, library=torch.nn):
+        name, more = CELLS[self.cell]
+        if self.proj:
+            more = more | {"proj_size": self.proj}
+        return getattr(library, name)(
+            self.I,
+            self.H,
+            num_layers=self.layers,
+            bidirectional=self.directions == 2,
+            bias=self.bias,
+            batch_first=self.batch_first,
+            dtype=self.dtype,
+            device=self.device,
+            **more,
+        )
+
+
+@dataclass
+class Values:
+    """What goes into a problem: x (T, N, I), state (h0 (L*D, N, R)[, c0 (L*D, N, H)]) or ().
+
+    lengths: (N,) or None. weights: by name. cotangents: of y, laid out as y is, of h_n[ and c_n].
+    """
+
+    x: torch.Tensor
+    lengths: torch.Tensor | None
+    state: tuple
+    weights: dict
+    cotangents: list = field(default_factory=list)
+
+
+@dataclass
+class Outcome:
+    """Outputs, states and gradients by name; what ran (ours only); relu's sums (reference only),
+    for each layer those of each step in the order the steps run; see errors_of."""
+
+    tensors: dict
+    forward_run: dict = field(default_factory=dict)
+    backward_run: dict = field(default_factory=dict)
+    sums: list = field(default_factory=list)
+    errors: dict = field(default_factory=dict)
+
+
+def here(problem):
+    """The problem on the device of the test that asks, which conftest's `device` chose."""
+    return replace(problem, device=torch.get_default_device().type)
+
+
+@lru_cache(maxsize=MOST_DRAWS)
+def values_of(problem, draw=0):
+    """Drawn on the CPU, then in the problem's dtype: uniform weights, the rest normal.
+
+    Weights are as large as nn.LSTM draws them, or smaller where there are many columns: gates at
+    their ends tell little of errors.
+    """
+    p = problem
+    generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{p} {draw}".encode()))
+    drawn = {"generator": generator, "device": "cpu"}  # whatever the default device is
+
+    def normal(*shape):
+        return torch.randn(*shape, **drawn).to(p.device, p.dtype)
+
+    weights = {}
+    for name, w in p.module().named_parameters():
+        uniform = torch.rand(w.shape, **drawn) * 2 - 1
+        weights[name] = (uniform * max(p.H, w.shape[-1] if w.dim() == 2 else 1) ** -0.5).to(
+            p.device, p.dtype
+        )
+    lengths = None
+    if p.packed:
+        lengths = torch.randint(1, p.T + 1, (p.N,), **drawn)
+        lengths[int(torch.randint(p.N, (), **drawn))] = p.T
+        if p.form == "sorted":
+            lengths = lengths.sort(descending=True).values
+    states = p.layers * p.directions
+    state = tuple(normal(states, p.N, width) for width in p.states) if p.hx else ()
+    rows = (int(lengths.sum()),) if p.packed else (p.T, p.N)
+    cotangents = [
+        normal(*rows, p.directions * p.R),
+        *(normal(states, p.N, width) for width in p.states),
+    ]
+    return Values(normal(p.T, p.N, p.I), lengths, state, weights, cotangents)
+
+
+def shaped(problem, x, lengths):
+    """x (T, N, I) in the form that the problem's module takes."""
+    if problem.packed:
+        return pack_padded_sequence(x, lengths, enforce_sorted=problem.form == "sorted")
+    if problem.form == "single":
+        return x.squeeze(1)
+    return x.transpose(0, 1) if problem.batch_first else x
+
+
+def rows_of(problem, y):
+    """What such a module returns, as (T, N, D*R) or packed (S, D*R)."""
+    if problem.packed:
+        return y.data
+    if problem.form == "single":
+        return y.unsqueeze(1)
+    return y.transpose(0, 1) if problem.batch_first else y
+
+
+def run_module(problem, library, draw=0, gradients=True):
+    """The problem through the module of torch.nn or lstm_fused, backward only with gradients."""
+    p, values = problem, values_of(problem, draw)
+    module = p.module(library).requires_grad_(gradients)
+    module.load_state_dict(values.weights)
+    x = values.x.clone().requires_grad_(gradients)
+    state = tuple(s.clone().requires_grad_(gradients) for s in values.state)
+    given_state = state
+    if p.form == "single":
+        given_state = tuple(s.squeeze(1) for s in state)
+    if not has_cell_state(p.cell):
+        given_state = given_state and given_state[0]
+    y, ends = module(shaped(p, x, values.lengths), given_state if p.hx else None)
+    ends = ends if has_cell_state(p.cell) else (ends,)
+    forward_run = ops.last_run(p.device)
+    y = rows_of(p, y)
+    if p.form == "single":
+        ends = tuple(end.unsqueeze(1) for end in ends)
+    if not gradients:
+        return Outcome(named(y, ends, {}), forward_run)
+    torch.autograd.backward([y, *ends], values.cotangents)
+    leaves = {"x": x, **dict(module.named_parameters()), **initial(state)}
+    return Outcome(named(y, ends, leaves), forward_run, ops.last_run(p.device))
+
+
+def initial(state):
+    return dict(zip(("h0", "c0"), state, strict=False))
+
+
+def signs_of(problem, library, draw, y):
+    """Where each layer's output is positive, (n, H) for each step in the order the steps run:
+    the branches that relu took.
+
+    The layers run one by one, as they do inside of the module, which must have given y; to the
+    last bit for ours, while torch.nn's products depend on where a state happens to lie.
+    """
+    p, values = problem, values_of(problem, draw)
+    given, signs = shaped(p, values.x, values.lengths), []
+    each = len(values.weights) // p.layers
+    for k in range(p.layers):
+        module = replace(p, layers=1, I=p.directions * p.H if k else p.I).module(library)
+        weights = list(values.weights.values())[k * each : (k + 1) * each]
+        module.load_state_dict(dict(zip(module.state_dict(), weights, strict=True)))
+        state = None
+        if p.hx:
+            state = values.state[0][k * p.directions : (k + 1) * p.directions]
+            state = state.squeeze(1) if p.form == "single" else state
+        given, _ = module(given, state)
+        sizes = given.batch_sizes if p.packed else None
+        signs.append(list(in_order(rows_of(p, given).cpu() > 0, sizes, p.directions)))
+    exactly = {"rtol": 0, "atol": 0} if library is lstm_fused else {}
+    torch.testing.assert_close(rows_of(p, given).detach().cpu(), y, **exactly)
+    return signs
+
+
+def in_order(rows, batch_sizes, directions):
+    """(n, H) of each step of rows (T, N, D*H) or packed (S, D*H), in the order the steps run."""
+    steps = rows.unbind(0) if batch_sizes is None else rows.split(batch_sizes.tolist())
+    for d in range(directions):
+        for step in reversed(steps) if d else steps:
+            yield step.chunk(directions, -1)[d]
+
+
+class Relu:
+    """relu as the reference calls it, once a step; keeps the sums it was given, in that order.
+
+    Its slope jumps at 0, so that a rounding error may decide it. With signs, of every step, it
+    takes their branches in place of its own.
+    """
+
+    def __init__(self, signs=None):
+        self.signs, self.sums = signs and iter(signs), []
+
+    def __call__(self, sums):  # (n, H), units in reverse order
+        self.sums.append(sums.detach().flip(-1))
+        return torch.relu(sums) if self.signs is None else sums * next(self.signs).flip(-1)
+
+
+def reversed_layer(cell, layer, x, batch_sizes, state0, weights, directions):
+    """layer, of the reference, with its features and hidden units in reverse order."""
+
+    gates = ops.CELLS[cell]["gates"]
+
+    def turned(w, is_projection):
+        if is_projection:  # (R, H)
+            return w.flip(0, 1)
+        w = w.unflatten(0, (gates, -1)).flip(1)  # (G, H, K) or (G, H)
+        return (w.flip(2) if w.dim() == 3 else w).flatten(0, 1)
+
+    each = len(weights) // directions
+    weights = [turned(w, each % 2 and k % each == each - 1) for k, w in enumerate(weights)]
+    state0 = tuple(s.flip(-1) for s in state0)
+    y, states = layer(x.flip(-1), batch_sizes, state0, weights, directions)
+    y = y.unflatten(-1, (directions, -1)).flip(-1).flatten(-2)
+    return y, tuple(s.flip(-1) for s in states)
+
+
+def run_reference(problem, draw=0, signs=None):
+    """The problem in float64 by lstm_fused.reference, which shares nothing with the kernels.
+
+    signs: for each layer, the branches that its relu takes, as signs_of gives them; or None.
+    """
+
+    def exact(t):
+        return t.to("cpu", torch.float64, copy=True).requires_grad_()
+
+    p, values = problem, values_of(problem, draw)
+    x = exact(values.x)
+    weights = {name: exact(w) for name, w in values.weights.items()}
+    state = tuple(exact(s) for s in values.state)
+    rows, sizes, order, back = x, None, None, None
+    if p.packed:
+        rows, sizes, order, back = pack_padded_sequence(x, values.lengths, enforce_sorted=False)
+    each = len(weights) // p.layers
+    flat = list(weights.values())
+    ends, sums = [], []
+    for k in range(p.layers):
+        layer = reference.CELLS[p.cell]
+        if p.cell == "rnn_relu":
+            relu = Relu(signs and signs[k])
+            sums.append(relu.sums)
+            layer = reference.rnn(relu)
+        state0 = ()
+        if state:
+            part = slice(k * p.directions, (k + 1) * p.directions)
+            state0 = tuple(s[part] if order is None else s[part][:, order] for s in state)
+        part = flat[k * each : (k + 1) * each]
+        rows, end = reversed_layer(p.cell, layer, rows, sizes, state0, part, p.directions)
+        ends.append(tuple(s if back is None else s[:, back] for s in end))
+    ends = tuple(torch.cat(s) for s in zip(*ends, strict=True))
+    torch.autograd.backward([rows, *ends], [g.cpu().double() for g in values.cotangents])
+    return Outcome(named(rows, ends, {"x": x, **weights, **initial(state)}), sums=sums)
+
+
+def named(y, ends, leaves):
+    outputs = {"y": y, **dict(zip(("h_n", "c_n"), ends, strict=False))}
+    found = {k: v.detach() for k, v in outputs.items()}
+    found |= {f"d_{name}": leaf.grad for name, leaf in leaves.items()}
+    return {k: None if v is None else v.cpu() for k, v in found.items()}
+
+
+def errors_of(problem, library, draw, tensors, exact):
+    """How far off the tensors are that library made of a draw; exact: the reference's Outcome.
+
+    Gradients of relu are held to those of the branches that the library's forward pass took, and
+    relu_sum is the sum furthest from 0 whose branch is not the reference's.
+    """
+    truth, errors = exact.tensors, {}
+    if problem.cell == "rnn_relu" and "d_x" in tensors:
+        signs = signs_of(problem, library, draw, tensors["y"])
+        along = run_reference(problem, draw, signs).tensors
+        truth = {name: (along if name.startswith("d_") else truth)[name] for name in truth}
+        for k, steps in enumerate(zip(exact.sums, signs, strict=True)):
+            flipped = [s[(s > 0) != taken].abs() for s, taken in zip(*steps, strict=True)]
+            errors[f"relu_sum_l{k}"] = max((s.max().item() for s in flipped if len(s)), default=0.0)
+    return errors | {name: tolerance.error_of(t, truth[name]) for name, t in tensors.items()}
+
+
+@lru_cache(maxsize=8)
+def judges(problem):
+    """What torch.nn and what the float64 reference make of each draw of a problem: Outcomes."""
+    draws = range(problem.draws)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's own threads are no gain at these sizes
+    try:
+        exact = [run_reference(problem, k) for k in draws]
+        torchs = [run_module(problem, torch.nn, k) for k in draws]
+        for k in draws:
+            torchs[k].errors = errors_of(problem, torch.nn, k, torchs[k].tensors, exact[k])
+        return torchs, exact
+    finally:
+        torch.set_num_threads(threads)
+
+
+def misses(found, problem):
+    """A line for each tensor that is further off than its tolerance; found: one dict a draw."""
+    torchs, exact = judges(problem)
+    ours = [errors_of(problem, lstm_fused, k, t, exact[k]) for k, t in enumerate(found)]
+    lines = []
+    for name in ours[0]:
+        if wrong := {t[name].dtype for t in found if t.get(name) is not None} - {problem.dtype}:
+            lines.append(f"{name} is {wrong}")
+        error, torch_error = (max(e[name] for e in es) for es in (ours, [t.errors for t in torchs]))
+        limit = tolerance.allowed(name, problem.dtype, torch_error, largest(name, exact))
+        if not error <= limit:
+            lines.append(f"{name}: off by {error:.2e} > {limit:.2e}, torch by {torch_error:.2e}")
+    return lines
+
+
+def largest(name, exact):
+    """The largest absolute value of a tensor in the reference's Outcomes, or of a layer's sums."""
+    layer = name.removeprefix("relu_sum_l")
+    given = [e.sums[int(layer)] if layer != name else [e.tensors[name]] for e in exact]
+    return max(t.abs().max().item() if t.numel() else 0.0 for ts in given for t in ts)
+
+
+def check(problem):
+    """Run the problem by us, with and without gradients, and return what ran with them.
+
+    Fails naming every tensor that is off.
+    """
+    plain, full = (
+        [run_module(problem, lstm_fused, k, gradients) for k in range(problem.draws)]
+        for gradients in (False, True)
+    )
+    assert full[0].tensors.keys() == judges(problem)[1][0].tensors.keys()
+    lines = [f"without gradients {line}" for line in misses([r.tensors for r in plain], problem)]
+    lines += misses([r.tensors for r in full], problem)
+    assert not lines, "\n".join([str(problem), *lines])
+    assert plain[-1].forward_run["pass"] == "forward"
+    return full[-1]

@@ -1,0 +1,265 @@
+"""What was built: symbols, plans, how an ISA is chosen, and what includes what."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+import lstm_fused
+from lstm_fused import _C, _plan, ops
+
+ROOT = Path(__file__).parents[2]
+UNSTABLE = re.compile(r"\b(at|c10|torch|caffe2|pybind11)::")
+TORCH = re.compile(r"^(torch|aoti)_|torch|c10|\bat::")
+# Of torch's C interface: everything else that is undefined is C, C++, OpenMP or Python.
+SHIM = re.compile(r"^(aoti_torch|torch)_[a-z0-9_]+$")
+NEED_NM = pytest.mark.skipif(shutil.which("nm") is None, reason="binutils are not installed")
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
+SIZES = (  # T, N, I, H, R, directions
+    (1, 1, 1, 1, 1, 1),
+    (1, 1, 64, 64, 64, 1),
+    (4, 4, 256, 256, 256, 2),
+    (4, 5, 30, 17, 17, 1),
+    (5, 1, 30, 17, 17, 2),
+    (4, 4, 30, 17, 5, 1),
+    (100, 1, 256, 256, 256, 1),
+    (100, 8, 256, 256, 100, 2),
+    (100, 32, 256, 256, 256, 1),
+    (1000, 300, 7, 1000, 1000, 2),
+    (10**6, 10**5, 10**4, 10**5, 10**5, 2),
+    (3, 0, 4, 5, 5, 1),
+)
+
+
+def symbols(path, *options):
+    """(kind, demangled name) of each symbol nm lists."""
+    found = subprocess.run(
+        ["nm", "--demangle", *options, str(path)], capture_output=True, text=True, check=True
+    )
+    rows = (
+        re.match(r"(?:[0-9a-f]+\s+)?(\S) (.+)", line.strip()) for line in found.stdout.splitlines()
+    )
+    return [(row[1], row[2].split("@")[0]) for row in rows if row]
+
+
+@NEED_NM
+def test_operators_use_the_stable_interface_only():
+    undefined = [name for _, name in symbols(_C.__file__, "--dynamic", "--undefined-only")]
+    assert not [name for name in undefined if UNSTABLE.search(name)]
+    torchs = [name for name in undefined if TORCH.search(name)]
+    assert torchs and all(SHIM.match(name) for name in torchs)
+
+
+@NEED_NM
+def test_plans_know_no_torch():
+    undefined = [name for _, name in symbols(_plan.__file__, "--dynamic", "--undefined-only")]
+    assert any(name.startswith("Py") for name in undefined)
+    assert not [name for name in undefined if TORCH.search(name)]
+
+
+@NEED_NM
+def test_modules_export_their_entry_only():
+    """Nothing else: another extension's symbols of the same name would be taken for these."""
+    for module, entry in ((_C, "PyInit__C"), (_plan, "PyInit__plan")):
+        exported = symbols(module.__file__, "--dynamic", "--defined-only")
+        ours = [name for _, name in exported if not re.match(r"std::|typeinfo|vtable|VTT", name)]
+        assert [name for name in ours if "lstm_fused" in name] == []
+        assert entry in ours
+
+
+@NEED_NM
+@pytest.mark.parametrize("isa", ISAS)
+def test_no_code_of_an_isa_is_shared(isa, tmp_path):
+    """The linker keeps one copy of an inline function: one compiled for AVX-512 would be run where
+    there is none. So an ISA's object, even one that inlines nothing it need not (-O0), defines its
+    own entry and nothing else that others see."""
+    source, target = ROOT / "csrc" / "cpu" / f"isa_{isa}.cpp", tmp_path / "isa.o"
+    compiler = [os.environ.get("CXX", "g++"), "-std=c++20", "-O0", "-fPIC", "-Wno-psabi"]
+    subprocess.run([*compiler, "-c", str(source), "-o", str(target)], check=True)
+    defined = [(k, n) for k, n in symbols(target, "--defined-only") if k.isupper() or k in "uvw"]
+    # A pointer to the runtime's handler of exceptions, the same in every object: data, no code.
+    defined = [(k, n) for k, n in defined if n != "DW.ref.__gxx_personality_v0"]
+    assert [kind for kind, _ in defined] == ["T"], defined
+    assert f"kernels_{isa}(" in defined[0][1]
+
+
+def test_build_info():
+    info = ops.build_info()
+    assert info["version"] == lstm_fused.__version__
+    assert re.fullmatch(r"\d+\.\d+\.\d+", info["version"])
+    assert re.match(r"\d+\.\d+", info["compiler"]) and re.match(r"2\.\d+", info["torch"])
+    assert info["cuda"] == bool(list((ROOT / "lstm_fused").glob("_C_cuda*.so")))
+    assert set(ops.available_isas()) <= set(info["isas"]) <= set(ISAS)
+
+
+def plans():
+    for dtype, isa, sizes, threads in product(DTYPES, ISAS, SIZES, (1, 2, 5, 64)):
+        T, N, I, H, R, D = sizes  # noqa: E741
+        projection = R != H
+        for training, backward in ((False, False), (True, False), (True, True)):
+            case = (dtype, isa, threads, T, N, I, H, R, D, projection, training, backward)
+            yield case, _plan.plan(*case)
+
+
+def fields(plan):
+    return {key: getattr(plan, key) for key in dir(plan) if not key.startswith("_")}
+
+
+def test_plan_invariants():
+    for case, plan in plans():
+        dtype, isa, threads, T, N, _, H, _, D, projection, _, backward = case
+        groups = plan.direction_groups * plan.row_groups * plan.unit_groups
+        assert groups == plan.threads <= threads, (case, plan)
+        assert min(plan.direction_groups, plan.row_groups, plan.unit_groups) >= 1, (case, plan)
+        assert plan.direction_groups <= D and plan.row_groups <= max(N, 1), (case, plan)
+        assert plan.unit_groups <= -(-H // 16), (case, plan)
+        most_rows = 6 if "avx512" in isa else 3
+        assert 1 <= plan.tile_rows <= min(most_rows, max(N, 1)), (case, plan)
+        assert 0 <= plan.hoist_steps <= T, (case, plan)
+        assert plan.dtype == dtype
+        assert ISAS.index(plan.isa) <= ISAS.index(isa)
+        if plan.kernel == "direct":
+            assert T <= 4 and N <= 4 and not projection and not backward, (case, plan)
+        else:
+            assert plan.kernel == "persistent"
+        if isa == "avx512_bf16":
+            pairs = dtype == "bfloat16" and plan.kernel == "persistent"
+            assert plan.isa == (isa if pairs else "avx512"), (case, plan)
+        else:
+            assert plan.isa == isa
+
+
+def test_plan_is_pure():
+    first = [fields(plan) for _, plan in plans()]
+    torch.set_num_threads(1)
+    ops.set_isa("baseline")
+    assert first == [fields(plan) for _, plan in plans()]
+
+
+KNOWN = (
+    # T, N, I, H and what is planned for two threads. Short sequences read the weights in place.
+    ((1, 1, 64, 64), ISAS, {"kernel": "direct"}),
+    ((1, 1, 1, 1), ISAS, {"kernel": "direct", "threads": 1}),
+    # One row is shared by units, as are many where a step's vectors are many; else by rows.
+    ((100, 1, 256, 256), ISAS, {"kernel": "persistent", "unit_groups": 2, "row_groups": 1}),
+    ((100, 512, 64, 64), ISAS[:2], {"kernel": "persistent", "unit_groups": 2, "row_groups": 1}),
+    ((100, 512, 64, 64), ISAS[2:], {"kernel": "persistent", "unit_groups": 1, "row_groups": 2}),
+    ((100, 512, 64, 16), ISAS, {"kernel": "persistent", "unit_groups": 1, "row_groups": 2}),
+)
+
+
+@pytest.mark.parametrize(
+    "sizes, isa, expected", [(sizes, isa, plan) for sizes, isas, plan in KNOWN for isa in isas]
+)
+def test_plans_of_known_problems(sizes, isa, expected):
+    T, N, I, H = sizes  # noqa: E741
+    plan = _plan.plan("float32", isa, 2, T, N, I, H, H, 1)
+    assert {key: getattr(plan, key) for key in expected} == expected, str(plan)
+
+
+def test_plan_of_a_call():
+    plan = ops.plan("lstm", torch.float64, 9, 4, 5, 40, 40, 2)
+    lstm_fused.LSTM(5, 40, bidirectional=True, dtype=torch.float64)(torch.rand(9, 4, 5).double())
+    run = ops.last_run()
+    assert run.pop("pass") == "forward"
+    assert run == fields(plan)
+    assert f"{plan.kernel} kernel, {plan.isa}, float64" in str(plan) and str(plan) in repr(plan)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cell": "gru5"}, "cell is 'gru5'"),
+        ({"dtype": torch.int8}, "dtype is 'int8' but must be one of float32"),
+    ],
+)
+def test_plan_refuses(change, message):
+    sizes = {"T": 1, "N": 1, "I": 1, "H": 1, "R": 1, "directions": 1}
+    with pytest.raises(ValueError, match=message):
+        ops.plan(**{"cell": "lstm", "dtype": "float32"} | sizes | change)
+
+
+RUN = """
+import torch, lstm_fused
+from lstm_fused import ops
+with torch.no_grad():
+    lstm_fused.LSTM(3, 4)(torch.zeros(9, 2, 3))
+print(ops.last_run()["isa"])
+"""
+
+
+def run_with_isa(isa):
+    return subprocess.run(
+        [sys.executable, "-c", RUN],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, LSTM_FUSED_ISA=isa),
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("isa", ["baseline", ""])
+def test_isa_from_the_environment(isa):
+    found = run_with_isa(isa)
+    assert found.returncode == 0, found.stderr
+    best = _plan.plan("float32", ops.available_isas()[-1], 1, 9, 2, 3, 4, 4, 1).isa
+    assert found.stdout.strip() == (isa or best)
+
+
+def test_unknown_isa_in_the_environment():
+    found = run_with_isa("avx1024")
+    assert found.returncode != 0
+    assert "LSTM_FUSED_ISA is 'avx1024' but must be one of baseline, avx2" in found.stderr
+
+
+def test_set_isa():
+    module, x = lstm_fused.LSTM(3, 4), torch.zeros(9, 2, 3)
+    for isa in ops.available_isas():
+        ops.set_isa(isa)
+        module(x)
+        assert ops.last_run()["isa"] == ("avx512" if isa == "avx512_bf16" else isa)
+    with pytest.raises(RuntimeError, match="isa is 'sse' but must be one of baseline"):
+        ops.set_isa("sse")
+    for isa in set(ISAS) - set(ops.available_isas()):
+        with pytest.raises(RuntimeError, match="cannot run"):
+            ops.set_isa(isa)
+
+
+def test_kernels_include_no_torch():
+    headers = re.compile(r"#\s*include\s*[<\"](torch|ATen|c10|caffe2|pybind11|Python)")
+    csrc = ROOT / "csrc"
+    files = [csrc / "params.h", *(csrc / "cpu").iterdir(), *(csrc / "cells").iterdir()]
+    assert len(files) > 10
+    assert [f.name for f in files if headers.search(f.read_text())] == []
+
+
+def test_plan_module_includes_no_torch():
+    text = (ROOT / "csrc" / "plan_module.cpp").read_text()
+    assert not re.search(r"#\s*include\s*[<\"](torch|ATen|c10)", text)
+
+
+ALONE = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("numpy", "onnx", "onnxscript", "onnx_ir", "opacus", "pytest"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+import torch, lstm_fused
+lstm_fused.LSTM(3, 4)(torch.zeros(9, 2, 3))[0].sum().backward()
+"""
+
+
+def test_needs_torch_alone():
+    found = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr

@@ -1,0 +1,135 @@
+"""Every way a plan can turn out is run and judged: found by asking the plan, which is pure."""
+
+from itertools import product
+
+import pytest
+import torch
+
+import lstm_fused
+from lstm_fused import ops
+from tests.helpers.oracle import CELLS, Problem, check, has_cell_state, run_module
+from tests.helpers.plan_coverage import DTYPES, assert_ran, isas_for, planned
+
+THREADS = (
+    1,
+    2,
+    5,
+)  # 5 are more than the rows, directions or blocks of units of some, and no divisor
+SHAPES = tuple(
+    product((1, 2, 5, 33, 70), (1, 3, 5, 20, 40), ((25, 20), (20, 40), (33, 100), (24, 260)))
+)
+EXPECTED = {
+    "forward persistent": {"alone", "directions", "rows", "units", "directions+rows"},
+    "backward persistent": {"alone", "directions", "rows", "units", "directions+units"},
+    "forward direct": {"alone", "directions", "units"},
+}
+
+
+def candidates(cell, dtype):
+    """Small problems first, each with how many threads it is run on."""
+    found = []
+    for (T, N, (I, H)), directions, proj, hx in product(  # noqa: E741
+        SHAPES, (1, 2), (0, 1) if has_cell_state(cell) else (0,), (False, True)
+    ):
+        problem = Problem(
+            T,
+            N,
+            I,
+            H,
+            dtype,
+            directions=directions,
+            proj=proj and H // 2,
+            hx=hx,
+            form=form_of(T, N),
+            cell=cell,
+        )
+        found += [(problem, threads) for threads in THREADS]
+    return sorted(found, key=lambda c: c[0].T * c[0].N * (c[0].H + c[0].I) ** 2 * c[1])
+
+
+def form_of(T, N):
+    """Packed for some, so that both walks are taken in every partition."""
+    return "unsorted" if N > 1 and (T + N) % 2 else "dense"
+
+
+def sharing(plan):
+    """What is shared out to threads."""
+    groups = ("direction_groups", "directions"), ("row_groups", "rows"), ("unit_groups", "units")
+    return "+".join(word for key, word in groups if getattr(plan, key) > 1) or "alone"
+
+
+def path_of(problem, plan, way):
+    """What the kernel's code branches on."""
+    ahead = "none" if not plan.hoist_steps else "some" if plan.hoist_steps < problem.T else "all"
+    return (
+        f"{way} {plan.kernel}",
+        sharing(plan),
+        ahead,
+        problem.packed,
+        problem.proj > 0,
+    )
+
+
+def paths_of(problem, isa, threads):
+    return {
+        path_of(problem, planned(problem, isa, threads, way == "backward"), way)
+        for way in ("forward", "backward")
+    }
+
+
+def chosen():
+    """The smallest problems that take every path, for each ISA and dtype; alike ones together."""
+    cases = []
+    for cell, dtype in product(CELLS, DTYPES):
+        for isa in isas_for(dtype):
+            seen = set()
+            for problem, threads in candidates(cell, dtype):
+                paths = paths_of(problem, isa, threads)
+                if paths - seen:
+                    seen |= paths
+                    cases.append((problem, threads, isa))
+    return sorted(cases, key=str)
+
+
+CASES = chosen()
+
+
+@pytest.mark.parametrize(
+    ("problem", "threads", "isa"), [pytest.param(*c, id="-".join(map(str, c))) for c in CASES]
+)
+def test_path(problem, threads, isa):
+    torch.set_num_threads(threads)
+    ops.set_isa(isa)
+    assert_ran(problem, isa, check(problem))
+
+
+def test_no_path_is_lost():
+    """The plan did not stop using a partition without anybody noticing."""
+    for cell, dtype in product(CELLS, DTYPES):
+        for isa in isas_for(dtype):
+            reached = set()
+            for problem, threads, case_isa in CASES:
+                if (problem.cell, problem.dtype, case_isa) == (cell, dtype, isa):
+                    reached |= {path[:2] for path in paths_of(problem, isa, threads)}
+            for kernel, kinds in EXPECTED.items():
+                found = {kind for name, kind in reached if name == kernel}
+                assert kinds <= found, (cell, dtype, isa, kernel)
+
+
+@pytest.mark.parametrize("threads", THREADS)
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(33, 3, 20, 100),
+        Problem(20, 40, 20, 33, form="unsorted", layers=2, directions=2, hx=True),
+        Problem(1, 1, 64, 260, hx=True),
+        Problem(20, 40, 20, 33, torch.bfloat16),
+        Problem(33, 3, 20, 100, cell="gru"),
+        Problem(20, 40, 20, 33, form="unsorted", layers=2, hx=True, cell="rnn_tanh"),
+    ],
+    ids=str,
+)
+def test_repeats_to_the_bit(problem, threads):
+    torch.set_num_threads(threads)
+    once, again = (run_module(problem, lstm_fused).tensors for _ in range(2))
+    assert all(torch.equal(once[name], again[name]) for name in once)

@@ -1,0 +1,65 @@
+"""Tests of what depends on the processor, as another processor would run them.
+
+oneDNN and our kernels choose their instructions when they are loaded: a process of its own holds
+both to those of a lesser machine, AVX2 where there is AVX-512, and less where there is not.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lstm_fused import ops
+
+ROOT = Path(__file__).parents[2]
+TESTS = {
+    "autocast": ("tests/transforms/test_autocast.py", "not emulated"),
+    "plans": ("tests/kernels/test_build.py", "plan or isa_from or set_isa"),
+    "cells": ("tests/modules/test_cells.py", "(autocast or accurate) and cpu"),
+    "layers in 16 bits": (
+        "tests/kernels/test_layer_parity.py",
+        "float16 and both and L2 and not 256",
+    ),
+}
+SEEN = """
+from lstm_fused import autocast, ops
+print(ops.plan("lstm", "float32", 9, 2, 3, 4, 4, 1).isa, *autocast.onednn())
+"""
+
+
+def lesser():
+    """The instruction sets of a lesser machine: ours, oneDNN's and torch's."""
+    if "avx512" in ops.available_isas():
+        return "avx2", "AVX2", "avx2"
+    return "baseline", "SSE41", "default"
+
+
+def on_a_lesser_machine(*arguments):
+    """What python prints with these arguments there."""
+    names = "LSTM_FUSED_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | dict(zip(names, lesser(), strict=True)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_it_is_a_lesser_machine():
+    """Our kernels are of the lesser ISA, and oneDNN has float32 alone."""
+    seen = on_a_lesser_machine("-c", SEEN).split()
+    assert seen == [lesser()[0], str(torch.backends.mkldnn.is_available()), "False", "False"]
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_on_a_lesser_machine(name):
+    file, which = TESTS[name]
+    if "layer" in file:  # these name the ISA they run
+        which += f" and {lesser()[0]}"
+    on_a_lesser_machine("-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", which)

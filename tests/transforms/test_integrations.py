@@ -1,0 +1,166 @@
+"""Other libraries, and parts of torch, that know a module or an operator by its name."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import lstm_fused
+from lstm_fused import ops
+from lstm_fused.recurrent import Fused
+from tests.helpers.compare_modules import each_option, pair, state_for, states_of
+
+
+@pytest.mark.parametrize("hx", [True, False])
+@each_option
+def test_flops(cell, options, hx):
+    """As many as torch.nn's layer has, forward and backward."""
+    counts = []
+    for module in pair(cell=cell, **options):
+        x = torch.randn(5, 3, module.input_size, dtype=torch.float64, requires_grad=True)
+        x_given = x.transpose(0, 1) if module.batch_first else x
+        with FlopCounterMode(display=False) as forward:
+            y, ends = module(x_given, state_for(module, 3) if hx else None)
+        with FlopCounterMode(display=False) as backward:
+            sum(t.sum() for t in (y, *states_of(ends))).backward()
+        counts.append((forward.get_total_flops(), backward.get_total_flops()))
+    assert counts[1] == counts[0] and min(counts[0]) > 0
+
+
+def test_flops_of_packed_data_are_those_of_its_rows():
+    module = lstm_fused.GRU(3, 5)
+    rows = nn.utils.rnn.pack_padded_sequence(torch.randn(4, 2, 3), [4, 1])
+    with FlopCounterMode(display=False) as forward:
+        module(rows)
+    assert forward.get_total_flops() == 2 * 5 * (15 * 3 + 15 * 5)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.gru = nn.LSTM(4, 6, num_layers=2), nn.GRU(6, 6, bidirectional=True)
+        self.rnn = nn.RNN(12, 5)
+        self.cells = nn.ModuleList([nn.LSTMCell(5, 5), nn.GRUCell(5, 5), nn.RNNCell(5, 5)])
+        self.out = nn.Linear(5, 2)
+
+    def forward(self, x):
+        y = self.rnn(self.gru(self.lstm(x)[0])[0])[0][-1]
+        lstm, gru, rnn = self.cells
+        return self.out(rnn(gru(lstm(y)[0])))
+
+
+@pytest.fixture
+def models():
+    """A model of torch.nn's modules, and the same of ours."""
+    theirs = Model().eval()
+    return theirs, lstm_fused.replace(copy.deepcopy(theirs))
+
+
+def kinds(model):
+    return {name: type(m) for name, m in model.named_modules()}
+
+
+def restored_kinds(model):
+    return {name: getattr(kind, "_original", kind) for name, kind in kinds(model).items()}
+
+
+QUANTIZED = {
+    "default": ({}, {}),
+    "float16": ({"dtype": torch.float16}, {"dtype": torch.float16}),
+    "of torch.nn's classes": ({"qconfig_spec": {nn.LSTM, nn.GRUCell}},) * 2,
+    "of our classes": (
+        {"qconfig_spec": {nn.LSTM, nn.GRUCell}},
+        {"qconfig_spec": {lstm_fused.LSTM, lstm_fused.GRUCell}},
+    ),
+    "by name": ({"qconfig_spec": {"gru"}},) * 2,
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantize_dynamic(models, name):
+    """It converts what it would of torch.nn's, and what it leaves is ours still."""
+    theirs, ours = models
+    before = kinds(ours)
+    for_theirs, for_ours = QUANTIZED[name]
+    expected = torch.ao.quantization.quantize_dynamic(theirs, **for_theirs)
+    found = torch.ao.quantization.quantize_dynamic(ours, **for_ours)
+    assert kinds(ours) == before
+    assert restored_kinds(found) == kinds(expected)
+    assert kinds(found) != before
+    assert isinstance(found.rnn, Fused)  # torch has no quantized RNN
+    x = torch.randn(5, 3, 4)
+    torch.testing.assert_close(found(x), expected(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_quantize_dynamic_of_one_module():
+    """torch converts modules inside a model only: alone, ours stays ours."""
+    for module in (nn.LSTM(4, 6), lstm_fused.LSTM(4, 6)):
+        assert type(torch.ao.quantization.quantize_dynamic(module)) is type(module)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:torch")
+def test_quantize_fx():
+    from torch.ao.quantization import QConfigMapping, default_dynamic_qconfig
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.out = nn.LSTM(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.out(self.lstm(x)[0])
+
+    theirs = Small().eval()
+    ours = lstm_fused.replace(copy.deepcopy(theirs))
+    mapping, x = QConfigMapping().set_global(default_dynamic_qconfig), torch.randn(5, 3, 4)
+    expected = convert_fx(prepare_fx(theirs, mapping, (x,)))
+    with pytest.warns(UserWarning, match="replace brings the fused module back"):
+        found = convert_fx(prepare_fx(ours, mapping, (x,)))
+    assert type(found.lstm) is type(expected.lstm) is torch.ao.nn.quantized.dynamic.LSTM
+    torch.testing.assert_close(found(x), expected(x))
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
+def test_opacus_judges_ours_as_torchs(kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        validators = pytest.importorskip("opacus.validators")
+    theirs, ours = (getattr(library, kind)(3, 4) for library in (nn, lstm_fused))
+    words = [
+        [str(error) for error in validators.ModuleValidator.validate(module)]
+        for module in (theirs, ours)
+    ]
+    assert words[1] == words[0] and bool(words[0]) == (kind in ("LSTM", "GRU"))
+    fixed = [type(validators.ModuleValidator.fix(module)) for module in (theirs, ours)]
+    if words[0]:
+        assert fixed[1] is fixed[0]
+
+
+def test_dropout_compiled():
+    """Inductor draws its own masks unless told to draw those of eager mode."""
+    module = lstm_fused.LSTM(4, 6, num_layers=3, dropout=0.5)
+    x = torch.randn(5, 3, 4)
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(fallback_random=True):
+        compiled = torch.compile(module, fullgraph=True)
+        results = []
+        for call in (module, compiled):
+            torch.manual_seed(3)
+            results.append(call(x))
+    torch.testing.assert_close(results[1], results[0])
+    assert ops.last_run()["pass"] == "forward"
+
+
+def test_profiler_names_the_layer():
+    module, x = lstm_fused.GRU(4, 6, num_layers=2), torch.randn(5, 3, 4)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        module(x)
+    names = [event.name for event in profile.events()]
+    assert [names.count(f"lstm_fused.GRU layer {k}") for k in range(3)] == [1, 1, 0]
