@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import nn
 
 import lstm_fused
-from lstm_fused.testing import parity
+from lstm_fused.testing import oracle, parity
 
 BATCH, LENGTH = 16, 64
 EMBEDDING = 64
@@ -142,16 +142,11 @@ def results(model, inputs, targets) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in found.items()}
 
 
-def tolerance_row(name: str) -> str:
-    """Logits are judged as an LSTM's outputs are, gradients by what they belong to."""
-    return "d_" + name.rpartition(".")[2] if name.startswith("d ") else name.replace("logits", "y")
-
-
 def check_agreement(original, fused, batch, console: Console) -> bool:
     """Both against the original in float64: lstm_fused's error may be at most twice nn.LSTM's."""
     baseline, found = results(original, *batch), results(fused, *batch)
-    exact = results(copy.deepcopy(original).double(), *batch)
-    verdicts = parity.compare(found, baseline, exact, tolerance_row)
+    exact = results(oracle.in_float64(original), *batch)
+    verdicts = parity.compare(found, baseline, exact, parity.model_row)
     table = Table(title="Before training, one batch: largest errors against float64")
     table.add_column("", no_wrap=True)
     for name in (TORCH, FUSED, "allowed", "two apart"):

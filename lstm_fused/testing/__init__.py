@@ -1,1 +1,1 @@
-"""What a result is held to: tolerances, and the comparison with a float64 oracle."""
+"""What a result is held to: tolerances, and the float64 oracle and the comparison with it."""

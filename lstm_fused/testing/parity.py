@@ -1,4 +1,4 @@
-"""The gate before the clock: a provider that is wrong gets no time."""
+"""Tensors compared with torch.nn's and with a float64 oracle's, each by the table of tolerances."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from lstm_fused.testing import tolerance
 from lstm_fused.testing.tolerance import error_of as max_error
 
-__all__ = ["Verdict", "compare", "max_error", "worst"]
+__all__ = ["Verdict", "compare", "max_error", "model_row", "worst"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,10 @@ class Verdict:
 
 
 def compare(found: dict, baseline: dict, exact: dict, row_of=str) -> list[Verdict]:
-    """Each tensor by the tests' own rule; row_of gives the name their table knows it by."""
+    """The verdict on each tensor of exact, the oracle's; all three are dicts of tensors by name.
+
+    row_of: from a tensor's name to the row of the table of tolerances.
+    """
     verdicts = []
     for name, truth in exact.items():
         largest = truth.abs().max().item() if truth.numel() else 0.0
@@ -35,6 +38,15 @@ def compare(found: dict, baseline: dict, exact: dict, row_of=str) -> list[Verdic
         allowed = tolerance.allowed(row_of(name), baseline[name].dtype, baseline_error, largest)
         verdicts.append(Verdict(name, max_error(found[name], truth), allowed, baseline_error))
     return verdicts
+
+
+def model_row(name: str) -> str:
+    """row_of for whole models: outputs as an LSTM's, "d NAME", gradients, by what NAME is."""
+    if not name.startswith("d "):
+        return "y"
+    if name.startswith("d input"):
+        return "d_x"
+    return "d_bias" if "bias" in name.rpartition(".")[2] else "d_weight"
 
 
 def worst(verdicts: list[Verdict]) -> Verdict:

@@ -5,7 +5,7 @@ import copy
 import torch
 
 from lstm_fused import ops
-from lstm_fused.testing import parity, tolerance
+from lstm_fused.testing import oracle, parity, tolerance
 
 STEPS = 5
 
@@ -19,25 +19,15 @@ def loss_and_gradients(model, loss_of, batch):
     return found | {f"d {name}": p.grad.clone() for name, p in model.named_parameters()}
 
 
-def double(tensor):
-    return tensor.double() if tensor.is_floating_point() else tensor
-
-
-def row_of(name):
-    """The row of the table of tolerances: gradients by what the parameter is."""
-    return "d_" + name.rpartition(".")[2] if name.startswith("d ") else name
-
-
 def judge(fused, original, loss_of, batch):
     """Loss and every gradient of the fused model, by the rule of all parity tests."""
     fused, original = copy.deepcopy(fused), copy.deepcopy(original)
     fused.load_state_dict(original.state_dict())
     baseline = loss_and_gradients(original, loss_of, batch)
-    exact_batch = tuple(double(t) if isinstance(t, torch.Tensor) else t for t in batch)
-    exact = loss_and_gradients(original.double(), loss_of, exact_batch)
+    exact = loss_and_gradients(oracle.in_float64(original), loss_of, oracle.in_float64(batch))
     found = loss_and_gradients(fused, loss_of, batch)
     assert ops.last_run()["pass"] == "backward"
-    wrong = [v for v in parity.compare(found, baseline, exact, row_of) if not v.ok]
+    wrong = [v for v in parity.compare(found, baseline, exact, parity.model_row) if not v.ok]
     assert not wrong
 
 
