@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lstm_fused import ops
+from lstm_fused import runtime
 
 PEERS = ("onnxruntime", "onnx", "numpy", "haste_pytorch", "flashrnn", "triton")
 
@@ -102,14 +102,14 @@ def describe(device: str = "cpu") -> dict:
         "cpus": len(os.sched_getaffinity(0)),
         "gpu": gpu() if device == "cuda" else None,
         "threads": torch.get_num_threads(),
-        "isa": ops.available_isas()[-1],
+        "isa": runtime.available_isas()[-1],
         "forced_isa": os.environ.get("LSTM_FUSED_ISA"),
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "versions": versions(),
-        "build": ops.build_info(),
+        "build": runtime.build_info(),
         "revision": revision(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }

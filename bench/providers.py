@@ -12,7 +12,7 @@ from bench import peers, problem
 from bench.problem import ModuleRun, Problem, data_of
 from bench.sets import CELL, CHUNK, GRAPH, ONNX, TORCH
 from bench.workloads import CELLS, Workload
-from lstm_fused import ops
+from lstm_fused import runtime
 
 BASELINE, OURS = TORCH, "lstm_fused"
 OURS_GRAPH = f"{OURS} graph"
@@ -32,7 +32,7 @@ class Provider:
 class FusedRun(ModuleRun):
     def kernels(self) -> list[dict]:
         """What forward, then backward if there is one, ran: for the record."""
-        last_run = functools.partial(ops.last_run, self.problem.device)
+        last_run = functools.partial(runtime.last_run, self.problem.device)
         with torch.set_grad_enabled(self.training):
             y, _ = self.module(self.x, self.state)
             ran = [last_run()]
@@ -127,7 +127,7 @@ class GraphRun(ModuleRun):
 class FusedGraphRun(GraphRun):
     def __init__(self, module, task):
         super().__init__(module, task)
-        self.ran = ops.last_run(task.device)
+        self.ran = runtime.last_run(task.device)
 
     def kernels(self) -> list[dict]:
         """What was captured last: packed data runs another plan in a graph than without one."""

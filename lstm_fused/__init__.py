@@ -1,12 +1,12 @@
 """torch.nn.LSTM, GRU and RNN, fused: drop-in modules on our own kernels."""
 
 from lstm_fused import integrations
-from lstm_fused.cells import GRUCell, LSTMCell, RNNCell
 from lstm_fused.explain import explain
 from lstm_fused.export import decompositions
 from lstm_fused.gradient_flow import gradient_flow
 from lstm_fused.nn import GRU, LSTM, RNN
 from lstm_fused.replace import replace, restore
+from lstm_fused.single_step import GRUCell, LSTMCell, RNNCell
 
 __version__ = "0.1.0"
 

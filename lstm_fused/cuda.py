@@ -50,7 +50,7 @@ def serves(x):
     return x.device.type == "cuda"
 
 
-def why_not(device):
+def unsupported_reason(device):
     """Why the kernels do not run on a CUDA device, or None where they do."""
     if not available():
         return "the CUDA kernels were not built" if torch.version.cuda else "torch has no CUDA"

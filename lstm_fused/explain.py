@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
-from lstm_fused import ops
-from lstm_fused.cells import Cell
-from lstm_fused.recurrent import Fused
+from lstm_fused import runtime
+from lstm_fused.fallback import Fused
+from lstm_fused.single_step import Cell
 
 _KINDS = (torch.nn.RNNBase, torch.nn.RNNCellBase)
 
@@ -17,7 +17,7 @@ _KINDS = (torch.nn.RNNBase, torch.nn.RNNCellBase)
 @dataclass(frozen=True)
 class Layer:
     """One layer of a call, or a cell's step: its sizes, and the plan of its forward pass (see
-    ``ops.plan``)."""
+    ``runtime.plan``)."""
 
     T: int
     N: int
@@ -137,7 +137,7 @@ def _explain_call(name, grad, module, args, kwargs):
     x, batch_sizes = (input.data, input.batch_sizes) if packed else (input, None)
     weights = module._weights()
     state = () if hx is None else module._as_state(hx)
-    if reason := module._reason(x, hx, weights):
+    if reason := module._fallback_reason(x, hx, weights):
         return Call(name, text, reason, ())
     if packed:
         T, N = len(batch_sizes), int(batch_sizes[0])
@@ -161,14 +161,14 @@ def _explain_step(name, text, grad, module, input, hx=None):
     if not module._fits(input, state):
         return Call(name, text, "input or hx does not fit, as torch.nn will say", (), step=True)
     weights = module._weights()
-    if reason := module._reason(input, state, weights):
+    if reason := module._fallback_reason(input, state, weights):
         return Call(name, text, reason, (), step=True)
     N = 1 if input.dim() == 1 else input.shape[0]
     H = module.hidden_size
     sizes = (1, N, module.input_size, H, H, 1)
     training = grad and any(t.requires_grad for t in (input, *state, *weights))
     kind, dtype = module._cell(), input.dtype
-    plan = ops.plan(kind, dtype, *sizes, training=training, device=input.device)
+    plan = runtime.plan(kind, dtype, *sizes, training=training, device=input.device)
     return Call(name, text, None, (Layer(*sizes, training, plan),), step=True)
 
 
@@ -183,6 +183,6 @@ def _layers(module, device, dtype, T, N, training):
     for k in range(module.num_layers):
         I = directions * R if k else module.input_size  # noqa: E741
         sizes = (T, N, I, H, R, directions)
-        plan = ops.plan(module._cell(), dtype, *sizes, training=training, device=device)
+        plan = runtime.plan(module._cell(), dtype, *sizes, training=training, device=device)
         layers.append(Layer(T, N, I, H, R, directions, training, plan))
     return tuple(layers)

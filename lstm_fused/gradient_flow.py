@@ -48,7 +48,7 @@ def gradient_flow(module, input, hx=None, *, loss=None):
         input = input.detach().clone()
         _check(module, input, hx)
         input.requires_grad_()
-        output, steps = _walk(module, input, hx)
+        output, steps = _run_steps(module, input, hx)
         value = _last_sum(module, output) if loss is None else loss(output)
         if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.requires_grad:
             raise ValueError("loss must return a tensor of one element made from output")
@@ -75,7 +75,7 @@ def _last_sum(module, output):
     return output.select(1 if module.batch_first and output.dim() == 3 else 0, -1).sum()
 
 
-def _walk(module, input, hx):
+def _run_steps(module, input, hx):
     """The output of the module, and of each layer and direction h_t (1, N, R) of every step."""
     single = input.dim() == 2
     swap = module.batch_first and not single

@@ -6,9 +6,9 @@ from math import prod
 import torch
 
 from lstm_fused import dynamo, onnx
+from lstm_fused.fallback import Fused, warn_once
 from lstm_fused.hooks import when_imported
 from lstm_fused.nn import MODULES
-from lstm_fused.recurrent import Fused, warn_once
 from lstm_fused.replace import OURS, replace, restore
 
 _THEIRS = {ours: theirs for theirs, ours in OURS.items()}

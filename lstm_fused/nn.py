@@ -2,7 +2,7 @@
 
 import torch
 
-from lstm_fused import checks
+from lstm_fused import errors
 from lstm_fused.recurrent import Recurrent
 
 
@@ -59,11 +59,11 @@ class LSTM(Recurrent, torch.nn.LSTM):
     Short-Term Memory Based Recurrent Neural Network Architectures, 2014.
     """
 
-    _original = torch.nn.LSTM
+    _torch_class = torch.nn.LSTM
     _states = 2
 
     def _check_state(self, hx, dims, rows):
-        return checks.check_state(self, hx, dims, rows)
+        return errors.check_state(self, hx, dims, rows)
 
     def _as_given(self, state):
         return state
@@ -95,7 +95,7 @@ class GRU(Recurrent, torch.nn.GRU):
     Statistical Machine Translation, 2014: the reset gate multiplies what W_hh gives.
     """
 
-    _original = torch.nn.GRU
+    _torch_class = torch.nn.GRU
 
 
 class RNN(Recurrent, torch.nn.RNN):
@@ -106,7 +106,7 @@ class RNN(Recurrent, torch.nn.RNN):
     1990).
     """
 
-    _original = torch.nn.RNN
+    _torch_class = torch.nn.RNN
 
 
 MODULES = (LSTM, GRU, RNN)

@@ -1,8 +1,8 @@
-"""One recurrent layer as a differentiable function, and what can be asked about the kernels.
+"""One recurrent layer as a differentiable function.
 
 `layer` calls the operator `lstm_fused::recurrent_forward`, in eager mode past its Autograd kernel.
-Shapes: T steps, N rows, I inputs, H hidden units, R
-recurrent width (the projection's size, or H), D directions, S rows of packed data.
+Sizes: T steps, N rows, I inputs, H hidden units, R recurrent width (the projection's size, or H),
+D directions, S rows of packed data.
 """
 
 import torch
@@ -14,9 +14,6 @@ from lstm_fused.operators import forward_op, run_directly
 
 CELLS = _plan.cells()  # by name: id, gates, sums, memory; csrc/cells/cells.h
 _IDS = {name: cell["id"] for name, cell in CELLS.items()}
-_IDS_BY_MODE = {name.upper(): number for name, number in _IDS.items()}
-_STEP_WEIGHTS = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]  # of torch.nn's cells
-_STEP_WEIGHTS_WITHOUT_BIAS = _STEP_WEIGHTS[:2]
 
 cuda.load()
 autograd.register()
@@ -64,102 +61,3 @@ def _is_transformed():
     return (
         torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
     )
-
-
-def infer(module, input, hx):
-    """The result of a recurrent module without gradients, past torch's dispatcher, or None.
-
-    None whenever something is not plain: gradients are recorded, a mode of torch's is on that wants
-    to see operators, weights are parametrized, anything is not a contiguous CPU tensor of the
-    expected shape and one of the four dtypes. It checks that anew at each call and raises nothing:
-    what is wrong is for the usual way to say.
-
-    module: an LSTM, GRU or RNN of torch.nn's attributes. input: (T, N, I), or (N, T, I) if
-    ``batch_first``. hx: None, or the states in the form the module takes them.
-    """
-    layers = module.num_layers
-    if layers > 1 and module.dropout and module.training:
-        return None
-    first = module.batch_first and type(input) is torch.Tensor and input.dim() == 3
-    found = _C.infer(
-        module._flat_weights_names,
-        module._parameters,
-        input.transpose(0, 1) if first else input,
-        hx,
-        _IDS_BY_MODE[module.mode],
-        2 if module.bidirectional else 1,
-        layers,
-    )
-    return (found[0].transpose(0, 1), found[1]) if first and found is not None else found
-
-
-def infer_step(module, input, hx):
-    """`infer` for a single-step cell: input (N, I) or (I,), and the states it returns likewise."""
-    names = _STEP_WEIGHTS if module.bias else _STEP_WEIGHTS_WITHOUT_BIAS
-    return _C.infer(names, module._parameters, input, hx, _IDS.get(module._cell(), -1))
-
-
-def set_isa(name=None):
-    """Force the instruction set kernels use, for every thread; None goes back to the best one.
-
-    Raises RuntimeError for a name that is unknown or that this machine cannot run. The environment
-    variable LSTM_FUSED_ISA does the same when the package is imported.
-    """
-    torch.ops.lstm_fused.force_isa(name or "")
-
-
-def available_isas():
-    """Names of the instruction sets this machine can run, slowest first."""
-    return tuple(torch.ops.lstm_fused.available_isas().split())
-
-
-def last_run(device="cpu"):
-    """What the newest forward or backward call ran, as a dict; empty before any.
-
-    On the CPU that is this thread's; on "cuda" any thread's, as autograd has its own there.
-    """
-    if device == "cuda":
-        return cuda.last_run()
-    return cuda.words_as_dict(torch.ops.lstm_fused.last_run())
-
-
-def plan(
-    cell,
-    dtype,
-    T,
-    N,
-    I,  # noqa: E741
-    H,
-    R,
-    directions,
-    threads=None,
-    training=False,
-    device=None,
-):
-    """The plan a forward call with these sizes would run, as a printable object.
-
-    cell is as for ``layer``; dtype is a torch.dtype or its name; threads is
-    torch.get_num_threads() unless given; device is a torch.device, the CPU unless given. Raises
-    ValueError for a name that is unknown.
-    """
-    if device is not None and device.type == "cuda":
-        return cuda.plan_on(device, _IDS[cell], dtype, T, N, H, R, directions)
-    return _plan.plan(
-        str(dtype).removeprefix("torch."),
-        torch.ops.lstm_fused.active_isa(),
-        torch.get_num_threads() if threads is None else threads,
-        T,
-        N,
-        I,
-        H,
-        R,
-        directions,
-        projection=R != H,
-        training=training,
-        cell=cell,
-    )
-
-
-def build_info():
-    """Version, compiler, the torch built against, ISAs compiled in, whether CUDA kernels are."""
-    return _plan.build_info()

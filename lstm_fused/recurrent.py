@@ -1,133 +1,11 @@
 """What LSTM, GRU and RNN share: one way from a module's call to the fused op."""
 
-import warnings
-
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from lstm_fused import autocast, checks, cuda, ops, padded
-
-_FUSED_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
-_PLAIN_TYPES = frozenset((Tensor, Parameter))
-_TRACED = "torch.jit.trace records torch's op, for programs without lstm_fused"
-_warned = set()
-# What torch.nn's forward of a layer calls on the module. Ours calls the first likewise; a module
-# that has one of the others to itself runs through torch.
-CALLED_BY_TORCH = (
-    "check_input",
-    "check_forward_args",
-    "check_hidden_size",
-    "get_expected_hidden_size",
-    "get_expected_cell_size",
-    "permute_hidden",
-    "_update_flat_weights",
-    "_weights_have_changed",
-    "_init_flat_weights",
-)
-
-
-def why_torch(x, hx, weights):
-    """Why torch's own module would run on these tensors, or None when the fused kernels would.
-
-    x: the input's data (T, N, I), (N, T, I), (T, I) or packed (S, I); hx: what was given as such,
-    not yet checked; weights: every weight of the module.
-    """
-    if not x.is_cpu and (reason := _why_not_on(x.device)):
-        return reason
-    if x.dtype not in _FUSED_DTYPES:
-        return f"the fused kernels have no {x.dtype}"
-    states = hx if isinstance(hx, (tuple, list)) else () if hx is None else (hx,)
-    if x.is_nested:
-        return "the input is a nested tensor"
-    for t in (x, *states):
-        if isinstance(t, Tensor) and t.layout is not torch.strided:
-            name = "the input's" if t is x else "a state's"
-            return f"{name} layout is {t.layout}, the fused kernels need strided tensors"
-    if torch.compiler.is_compiling():
-        return None
-    if torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export():
-        return _TRACED
-    for t in (x, *weights):
-        same = t.is_cpu if x.is_cpu else isinstance(t, Tensor) and t.device == x.device
-        if (type(t) not in _PLAIN_TYPES or not same) and (reason := _why_not_plain(t, x)):
-            return reason
-    return None
-
-
-def _why_not_on(device):
-    if device.type != "cuda":
-        return f"the input is on {device}, the fused kernels run on cpu and cuda"
-    # While compiling, an old device is left to the operator to refuse.
-    reason = None if torch.compiler.is_compiling() else cuda.why_not(device)
-    return reason and f"the input is on {device}: {reason}"
-
-
-def _why_not_plain(t, x):
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    if not isinstance(t, Tensor):
-        return f"a weight is {t}"
-    if t.device != x.device:
-        return f"a weight is on {t.device}, the input on {x.device}"
-    if type(t) in _PLAIN_TYPES or isinstance(t, FakeTensor):
-        return None
-    return f"{type(t).__name__} is a Tensor subclass"
-
-
-class Fused:
-    """What every module of ours has, before torch.nn's own class: the ways around the fused op.
-
-    A subclass names that class as ``_original``; one made by ``lstm_fused.replace`` from a class of
-    the user's names that one as ``_replaced``.
-    """
-
-    _original = None
-    _replaced = None
-
-    def __init_subclass__(cls, **options):
-        if "_replaced" not in vars(cls):  # the user's class has been announced before
-            super().__init_subclass__(**options)
-
-    def _reason(self, x, hx, weights):
-        """Why a call runs through torch.nn's forward, or None; the arguments of why_torch."""
-        return why_torch(x, hx, weights)
-
-    def _through_torch(self, reason, input, hx):
-        """torch.nn's own forward, and a warning that says why the first time."""
-        result = super().forward(input, hx)
-        if not torch.compiler.is_compiling():
-            warn_once(self, reason)
-        return result
-
-    def _fx_leaf(self, input, hx, **more):
-        """torch.fx keeps torch.nn's own modules whole; this one asks for the same."""
-        tracer = input.tracer
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, hx), more)
-
-    def __prepare_scriptable__(self):
-        """What torch.jit.script compiles for this module: torch.nn's own of the same state.
-
-        torch.jit.script also puts it into the model in this module's place.
-        """
-        ours = next(cls for cls in type(self).__mro__ if vars(cls).get("_original"))
-        own = overridden(type(self), ours, ("forward", *CALLED_BY_TORCH))
-        if own and self._replaced is None:
-            raise RuntimeError(
-                f"torch.jit.script cannot compile {type(self).__name__}, derived from lstm_fused's "
-                f"{ours.__name__}, which overrides {', '.join(own)}"
-            )
-        theirs = self._replaced or self._original
-        name = f"torch.nn.{theirs.__name__}" if theirs is self._original else theirs.__name__
-        warn_once(
-            self,
-            f"torch.jit.script cannot call the fused op, and leaves {name} in the model "
-            "(lstm_fused.replace brings the fused module back)",
-        )
-        twin = theirs.__new__(theirs)
-        twin.__dict__ = self.__dict__
-        return twin
+from lstm_fused import autocast, errors, inference, ops, padded
+from lstm_fused.fallback import CALLED_BY_TORCH, TRACED, Fused, fallback_reason, overridden
 
 
 class Recurrent(Fused):
@@ -142,7 +20,7 @@ class Recurrent(Fused):
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
-        cls._overridden = overridden(cls, cls._original)
+        cls._overridden = overridden(cls, cls._torch_class)
 
     def __setattr__(self, name, value):
         super().__setattr__(name, value)
@@ -160,7 +38,7 @@ class Recurrent(Fused):
         if own := [name for name in CALLED_BY_TORCH if name in self.__dict__]:
             self.__dict__["_overridden"] = tuple(dict.fromkeys([*self._overridden, *own]))
 
-    def _reason(self, x, hx, weights):
+    def _fallback_reason(self, x, hx, weights):
         if self._overridden:
             names = [name for name in self._overridden if name != "check_input"]
             if names:
@@ -168,15 +46,15 @@ class Recurrent(Fused):
                     f"{type(self).__name__} overrides {', '.join(names)}, "
                     "which the fused forward does not call"
                 )
-        return why_torch(x, hx, weights)
+        return fallback_reason(x, hx, weights)
 
     def _cell(self):
         """The name the op knows the cell by."""
         return self.mode.lower()
 
     def _check_state(self, hx, dims, rows):
-        """hx as a tuple of states (L*D, rows, ...); dims as for checks.check_state."""
-        return (checks.check_hidden(self, hx, dims, rows),)
+        """hx as a tuple of states (L*D, rows, ...); dims as for errors.check_state."""
+        return (errors.check_hidden(self, hx, dims, rows),)
 
     def _as_given(self, state):
         """States the way the user gives and gets them."""
@@ -189,7 +67,7 @@ class Recurrent(Fused):
         if lengths is not None:
             return self._forward_padded(input, hx, lengths)
         if not self._overridden and not torch.compiler.is_compiling():
-            result = ops.infer(self, input, hx)
+            result = inference.infer(self, input, hx)
             if result is not None:
                 return result
         if type(input) is not Tensor:
@@ -201,7 +79,7 @@ class Recurrent(Fused):
         if dim != 3 and dim != 2:
             return super().forward(input, hx)  # torch.nn's refusal, in its words
         weights = self._weights()
-        if reason := self._reason(input, hx, weights):
+        if reason := self._fallback_reason(input, hx, weights):
             return self._through_torch(reason, input, hx)
         x = input
         if dim == 2:
@@ -211,7 +89,7 @@ class Recurrent(Fused):
         length, rows, width = x.shape
         plain = width == self.input_size and length and x.dtype is weights[0].dtype
         if not plain or self._overridden:
-            checks.check_input(self, input, None)
+            errors.check_input(self, input, None)
         state = () if hx is None else self._check_state(hx, dim, rows)
         y, state = self._run(x, None, state, weights)
         if dim == 2:
@@ -222,12 +100,12 @@ class Recurrent(Fused):
         x, batch_sizes, sorted_indices, unsorted_indices = packed
         weights = self._weights()
         # torch.onnx on TorchScript looks for torch's operator between packing and padding.
-        if reason := _TRACED if torch.jit.is_tracing() else self._reason(x, hx, weights):
+        if reason := TRACED if torch.jit.is_tracing() else self._fallback_reason(x, hx, weights):
             return self._through_torch(reason, packed, hx)
-        checks.check_batch_sizes(batch_sizes)
+        errors.check_batch_sizes(batch_sizes)
         plain = x.dim() == 2 and x.shape[1] == self.input_size and x.dtype is weights[0].dtype
         if not plain or self._overridden:
-            checks.check_input(self, x, batch_sizes)
+            errors.check_input(self, x, batch_sizes)
         state = ()
         if hx is not None:
             if sorted_indices is not None:
@@ -245,12 +123,12 @@ class Recurrent(Fused):
         """input (T, N, I) or (N, T, I) whose row n holds lengths[n] steps, then padding."""
         if isinstance(input, torch.fx.Proxy):
             return self._fx_leaf(input, hx, lengths=lengths)
-        lengths = checks.check_lengths(input, lengths, self.batch_first)
+        lengths = errors.check_lengths(input, lengths, self.batch_first)
         x = input.transpose(0, 1) if self.batch_first else input
         total, count, width = x.shape
         plain = width == self.input_size and total and x.dtype is self._weights()[0].dtype
         if not plain or self._overridden:
-            checks.check_input(self, input, None)
+            errors.check_input(self, input, None)
         state = () if hx is None else self._check_state(hx, 3, count)
         if _is_captured():
             return self._forward_padded_graph(x, lengths, state)
@@ -276,7 +154,7 @@ class Recurrent(Fused):
     def _forward_padded_graph(self, x, lengths, state):
         """As _forward_padded, x (T, N, I), where the lengths' values are not known yet."""
         weights = self._weights()
-        if reason := self._reason(x, None, weights):
+        if reason := self._fallback_reason(x, None, weights):
             raise RuntimeError(f"lengths= cannot be recorded in a graph: {reason}")
         y, state = self._run(x, lengths, state, weights)
         return (y.transpose(0, 1) if self.batch_first else y), self._as_given(state)
@@ -324,13 +202,13 @@ class Recurrent(Fused):
             return self._run_autocast(x, batch_sizes, state, weights)
         for s in state:
             if s.dtype is not x.dtype or s.device != x.device:
-                checks.check_state_kind(x, state)
+                errors.check_state_kind(x, state)
         try:
             if self.num_layers == 1:
                 return self._run_layer(0, x, batch_sizes, state, weights)
             return self._run_layers(x, batch_sizes, state, weights)
         except RuntimeError:
-            checks.check_weights(self, weights, x.dtype)
+            errors.check_weights(self, weights, x.dtype)
             raise
 
     def _run_layer(self, k, x, batch_sizes, state, weights):
@@ -339,7 +217,7 @@ class Recurrent(Fused):
         args = x, batch_sizes, state, weights, self._cell(), 2 if self.bidirectional else 1
         if torch.compiler.is_compiling() or not torch._C._autograd._profiler_enabled():
             return layer(*args)
-        with torch.profiler.record_function(f"lstm_fused.{self._original.__name__} layer {k}"):
+        with torch.profiler.record_function(f"lstm_fused.{self._torch_class.__name__} layer {k}"):
             return layer(*args)
 
     def _run_layers(self, x, batch_sizes, state, weights):
@@ -404,16 +282,3 @@ def _is_captured():
 
 def _permuted(state, permutation):
     return state if permutation is None else tuple(s.index_select(1, permutation) for s in state)
-
-
-def overridden(cls, base, names=CALLED_BY_TORCH):
-    """Those of names that cls, derived from base of torch.nn, has to itself."""
-    return tuple(n for n in names if getattr(cls, n, None) is not getattr(base, n, None))
-
-
-def warn_once(module, reason):
-    original = module._original
-    message = f"lstm_fused.{original.__name__} ran through torch.nn.{original.__name__}: {reason}"
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, stacklevel=6)

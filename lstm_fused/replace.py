@@ -6,10 +6,11 @@ import warnings
 import torch
 from torch.nn.utils.parametrize import is_parametrized
 
-from lstm_fused import cells, nn
-from lstm_fused.recurrent import CALLED_BY_TORCH, Fused, Recurrent, overridden
+from lstm_fused import nn, single_step
+from lstm_fused.fallback import CALLED_BY_TORCH, Fused, overridden
+from lstm_fused.recurrent import Recurrent
 
-OURS = {ours._original: ours for ours in (*nn.MODULES, *cells.MODULES)}
+OURS = {ours._torch_class: ours for ours in (*nn.MODULES, *single_step.MODULES)}
 
 
 def replace(model):
@@ -128,9 +129,9 @@ def _fused_class(module):
     for name in matters:
         if name in module.__dict__:
             raise _LeftAlone(f"whose {name} is overridden on the instance")
-    if cls is ours._original:
+    if cls is ours._torch_class:
         return ours
-    if own := overridden(cls, ours._original, matters):
+    if own := overridden(cls, ours._torch_class, matters):
         raise _LeftAlone(f"a {cls.__name__}, which overrides {', '.join(own)}")
     if taken := [name for name in _names_of(ours) if hasattr(module, name)]:
         raise _LeftAlone(f"a {cls.__name__}, which has {', '.join(taken)}, as lstm_fused has")
@@ -147,9 +148,9 @@ def _torch_class(module):
     _check_not_wrapped(module)
     cls = _plain_class(module)
     if cls in OURS.values():
-        return cls._original
-    if "_replaced" in vars(cls):
-        return cls._replaced
+        return cls._torch_class
+    if "_user_class" in vars(cls):
+        return cls._user_class
     raise _LeftAlone(f"a {cls.__name__}, which is derived from lstm_fused's own class")
 
 
@@ -174,21 +175,21 @@ class _Derived:
     def __reduce_ex__(self, protocol):
         make, args, *rest = super().__reduce_ex__(protocol)
         cls = type(self)
-        if args and args[0] is cls and "_replaced" in vars(cls):
-            make, args = _make_derived, (cls.__bases__[1], cls._replaced, make, *args[1:])
+        if args and args[0] is cls and "_user_class" in vars(cls):
+            make, args = _make_derived, (cls.__bases__[1], cls._user_class, make, *args[1:])
         return make, args, *rest
 
 
 def _derived(ours, theirs):
     """The class of the same name derived from ours and theirs, one of the user's."""
     for cls in type.__subclasses__(theirs):
-        if vars(cls).get("_replaced") is theirs:
+        if vars(cls).get("_user_class") is theirs:
             return cls
 
     def fill(namespace):
         for name in ("__module__", "__qualname__", "__doc__"):
             namespace[name] = getattr(theirs, name)
-        namespace["_replaced"] = theirs
+        namespace["_user_class"] = theirs
 
     return types.new_class(theirs.__name__, (_Derived, ours, theirs), exec_body=fill)
 

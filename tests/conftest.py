@@ -8,8 +8,8 @@ os.environ["LSTM_FUSED_POISON"] = "1"  # read once, when the first layer runs
 import pytest
 import torch
 
-import lstm_fused.recurrent
-from lstm_fused import cuda, ops
+import lstm_fused.fallback
+from lstm_fused import cuda, runtime
 from tests.helpers import emulated
 from tests.helpers.cuda_cases import tf32
 from tests.helpers.plan_coverage import DEVICES
@@ -55,8 +55,8 @@ def same_start():
     """
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    ops.set_isa(None)
-    lstm_fused.recurrent._warned.clear()
+    runtime.set_isa(None)
+    lstm_fused.fallback._warned.clear()
     with tf32(False):
         yield
 
@@ -91,7 +91,7 @@ def placed(device, monkeypatch):
     if device == "cpu":
         yield device
         return
-    last_run = ops.last_run
-    monkeypatch.setattr(ops, "last_run", lambda device=device: last_run(device))
+    last_run = runtime.last_run
+    monkeypatch.setattr(runtime, "last_run", lambda device=device: last_run(device))
     with torch.device(device), tf32(False, cudnn=False):
         yield device

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import lstm_fused
-from lstm_fused import cuda, ops
+from lstm_fused import cuda, ops, runtime
 from lstm_fused.testing import tolerance
 from tests.helpers import oracle
 from tests.helpers.cuda_cases import (
@@ -147,7 +147,7 @@ def test_graph(kind, cell):
     module, x = layer(cell, bidirectional=True)
     with torch.no_grad():
         graph, found = capture(lambda: module(x)[0])
-        assert ops.last_run("cuda")["kernel"] == kind
+        assert runtime.last_run("cuda")["kernel"] == kind
         for _ in range(2):
             x.normal_()
             graph.replay()
@@ -161,7 +161,7 @@ def test_graph_of_packed_data(cell):
     packed = packed_of(x)
     with torch.no_grad():
         graph, found = capture(lambda: module(packed)[0].data)
-        cuda.set_plan(ops.last_run("cuda")["kernel"])
+        cuda.set_plan(runtime.last_run("cuda")["kernel"])
         packed.data.normal_()
         graph.replay()
         assert torch.equal(found, module(packed)[0].data)
@@ -183,7 +183,7 @@ def test_graph_of_training(form, kind, cell):
         return torch.autograd.grad(y.square().sum(), [data, *module.parameters()])
 
     graph, found = capture(gradients)
-    cuda.set_plan(ops.last_run("cuda")["kernel"])
+    cuda.set_plan(runtime.last_run("cuda")["kernel"])
     for _ in range(2):
         data.detach().normal_()
         graph.replay()
@@ -213,7 +213,7 @@ def test_streams(kind, dtype, hidden):
     with torch.no_grad():
         expected_y = module(x)[0]
         large_fits = kind in IN_STEPS or kind == "grid" and cuda.device_properties(0)[2] >= 128
-        assert hidden == 100 or not large_fits or ops.last_run("cuda")["kernel"] == kind
+        assert hidden == 100 or not large_fits or runtime.last_run("cuda")["kernel"] == kind
         torch.cuda.synchronize()
         streams = [torch.cuda.Stream() for _ in range(2)]
         found = []
@@ -259,7 +259,7 @@ def test_long(kind):
     with torch.no_grad():
         wanted = module(x)[0]
         found = module.cuda()(x.cuda())[0].cpu()
-    assert ops.last_run("cuda")["kernel"] == kind
+    assert runtime.last_run("cuda")["kernel"] == kind
     assert (found - wanted).abs().max() < 1e-5
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lstm_fused import cuda, ops
+from lstm_fused import cuda, runtime
 from tests.kernels.test_build import NEED_NM, SHIM, TORCH, UNSTABLE, symbols
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +25,7 @@ SOURCES = sorted(p for p in (ROOT / "csrc" / "cuda").glob("*.cu") if p.name != "
 
 @NEED_NVCC
 def test_is_built_where_nvcc_is():
-    assert LIBRARY is not None and ops.build_info()["cuda"]
+    assert LIBRARY is not None and runtime.build_info()["cuda"]
 
 
 @NEED_LIBRARY
@@ -43,7 +43,7 @@ def test_uses_the_stable_interface_only():
 def test_stays_unloaded_without_cuda():
     assert not cuda.available()
     assert "lstm_fused_cuda" not in torch._C._dispatch_get_all_op_names().__repr__()
-    assert cuda.why_not(torch.device("cuda", 0)) == "torch has no CUDA"
+    assert cuda.unsupported_reason(torch.device("cuda", 0)) == "torch has no CUDA"
 
 
 def report(source, arch, folder):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 import lstm_fused
-from lstm_fused import ops
+from lstm_fused import ops, runtime
 from lstm_fused.recurrent import Recurrent
 from lstm_fused.testing import tolerance
 from tests.helpers.oracle import CELLS, has_cell_state
@@ -105,7 +105,7 @@ def run(module, input, hx=None, **more):
     data = input.data if isinstance(input, PackedSequence) else input
     found = tensors_of(module(input, hx, **more))
     if isinstance(module, Recurrent) and data.numel():
-        assert ops.last_run()["pass"] == "forward"
+        assert runtime.last_run()["pass"] == "forward"
     given = [("x", data), *zip(("h0", "c0"), states_of(hx), strict=False)]
     given += module.named_parameters()
     leaves = {name: t for name, t in given if t.requires_grad}
@@ -115,7 +115,7 @@ def run(module, input, hx=None, **more):
     weights = [torch.linspace(-1, 1, t.numel()).to(t.dtype).view_as(t) for t in outputs]
     grads = torch.autograd.grad(outputs, list(leaves.values()), weights, allow_unused=True)
     if isinstance(module, Recurrent) and data.numel():
-        assert ops.last_run()["pass"] == "backward"
+        assert runtime.last_run()["pass"] == "backward"
     return found | {f"d_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lstm_fused import cuda, cuda_layer, ops
+from lstm_fused import cuda, cuda_layer, inference, runtime
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "emulation"
@@ -49,9 +49,9 @@ def kernels():
         patch.setattr(cuda, "kernels", library())
         patch.setattr(cuda, "index_of", lambda device: 0)
         patch.setattr(cuda, "serves", lambda x: True)
-        patch.setattr(ops, "infer", lambda module, input, hx: None)
-        patch.setattr(ops, "infer_step", lambda module, input, hx: None)
-        patch.setattr(ops, "last_run", lambda device=None: cuda.last_run())
+        patch.setattr(inference, "infer", lambda module, input, hx: None)
+        patch.setattr(inference, "infer_step", lambda module, input, hx: None)
+        patch.setattr(runtime, "last_run", lambda device=None: cuda.last_run())
         cuda.device_properties.cache_clear()
         registered = torch.library.Library("lstm_fused", "IMPL")
         with warnings.catch_warnings():

@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from lstm_fused import ops
+from lstm_fused import runtime
 from lstm_fused.testing import oracle, parity, tolerance
 
 STEPS = 5
@@ -26,7 +26,7 @@ def judge(fused, original, loss_of, batch):
     baseline = loss_and_gradients(original, loss_of, batch)
     exact = loss_and_gradients(oracle.in_float64(original), loss_of, oracle.in_float64(batch))
     found = loss_and_gradients(fused, loss_of, batch)
-    assert ops.last_run()["pass"] == "backward"
+    assert runtime.last_run()["pass"] == "backward"
     wrong = [v for v in parity.compare(found, baseline, exact, parity.model_row) if not v.ok]
     assert not wrong
 

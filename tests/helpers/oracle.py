@@ -18,7 +18,7 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import lstm_fused
-from lstm_fused import ops, reference
+from lstm_fused import ops, reference, runtime
 from lstm_fused.testing import tolerance
 
 # By the name the op knows it by: the module, in torch.nn as in lstm_fused, and what it takes more.
@@ -206,7 +206,7 @@ def run_module(problem, library, draw=0, gradients=True):
         given_state = given_state and given_state[0]
     y, ends = module(shaped(p, x, values.lengths), given_state if p.hx else None)
     ends = ends if has_cell_state(p.cell) else (ends,)
-    forward_run = ops.last_run(p.device)
+    forward_run = runtime.last_run(p.device)
     y = rows_of(p, y)
     if p.form == "single":
         ends = tuple(end.unsqueeze(1) for end in ends)
@@ -214,7 +214,7 @@ def run_module(problem, library, draw=0, gradients=True):
         return Outcome(named(y, ends, {}), forward_run)
     torch.autograd.backward([y, *ends], values.cotangents)
     leaves = {"x": x, **dict(module.named_parameters()), **initial(state)}
-    return Outcome(named(y, ends, leaves), forward_run, ops.last_run(p.device))
+    return Outcome(named(y, ends, leaves), forward_run, runtime.last_run(p.device))
 
 
 def initial(state):

@@ -2,10 +2,12 @@
 
 import torch
 
-from lstm_fused import _plan, ops
+from lstm_fused import _plan, runtime
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-DEVICES = ("cpu", "cuda") if torch.cuda.is_available() and ops.build_info()["cuda"] else ("cpu",)
+DEVICES = (
+    ("cpu", "cuda") if torch.cuda.is_available() and runtime.build_info()["cuda"] else ("cpu",)
+)
 
 
 def isas_for(dtype, device="cpu"):
@@ -13,7 +15,7 @@ def isas_for(dtype, device="cpu"):
     if device != "cpu":
         return (None,)
     return tuple(
-        isa for isa in ops.available_isas() if isa != "avx512_bf16" or dtype is torch.bfloat16
+        isa for isa in runtime.available_isas() if isa != "avx512_bf16" or dtype is torch.bfloat16
     )
 
 

@@ -5,16 +5,16 @@ import math
 import pytest
 import torch
 
-from lstm_fused import ops
+from lstm_fused import runtime
 
 MAX_ULP = {torch.float32: 2.5, torch.float64: 4.0}
 
 
-@pytest.fixture(params=ops.available_isas())
+@pytest.fixture(params=runtime.available_isas())
 def isa(request):
-    ops.set_isa(request.param)
+    runtime.set_isa(request.param)
     yield request.param
-    ops.set_isa(None)
+    runtime.set_isa(None)
 
 
 def activations(values):

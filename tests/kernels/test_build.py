@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import lstm_fused
-from lstm_fused import _C, _plan, ops
+from lstm_fused import _C, _plan, runtime
 
 ROOT = Path(__file__).parents[2]
 UNSTABLE = re.compile(r"\b(at|c10|torch|caffe2|pybind11)::")
@@ -92,12 +92,12 @@ def test_no_code_of_an_isa_is_shared(isa, tmp_path):
 
 
 def test_build_info():
-    info = ops.build_info()
+    info = runtime.build_info()
     assert info["version"] == lstm_fused.__version__
     assert re.fullmatch(r"\d+\.\d+\.\d+", info["version"])
     assert re.match(r"\d+\.\d+", info["compiler"]) and re.match(r"2\.\d+", info["torch"])
     assert info["cuda"] == bool(list((ROOT / "lstm_fused").glob("_C_cuda*.so")))
-    assert set(ops.available_isas()) <= set(info["isas"]) <= set(ISAS)
+    assert set(runtime.available_isas()) <= set(info["isas"]) <= set(ISAS)
 
 
 def plans():
@@ -140,7 +140,7 @@ def test_plan_invariants():
 def test_plan_is_pure():
     first = [fields(plan) for _, plan in plans()]
     torch.set_num_threads(1)
-    ops.set_isa("baseline")
+    runtime.set_isa("baseline")
     assert first == [fields(plan) for _, plan in plans()]
 
 
@@ -166,9 +166,9 @@ def test_plans_of_known_problems(sizes, isa, expected):
 
 
 def test_plan_of_a_call():
-    plan = ops.plan("lstm", torch.float64, 9, 4, 5, 40, 40, 2)
+    plan = runtime.plan("lstm", torch.float64, 9, 4, 5, 40, 40, 2)
     lstm_fused.LSTM(5, 40, bidirectional=True, dtype=torch.float64)(torch.rand(9, 4, 5).double())
-    run = ops.last_run()
+    run = runtime.last_run()
     assert run.pop("pass") == "forward"
     assert run == fields(plan)
     assert f"{plan.kernel} kernel, {plan.isa}, float64" in str(plan) and str(plan) in repr(plan)
@@ -184,15 +184,15 @@ def test_plan_of_a_call():
 def test_plan_refuses(change, message):
     sizes = {"T": 1, "N": 1, "I": 1, "H": 1, "R": 1, "directions": 1}
     with pytest.raises(ValueError, match=message):
-        ops.plan(**{"cell": "lstm", "dtype": "float32"} | sizes | change)
+        runtime.plan(**{"cell": "lstm", "dtype": "float32"} | sizes | change)
 
 
 RUN = """
 import torch, lstm_fused
-from lstm_fused import ops
+from lstm_fused import runtime
 with torch.no_grad():
     lstm_fused.LSTM(3, 4)(torch.zeros(9, 2, 3))
-print(ops.last_run()["isa"])
+print(runtime.last_run()["isa"])
 """
 
 
@@ -210,7 +210,7 @@ def run_with_isa(isa):
 def test_isa_from_the_environment(isa):
     found = run_with_isa(isa)
     assert found.returncode == 0, found.stderr
-    best = _plan.plan("float32", ops.available_isas()[-1], 1, 9, 2, 3, 4, 4, 1).isa
+    best = _plan.plan("float32", runtime.available_isas()[-1], 1, 9, 2, 3, 4, 4, 1).isa
     assert found.stdout.strip() == (isa or best)
 
 
@@ -222,15 +222,15 @@ def test_unknown_isa_in_the_environment():
 
 def test_set_isa():
     module, x = lstm_fused.LSTM(3, 4), torch.zeros(9, 2, 3)
-    for isa in ops.available_isas():
-        ops.set_isa(isa)
+    for isa in runtime.available_isas():
+        runtime.set_isa(isa)
         module(x)
-        assert ops.last_run()["isa"] == ("avx512" if isa == "avx512_bf16" else isa)
+        assert runtime.last_run()["isa"] == ("avx512" if isa == "avx512_bf16" else isa)
     with pytest.raises(RuntimeError, match="isa is 'sse' but must be one of baseline"):
-        ops.set_isa("sse")
-    for isa in set(ISAS) - set(ops.available_isas()):
+        runtime.set_isa("sse")
+    for isa in set(ISAS) - set(runtime.available_isas()):
         with pytest.raises(RuntimeError, match="cannot run"):
-            ops.set_isa(isa)
+            runtime.set_isa(isa)
 
 
 def test_kernels_include_no_torch():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lstm_fused
-from lstm_fused import ops
+from lstm_fused import runtime
 from tests.helpers.oracle import CELLS, Problem, check, has_cell_state, run_module
 from tests.helpers.plan_coverage import DTYPES, assert_ran, isas_for, planned
 
@@ -99,7 +99,7 @@ CASES = chosen()
 )
 def test_path(problem, threads, isa):
     torch.set_num_threads(threads)
-    ops.set_isa(isa)
+    runtime.set_isa(isa)
     assert_ran(problem, isa, check(problem))
 
 

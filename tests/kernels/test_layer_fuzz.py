@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lstm_fused import ops
+from lstm_fused import runtime
 from tests.helpers.oracle import CELLS, Problem, check, has_cell_state
 from tests.helpers.plan_coverage import DTYPES, assert_ran, isas_for
 
@@ -38,5 +38,5 @@ def any_problem(draw):
 def test_agrees_anywhere(problem, data, threads):
     isa = data.draw(st.sampled_from(isas_for(problem.dtype)))
     torch.set_num_threads(threads)
-    ops.set_isa(isa)
+    runtime.set_isa(isa)
     assert_ran(problem, isa, check(problem))

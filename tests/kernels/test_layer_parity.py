@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lstm_fused
-from lstm_fused import ops
+from lstm_fused import runtime
 from tests.helpers import oracle
 from tests.helpers.oracle import (
     CELLS,
@@ -85,7 +85,7 @@ def cases():
 
 @pytest.mark.parametrize(("problem", "isa"), list(cases()))
 def test_agrees(problem, isa):
-    ops.set_isa(isa)
+    runtime.set_isa(isa)
     assert_ran(problem, isa, check(problem))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lstm_fused import ops
+from lstm_fused import runtime
 
 ROOT = Path(__file__).parents[2]
 TESTS = {
@@ -25,14 +25,14 @@ TESTS = {
     ),
 }
 SEEN = """
-from lstm_fused import autocast, ops
-print(ops.plan("lstm", "float32", 9, 2, 3, 4, 4, 1).isa, *autocast.onednn())
+from lstm_fused import autocast, runtime
+print(runtime.plan("lstm", "float32", 9, 2, 3, 4, 4, 1).isa, *autocast.onednn())
 """
 
 
 def lesser():
     """The instruction sets of a lesser machine: ours, oneDNN's and torch's."""
-    if "avx512" in ops.available_isas():
+    if "avx512" in runtime.available_isas():
         return "avx2", "AVX2", "avx2"
     return "baseline", "SSE41", "default"
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lstm_fused
-from lstm_fused import ops
+from lstm_fused import ops, runtime
 from tests.helpers.compare_modules import states_of
 from tests.helpers.oracle import CELLS, Problem, has_cell_state, run_module, values_of
 from tests.helpers.plan_coverage import DTYPES, isas_for
@@ -45,7 +45,7 @@ def test_poison_is_on():
 def test_saved_tensors_are_written_to_the_end(dtype):
     """What is saved for backward holds no old memory, not even where a block has no unit."""
     for isa, hidden, cell in product(isas_for(dtype), (1, 5, 16, 21), CELLS):
-        ops.set_isa(isa)
+        runtime.set_isa(isa)
         x = torch.ones(3, 2, 6, dtype=dtype)
         module = Problem(3, 2, 6, hidden, dtype, cell=cell).module(lstm_fused)
         weights = [w.detach() for w in module.parameters()]
@@ -103,7 +103,7 @@ def test_goes_where_it_goes_in_torch(problem, place, value, spoiled):
         assert any(t.any() for t in expected.values())
     differ = []
     for isa in isas_for(problem.dtype):
-        ops.set_isa(isa)
+        runtime.set_isa(isa)
         found = run_module(problem, lstm_fused).tensors
         for name, theirs in expected.items():
             ours = kinds(found[name])
@@ -117,7 +117,7 @@ def test_goes_where_it_goes_in_torch(problem, place, value, spoiled):
 def test_nan_stays_in_its_row(dtype, cell):
     """In every dtype and ISA: the row that has it, from the step that has it on."""
     for isa, rows in product(isas_for(dtype), (2, 7)):
-        ops.set_isa(isa)
+        runtime.set_isa(isa)
         module = Problem(6, rows, 6, 21, dtype, cell=cell).module(lstm_fused)
         module.requires_grad_(False)
         x = torch.randn(6, rows, 6).to(dtype)
@@ -134,7 +134,7 @@ def test_nan_stays_in_its_row(dtype, cell):
 def test_saturation_is_exact(dtype):
     """Pre-activations beyond every exponent give gates of exactly 0 and 1."""
     for isa in isas_for(dtype):
-        ops.set_isa(isa)
+        runtime.set_isa(isa)
         module = lstm_fused.LSTM(1, 1, bias=False, dtype=dtype).requires_grad_(False)
         module.weight_hh_l0.zero_()
         large = torch.finfo(dtype).max ** 0.5

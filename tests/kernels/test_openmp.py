@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import lstm_fused
-from lstm_fused import ops
+from lstm_fused import runtime
 
 MAPS = """
 import torch, lstm_fused
@@ -41,7 +41,7 @@ def test_threads_follow_torch():
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         lstm(x)
-        seen.append(ops.last_run()["threads"])
+        seen.append(runtime.last_run()["threads"])
     assert seen == [1, 2, 5]
 
 
@@ -52,13 +52,13 @@ def test_inside_a_parallel_region():
     expected = lstm(x)[0]
     torch.set_num_threads(3)
     lstm(x)
-    assert ops.last_run()["threads"] == 3
+    assert runtime.last_run()["threads"] == 3
     results = []
 
     @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
     def region(_):
         y = lstm(x)[0]
-        results.append((y, ops.last_run()["threads"]))
+        results.append((y, runtime.last_run()["threads"]))
 
     loaded = runtimes(Path("/proc/self/maps").read_text())
     ours = [path for path in loaded if "/torch/" in path] or sorted(loaded)
@@ -69,14 +69,14 @@ def test_inside_a_parallel_region():
 
 LIMITED = """
 import torch, lstm_fused
-from lstm_fused import ops, reference
+from lstm_fused import reference, runtime
 lstm = lstm_fused.LSTM(20, 100)
 x = torch.randn(33, 30, 20)
 torch.set_num_threads(2)
 y = lstm(x)[0]
-assert ops.last_run()["threads"] == 1, ops.last_run()
+assert runtime.last_run()["threads"] == 1, runtime.last_run()
 y.sum().backward()
-assert ops.last_run()["threads"] == 1, ops.last_run()
+assert runtime.last_run()["threads"] == 1, runtime.last_run()
 # Not nn.LSTM: oneDNN gives wrong numbers under such a limit.
 expected = reference.CELLS["lstm"](x, None, (), lstm.all_weights[0])[0]
 assert (expected - y).abs().max() < 1e-6

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lstm_fused
-from lstm_fused import ops
+from lstm_fused import runtime
 from lstm_fused.testing.tolerance import allowed, error_of
 from tests.helpers.oracle import Problem, run_module, run_reference
 from tests.helpers.plan_coverage import DTYPES, isas_for
@@ -66,8 +66,8 @@ def test_threads_are_those_of_the_plan(threads):
     module, x = lstm_fused.LSTM(64, 256), torch.randn(30, 16, 64)
     with torch.no_grad():
         module(x)
-    plan = ops.plan("lstm", torch.float32, 30, 16, 64, 256, 256, 1)
-    assert ops.last_run()["threads"] == plan.threads
+    plan = runtime.plan("lstm", torch.float32, 30, 16, 64, 256, 256, 1)
+    assert runtime.last_run()["threads"] == plan.threads
     assert plan.threads == 1 if threads == 1 else plan.threads > 1
 
 
@@ -114,23 +114,23 @@ def test_python_threads_share_a_module():
 def test_last_run_is_of_this_thread():
     lstm_fused.LSTM(3, 4)(torch.zeros(9, 2, 3))
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(ops.last_run).result() == {}
-    assert ops.last_run()["dtype"] == "float32"
+        assert pool.submit(runtime.last_run).result() == {}
+    assert runtime.last_run()["dtype"] == "float32"
 
 
 def test_isa_changes_while_others_run():
     """Each call runs one ISA from end to end."""
     problem = PROBLEMS[0]
     possible = []
-    for isa in ops.available_isas():
-        ops.set_isa(isa)
+    for isa in runtime.available_isas():
+        runtime.set_isa(isa)
         possible.append(outcome(problem)["y"])
     stop = threading.Event()
 
     def switch():
         while not stop.is_set():
-            for isa in ops.available_isas():
-                ops.set_isa(isa)
+            for isa in runtime.available_isas():
+                runtime.set_isa(isa)
 
     with ThreadPoolExecutor(1) as pool:
         switching = pool.submit(switch)
@@ -189,7 +189,7 @@ def run_script(script, timeout=60, **environment):
 
 SETUP = """
 import os, sys, torch, lstm_fused
-from lstm_fused import ops
+from lstm_fused import runtime
 torch.set_num_threads(2)
 torch.manual_seed(0)
 module, x = lstm_fused.LSTM(64, 256), torch.randn(30, 16, 64)
@@ -200,7 +200,7 @@ def work(_=0):
 first = work()
 def right(found):
     return all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(found, first))
-assert ops.last_run()["threads"] > 1, ops.last_run()
+assert runtime.last_run()["threads"] > 1, runtime.last_run()
 """
 
 # A child compares small slices only: torch's own parallel loops hang after a fork.
@@ -211,13 +211,13 @@ for _ in range(3):
     child = os.fork()
     if child == 0:
         with torch.no_grad():
-            ok = same(module(x)[0]) and ops.last_run()["threads"] == 1
+            ok = same(module(x)[0]) and runtime.last_run()["threads"] == 1
             if os.fork() == 0:
                 os._exit(0 if same(module(x)[0]) else 1)
         ok = ok and os.wait()[1] == 0
         os._exit(0 if ok else 1)
     assert os.waitpid(child, 0)[1] == 0
-    assert right(work()) and ops.last_run()["threads"] > 1
+    assert right(work()) and runtime.last_run()["threads"] > 1
 """
 
 FORKED_POOL = """
@@ -245,7 +245,7 @@ assert right(work())
 
 FORK_BEFORE_USE = """
 import torch, lstm_fused, os
-from lstm_fused import ops
+from lstm_fused import runtime
 torch.set_num_threads(2)
 child = os.fork()
 if child == 0:
@@ -292,7 +292,7 @@ def check_poisoned():
     for problem, isa in poison_cases():
         exact = run_reference(problem).tensors
         torchs = run_module(problem, torch.nn).tensors
-        ops.set_isa(isa)
+        runtime.set_isa(isa)
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             ours = outcome(problem)

@@ -13,7 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils import parametrizations, prune
 
 import lstm_fused
-from lstm_fused import ops, reference
+from lstm_fused import reference, runtime
 from lstm_fused.testing.tolerance import allowed, error_of
 from tests.helpers.compare_modules import autocast, changed, ones, outcome, states_of
 from tests.helpers.oracle import CELLS, Problem, has_cell_state, here
@@ -51,14 +51,14 @@ def run(module, x, hx=None):
     out = module(x, hx)
     assert type(out) is (tuple if isinstance(module, nn.LSTMCell) else torch.Tensor)
     found = dict(zip(("h_n", "c_n"), states_of(out), strict=False))
-    ours = isinstance(module, lstm_fused.cells.Cell) and x.numel()
-    assert not ours or ops.last_run()["pass"] == "forward"
+    ours = isinstance(module, lstm_fused.single_step.Cell) and x.numel()
+    assert not ours or runtime.last_run()["pass"] == "forward"
     leaves = {"x": x, **dict(zip(("h0", "c0"), states_of(hx), strict=False))}
     leaves |= module.named_parameters()
     leaves = {name: t for name, t in leaves.items() if t.requires_grad}
     d_out = [torch.linspace(-1, 1, t.numel()).to(t).view_as(t) for t in found.values()]
     grads = torch.autograd.grad(list(found.values()), list(leaves.values()), d_out)
-    assert not ours or ops.last_run()["pass"] == "backward"
+    assert not ours or runtime.last_run()["pass"] == "backward"
     return found | {f"d_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
 
@@ -113,7 +113,7 @@ def exact_step(cell, module, x, hx):
 def test_is_as_accurate_as_torch(dtype, cell, device):
     """Every ISA, for few rows and for more than a tile; relu's kink is far from every sum."""
     for isa, rows in product(isas_for(dtype, device), (1, 17)):
-        ops.set_isa(isa)
+        runtime.set_isa(isa)
         theirs, ours = pair(cell, dtype=dtype)
         x, hx = draw(rows, I, dtype=dtype), state_for(cell, rows, dtype=dtype)
         if cell == "rnn_relu":
@@ -121,7 +121,7 @@ def test_is_as_accurate_as_torch(dtype, cell, device):
                 module.bias_ih.data[: H // 2], module.bias_ih.data[H // 2 :] = 16, -16
         exact = exact_step(cell, theirs, x, hx)
         expected, found = run(theirs, x, hx), run(ours, x, hx)
-        assert not isa or ops.last_run()["isa"].startswith(isa.removesuffix("_bf16"))
+        assert not isa or runtime.last_run()["isa"].startswith(isa.removesuffix("_bf16"))
         assert found.keys() == expected.keys() == exact.keys()
         for name, truth in exact.items():
             assert found[name].dtype is dtype
@@ -162,7 +162,7 @@ def test_gradients_of_every_order(cell):
 
     assert gradcheck(call, leaves, fast_mode=True)
     assert gradgradcheck(call, leaves, fast_mode=True)
-    assert ops.last_run()["pass"] == "backward"
+    assert runtime.last_run()["pass"] == "backward"
 
 
 # Of an input (N, I) and a state (N, H) those that are given, the state twice to an LSTMCell.

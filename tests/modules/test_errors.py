@@ -328,4 +328,4 @@ def test_func_grad_is_fused(cell):
     x = ones(*X)
     expected, found = (torch.func.grad(lambda x, m=m: m(x)[0].sum())(x) for m in (theirs, ours))
     torch.testing.assert_close(found, expected)
-    assert lstm_fused.ops.last_run()["pass"] == "backward"
+    assert lstm_fused.runtime.last_run()["pass"] == "backward"

@@ -1,4 +1,4 @@
-"""explain says what would run; ops.last_run says what ran."""
+"""explain says what would run; runtime.last_run says what ran."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import lstm_fused
-from lstm_fused import ops
+from lstm_fused import runtime
 from tests.helpers.compare_modules import each_cell, fitting, state_for, states_of
 from tests.helpers.oracle import CELLS, has_cell_state
 
@@ -42,16 +42,16 @@ CALLS = {
 
 @each_cell
 @pytest.mark.parametrize("grad", (True, False), ids=("grad", "no_grad"))
-@pytest.mark.parametrize("isa", ops.available_isas())
+@pytest.mark.parametrize("isa", runtime.available_isas())
 @pytest.mark.parametrize("options, form, sizes", CALLS.values(), ids=CALLS)
 def test_agrees_with_what_runs(options, form, sizes, isa, grad, cell):
-    ops.set_isa(isa)
+    runtime.set_isa(isa)
     module = make(cell, **options)
     input = form(torch.randn(T, N, I))
     with torch.set_grad_enabled(grad):
         (call,) = lstm_fused.explain(module, input).calls
         module(input)
-    ran = ops.last_run()
+    ran = runtime.last_run()
     (layer,) = call.layers
     assert call.reason is None
     assert (*sizes, I, H) == (layer.T, layer.N, layer.I, layer.H)
@@ -63,10 +63,10 @@ def test_agrees_with_what_runs(options, form, sizes, isa, grad, cell):
 
 @each_cell
 @pytest.mark.parametrize("grad", (True, False), ids=("grad", "no_grad"))
-@pytest.mark.parametrize("isa", ops.available_isas())
+@pytest.mark.parametrize("isa", runtime.available_isas())
 @pytest.mark.parametrize("rows", (None, 1, N, 200), ids=str)
 def test_step_agrees_with_what_runs(rows, isa, grad, cell):
-    ops.set_isa(isa)
+    runtime.set_isa(isa)
     module = make_step(cell, dtype=torch.bfloat16)
     batch = () if rows is None else (rows,)
     states = [torch.randn(*batch, H).bfloat16() for _ in range(1 + has_cell_state(cell))]
@@ -74,7 +74,7 @@ def test_step_agrees_with_what_runs(rows, isa, grad, cell):
     with torch.set_grad_enabled(grad):
         (call,) = lstm_fused.explain(module, *given).calls
         module(*given)
-    ran = ops.last_run()
+    ran = runtime.last_run()
     (layer,) = call.layers
     assert (call.step, call.reason) == (True, None)
     assert (1, rows or 1, I, H, H) == (layer.T, layer.N, layer.I, layer.H, layer.R)
@@ -85,8 +85,8 @@ def test_step_agrees_with_what_runs(rows, isa, grad, cell):
 
 
 def test_text_of_an_lstm():
-    isa = ops.available_isas()[0]
-    ops.set_isa(isa)
+    isa = runtime.available_isas()[0]
+    runtime.set_isa(isa)
     lstm = lstm_fused.LSTM(I, H, num_layers=2, bidirectional=True, proj_size=4)
     lines = str(lstm_fused.explain(lstm, torch.randn(T, N, I))).splitlines()
     assert lines[0] == repr(lstm)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import lstm_fused
-from lstm_fused import ops
+from lstm_fused import runtime
 from lstm_fused.testing import tolerance
 from tests.helpers.compare_modules import each_cell, fitting
 from tests.helpers.oracle import CELLS, has_cell_state
@@ -117,9 +117,9 @@ def test_agrees_with_cells(options, cell):
 @each_cell
 def test_fused_steps_run_fused(cell):
     make(lstm_fused, cell)(torch.randn(T, N, I))
-    assert ops.last_run()["pass"] == "forward"
+    assert runtime.last_run()["pass"] == "forward"
     lstm_fused.gradient_flow(make(lstm_fused, cell), torch.randn(T, N, I))
-    assert ops.last_run()["pass"] == "backward"
+    assert runtime.last_run()["pass"] == "backward"
 
 
 @each_cell

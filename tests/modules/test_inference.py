@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lstm_fused
-from lstm_fused import ops
+from lstm_fused import inference, runtime
 from tests.helpers.compare_modules import states_of
 from tests.helpers.oracle import Problem, run_module
 from tests.helpers.plan_coverage import DTYPES, isas_for
@@ -27,32 +27,32 @@ PROBLEMS = (
 
 
 @pytest.fixture
-def short_way(monkeypatch):
-    """Every result of ops.infer and ops.infer_step, None included."""
+def fast_path(monkeypatch):
+    """Every result of inference.infer and inference.infer_step, None included."""
     taken = []
 
-    def noting(infer):
-        def noted(*args):
+    def recording(infer):
+        def recorded(*args):
             taken.append(infer(*args))
             return taken[-1]
 
-        return noted
+        return recorded
 
     for name in ("infer", "infer_step"):
-        monkeypatch.setattr(ops, name, noting(getattr(ops, name)))
+        monkeypatch.setattr(inference, name, recording(getattr(inference, name)))
     return taken
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_same_as_the_operator(problem, dtype, short_way, monkeypatch):
+def test_same_as_the_operator(problem, dtype, fast_path, monkeypatch):
     problem = Problem(**vars(problem) | {"dtype": dtype})
     for isa in isas_for(dtype):
-        ops.set_isa(isa)
+        runtime.set_isa(isa)
         quick = run_module(problem, lstm_fused, gradients=False)
-        assert short_way.pop() is not None
+        assert fast_path.pop() is not None
         with monkeypatch.context() as patch:
-            patch.setattr(ops, "infer", lambda *_: None)
+            patch.setattr(inference, "infer", lambda *_: None)
             usual = run_module(problem, lstm_fused, gradients=False)
         assert quick.forward_run == usual.forward_run
         assert quick.tensors.keys() == usual.tensors.keys()
@@ -71,7 +71,7 @@ STEPS = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", STEPS)
-def test_steps_are_the_same_as_the_operator(cell, dtype, short_way, monkeypatch):
+def test_steps_are_the_same_as_the_operator(cell, dtype, fast_path, monkeypatch):
     for bias, state, rows, threads in (
         (True, True, (3,), 1),
         (False, True, (7,), 2),
@@ -84,9 +84,9 @@ def test_steps_are_the_same_as_the_operator(cell, dtype, short_way, monkeypatch)
         h, c = torch.randn(2, *rows, 17).to(dtype)
         hx = None if not state else (h, c) if cell == "lstm" else h
         quick = module(x, hx)
-        assert short_way.pop() is not None
+        assert fast_path.pop() is not None
         with monkeypatch.context() as patch:
-            patch.setattr(ops, "infer_step", lambda *_: None)
+            patch.setattr(inference, "infer_step", lambda *_: None)
             usual = module(x, hx)
         assert type(quick) is type(usual)
         for one, other in zip(states_of(quick), states_of(usual), strict=True):
@@ -94,7 +94,7 @@ def test_steps_are_the_same_as_the_operator(cell, dtype, short_way, monkeypatch)
             assert one.untyped_storage().data_ptr() not in [t.data_ptr() for t in (x, h, c)]
 
 
-def test_steps_are_left_to_the_operator(short_way):
+def test_steps_are_left_to_the_operator(fast_path):
     module, x = lstm_fused.LSTMCell(4, 6), torch.randn(3, 4)
     assert module(x)[0].requires_grad
     module.requires_grad_(False)
@@ -105,30 +105,30 @@ def test_steps_are_left_to_the_operator(short_way):
         module(x, (h, c[:2]))
     with pytest.raises(RuntimeError):
         module(torch.randn(3, 5), (h, c))
-    assert short_way == [None] * 5
+    assert fast_path == [None] * 5
 
 
 def small(**options):
     return lstm_fused.LSTM(4, 6, **options).requires_grad_(False), torch.randn(3, 2, 4)
 
 
-def test_taken_under_no_grad_only(short_way):
+def test_taken_under_no_grad_only(fast_path):
     module, x = lstm_fused.LSTM(4, 6), torch.randn(3, 2, 4)
     assert module(x)[0].requires_grad
-    assert short_way.pop() is None
+    assert fast_path.pop() is None
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             y, _ = module(x)
-        assert short_way.pop() is not None
+        assert fast_path.pop() is not None
         assert not y.requires_grad and y.is_inference() == (mode is torch.inference_mode)
     module.requires_grad_(False)
     module(x)
-    assert short_way.pop() is not None
+    assert fast_path.pop() is not None
     assert module(x.requires_grad_())[0].requires_grad
-    assert short_way.pop() is None
+    assert fast_path.pop() is None
     state = torch.zeros(1, 2, 6), torch.zeros(1, 2, 6, requires_grad=True)
     assert module(x.detach(), state)[0].requires_grad
-    assert short_way.pop() is None
+    assert fast_path.pop() is None
 
 
 def test_results_are_tensors_of_their_own():
@@ -151,33 +151,33 @@ class Overriding(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_left_to_the_operator_while_torch_watches(short_way):
+def test_left_to_the_operator_while_torch_watches(fast_path):
     module, x = small()
     with Watching() as mode:
         module(x)
-    assert short_way.pop() is None
+    assert fast_path.pop() is None
     assert "lstm_fused.recurrent_forward.default" in mode.seen
     with Overriding():
         module(x)
-    assert short_way.pop() is None
+    assert fast_path.pop() is None
     with torch.autocast("cpu", torch.bfloat16):
         assert module(x)[0].dtype is torch.bfloat16
-    assert short_way.pop() is None
+    assert fast_path.pop() is None
     with torch.profiler.profile() as profile:
         module(x)
-    assert short_way.pop() is None
+    assert fast_path.pop() is None
     assert "lstm_fused::recurrent_forward" in {event.key for event in profile.key_averages()}
 
 
 @pytest.mark.filterwarnings("ignore:lstm_fused.* ran through", "ignore::DeprecationWarning")
-def test_left_to_torch(short_way):
+def test_left_to_torch(fast_path):
     """Tangents go to the operator, what is traced to torch.nn."""
     module, x = lstm_fused.GRU(4, 6).requires_grad_(False), torch.randn(3, 2, 4)
     with forward_ad.dual_level():
         y, _ = module(forward_ad.make_dual(x, torch.ones_like(x)))
         assert forward_ad.unpack_dual(y).tangent is not None
     traced = torch.jit.trace(module, x, check_trace=False)
-    assert short_way and set(map(type, short_way)) == {type(None)}
+    assert fast_path and set(map(type, fast_path)) == {type(None)}
     torch.testing.assert_close(traced(x)[0], module(x)[0])
 
 
@@ -200,27 +200,27 @@ def odd_calls():
 
 
 @pytest.mark.parametrize("case", list(odd_calls()), ids=lambda case: case[0])
-def test_left_to_the_operator(case, short_way):
+def test_left_to_the_operator(case, fast_path):
     _, module, x, hx = case
     torch.manual_seed(0)
     expected = lstm_fused.restore(module)(x, hx)
     torch.manual_seed(0)
     found = lstm_fused.replace(module)(x, hx)
-    assert set(map(type, short_way)) == {type(None)}
+    assert set(map(type, fast_path)) == {type(None)}
     torch.testing.assert_close(found, expected)
 
 
-def test_strides_of_x_are_walked(short_way):
+def test_strides_of_x_are_walked(fast_path):
     """Rows may lie anywhere as long as each is whole."""
     module, _ = small()
     for x in (torch.randn(2, 3, 4).transpose(0, 1), torch.randn(6, 2, 9)[::2, :, 3:7]):
         y, _ = module(x)
-        assert short_way.pop() is not None
+        assert fast_path.pop() is not None
         torch.testing.assert_close(y, module(x.contiguous())[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("bad", ["width", "dtype", "state", "rows"])
-def test_mistakes_are_refused_in_the_usual_words(bad, short_way):
+def test_mistakes_are_refused_in_the_usual_words(bad, fast_path):
     module, x = small()
     state = torch.zeros(1, 2, 6), torch.zeros(1, 2, 6)
     if bad == "width":
@@ -233,7 +233,7 @@ def test_mistakes_are_refused_in_the_usual_words(bad, short_way):
         state = torch.zeros(1, 3, 6), state[1]
     with pytest.raises((RuntimeError, ValueError)):
         module(x, state)
-    assert short_way == [None]
+    assert fast_path == [None]
 
 
 def change(module, how):
@@ -260,7 +260,7 @@ def change(module, how):
     "how", ["in place", "data", "new data", "swapped", "state_dict", "numpy", "optimizer"]
 )
 @pytest.mark.parametrize("T", [1, 9])
-def test_weights_are_seen_as_they_are(how, T, short_way):
+def test_weights_are_seen_as_they_are(how, T, fast_path):
     """Nothing is kept between calls that a change could leave stale."""
     module, x = lstm_fused.LSTM(4, 6), torch.randn(T, 2, 4)
     with torch.no_grad():
@@ -268,7 +268,7 @@ def test_weights_are_seen_as_they_are(how, T, short_way):
         before, _ = module(x, hx)
         change(module, how)
         after, _ = module(x, hx)
-        assert all(result is not None for result in short_way)
+        assert all(result is not None for result in fast_path)
         twin = torch.nn.LSTM(4, 6)
         twin.load_state_dict(module.state_dict())
         torch.testing.assert_close(after, twin(x, hx)[0])
@@ -279,7 +279,7 @@ def double(t):
     t.mul_(2)
 
 
-def test_weights_in_shared_memory(short_way):
+def test_weights_in_shared_memory(fast_path):
     module, x = small()
     module.share_memory()
     before, _ = module(x)
@@ -289,7 +289,7 @@ def test_weights_in_shared_memory(short_way):
     process.start()
     process.join()
     after, _ = module(x)
-    assert short_way[-1] is not None and not torch.allclose(before, after)
+    assert fast_path[-1] is not None and not torch.allclose(before, after)
 
 
 def test_threads_share_a_module():

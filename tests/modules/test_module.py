@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import lstm_fused
-from lstm_fused.recurrent import CALLED_BY_TORCH
+from lstm_fused.fallback import CALLED_BY_TORCH
 from tests.helpers.compare_modules import (
     H,
     I,
@@ -307,7 +307,7 @@ def test_overridden_methods(batch_first, form, rows, name, method, on):
     torch.testing.assert_close(results[1], results[0])
     said = [str(w.message) for w in caught]
     if method == "check_input":
-        assert not said and lstm_fused.ops.last_run()["pass"] == "forward"
+        assert not said and lstm_fused.runtime.last_run()["pass"] == "forward"
     else:
         assert len(said) == 1 and f"Mine overrides {method}, which the fused" in said[0]
 

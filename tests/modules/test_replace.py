@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import lstm_fused
-from lstm_fused import ops
-from lstm_fused.recurrent import CALLED_BY_TORCH
+from lstm_fused import runtime
+from lstm_fused.fallback import CALLED_BY_TORCH
 
 pytestmark = pytest.mark.usefixtures("real_device")
 
@@ -69,7 +69,7 @@ def test_there_and_back():
     assert lstm_fused.replace(model) is model
     assert kinds(model) == OURS
     replaced = outcome(model, x)
-    assert ops.last_run()["pass"] == "backward"
+    assert runtime.last_run()["pass"] == "backward"
     torch.testing.assert_close(replaced, before)
     assert (repr(model), list(model.state_dict())) == (text, names)
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
@@ -329,7 +329,7 @@ def test_subclass(name):
     assert described(replaced) == described(own)
     assert isinstance(model[0], own) and isinstance(model[0], ours)
     torch.testing.assert_close(outcome(model, x), before)
-    assert ops.last_run()["pass"] == "backward"
+    assert runtime.last_run()["pass"] == "backward"
     assert repr(model) == text
     assert Own.made == announced
     for copied in COPIES.values():
@@ -370,7 +370,7 @@ def test_wrapped_weights(wrap, own, name):
     lstm_fused.replace(model)
     assert all(isinstance(m, ours) for m in (model.a, model.b))
     torch.testing.assert_close(outcome(model, x), before)
-    assert ops.last_run()["pass"] == "backward"
+    assert runtime.last_run()["pass"] == "backward"
     lstm_fused.restore(model)
     assert not any(isinstance(m, ours) for m in (model.a, model.b))
     assert isinstance(model.a, theirs)

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import (
 )
 
 import lstm_fused
-from lstm_fused import ops
+from lstm_fused import runtime
 from tests.helpers.compare_modules import changed, states_of
 
 pytest.importorskip("expecttest")
@@ -30,7 +30,7 @@ from torch.testing._internal import common_modules
 
 pytestmark = pytest.mark.usefixtures("real_device")
 
-NAMES = [kind.__name__ for kind in (*lstm_fused.nn.MODULES, *lstm_fused.cells.MODULES)]
+NAMES = [kind.__name__ for kind in (*lstm_fused.nn.MODULES, *lstm_fused.single_step.MODULES)]
 INFOS = {i.module_cls.__name__: copy.copy(i) for i in common_modules.module_db}
 for each in NAMES:
     INFOS[each].module_cls = getattr(lstm_fused, each)
@@ -65,7 +65,7 @@ def tensors(result):
 def test_forward(dtype, training, name):
     for module, args, kwargs, reference in samples(name, dtype, training):
         found = module(*args, **kwargs)
-        assert ops.last_run()["pass"] == "forward"
+        assert runtime.last_run()["pass"] == "forward"
         torch.testing.assert_close(found, reference(module, *args, **kwargs))
 
 
@@ -115,7 +115,7 @@ def test_gradients(training, name):
         leaves = (*inputs, *parameters.values())
         assert gradcheck(call, leaves, fast_mode=True)
         sum(t.sum() for t in call(*leaves)).backward()
-        assert ops.last_run()["pass"] == "backward"
+        assert runtime.last_run()["pass"] == "backward"
         if training and count > 1:
             assert gradgradcheck(call, leaves, fast_mode=True)
 

@@ -13,7 +13,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import lstm_fused
-from lstm_fused import ops
+from lstm_fused import runtime
 from lstm_fused.autocast import Call, OneDNN, dtypes, onednn
 from tests.helpers.compare_modules import (
     OPTIONS,
@@ -219,7 +219,7 @@ def test_values(form, proj, dtype, narrow, cell):
     _, *given = cast(FORMS[form](), state_for(ours, N), dtype)
     exact = trained(copy.deepcopy(theirs).double(), *given, F64)
     found = trained(ours, *given, dtype, narrow)
-    assert ops.last_run()["pass"] == "backward"
+    assert runtime.last_run()["pass"] == "backward"
     try:
         expected = trained(theirs, *given, dtype, narrow)
     except RuntimeError as error:

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 import lstm_fused
-from lstm_fused import ops
+from lstm_fused import runtime
 from lstm_fused.testing.tolerance import allowed, error_of
 from tests.helpers.cuda_cases import tf32
 from tests.helpers.oracle import CELLS, Problem, has_cell_state, here, values_of
@@ -60,11 +60,11 @@ def forget(dtype="float64"):
     other = torch.float32 if dtype == "float64" else torch.float64
     with torch.no_grad():
         lstm_fused.LSTM(1, 1, dtype=other)(torch.zeros(1, 1, 1, dtype=other))
-    assert ops.last_run()["dtype"] != dtype
+    assert runtime.last_run()["dtype"] != dtype
 
 
 def assert_ran(way, dtype="float64"):
-    run = ops.last_run()
+    run = runtime.last_run()
     assert (run["pass"], run["dtype"]) == (way, dtype), run
 
 
@@ -133,7 +133,7 @@ def test_gradgradcheck(problem):
     f, tensors = function_of(problem)
     forget()
     assert gradgradcheck(f, tensors, fast_mode=True)
-    assert ops.last_run()["dtype"] == "float64"
+    assert runtime.last_run()["dtype"] == "float64"
 
 
 @each_cell

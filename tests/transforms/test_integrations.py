@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lstm_fused
-from lstm_fused import ops
-from lstm_fused.recurrent import Fused
+from lstm_fused import runtime
+from lstm_fused.fallback import Fused
 from tests.helpers.compare_modules import each_option, pair, state_for, states_of
 
 
@@ -64,7 +64,7 @@ def kinds(model):
 
 
 def restored_kinds(model):
-    return {name: getattr(kind, "_original", kind) for name, kind in kinds(model).items()}
+    return {name: getattr(kind, "_torch_class", kind) for name, kind in kinds(model).items()}
 
 
 QUANTIZED = {
@@ -155,7 +155,7 @@ def test_dropout_compiled():
             torch.manual_seed(3)
             results.append(call(x))
     torch.testing.assert_close(results[1], results[0])
-    assert ops.last_run()["pass"] == "forward"
+    assert runtime.last_run()["pass"] == "forward"
 
 
 def test_profiler_names_the_layer():

@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
 import lstm_fused
-from lstm_fused import ops, reference
+from lstm_fused import reference, runtime
 from tests.helpers import emulated
 from tests.helpers.oracle import CELLS, has_cell_state
 
@@ -403,7 +403,7 @@ def test_finite_differences(form):
     slope = grad(loss)(x)
     torch.testing.assert_close((slope * x.cos()).sum(), expected, rtol=1e-7, atol=1e-9)
     torch.testing.assert_close(jvp(loss, (x,), (x.cos(),))[1], expected, rtol=1e-7, atol=1e-9)
-    ran = ops.last_run()["pass"]
+    ran = runtime.last_run()["pass"]
     assert ran == ("forward" if form.proj else "tangent"), "tangents have a kernel, but projections"
 
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from lstm_fused import ops
-from lstm_fused.recurrent import Fused
+from lstm_fused import inference, ops
+from lstm_fused.fallback import Fused
 
 
 class Cell(Fused):
@@ -26,7 +26,7 @@ class Cell(Fused):
 
     def forward(self, input, hx=None):
         if not torch.compiler.is_compiling():
-            ends = ops.infer_step(self, input, hx)
+            ends = inference.infer_step(self, input, hx)
             if ends is not None:
                 return ends
         if type(input) is not Tensor and isinstance(input, torch.fx.Proxy):
@@ -36,7 +36,7 @@ class Cell(Fused):
             self._check_ranks(input, state)
             return super().forward(input, hx)
         weights = self._weights()
-        if reason := self._reason(input, state, weights):
+        if reason := self._fallback_reason(input, state, weights):
             return self._through_torch(reason, input, hx)
         single = input.dim() == 1
         x = input.view(1, 1, -1) if single else input.unsqueeze(0)
@@ -49,8 +49,8 @@ class Cell(Fused):
         weights = [self.weight_ih, self.weight_hh]
         return [*weights, self.bias_ih, self.bias_hh] if self.bias else weights
 
-    def _reason(self, x, hx, weights):
-        if reason := super()._reason(x, hx, weights):
+    def _fallback_reason(self, x, hx, weights):
+        if reason := super()._fallback_reason(x, hx, weights):
             return reason
         if _is_autocast_enabled(x):
             return "the fused step does not run under autocast"
@@ -113,7 +113,7 @@ class LSTMCell(Cell, torch.nn.LSTMCell):
         ``torch.nn.LSTMCell``, with one warning for each reason.
     """
 
-    _original = torch.nn.LSTMCell
+    _torch_class = torch.nn.LSTMCell
     _states = 2
 
     def _cell(self):
@@ -131,7 +131,7 @@ class GRUCell(Cell, torch.nn.GRUCell):
     As ``LSTMCell``, with one state.
     """
 
-    _original = torch.nn.GRUCell
+    _torch_class = torch.nn.GRUCell
 
     def _cell(self):
         return "gru"
@@ -143,7 +143,7 @@ class RNNCell(Cell, torch.nn.RNNCell):
     As ``LSTMCell``, with one state; ``nonlinearity`` is ``"tanh"`` or ``"relu"``.
     """
 
-    _original = torch.nn.RNNCell
+    _torch_class = torch.nn.RNNCell
 
     def _cell(self):
         return f"rnn_{self.nonlinearity}"

@@ -1,0 +1,142 @@
+"""When a module's call runs through torch.nn's own forward, and the warning that says why."""
+
+import warnings
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lstm_fused import cuda
+
+_FUSED_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+_PLAIN_TYPES = frozenset((Tensor, Parameter))
+TRACED = "torch.jit.trace records torch's op, for programs without lstm_fused"
+_warned = set()
+# What torch.nn's forward of a layer calls on the module. Ours calls the first likewise; a module
+# that has one of the others to itself runs through torch.
+CALLED_BY_TORCH = (
+    "check_input",
+    "check_forward_args",
+    "check_hidden_size",
+    "get_expected_hidden_size",
+    "get_expected_cell_size",
+    "permute_hidden",
+    "_update_flat_weights",
+    "_weights_have_changed",
+    "_init_flat_weights",
+)
+
+
+def fallback_reason(x, hx, weights):
+    """Why torch's own module would run on these tensors, or None when the fused kernels would.
+
+    x: the input's data (T, N, I), (N, T, I), (T, I) or packed (S, I); hx: what was given as such,
+    not yet checked; weights: every weight of the module.
+    """
+    if not x.is_cpu and (reason := _device_reason(x.device)):
+        return reason
+    if x.dtype not in _FUSED_DTYPES:
+        return f"the fused kernels have no {x.dtype}"
+    states = hx if isinstance(hx, (tuple, list)) else () if hx is None else (hx,)
+    if x.is_nested:
+        return "the input is a nested tensor"
+    for t in (x, *states):
+        if isinstance(t, Tensor) and t.layout is not torch.strided:
+            name = "the input's" if t is x else "a state's"
+            return f"{name} layout is {t.layout}, the fused kernels need strided tensors"
+    if torch.compiler.is_compiling():
+        return None
+    if torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export():
+        return TRACED
+    for t in (x, *weights):
+        same = t.is_cpu if x.is_cpu else isinstance(t, Tensor) and t.device == x.device
+        if (type(t) not in _PLAIN_TYPES or not same) and (reason := _tensor_reason(t, x)):
+            return reason
+    return None
+
+
+def _device_reason(device):
+    if device.type != "cuda":
+        return f"the input is on {device}, the fused kernels run on cpu and cuda"
+    # While compiling, an old device is left to the operator to refuse.
+    reason = None if torch.compiler.is_compiling() else cuda.unsupported_reason(device)
+    return reason and f"the input is on {device}: {reason}"
+
+
+def _tensor_reason(t, x):
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if not isinstance(t, Tensor):
+        return f"a weight is {t}"
+    if t.device != x.device:
+        return f"a weight is on {t.device}, the input on {x.device}"
+    if type(t) in _PLAIN_TYPES or isinstance(t, FakeTensor):
+        return None
+    return f"{type(t).__name__} is a Tensor subclass"
+
+
+class Fused:
+    """What every module of ours has, before torch.nn's own class: the ways around the fused op.
+
+    A subclass names that class as ``_torch_class``; a subclass that ``lstm_fused.replace`` made
+    from a user's class names that as ``_user_class``.
+    """
+
+    _torch_class = None
+    _user_class = None
+
+    def __init_subclass__(cls, **options):
+        if "_user_class" not in vars(cls):  # the user's class has been announced before
+            super().__init_subclass__(**options)
+
+    def _fallback_reason(self, x, hx, weights):
+        """Why a call runs through torch.nn's forward, or None; the arguments of fallback_reason."""
+        return fallback_reason(x, hx, weights)
+
+    def _through_torch(self, reason, input, hx):
+        """torch.nn's own forward, and a warning that says why the first time."""
+        result = super().forward(input, hx)
+        if not torch.compiler.is_compiling():
+            warn_once(self, reason)
+        return result
+
+    def _fx_leaf(self, input, hx, **more):
+        """torch.fx keeps torch.nn's own modules whole; this one asks for the same."""
+        tracer = input.tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, hx), more)
+
+    def __prepare_scriptable__(self):
+        """What torch.jit.script compiles for this module: torch.nn's own of the same state.
+
+        torch.jit.script also puts it into the model in this module's place.
+        """
+        ours = next(cls for cls in type(self).__mro__ if vars(cls).get("_torch_class"))
+        own = overridden(type(self), ours, ("forward", *CALLED_BY_TORCH))
+        if own and self._user_class is None:
+            raise RuntimeError(
+                f"torch.jit.script cannot compile {type(self).__name__}, derived from lstm_fused's "
+                f"{ours.__name__}, which overrides {', '.join(own)}"
+            )
+        theirs = self._user_class or self._torch_class
+        name = f"torch.nn.{theirs.__name__}" if theirs is self._torch_class else theirs.__name__
+        warn_once(
+            self,
+            f"torch.jit.script cannot call the fused op, and leaves {name} in the model "
+            "(lstm_fused.replace brings the fused module back)",
+        )
+        twin = theirs.__new__(theirs)
+        twin.__dict__ = self.__dict__
+        return twin
+
+
+def overridden(cls, base, names=CALLED_BY_TORCH):
+    """Those of names that cls, derived from base of torch.nn, has to itself."""
+    return tuple(n for n in names if getattr(cls, n, None) is not getattr(base, n, None))
+
+
+def warn_once(module, reason):
+    original = module._torch_class
+    message = f"lstm_fused.{original.__name__} ran through torch.nn.{original.__name__}: {reason}"
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=6)

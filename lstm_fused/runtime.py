@@ -1,0 +1,71 @@
+"""Which kernels there are, which ones a call would run, and which ones the last call ran."""
+
+import torch
+
+from lstm_fused import _plan, cuda, operators  # noqa: F401  loads the operators
+
+
+def set_isa(name=None):
+    """Force the instruction set kernels use, for every thread; None goes back to the best one.
+
+    Raises RuntimeError for a name that is unknown or that this machine cannot run. The environment
+    variable LSTM_FUSED_ISA does the same when the package is imported.
+    """
+    torch.ops.lstm_fused.force_isa(name or "")
+
+
+def available_isas():
+    """Names of the instruction sets this machine can run, slowest first."""
+    return tuple(torch.ops.lstm_fused.available_isas().split())
+
+
+def last_run(device="cpu"):
+    """What the newest forward or backward call ran, as a dict; empty before any.
+
+    On the CPU that is this thread's; on "cuda" any thread's, as autograd has its own there.
+    """
+    if device == "cuda":
+        return cuda.last_run()
+    return cuda.words_as_dict(torch.ops.lstm_fused.last_run())
+
+
+def plan(
+    cell,
+    dtype,
+    T,
+    N,
+    I,  # noqa: E741
+    H,
+    R,
+    directions,
+    threads=None,
+    training=False,
+    device=None,
+):
+    """The plan a forward call with these sizes would run, as a printable object.
+
+    cell is as for ``layer``; dtype is a torch.dtype or its name; threads is
+    torch.get_num_threads() unless given; device is a torch.device, the CPU unless given. Raises
+    ValueError for a name that is unknown.
+    """
+    if device is not None and device.type == "cuda":
+        return cuda.plan_on(device, _plan.cells()[cell]["id"], dtype, T, N, H, R, directions)
+    return _plan.plan(
+        str(dtype).removeprefix("torch."),
+        torch.ops.lstm_fused.active_isa(),
+        torch.get_num_threads() if threads is None else threads,
+        T,
+        N,
+        I,
+        H,
+        R,
+        directions,
+        projection=R != H,
+        training=training,
+        cell=cell,
+    )
+
+
+def build_info():
+    """Version, compiler, the torch built against, ISAs compiled in, whether CUDA kernels are."""
+    return _plan.build_info()
