@@ -7,6 +7,8 @@
 #include <cstdlib>
 #include <vector>
 
+#include "cuda/device.h"
+
 namespace lstm_fused::cuda {
 namespace {
 
@@ -64,12 +66,12 @@ struct Memory {
   }
 };
 
-Launch on(const Memory& memory, dim3 grid) {
-  Launch how{};
-  how.grid = grid;
-  how.threads = kExchangeThreads;
-  how.stream = memory.stream;
-  return how;
+LaunchConfig on(const Memory& memory, dim3 grid) {
+  LaunchConfig config{};
+  config.grid = grid;
+  config.threads = kExchangeThreads;
+  config.stream = memory.stream;
+  return config;
 }
 
 bool first = true;
@@ -85,14 +87,14 @@ void print(const char* what, int ctas, int groups, int apart, int bytes, double 
 
 // The time of a launch does not count: it is in the short run as in the long one.
 template <class Kernel>
-double step_ns(Memory& memory, Kernel kernel, const Launch& how, ExchangeParams p,
-               Prepared& prepared) {
+double step_ns(Memory& memory, Kernel kernel, const LaunchConfig& config, ExchangeParams p,
+               ConfiguredDevices& configured) {
   double best[2] = {1e30, 1e30};
   for (int i = 0; i < kTries; ++i)
     for (int is_long = 0; is_long < 2; ++is_long) {
       p.steps = is_long ? kMany : kFew;
       const float ms =
-          memory.time([&] { check(launch_kernel(kernel, how, p, prepared), "launch"); });
+          memory.time([&] { check(launch_kernel(kernel, config, p, configured), "launch"); });
       best[is_long] = std::min<double>(best[is_long], ms);
       all_wrong += memory.count_wrong();
     }
@@ -100,30 +102,30 @@ double step_ns(Memory& memory, Kernel kernel, const Launch& how, ExchangeParams 
 }
 
 void measure_grid(Memory& memory, int ctas, int groups, int apart, int bytes) {
-  static Prepared prepared;
-  Launch how = on(memory, dim3(ctas, groups));
-  how.shared_bytes = kSharedBytes;
-  how.cooperative = true;
+  static ConfiguredDevices configured;
+  LaunchConfig config = on(memory, dim3(ctas, groups));
+  config.shared_bytes = kSharedBytes;
+  config.cooperative = true;
   const ExchangeParams p{0, bytes, apart, memory.buffer, memory.counters, memory.wrong};
-  print("grid", ctas, groups, apart, bytes, step_ns(memory, grid_exchange, how, p, prepared));
+  print("grid", ctas, groups, apart, bytes, step_ns(memory, grid_exchange, config, p, configured));
 }
 
 void measure_cluster(Memory& memory, int ctas, int bytes) {
-  static Prepared prepared;
-  Launch how = on(memory, dim3(ctas));
-  how.shared_bytes = 2 * ctas * bytes;
-  how.cluster = ctas;
+  static ConfiguredDevices configured;
+  LaunchConfig config = on(memory, dim3(ctas));
+  config.shared_bytes = 2 * ctas * bytes;
+  config.cluster = ctas;
   const ExchangeParams p{0, bytes, 1, memory.buffer, memory.counters, memory.wrong};
-  print("cluster", ctas, 1, 1, bytes, step_ns(memory, cluster_exchange, how, p, prepared));
+  print("cluster", ctas, 1, 1, bytes, step_ns(memory, cluster_exchange, config, p, configured));
 }
 
 // From one launch to the next, one by one and in a graph.
 void measure_launches(Memory& memory) {
-  static Prepared prepared;
-  const Launch how = on(memory, dim3(48));
+  static ConfiguredDevices configured;
+  const LaunchConfig config = on(memory, dim3(48));
   const auto launch = [&](int times) {
     for (int i = 0; i < times; ++i)
-      check(launch_kernel(no_exchange, how, ExchangeParams{}, prepared), "launch");
+      check(launch_kernel(no_exchange, config, ExchangeParams{}, configured), "launch");
   };
   launch(1);
   float best = 1e30f;

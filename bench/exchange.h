@@ -4,7 +4,10 @@
 
 #include <cstdint>
 
-#include "cuda/primitives.h"
+#include "cuda/kernel_launch.h"
+#include "cuda/ptx/async_copy.h"
+#include "cuda/ptx/barrier.h"
+#include "cuda/ptx/cluster.h"
 
 namespace lstm_fused::cuda {
 
@@ -23,12 +26,12 @@ constexpr int kHandedOn = 512;  // bytes a CTA of a grid writes: 16 units of 16 
 // A meeting of all that takes part, as the kernels have it at the end of a step.
 LSTM_FUSED_DEVICE void meet_grid(unsigned long long* counter, unsigned long long target) {
   sync_block();
-  arrive_ctas(counter);
-  wait_ctas(counter, target);
+  barrier_arrive(counter);
+  barrier_wait(counter, target);
 }
 LSTM_FUSED_DEVICE void meet_cluster() {
-  arrive_cluster();
-  wait_cluster();
+  cluster_barrier_arrive();
+  cluster_barrier_wait();
 }
 
 LSTM_FUSED_DEVICE void write_piece(char* to, int step) {
@@ -79,7 +82,7 @@ cluster_exchange(const LSTM_FUSED_CONSTANT ExchangeParams p) {
         write_piece(half + self * p.bytes + i * 16, s);
       sync_block();
       for (int i = thread_index(); i < pieces * (ctas - 1); i += thread_count())
-        send_shared(half + self * p.bytes + i % pieces * 16, i / pieces + (i / pieces >= self));
+        copy_to_cta(half + self * p.bytes + i % pieces * 16, i / pieces + (i / pieces >= self));
     }
     meet_cluster();
     if (pieces)

@@ -18,7 +18,7 @@ from bench.compiled import NotMeasured, compiled
 SOURCE = Path(__file__).with_suffix(".cu")
 CSRC = Path(__file__).parent.parent / "csrc"
 FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-I{CSRC}"]
-HEADERS = (SOURCE.with_suffix(".h"), CSRC / "cuda" / "primitives.h", CSRC / "cuda" / "plan.h")
+HEADERS = (SOURCE.with_suffix(".h"), *sorted((CSRC / "cuda").rglob("*.h")))
 LONGEST = 20  # seconds; it takes two
 
 

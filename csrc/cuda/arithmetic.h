@@ -5,7 +5,9 @@
 
 #include "params.h"
 #include "plan.h"
-#include "primitives.h"
+#include "ptx/conversions.h"
+#include "ptx/mma.h"
+#include "ptx/threads.h"
 
 namespace lstm_fused {
 namespace {
@@ -153,7 +155,7 @@ struct BFloat16Cores {
   static LSTM_FUSED_DEVICE void prepare(uint32_t (&)[kCount]) {}
   static LSTM_FUSED_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4],
                                          const uint32_t (&b)[2]) {
-    multiply_bfloat16(c, a, b);
+    mma_bfloat16(c, a, b);
   }
 };
 
@@ -163,7 +165,7 @@ struct HalfCores {
   static LSTM_FUSED_DEVICE void prepare(uint32_t (&)[kCount]) {}
   static LSTM_FUSED_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4],
                                          const uint32_t (&b)[2]) {
-    multiply_float16(c, a, b);
+    mma_float16(c, a, b);
   }
 };
 
@@ -177,7 +179,7 @@ struct Tf32Cores {
   }
   static LSTM_FUSED_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4],
                                          const uint32_t (&b)[2]) {
-    multiply_tf32(c, a, b);
+    mma_tf32(c, a, b);
   }
 };
 
@@ -196,7 +198,7 @@ struct Plain {
   static LSTM_FUSED_DEVICE void multiply(Acc (&acc)[kM][kN][4], const char* a, int a_tile,
                                          int a_row, const char* b, int b_row) {
     const int lane = thread_index() % 32;
-    LSTM_FUSED_ROLLED  // twice the loads under way would spill in a cluster's 128 registers
+    LSTM_FUSED_NO_UNROLL  // twice the loads under way would spill in a cluster's 128 registers
         for (int at = 0; at < kKBytes; at += 16) {
       Vector right[kN][2];
       LSTM_FUSED_UNROLL

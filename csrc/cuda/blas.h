@@ -3,15 +3,16 @@
 // layers.
 #pragma once
 
-#include "primitives.h"
+#include "cublas.h"
+#include "plan.h"
 
 namespace lstm_fused::cuda {
 
-// In device memory, its rows `stride` values apart, or its columns if turned.
+// In device memory, its rows `stride` values apart, or its columns if transposed.
 struct Matrix {
   const void* data;
   int64_t rows, columns, stride;
-  bool turned;
+  bool transposed;
 };
 
 // out (a.rows, b.columns) = a b, in the compute dtype, with contiguous rows. library: torch's
@@ -21,20 +22,21 @@ inline const char* multiply(void* library, DType dtype, bool tf32, const Matrix&
   // Of cudaDataType, cublasComputeType_t, cublasOperation_t, cublasMath_t and cublasGemmAlgo_t.
   constexpr int types[kDTypeCount] = {/* R_32F */ 0, /* R_64F */ 1, /* R_16BF */ 14, /* R_16F */ 2};
   constexpr int in_float64 = 70, in_float32 = 68, in_tf32 = 77;
-  constexpr int as_it_is = 0, transposed = 1, default_math = 0, default_algorithm = -1;
+  constexpr int not_transposed = 0, transposed = 1, default_math = 0, default_algorithm = -1;
   const double one = 1, zero = 0;
   const float one_float = 1, zero_float = 0;
   const bool wide = dtype == DType::kFloat64;
   const int type = types[static_cast<int>(dtype)], out_type = types[wide];
   const int compute = wide ? in_float64 : tf32 && dtype == DType::kFloat32 ? in_tf32 : in_float32;
   // Torch left it as the switch of torch.matmul is, and sets it anew for each product of its own.
-  if (const char* error = library_error(cublasSetMathMode(library, default_math))) return error;
+  if (const char* error = cublas_error(cublasSetMathMode(library, default_math))) return error;
   // The library has columns where we have rows: the transpose of out is that of b times that of a.
-  return library_error(cublasGemmEx_64(
-      library, b.turned ? transposed : as_it_is, a.turned ? transposed : as_it_is, b.columns,
-      a.rows, a.columns, wide ? static_cast<const void*>(&one) : &one_float, b.data, type, b.stride,
-      a.data, type, a.stride, wide ? static_cast<const void*>(&zero) : &zero_float, out, out_type,
-      b.columns, compute, default_algorithm));
+  return cublas_error(cublasGemmEx_64(library, b.transposed ? transposed : not_transposed,
+                                      a.transposed ? transposed : not_transposed, b.columns, a.rows,
+                                      a.columns, wide ? static_cast<const void*>(&one) : &one_float,
+                                      b.data, type, b.stride, a.data, type, a.stride,
+                                      wide ? static_cast<const void*>(&zero) : &zero_float, out,
+                                      out_type, b.columns, compute, default_algorithm));
 }
 
 }  // namespace lstm_fused::cuda

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "epilogues.h"
+#include "kernel_launch.h"
 #include "kernels.h"
 #include "pointwise.h"
 #include "recurrence.h"
@@ -15,19 +16,19 @@ namespace {
 template <class Math, class Epilogue, int kTiles, PlanKind kKind, int kMostTiles = 1>
 const char* launch(const Plan& plan, const RecurrenceParams& p, int64_t units, int64_t row_groups,
                    int64_t shared, void* stream) {
-  Launch how{};
+  LaunchConfig config{};
   const int64_t unit_ctas =
       kKind == PlanKind::kStep ? ceil_div(units, kUnitTile) : int64_t{plan.unit_ctas};
-  how.grid = dim3(static_cast<unsigned>(unit_ctas), static_cast<unsigned>(row_groups),
-                  static_cast<unsigned>(p.D));
-  how.threads = plan.threads;
-  how.shared_bytes = shared;
-  how.cluster = kKind == PlanKind::kCluster ? plan.unit_ctas : 0;
-  how.cooperative = kKind == PlanKind::kGrid;
-  how.stream = stream;
-  static Prepared prepared;
-  return launch_kernel(recurrence_kernel<Math, Epilogue, kTiles, kKind, kMostTiles>, how, p,
-                       prepared);
+  config.grid = dim3(static_cast<unsigned>(unit_ctas), static_cast<unsigned>(row_groups),
+                     static_cast<unsigned>(p.D));
+  config.threads = plan.threads;
+  config.shared_bytes = shared;
+  config.cluster = kKind == PlanKind::kCluster ? plan.unit_ctas : 0;
+  config.cooperative = kKind == PlanKind::kGrid;
+  config.stream = stream;
+  static ConfiguredDevices configured;
+  return launch_kernel(recurrence_kernel<Math, Epilogue, kTiles, kKind, kMostTiles>, config, p,
+                       configured);
 }
 
 // A step's product and epilogue, its rows shared out anew: a packed batch shrinks or grows.
@@ -41,7 +42,7 @@ const char* launch_step(const Plan& plan, RecurrenceParams& p, Gemm& gemm, void*
   }
   if (most == 0) return nullptr;
   const auto groups_of = [&](int64_t rows) {
-    return std::min<int64_t>(ceil_div(most, rows), kMostBlocks);
+    return std::min<int64_t>(ceil_div(most, rows), kMaxGridY);
   };
   const int64_t units = p.product.units;
   if (plan.kind == PlanKind::kStep) {
@@ -54,13 +55,13 @@ const char* launch_step(const Plan& plan, RecurrenceParams& p, Gemm& gemm, void*
   }
   for (int d = 0; d < p.D; ++d)
     if (reach[d]) p.sums[d] = gemm.multiply(p.product, Epilogue::kGates, p.s_begin, d, reach[d]);
-  Launch how{};
-  how.grid = dim3(static_cast<unsigned>(ceil_div(units, kPointUnits)),
-                  static_cast<unsigned>(groups_of(kPointRows)), static_cast<unsigned>(p.D));
-  how.threads = plan.threads;
-  how.stream = stream;
-  static Prepared prepared;
-  return launch_kernel(pointwise_kernel<Epilogue, S>, how, p, prepared);
+  LaunchConfig config{};
+  config.grid = dim3(static_cast<unsigned>(ceil_div(units, kPointUnits)),
+                     static_cast<unsigned>(groups_of(kPointRows)), static_cast<unsigned>(p.D));
+  config.threads = plan.threads;
+  config.stream = stream;
+  static ConfiguredDevices configured;
+  return launch_kernel(pointwise_kernel<Epilogue, S>, config, p, configured);
 }
 
 // All steps of the walk, each with its one or two products.

@@ -9,8 +9,9 @@
 #include "../layer.h"
 #include "../poison.h"
 #include "blas.h"
+#include "device.h"
 #include "kernels.h"
-#include "primitives.h"
+#include "runtime.h"
 
 namespace lstm_fused::cuda {
 
@@ -107,7 +108,7 @@ inline Matrix matrix_of(const Tensor& t, Tensors& kept) {
 inline Tensor product(const Matrix& a, const Matrix& b, bool tf32, const Tensor& like) {
   const DType dtype = dtype_of(like, "x");
   Tensor out = allocate({a.rows, b.columns}, compute_dtype(dtype), like);
-  LSTM_FUSED_CHECK(has_library(), "lstm_fused: torch came without cuBLAS of CUDA 12 or later");
+  LSTM_FUSED_CHECK(has_cublas(), "lstm_fused: torch came without cuBLAS of CUDA 12 or later");
   void* library = nullptr;
   LSTM_FUSED_CHECK(torch_get_current_cuda_blas_handle(&library) == TORCH_SUCCESS,
                    "torch has no cuBLAS handle for this device");

@@ -71,14 +71,14 @@ int64_t clusters_at_once(const Device& device, int64_t ctas) {
 // The largest cluster of use: more SMs to a tile of the batch. Sizes are powers of two, so that
 // some CTAs may be left without units, but never half of them.
 std::optional<Plan> plan_cluster(const Problem& p, const Device& device, bool backward) {
-  if (!fits_a_sequence(p) || device.major < 9) return std::nullopt;
+  if (!fits_a_sequence(p) || !has_clusters(device.major)) return std::nullopt;
   for (int64_t size = device.cluster_ctas; size >= 2; size /= 2) {
     const int64_t tiles = ceil_div(unit_tiles(p), size);
-    if (tiles > kMostUnitTiles || ceil_div(unit_tiles(p), size / 2) == tiles) continue;
+    if (tiles > kMaxUnitTiles || ceil_div(unit_tiles(p), size / 2) == tiles) continue;
     std::optional<Plan> best;
     for (const int64_t rows : {8, 16}) {
       const int64_t clusters = std::max<int64_t>(1, ceil_div(p.N, rows));
-      if (clusters > kMostBlocks) continue;
+      if (clusters > kMaxGridY) continue;
       const Plan plan = with_tiles(PlanKind::kCluster, p, backward, rows, tiles, size, clusters);
       if (plan.shared_bytes > device.shared_bytes) break;
       best = plan;
@@ -90,7 +90,7 @@ std::optional<Plan> plan_cluster(const Problem& p, const Device& device, bool ba
 }
 
 Plan plan_step(const Problem& p, bool backward) {
-  const int64_t groups = std::clamp<int64_t>(ceil_div(p.N, kStepRows), 1, kMostBlocks);
+  const int64_t groups = std::clamp<int64_t>(ceil_div(p.N, kStepRows), 1, kMaxGridY);
   return with_tiles(PlanKind::kStep, p, backward, kStepRows, 1, unit_tiles(p), groups);
 }
 
@@ -100,8 +100,7 @@ Plan plan_gemm(const Problem& p, bool backward) {
   plan.tile_rows = kPointRows;
   plan.unit_tiles = kPointUnits / kUnitTile;
   plan.unit_ctas = static_cast<int>(ceil_div(p.H, kPointUnits));
-  plan.row_groups =
-      static_cast<int>(std::clamp<int64_t>(ceil_div(p.N, kPointRows), 1, kMostBlocks));
+  plan.row_groups = static_cast<int>(std::clamp<int64_t>(ceil_div(p.N, kPointRows), 1, kMaxGridY));
   plan.threads = kPointUnits * kPointRows;
   plan.shared_bytes = 0;
   return plan;

@@ -30,6 +30,11 @@ struct Device {
   int clusters;      // of that size that run at once, each CTA with an SM to itself
 };
 
+// Whether GPUs of this major compute capability have thread-block clusters.
+constexpr bool has_clusters(int major) {
+  return major >= 9;
+}
+
 struct Problem {
   DType dtype;
   int64_t T, N, H, R;
@@ -59,11 +64,11 @@ inline constexpr int kPadBytes = 16;       // keeps rows of shared memory off ea
 inline constexpr int kSumUnits = 20;       // room for a row's 16 sums, off each other's banks too
 inline constexpr int kStepSplit = 8;       // warps that share the k of a unit tile
 inline constexpr int kClusterSplit = 4;    // the same in a cluster
-inline constexpr int kMostUnitTiles = 4;   // of a CTA in a cluster
+inline constexpr int kMaxUnitTiles = 4;    // of a CTA in a cluster
 inline constexpr int kStepRows = 16;       // the one tile the step plan is compiled for
 inline constexpr int kPointUnits = 32;     // of a CTA of the gemm plan's launches,
 inline constexpr int kPointRows = 8;       // which has a thread for each unit of each of its rows
-inline constexpr int kMostBlocks = 65535;  // of a grid, along y
+inline constexpr int kMaxGridY = 65535;    // of a grid, along y
 inline constexpr int kKBytes = 32;         // of k that one matrix instruction takes
 inline constexpr int kBarrierBytes = 128;  // a counter has its cache line to itself
 
@@ -83,7 +88,7 @@ constexpr int split_of(PlanKind kind) {
 constexpr int compiled_tiles(PlanKind kind, int unit_tiles) {
   return kind != PlanKind::kCluster ? 1 : unit_tiles < 2 ? 2 : unit_tiles;
 }
-constexpr int most_threads(PlanKind kind, int unit_tiles) {
+constexpr int max_threads(PlanKind kind, int unit_tiles) {
   return 32 * split_of(kind) * compiled_tiles(kind, unit_tiles);
 }
 
@@ -107,7 +112,7 @@ int64_t row_bytes(DType dtype, int64_t values);
 int64_t shared_bytes(PlanKind kind, DType dtype, bool tensor_cores, int gates, int unit_tiles,
                      int tile_rows, int64_t k_bytes);
 
-// Whether the kernels run there at all.
+// Whether the kernels run on the device at all.
 bool supported(const Device& device);
 
 // The plan of one kind, if the device has the room for it.

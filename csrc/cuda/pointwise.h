@@ -4,7 +4,7 @@
 
 #include "epilogues.h"
 #include "plan.h"
-#include "primitives.h"
+#include "ptx/threads.h"
 
 namespace lstm_fused::cuda {
 

@@ -10,7 +10,10 @@
 #include "arithmetic.h"
 #include "params.h"
 #include "plan.h"
-#include "primitives.h"
+#include "ptx/async_copy.h"
+#include "ptx/barrier.h"
+#include "ptx/cluster.h"
+#include "ptx/threads.h"
 
 namespace lstm_fused::cuda {
 
@@ -305,22 +308,22 @@ struct Recurrence {
       const int row = i / pieces / Epilogue::kOut, v = i / pieces % Epilogue::kOut;
       char* piece = half + row * (k_bytes + kPadBytes) + v * run + from + i % pieces * 16;
       for (int r = thread_index() / at_once; r < others; r += threads / at_once)
-        if (thread_index() < threads / at_once * at_once) send_shared(piece, r + (r >= self));
+        if (thread_index() < threads / at_once * at_once) copy_to_cta(piece, r + (r >= self));
     }
   }
 
   // The rows a CTA waits for from the others have come.
   LSTM_FUSED_DEVICE void arrive(int64_t s, char* counter) const {
-    if constexpr (kKind == PlanKind::kGrid) arrive_ctas(counter);
+    if constexpr (kKind == PlanKind::kGrid) barrier_arrive(counter);
     if constexpr (kKind == PlanKind::kCluster) {
       send(s);
-      arrive_cluster();
+      cluster_barrier_arrive();
     }
   }
   LSTM_FUSED_DEVICE void wait(int64_t s, char* counter) const {
     if constexpr (kKind == PlanKind::kGrid)
-      wait_ctas(counter, static_cast<unsigned long long>(block_count().x) * (s - p.s_begin + 1));
-    if constexpr (kKind == PlanKind::kCluster) wait_cluster();
+      barrier_wait(counter, static_cast<unsigned long long>(block_count().x) * (s - p.s_begin + 1));
+    if constexpr (kKind == PlanKind::kCluster) cluster_barrier_wait();
   }
 
   LSTM_FUSED_DEVICE StepRows rows_of(int64_t s) const {
@@ -337,8 +340,8 @@ struct Recurrence {
     char* counter = p.barrier + (d * groups + group) * kBarrierBytes;
     if constexpr (kKind != PlanKind::kStep) load_stationary(first);
     if constexpr (kKind == PlanKind::kCluster) {
-      arrive_cluster();
-      wait_cluster();
+      cluster_barrier_arrive();
+      cluster_barrier_wait();
     }
     Unit units[kOwn];
     StepRows rows = rows_of(p.s_begin);
@@ -362,7 +365,7 @@ struct Recurrence {
 };
 
 template <class Math, class Epilogue, int kTiles, PlanKind kKind, int kMostTiles>
-LSTM_FUSED_KERNEL(most_threads(kKind, kMostTiles))
+LSTM_FUSED_KERNEL(max_threads(kKind, kMostTiles))
 recurrence_kernel(const LSTM_FUSED_CONSTANT RecurrenceParams p) {
   if constexpr (kKind != PlanKind::kCluster || kHasClusters)
     Recurrence<Math, Epilogue, kTiles, kKind, kMostTiles>(p).run();

@@ -1,7 +1,7 @@
 """The CUDA kernels' own source on the host, by every plan, against nn.LSTM and the reference.
 
 The emulated device is small, so that little problems are already shared out: 32 SMs, clusters of 4.
-What it cannot show stands in tests/cuda/emulation/primitives_host.h.
+What it cannot show stands in tests/cuda/emulation/fibers.h.
 """
 
 import os

@@ -6,10 +6,11 @@
 #include <string>
 #include <vector>
 
-#include "launch.h"
-// After launch.h, which declares what the cells need.
-#include "../../csrc/cells/gru.h"
-#include "../../csrc/cells/rnn.h"
+#include "cuda/launch.h"
+#include "device.h"
+// After cuda/launch.h, which declares what the cells need.
+#include "cells/gru.h"
+#include "cells/rnn.h"
 
 using namespace lstm_fused;
 namespace gpu = lstm_fused::cuda;

@@ -1,6 +1,6 @@
 // Runs the kernels of bench/exchange.h for the thread sanitizer to watch: that each step's words
 // arrive, whichever of them is waited for.
-#include "../../bench/exchange.h"
+#include "bench/exchange.h"
 
 #include <cstdio>
 #include <vector>
@@ -16,15 +16,15 @@ int run(const char* what, Kernel kernel, int ctas, int groups, int cluster, int 
   std::vector<char> buffer(2 * groups * ctas * gpu::kHandedOn);
   std::vector<unsigned long long> counters(groups);
   std::vector<int> wrong(groups * ctas * kThreads, 1);
-  gpu::Launch how{};
-  how.grid = dim3(ctas, groups);
-  how.threads = kThreads;
-  how.shared_bytes = cluster ? 2 * ctas * bytes : bytes;
-  how.cluster = cluster;
-  how.cooperative = !cluster;
+  gpu::LaunchConfig config{};
+  config.grid = dim3(ctas, groups);
+  config.threads = kThreads;
+  config.shared_bytes = cluster ? 2 * ctas * bytes : bytes;
+  config.cluster = cluster;
+  config.cooperative = !cluster;
   const gpu::ExchangeParams p{kSteps, bytes, 1, buffer.data(), counters.data(), wrong.data()};
-  gpu::Prepared prepared;
-  if (const char* error = gpu::launch_kernel(kernel, how, p, prepared)) {
+  gpu::ConfiguredDevices configured;
+  if (const char* error = gpu::launch_kernel(kernel, config, p, configured)) {
     std::printf("%s of %d: %s\n", what, ctas, error);
     return 1;
   }

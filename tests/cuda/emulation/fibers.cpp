@@ -1,68 +1,72 @@
-// The scheduler behind primitives_host.h. LSTM_FUSED_EMULATION_SEED=<n> runs fibers in a random
-// order; LSTM_FUSED_EMULATION_WITHOUT=block, cluster, counter or copies leaves that kind of waiting
-// out, for the test that the sanitizer would notice.
+// The scheduler of fibers.h. LSTM_FUSED_EMULATION_SEED=<n> runs the fibers in a random order.
+// LSTM_FUSED_EMULATION_WITHOUT=block, cluster, counter or copies turns that kind of barrier off,
+// for the tests that a missing one is detected.
+#include "fibers.h"
+
 #include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <list>
 #include <memory>
 #include <random>
 #include <string>
 #include <vector>
 
-#include "primitives_host.h"
+#include "device.h"
 
-// This file itself is not instrumented: what it does is not what is watched. Its memcpy and memset
-// are, being calls.
-#if defined(LSTM_FUSED_WATCHED)
+// For the thread sanitizer this file is compiled without instrumentation, so that the scheduler's
+// own accesses are not reported. Its memcpy and memset are calls, which the sanitizer intercepts.
+#if defined(LSTM_FUSED_TSAN)
 #include <sanitizer/tsan_interface.h>
 #endif
 
 namespace lstm_fused::cuda::fibers {
 namespace {
 
-#if defined(LSTM_FUSED_WATCHED)
-void* new_thread() {
+#if defined(LSTM_FUSED_TSAN)
+void* tsan_create() {
   return __tsan_create_fiber(0);
 }
-void* this_thread() {
+void* tsan_current() {
   return __tsan_get_current_fiber();
 }
-void become(void* t, bool ordered) {
-  __tsan_switch_to_fiber(t, ordered ? 0 : __tsan_switch_to_fiber_no_sync);
+// synchronize: what the fiber left did happens before what the fiber entered does.
+void tsan_switch(void* fiber, bool synchronize) {
+  __tsan_switch_to_fiber(fiber, synchronize ? 0 : __tsan_switch_to_fiber_no_sync);
 }
-void release(void* p) {
+void tsan_release(void* p) {
   __tsan_release(p);
 }
-void acquire(void* p) {
+void tsan_acquire(void* p) {
   __tsan_acquire(p);
 }
 #else
-void* new_thread() {
+void* tsan_create() {
   return nullptr;
 }
-void* this_thread() {
+void* tsan_current() {
   return nullptr;
 }
-void become(void*, bool) {}
-void release(void*) {}
-void acquire(void*) {}
+void tsan_switch(void*, bool) {}
+void tsan_release(void*) {}
+void tsan_acquire(void*) {}
 #endif
 
-constexpr size_t kStack = 256 << 10;
+constexpr size_t kStackBytes = 256 << 10;
 
-// Where a fixed number of fibers meet again and again. Two places to order them by, so that one
-// that comes early for the next meeting does not order one that is late for this.
-struct Meeting {
-  int wanted = 0, arrived = 0;
+// A reusable barrier. Consecutive generations synchronize through different addresses: an arrival
+// at the next generation must not be ordered before a late return from this one.
+struct Barrier {
+  int expected = 0, arrived = 0;
   unsigned generation = 0;
-  char order[2] = {};
+  char addresses[2] = {};
 };
 
 struct Warp {
-  Meeting meeting;
+  Barrier barrier;
   uint32_t words[2][32][8];
 };
 
@@ -79,25 +83,25 @@ struct Block {
   Cluster* cluster;
   std::unique_ptr<char[]> memory;
   char* shared;
-  Meeting meeting;
+  Barrier barrier;
   std::vector<Warp> warps;
 };
 struct Cluster {
-  Meeting meeting;
+  Barrier barrier;
   std::vector<Block> blocks;
 };
 
 struct Fiber {
-  ucontext_t context;  // how it begins
-  bool begun = false;
-  void* place[5];  // where it waits
+  ucontext_t context;  // of its start
+  bool started = false;
+  void* jump_buffer[5];  // where it yielded
   Block* block;
   int thread;
   bool done = false;
-  unsigned cluster_turn = 0;  // the meeting it has arrived at
-  char* cluster_order = nullptr;
-  std::vector<std::vector<Copy>> groups{1};  // the last is not committed yet
-  void* watched;
+  unsigned cluster_generation = 0;  // that it has arrived at
+  char* cluster_address = nullptr;
+  std::vector<std::vector<Copy>> groups{1};  // of copies; the last one is not committed yet
+  void* tsan_fiber;
 };
 
 struct Grid {
@@ -108,61 +112,63 @@ struct Grid {
 
 Grid grid;
 Fiber* current;
-void* home[5];
-void* home_thread;
-bool progress;
-// Kept from launch to launch.
+void* scheduler[5];  // jump buffer
+void* scheduler_tsan_fiber;
+bool progress;  // whether a fiber has changed what another one may wait for
+// Reused by all launches.
 std::vector<char*> stacks;
-std::vector<void*> watched;
+std::vector<void*> tsan_fibers;
 
-bool leaves_out(const char* what) {
-  static const char* wanted = std::getenv("LSTM_FUSED_EMULATION_WITHOUT");
-  return wanted && std::string(wanted) == what;
+bool is_off(const char* kind) {
+  static const char* off = std::getenv("LSTM_FUSED_EMULATION_WITHOUT");
+  return off && std::string(off) == kind;
 }
 
-// The compiler's own, since swapcontext asks the kernel each time. noipa: to their callers they
-// must look as if they changed every register that a call may.
-__attribute__((noipa, noreturn)) void jump(void** place) {
-  __builtin_longjmp(place, 1);
+// The compiler's own longjmp: swapcontext would make a system call each time. noipa makes callers
+// assume that the call changes every caller-saved register.
+__attribute__((noipa, noreturn)) void jump(void** jump_buffer) {
+  __builtin_longjmp(jump_buffer, 1);
 }
 
 __attribute__((noipa)) void yield() {
   Fiber* self = current;
-  become(home_thread, false);
-  if (!__builtin_setjmp(self->place)) jump(home);
+  tsan_switch(scheduler_tsan_fiber, false);
+  if (!__builtin_setjmp(self->jump_buffer)) jump(scheduler);
 }
 
-__attribute__((noipa)) void resume(Fiber* f, bool ordered) {
+__attribute__((noipa)) void resume(Fiber* f, bool synchronize) {
   current = f;
-  become(f->watched, ordered);
-  if (__builtin_setjmp(home)) return;
-  if (f->begun) jump(f->place);
-  f->begun = true;
+  tsan_switch(f->tsan_fiber, synchronize);
+  if (__builtin_setjmp(scheduler)) return;
+  if (f->started) jump(f->jump_buffer);
+  f->started = true;
   setcontext(&f->context);
 }
 
-unsigned arrive(Meeting& m) {
-  const unsigned mine = m.generation;
-  if (++m.arrived == m.wanted) {
-    m.arrived = 0;
-    ++m.generation;
+// Returns the generation that is_waiting takes.
+unsigned arrive(Barrier& b) {
+  const unsigned generation = b.generation;
+  if (++b.arrived == b.expected) {
+    b.arrived = 0;
+    ++b.generation;
   }
   progress = true;
-  return mine;
+  return generation;
 }
-bool waiting(const Meeting& m, unsigned mine) {
-  return m.generation == mine;
+bool is_waiting(const Barrier& b, unsigned generation) {
+  return b.generation == generation;
 }
-char* order_of(Meeting& m) {
-  return &m.order[m.generation & 1];
+char* address_of(Barrier& b) {
+  return &b.addresses[b.generation & 1];
 }
 
-void meet(Meeting& m, bool ordered) {
-  char* order = order_of(m);
-  if (ordered) release(order);
-  const unsigned mine = arrive(m);
-  while (waiting(m, mine)) yield();
-  if (ordered) acquire(order);
+// synchronize: whether the barrier orders memory accesses.
+void arrive_and_wait(Barrier& b, bool synchronize) {
+  char* address = address_of(b);
+  if (synchronize) tsan_release(address);
+  const unsigned generation = arrive(b);
+  while (is_waiting(b, generation)) yield();
+  if (synchronize) tsan_acquire(address);
 }
 
 void finish() {
@@ -170,44 +176,45 @@ void finish() {
   progress = true;
 }
 
-void begin() {
+void run_fiber() {
   (*grid.kernel)();
   finish();
-  become(home_thread, true);
-  jump(home);
+  tsan_switch(scheduler_tsan_fiber, true);
+  jump(scheduler);
 }
 
 char* stack(size_t i) {
   while (stacks.size() <= i) {
-    void* p = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* p =
+        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p == MAP_FAILED) std::abort();
     stacks.push_back(static_cast<char*>(p));
   }
   return stacks[i];
 }
 
-void start(Fiber& f, size_t i) {
+void prepare(Fiber& f, size_t i) {
   getcontext(&f.context);
   f.context.uc_stack.ss_sp = stack(i);
-  f.context.uc_stack.ss_size = kStack;
+  f.context.uc_stack.ss_size = kStackBytes;
   f.context.uc_link = nullptr;
-  makecontext(&f.context, begin, 0);
-  while (watched.size() <= i) watched.push_back(new_thread());
-  f.watched = watched[i];
+  makecontext(&f.context, run_fiber, 0);
+  while (tsan_fibers.size() <= i) tsan_fibers.push_back(tsan_create());
+  f.tsan_fiber = tsan_fibers[i];
 }
 
-// In turns until all are done; false if a whole round brings nobody further.
+// Runs the fibers in turns until all are done. False if no fiber makes progress in a whole round.
 bool run_all(std::vector<Fiber>& fibers) {
   static const char* seed = std::getenv("LSTM_FUSED_EMULATION_SEED");
   std::mt19937 random(seed ? static_cast<unsigned>(std::atoi(seed)) : 0);
   std::vector<Fiber*> left;
   for (Fiber& f : fibers) left.push_back(&f);
-  home_thread = this_thread();
+  scheduler_tsan_fiber = tsan_current();
   bool first = true;
   while (!left.empty()) {
     if (seed) std::shuffle(left.begin(), left.end(), random);
     progress = false;
-    // What the host wrote before the launch is seen by all; nothing that fibers write.
+    // All fibers see what the host wrote before the launch. A later switch synchronizes nothing.
     for (Fiber* f : left) resume(f, first);
     first = false;
     left.erase(std::remove_if(left.begin(), left.end(), [](Fiber* f) { return f->done; }),
@@ -217,9 +224,9 @@ bool run_all(std::vector<Fiber>& fibers) {
   return true;
 }
 
-void lay_out(Cluster& cluster, const std::vector<dim3>& indices, int64_t shared_bytes) {
+void allocate(Cluster& cluster, const std::vector<dim3>& indices, int64_t shared_bytes) {
   const int warps = grid.threads / 32;
-  cluster.meeting.wanted = static_cast<int>(indices.size()) * grid.threads;
+  cluster.barrier.expected = static_cast<int>(indices.size()) * grid.threads;
   cluster.blocks.resize(indices.size());
   for (size_t i = 0; i < indices.size(); ++i) {
     Block& b = cluster.blocks[i];
@@ -229,14 +236,14 @@ void lay_out(Cluster& cluster, const std::vector<dim3>& indices, int64_t shared_
     b.memory.reset(new char[shared_bytes + 128]);
     b.shared = b.memory.get() + (128 - reinterpret_cast<uintptr_t>(b.memory.get()) % 128) % 128;
     std::memset(b.shared, 0xff, shared_bytes);
-    b.meeting.wanted = grid.threads;
+    b.barrier.expected = grid.threads;
     b.warps.resize(warps);
-    for (Warp& w : b.warps) w.meeting.wanted = 32;
+    for (Warp& w : b.warps) w.barrier.expected = 32;
   }
 }
 
-// All blocks of these clusters at once.
-bool run_together(std::list<Cluster>& clusters) {
+// Runs all blocks of these clusters concurrently.
+bool run_clusters(std::list<Cluster>& clusters) {
   std::vector<Fiber> fibers;
   for (Cluster& c : clusters)
     for (Block& b : c.blocks)
@@ -245,89 +252,94 @@ bool run_together(std::list<Cluster>& clusters) {
         fibers.back().block = &b;
         fibers.back().thread = t;
       }
-  for (size_t i = 0; i < fibers.size(); ++i) start(fibers[i], i);
+  for (size_t i = 0; i < fibers.size(); ++i) prepare(fibers[i], i);
   return run_all(fibers);
+}
+
+Warp& own_warp() {
+  return current->block->warps[current->thread / 32];
 }
 
 }  // namespace
 
-int thread() {
+int thread_index() {
   return current->thread;
 }
-int threads() {
+int thread_count() {
   return grid.threads;
 }
-dim3 block() {
+dim3 block_index() {
   return current->block->index;
 }
-dim3 blocks() {
+dim3 block_count() {
   return grid.blocks;
 }
-int rank() {
+int cluster_rank() {
   return current->block->rank;
 }
-int cluster() {
+int cluster_size() {
   return static_cast<int>(current->block->cluster->blocks.size());
 }
-char* shared(int rank) {
+char* shared_memory(int rank) {
   return current->block->cluster->blocks[rank].shared;
 }
 
 void sync_block() {
-  if (!leaves_out("block")) meet(current->block->meeting, true);
+  if (!is_off("block")) arrive_and_wait(current->block->barrier, true);
 }
 void sync_warp() {
-  meet(current->block->warps[current->thread / 32].meeting, true);
+  arrive_and_wait(own_warp().barrier, true);
 }
-void arrive_cluster() {
-  if (leaves_out("cluster")) return;
-  Meeting& m = current->block->cluster->meeting;
-  current->cluster_order = order_of(m);
-  release(current->cluster_order);
-  current->cluster_turn = arrive(m);
+void cluster_barrier_arrive() {
+  if (is_off("cluster")) return;
+  Barrier& b = current->block->cluster->barrier;
+  current->cluster_address = address_of(b);
+  tsan_release(current->cluster_address);
+  current->cluster_generation = arrive(b);
 }
-void wait_cluster() {
-  if (leaves_out("cluster")) return;
-  while (waiting(current->block->cluster->meeting, current->cluster_turn)) yield();
-  acquire(current->cluster_order);
+void cluster_barrier_wait() {
+  if (is_off("cluster")) return;
+  while (is_waiting(current->block->cluster->barrier, current->cluster_generation)) yield();
+  tsan_acquire(current->cluster_address);
 }
 
-static void add(unsigned long long* counter) {
+static void increment(unsigned long long* counter) {
   ++*counter;
   progress = true;
 }
-static bool below(const unsigned long long* counter, unsigned long long target) {
+static bool is_below(const unsigned long long* counter, unsigned long long target) {
   return *counter < target;
 }
 
-void add_to(unsigned long long* counter) {
-  if (leaves_out("counter")) return;
-  release(counter);
-  add(counter);
+void add_to_counter(unsigned long long* counter) {
+  if (is_off("counter")) return;
+  tsan_release(counter);
+  increment(counter);
 }
-void wait_for(unsigned long long* counter, unsigned long long target) {
-  if (leaves_out("counter")) return;
-  while (below(counter, target)) yield();
-  acquire(counter);
+void wait_for_counter(unsigned long long* counter, unsigned long long target) {
+  if (is_off("counter")) return;
+  while (is_below(counter, target)) yield();
+  tsan_acquire(counter);
 }
 
-void queue_copy(void* to, const void* from, bool valid) {
+void enqueue_copy(void* to, const void* from, bool valid) {
   current->groups.back().push_back({to, from, valid});
 }
-void commit() {
+void commit_copies() {
   current->groups.emplace_back();
 }
-static bool take(int pending, std::vector<Copy>& group) {
+// Takes the oldest committed group, if there are more than `pending`.
+static bool take_group(int pending, std::vector<Copy>& group) {
   auto& groups = current->groups;
   if (static_cast<int>(groups.size()) - 1 <= pending) return false;
   group = std::move(groups.front());
   groups.erase(groups.begin());
   return true;
 }
-void wait(int pending) {
-  if (leaves_out("copies")) return;
+void wait_copies(int pending) {
+  if (is_off("copies")) return;
   std::vector<Copy> group;
-  while (take(pending, group))
+  while (take_group(pending, group))
     for (const Copy& c : group)
       if (c.valid)
         std::memcpy(c.to, c.from, 16);
@@ -335,20 +347,20 @@ void wait(int pending) {
         std::memset(c.to, 0, 16);
 }
 
-static uint32_t (&deposit(const uint32_t (&mine)[8]))[32][8] {
-  Warp& warp = current->block->warps[current->thread / 32];
-  auto& words = warp.words[warp.meeting.generation & 1];
-  for (int i = 0; i < 8; ++i) words[current->thread % 32][i] = mine[i];
+static uint32_t (&store_words(const uint32_t (&own)[8]))[32][8] {
+  Warp& warp = own_warp();
+  auto& words = warp.words[warp.barrier.generation & 1];
+  for (int i = 0; i < 8; ++i) words[current->thread % 32][i] = own[i];
   return words;
 }
-const Words& gather(const uint32_t (&mine)[8]) {
-  Words& words = deposit(mine);
-  meet(current->block->warps[current->thread / 32].meeting, false);
+const LaneWords& exchange_words(const uint32_t (&own)[8]) {
+  LaneWords& words = store_words(own);
+  arrive_and_wait(own_warp().barrier, false);
   return words;
 }
 
-const char* run(const std::function<void()>& kernel, dim3 blocks, int threads, int64_t shared_bytes,
-                int cluster, bool cooperative) {
+const char* launch(const std::function<void()>& kernel, dim3 blocks, int threads,
+                   int64_t shared_bytes, int cluster, bool cooperative) {
   Device device{};
   read_device(0, device);
   const int64_t count = int64_t{blocks.x} * blocks.y * blocks.z;
@@ -356,7 +368,7 @@ const char* run(const std::function<void()>& kernel, dim3 blocks, int threads, i
   if (cooperative && count > device.sms) return "too many blocks to be resident at once";
   if (cluster > device.cluster_ctas) return "too large a cluster";
   if (cluster && blocks.x % cluster) return "the grid is no multiple of the cluster";
-  if (threads > 1024 || threads % 32) return "not a block's number of threads";
+  if (threads > 1024 || threads % 32) return "a block cannot have this number of threads";
   grid = {blocks, threads, &kernel};
   std::vector<dim3> indices;
   std::list<Cluster> clusters;
@@ -366,13 +378,13 @@ const char* run(const std::function<void()>& kernel, dim3 blocks, int threads, i
         indices.emplace_back(x, y, z);
         if (static_cast<int>(indices.size()) < std::max(cluster, 1)) continue;
         clusters.emplace_back();
-        lay_out(clusters.back(), indices, shared_bytes);
+        allocate(clusters.back(), indices, shared_bytes);
         indices.clear();
         if (cooperative) continue;
-        if (!run_together(clusters)) return "deadlock";
+        if (!run_clusters(clusters)) return "deadlock";
         clusters.clear();
       }
-  if (cooperative && !run_together(clusters)) return "deadlock";
+  if (cooperative && !run_clusters(clusters)) return "deadlock";
   return nullptr;
 }
 
