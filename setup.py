@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -108,11 +109,16 @@ def gencode(archs):
     return options
 
 
+def sources(*folders, suffix="cpp"):
+    return sorted(
+        str(p.relative_to(ROOT)) for f in folders for p in (ROOT / "csrc" / f).glob(f"*.{suffix}")
+    )
+
+
 def extensions():
-    kernels = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))
     operators = CppExtension(
         "lstm_fused._C",
-        ["csrc/module.cpp", "csrc/ops.cpp", "csrc/launch.cpp", "csrc/call.cpp", *kernels],
+        sources("torch", "cpu"),
         extra_compile_args=[*COMMON, *KERNEL, f"-DTORCH_TARGET_VERSION={STABLE_ABI}"],
         extra_link_args=["-fopenmp"],
         py_limited_api=False,
@@ -158,7 +164,11 @@ def build_cuda(folder, target):
     target.parent.mkdir(parents=True, exist_ok=True)
     torch_folder = Path(torch.__file__).parent
     archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHS
-    includes = [torch_folder / "include", torch_folder / "include/torch/csrc/api/include"]
+    includes = [
+        torch_folder / "include",
+        torch_folder / "include/torch/csrc/api/include",
+        sysconfig.get_path("include"),
+    ]
     libraries = ["-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
     rules = NINJA.format(
         nvcc=shlex.quote(NVCC),
@@ -166,8 +176,9 @@ def build_cuda(folder, target):
         libraries=shlex.join([f"-L{torch_folder / 'lib'}", *libraries]),
     )
     objects = []
-    sources = ROOT.resolve() / "csrc" / "cuda"
-    for source in (*sorted(sources.glob("*.cu")), sources / "plan.cpp"):
+    for source in map(
+        ROOT.resolve().joinpath, (*sources("cuda", "torch", suffix="cu"), "csrc/cuda/plan.cpp")
+    ):
         objects.append(f"{source.stem}.o")
         rules += f"build {source.stem}.o: compile {escaped(source)}\n"
     rules += f"build {escaped(target)}: link {' '.join(objects)}\n"

@@ -8,6 +8,7 @@
 
 #include "cpu/plan.h"
 #include "cuda/plan_module.h"
+#include "saved.h"
 
 namespace py = pybind11;
 using namespace lstm_fused;
@@ -113,6 +114,24 @@ py::dict build_info() {
 
 }  // namespace
 
+py::tuple dims_of(const SavedLayout& layout) {
+  py::tuple dims(layout.count);
+  for (int i = 0; i < layout.count; ++i) dims[i] = lstm_fused::name(layout.dims[i]);
+  return dims;
+}
+
+// The dimensions of what a forward pass saves, by device and tensor: csrc/saved.h.
+py::dict saved_layouts() {
+  py::dict all;
+  for (const auto& [device, layouts] : {std::pair("cpu", kCpuSaved), {"cuda", kCudaSaved}}) {
+    py::dict tensors;
+    tensors["gates"] = dims_of(layouts.gates);
+    tensors["saved_states"] = dims_of(layouts.saved_states);
+    all[device] = tensors;
+  }
+  return all;
+}
+
 PYBIND11_MODULE(_plan, m) {
   py::class_<Plan>(m, "Plan")
       .def_property_readonly("kernel", [](const Plan& p) { return name(p.kernel); })
@@ -132,6 +151,8 @@ PYBIND11_MODULE(_plan, m) {
         py::arg("projection") = false, py::arg("training") = false, py::arg("backward") = false,
         py::arg("cell") = "lstm");
   m.def("cells", &cells);
+  m.def("saved_layouts", &saved_layouts);
+  m.attr("block") = kBlock;
   m.def("build_info", &build_info);
   lstm_fused::cuda::define_plans(m);
 }

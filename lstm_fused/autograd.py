@@ -1,10 +1,10 @@
 """Derivatives of the operators: one rule for each, in reverse and in forward mode.
 
-A rule is an autograd.Function whose forward runs the operator. There are two ways to it. In eager
+A rule is an autograd.Function whose forward runs the operator. It is applied in two ways. In eager
 mode `record` applies it directly, which costs least. Under torch.compile, torch.export and
-torch.func the call goes to the operator, and the operator's Autograd kernel below applies the rule
-once for each level that differentiates: which tensors need a gradient is a question that only the
-level itself can answer. Second derivatives and tangents are those of the pure-torch reference.
+torch.func the call goes to the operator, whose Autograd kernel below applies the rule once for each
+level that differentiates, since only that level knows which tensors need a gradient. Second
+derivatives and tangents are those of the pure-torch reference.
 
 Sizes as in `ops`: T steps, N rows, I inputs, H hidden units, R recurrent width, D directions, S
 rows of all steps.
@@ -39,16 +39,9 @@ from lstm_fused.reference_derivatives import (
 from lstm_fused.tangents import has_kernel
 
 
-def record(x, batch_sizes, state0, weights, cell, directions):
-    """recurrent_forward, recorded for autograd in eager mode."""
-    layer = Layer(cell, directions, len(state0))
-    run = partial(run_directly, forward_op)
-    return _apply(LayerForward, run, layer, False, x, batch_sizes, *state0, *weights)
-
-
-def _apply(rule, *args):
+def _apply_of(rule):
     """rule.apply at this level alone: Function.apply would begin with the outermost transform."""
-    return super(Function, rule).apply(*args)
+    return super(Function, rule).apply
 
 
 def _primal(t):
@@ -60,10 +53,17 @@ class LayerForward(Function):
     """The forward pass. Its derivatives are LayerBackward, and the reference's in forward mode."""
 
     @staticmethod
-    def forward(ctx, run, layer, dispatched, x, batch_sizes, *tensors):
+    def forward(ctx, redispatch, layer, x, batch_sizes, *tensors):
+        """redispatch: the operator for the level below, None in eager mode."""
         state0, weights = layer.split(tensors)
-        out = run(x, batch_sizes, state0, weights, layer.cell, layer.directions, True)
+        args = x, batch_sizes, state0, weights, layer.cell, layer.directions, True
+        if redispatch:
+            out = redispatch(*args)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                out = forward_op(*args)
         y, _, c_n, gates, saved_states = out
+        dispatched = redispatch is not None
         ctx.layer, ctx.dispatched = layer, dispatched
         ctx.mark_non_differentiable(gates, saved_states, *([] if layer.has_cell_state else [c_n]))
         ctx.set_materialize_grads(False)
@@ -74,7 +74,7 @@ class LayerForward(Function):
             y = y.clone() if projection else None
         kept = (x, batch_sizes, y, gates, saved_states, *tensors)
         if not dispatched and torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
-            kept, ctx.unread = _set_apart_unread(kept, layer, ctx.needs_input_grad[3:])
+            kept, ctx.unread = _set_apart_unread(kept, layer, ctx.needs_input_grad[2:])
         else:
             ctx.unread = {}
         ctx.save_for_backward(*kept)
@@ -92,30 +92,31 @@ class LayerForward(Function):
             return (None,) * len(needs)
         kept = _with_unread(ctx.saved_tensors, ctx.unread)
         x, batch_sizes, y, gates, saved_states, *tensors = kept
-        needs_states, needs_weights = layer.split(needs[5:])
-        mask = [needs[3], *(*needs_states, False, False)[:2], *needs_weights, False]
+        needs_states, needs_weights = layer.split(needs[4:])
+        mask = [needs[2], *(*needs_states, False, False)[:2], *needs_weights, False]
         rest = (batch_sizes, y, gates, saved_states, dy, dh_n, dc_n, x, *tensors)
-        run = partial(_gradients, ctx.dispatched, layer, mask)
-        if (level := level_of(dy, dh_n, dc_n)) and not ctx.dispatched:
-            grads = each_example(run, level, *rest)
+        if ctx.dispatched:
+            dx, dh0, dc0, dweights, _ = backward_op(*_arguments(layer, mask, rest))
+        elif torch.is_grad_enabled():  # there are to be derivatives of the gradients
+            run = partial(_record_gradients, layer, mask)
+            dx, dh0, dc0, *dweights, _ = each_example(run, level_of(dy, dh_n, dc_n), *rest)
+        elif level := level_of(dy, dh_n, dc_n):
+            run = partial(_gradients, layer, mask)
+            dx, dh0, dc0, *dweights, _ = each_example(run, level, *rest)
         else:
-            grads = run(*rest)
-        dx, dh0, dc0, *dweights = grads[:-1]
+            with torch._C._AutoDispatchBelowAutograd():
+                dx, dh0, dc0, dweights, _ = backward_op(*_arguments(layer, mask, rest))
         found = (dx, *(dh0, dc0)[: layer.states], *dweights)
-        wanted = (needs[3], *needs[5:])
+        wanted = (needs[2], *needs[4:])
         found = [g if want else None for g, want in zip(found, wanted, strict=True)]
-        return None, None, None, found[0], None, *found[1:]
+        return None, None, found[0], None, *found[1:]
 
     @staticmethod
     def jvp(ctx, *tangents):
         layer = ctx.layer
-        (
-            x,
-            batch_sizes,
-            *saved,
-        ) = ctx.saved_tensors
+        x, batch_sizes, *saved = ctx.saved_tensors
         x, y, gates, saved_states, *tensors = (_primal(t) for t in (x, *saved))
-        moves = [tangents[3], *tangents[5:]]
+        moves = [tangents[2], *tangents[4:]]
         state0, weights = layer.split(tensors)
         if has_kernel(x, weights, layer.directions):
             args = (x, batch_sizes, state0, weights, y, gates, saved_states, moves)
@@ -126,6 +127,10 @@ class LayerForward(Function):
             primals = [(x, *tensors)[k] for k in moving]
             out = INSIDE.push(call, primals, [moves[k] for k in moving])
         return out[0], out[1], out[2] if layer.has_cell_state else None, None, None
+
+
+# record(None, layer, x, batch_sizes, *state0, *weights): recurrent_forward, recorded in eager mode.
+record = _apply_of(LayerForward)
 
 
 def _set_apart_unread(kept, layer, needs):
@@ -165,13 +170,16 @@ def _version(t):
     return 0 if t.is_inference() else t._version
 
 
-def _gradients(dispatched, layer, mask, *tensors):
-    """(dx, dh0, dc0, *dweights, d_preacts), recorded if there are to be derivatives of them."""
-    if not dispatched and torch.is_grad_enabled():
-        return _apply(LayerBackward, partial(run_directly, backward_op), layer, mask, *tensors)
-    run = backward_op if dispatched else partial(run_directly, backward_op)
-    dx, dh0, dc0, dweights, d_preacts = run(*_arguments(layer, mask, tensors))
+def _gradients(layer, mask, *tensors):
+    """(dx, dh0, dc0, *dweights, d_preacts)."""
+    args = _arguments(layer, mask, tensors)
+    dx, dh0, dc0, dweights, d_preacts = run_directly(backward_op, *args)
     return dx, dh0, dc0, *dweights, d_preacts
+
+
+def _record_gradients(layer, mask, *tensors):
+    """_gradients, recorded so that they can be differentiated."""
+    return _apply_of(LayerBackward)(partial(run_directly, backward_op), layer, mask, *tensors)
 
 
 def _arguments(layer, mask, tensors):
@@ -311,7 +319,7 @@ def _differentiates(*tensors):
 
 
 def _below(op, keyset):
-    """The operator for the level below, which may record and follow tangents as it likes."""
+    """The operator for the level below, which may record gradients and tangents."""
 
     def run(*args):
         with (
@@ -334,7 +342,7 @@ def _forward_kernel(keyset, x, batch_sizes, state0, weights, cell, directions, t
     layer = Layer(cell, directions, len(state0))
     with enable_single_level_autograd_function():
         run = _below(forward_op, keyset)
-        return _apply(LayerForward, run, layer, True, x, batch_sizes, *state0, *weights)
+        return record(run, layer, x, batch_sizes, *state0, *weights)
 
 
 def _backward_kernel(op, keyset, *args):
@@ -346,8 +354,8 @@ def _backward_kernel(op, keyset, *args):
     layer = Layer(cell, directions, len(state0), *samples)
     tensors = (batch_sizes, y, gates, saved_states, dy, dh_n, dc_n, x, *state0, *weights)
     with enable_single_level_autograd_function():
-        dx, dh0, dc0, *dweights, d_preacts = _apply(
-            LayerBackward, _below(op, keyset), layer, mask, *tensors
+        dx, dh0, dc0, *dweights, d_preacts = _apply_of(LayerBackward)(
+            _below(op, keyset), layer, mask, *tensors
         )
     return dx, dh0, dc0, dweights, d_preacts
 
@@ -360,7 +368,7 @@ def _jvp_kernel(keyset, *args):
     layer = Layer(cell, directions, len(state0))
     tensors = (batch_sizes, y, gates, saved_states, x, *state0, *weights, *tangents)
     with enable_single_level_autograd_function():
-        return _apply(LayerTangents, _below(jvp_op, keyset), layer, *tensors)
+        return _apply_of(LayerTangents)(_below(jvp_op, keyset), layer, *tensors)
 
 
 def register():

@@ -1,4 +1,4 @@
-"""is_grads_batched of torch.autograd.grad, a vmap of its own kind that knows no rules."""
+"""is_grads_batched of torch.autograd.grad: an older vmap that uses no operator's vmap rule."""
 
 from functools import partial
 
@@ -21,7 +21,7 @@ def level_of(*grads):
 
 
 def each_example(run, level, *args):
-    """run once per example under is_grads_batched of torch.autograd.grad, a vmap of its own kind.
+    """run once per example under is_grads_batched of torch.autograd.grad.
 
     Only outside of run's autograd.Function can its results be differentiated again.
     """

@@ -13,8 +13,11 @@ from torch.library import register_vmap
 from lstm_fused import cuda
 from lstm_fused.operators import backward_op, forward_op, jvp_op, samples_op
 
-# The dimension of all steps' rows, from the end, in what is saved on the CPU and by CUDA's kernels.
-_GATE_ROWS, _STATE_ROWS = {False: -3, True: -4}, {False: -2, True: -3}
+
+def _rows_dim(x, saved):
+    """The dimension of all steps' rows in "gates" or "saved_states", from the end."""
+    layout = cuda.saved_layout(x)[saved]
+    return layout.index("rows") - len(layout)
 
 
 def _fold(t, dim, count, at=-2):
@@ -55,7 +58,8 @@ class _Examples:
     def __init__(self, info, x, weights, weight_dims, batch_sizes, batch_sizes_dim, as_models):
         if batch_sizes_dim is not None:
             raise RuntimeError("batch_sizes must be the same for all examples under vmap")
-        self.count, self.as_models, self.cuda = info.batch_size, as_models, cuda.serves(x)
+        self.count, self.as_models = info.batch_size, as_models
+        self.gate_rows, self.state_rows = _rows_dim(x, "gates"), _rows_dim(x, "saved_states")
         self.several = weights[1].dim() - (weight_dims[1] is not None) == 3
         fold_sizes = batch_sizes is not None and not as_models
         self.batch_sizes = batch_sizes * self.count if fold_sizes else batch_sizes
@@ -65,12 +69,12 @@ class _Examples:
         return self._put(t, dim, -2)
 
     def gates(self, t, dim):
-        return self._put(t, dim, _GATE_ROWS[self.cuda]).contiguous()
+        return self._put(t, dim, self.gate_rows).contiguous()
 
     def saved_states(self, t, dim):
         if t.dim() - (dim is not None) < 2:  # empty: the cell saves none
             return t if dim is None else t.select(dim, 0)
-        return self._put(t, dim, _STATE_ROWS[self.cuda]).contiguous()
+        return self._put(t, dim, self.state_rows).contiguous()
 
     def _put(self, t, dim, at):
         if self.as_models:
@@ -91,10 +95,10 @@ class _Examples:
         return _unfold(t, self.count, at)
 
     def part_gates(self, t):
-        return self.part(t, _GATE_ROWS[self.cuda])
+        return self.part(t, self.gate_rows)
 
     def part_saved_states(self, t):
-        return self.part(t, _STATE_ROWS[self.cuda])
+        return self.part(t, self.state_rows)
 
 
 def _any(dims):

@@ -14,6 +14,7 @@ from lstm_fused import _plan
 
 _LIBRARY = Path(__file__).parent / f"_C_cuda{EXTENSION_SUFFIXES[0]}"  # of this Python's build
 KINDS = _plan.cuda_kinds()  # of plans: csrc/cuda/plan.h
+_SAVED = _plan.saved_layouts()
 # By number, csrc/cells/cells.h.
 CELLS = {cell["id"]: {"name": name, **cell} for name, cell in _plan.cells().items()}
 
@@ -23,7 +24,7 @@ _NEVER_RUN = (
     "`make gpu-check` before you rely on them (docs/cuda.md)"
 )
 
-kernels = torch.ops.lstm_fused_cuda  # tests put the emulation's here
+operators = torch.ops.lstm_fused  # tests put the emulation's here
 _forced_kind = ""
 
 
@@ -33,21 +34,19 @@ def available():
 
 
 def load():
-    """Make the kernels the operators' CUDA implementation; nothing where they are not available."""
-    global _registration
-    if not available():
-        return
-    from lstm_fused import cuda_layer
-
-    torch.ops.load_library(_LIBRARY)
-    _registration = torch.library.Library("lstm_fused", "IMPL", "CUDA")
-    _registration.impl("recurrent_forward", cuda_layer.forward)
-    _registration.impl("recurrent_backward", cuda_layer.backward)
+    """Load the operators' CUDA implementation, where it is available."""
+    if available():
+        torch.ops.load_library(_LIBRARY)
 
 
 def serves(x):
     """Whether the CUDA kernels are those of x's device."""
     return x.device.type == "cuda"
+
+
+def saved_layout(x):
+    """The dimensions of "gates" and "saved_states" as x's device lays them out, by name."""
+    return _SAVED["cuda" if serves(x) else "cpu"]
 
 
 def unsupported_reason(device):
@@ -61,14 +60,16 @@ def unsupported_reason(device):
 
 
 def set_plan(kind=None):
-    """Force a plan, one of KINDS, wherever it has room; None takes the best again.
+    """Force a plan, one of KINDS; None takes the best again. For tests and measurements.
 
-    A layer the plan has no room for runs the step plan. For tests and measurements.
+    A layer that does not fit the forced plan runs the step plan.
     """
     global _forced_kind
     if kind not in (None, *KINDS):
         raise ValueError(f"kind is {kind!r} but must be one of {', '.join(KINDS)} or None")
     _forced_kind = kind or ""
+    if available() or operators is not torch.ops.lstm_fused:
+        operators.cuda_force_plan(_forced_kind)
 
 
 def forced_kind():
@@ -78,7 +79,7 @@ def forced_kind():
 
 def last_run():
     """What the newest forward or backward call ran, as a dict; empty before any."""
-    return words_as_dict(kernels.last_run())
+    return words_as_dict(operators.cuda_last_run())
 
 
 def words_as_dict(words):
@@ -99,7 +100,7 @@ def device_properties(index):
     """(major, minor, SMs, bytes of shared memory a block may have, CTAs of the largest cluster,
     clusters of that size that run at once)."""
     say_never_run()
-    return tuple(kernels.device_properties(index))
+    return tuple(operators.cuda_device_properties(index))
 
 
 def index_of(device):

@@ -11,7 +11,7 @@ from lstm_fused.hooks import when_imported
 
 
 def allow(classes):
-    """Have Dynamo accept modules of these classes, once somebody imports it: that takes seconds."""
+    """Have Dynamo accept modules of these classes, once it is imported, which takes seconds."""
     when_imported("torch._dynamo.variables.builder", partial(_patch, classes))
 
 

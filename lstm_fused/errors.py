@@ -1,7 +1,7 @@
-"""What the modules refuse, and how they say so.
+"""Errors for arguments that do not fit a module.
 
-Where torch.nn has a check of its own, its method or its words are used; where it fails deep in
-a matrix product, the error here has the same type and names the argument.
+Where torch.nn checks an argument, its method or its message is used. Where torch.nn fails inside a
+matrix product, the error here has the same type and names the argument.
 """
 
 import torch

@@ -11,7 +11,7 @@ from lstm_fused.operators import forward_op, padded_op
 
 
 def decompositions():
-    """The table that makes torch's operators of ours in an exported program.
+    """The decompositions of our operators into torch's, for an exported program.
 
     A program of ``torch.export.export`` holds a layer of ours as one operator that only lstm_fused
     knows. ExecuTorch, OpenVINO and others that take programs need torch's::

@@ -1,12 +1,10 @@
-"""What the operators' results look like, for torch.compile and torch.export: shapes and dtypes."""
+"""Fake kernels: the shapes and dtypes of the operators' results, for torch.compile and export."""
 
 import torch
 from torch.library import register_fake
 
-from lstm_fused import cuda, models
+from lstm_fused import _plan, cuda, models
 from lstm_fused.cuda import CELLS
-
-_BLOCK = 16  # units to a block of what is saved on the CPU, csrc/params.h
 
 
 def _batch_of(batch_sizes, state):
@@ -18,10 +16,16 @@ def _batch_of(batch_sizes, state):
 
 def _saved_shapes(x, rows, directions, hidden, preacts):
     """Of gates and saved states, beside models."""
-    if cuda.serves(x):
-        return (rows, directions, preacts, hidden), (rows, directions, hidden)
-    blocks = (directions, (hidden + _BLOCK - 1) // _BLOCK, rows)
-    return (*blocks, preacts, _BLOCK), (*blocks, _BLOCK)
+    extents = {
+        "rows": rows,
+        "directions": directions,
+        "blocks": (hidden + _plan.block - 1) // _plan.block,
+        "preacts": preacts,
+        "lanes": _plan.block,
+        "units": hidden,
+    }
+    layout = cuda.saved_layout(x)
+    return (tuple(extents[dim] for dim in layout[t]) for t in ("gates", "saved_states"))
 
 
 def _compute_dtype(x):

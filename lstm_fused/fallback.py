@@ -76,7 +76,7 @@ def _tensor_reason(t, x):
 
 
 class Fused:
-    """What every module of ours has, before torch.nn's own class: the ways around the fused op.
+    """A mixin before torch.nn's class: what every fused module does where its kernels do not run.
 
     A subclass names that class as ``_torch_class``; a subclass that ``lstm_fused.replace`` made
     from a user's class names that as ``_user_class``.

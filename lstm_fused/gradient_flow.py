@@ -52,7 +52,7 @@ def gradient_flow(module, input, hx=None, *, loss=None):
         value = _last_sum(module, output) if loss is None else loss(output)
         if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.requires_grad:
             raise ValueError("loss must return a tensor of one element made from output")
-        flat = [h for walked in steps for h in walked]
+        flat = [h for of_steps in steps for h in of_steps]
         gradients = torch.autograd.grad(value.sum(), flat, allow_unused=True)
     filled = [torch.zeros_like(h) if g is None else g for h, g in zip(flat, gradients, strict=True)]
     length = len(steps[0])
@@ -108,7 +108,7 @@ def _steps(layer, x, state, backwards):
 
 
 def _one_layer(module, k, d):
-    """Layer k in direction d of the module as a layer of its own, with its weights, frozen."""
+    """Layer k in direction d of the module as a separate layer, with its weights, frozen."""
     suffix = f"_l{k}{'_reverse' if d else ''}"
     kind = next(c for c in type(module).__mro__ if c in _KINDS)
     names = ["weight_ih", "weight_hh"]

@@ -13,10 +13,10 @@ _STEP_WEIGHTS_WITHOUT_BIAS = _STEP_WEIGHTS[:2]
 def infer(module, input, hx):
     """The result of a recurrent module without gradients, past torch's dispatcher, or None.
 
-    None whenever something is not plain: gradients are recorded, a mode of torch's is on that wants
-    to see operators, weights are parametrized, anything is not a contiguous CPU tensor of the
-    expected shape and one of the four dtypes. It checks that anew at each call and raises nothing:
-    what is wrong is for the usual way to say.
+    None leaves the call to the operator: gradients are recorded, a mode, hook or transform of
+    torch's observes the call, weights are parametrized, or a tensor is not a contiguous CPU tensor
+    of the expected shape and one of the four dtypes. All of that is checked at each call. Errors
+    are raised by the operator.
 
     module: an LSTM, GRU or RNN of torch.nn's attributes. input: (T, N, I), or (N, T, I) if
     ``batch_first``. hx: None, or the states in the form the module takes them.

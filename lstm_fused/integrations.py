@@ -1,4 +1,4 @@
-"""What other libraries are told of our modules and operators, each once somebody imports it."""
+"""Registration of our modules and operators with other libraries, when these are imported."""
 
 import functools
 from math import prod

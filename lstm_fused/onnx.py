@@ -17,7 +17,7 @@ _OPSET = 15  # the first with all that is used here
 
 
 class _Node:
-    """What ONNX calls a cell: the operator, its gates in terms of ours, its attributes."""
+    """A cell in ONNX: the operator, the order of its gates in terms of ours, its attributes."""
 
     def __init__(self, op, gates, states=1, **attributes):
         self.op, self.gates, self.states, self.attributes = op, gates, states, attributes
@@ -314,6 +314,6 @@ def _traced(argument):
 
 
 def register():
-    """Have torch.onnx know our operators, once somebody imports it."""
+    """Register our operators with torch.onnx, when it is imported."""
     when_imported("torch.onnx._internal.exporter._torchlib.ops", _register)
     when_imported("torch.onnx._internal.torchscript_exporter.registration", _register_traced)

@@ -1,4 +1,5 @@
-"""The operators of one recurrent layer, as torch knows them: csrc/ops.cpp, and one made of those.
+"""The operators of one recurrent layer, as torch knows them: csrc/torch/operators.cpp, and
+those composed of them.
 
 Their kernels are registered where they are written: the CPU's with the library that is loaded here,
 CUDA's in cuda.py, derivatives in autograd.py, vmap in batching.py, shapes in fakes.py.
@@ -12,8 +13,8 @@ library = torch.library.Library("lstm_fused", "FRAGMENT")
 # recurrent_backward with a gradient of each weight for every sample, see samples.py.
 library.define(
     "recurrent_backward_samples(Tensor x, Tensor? batch_sizes, Tensor[] state0, Tensor[] weights, "
-    "Tensor? y, Tensor gates, Tensor cells, Tensor? dy, Tensor? dh_n, Tensor? dc_n, int cell, "
-    "int directions, bool[] mask, int samples) "
+    "Tensor? y, Tensor gates, Tensor saved_states, Tensor? dy, Tensor? dh_n, Tensor? dc_n, "
+    "int cell, int directions, bool[] mask, int samples) "
     "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights, Tensor d_preacts)"
 )
 
@@ -21,7 +22,7 @@ library.define(
 # and of each weight, None for one that does not move.
 library.define(
     "recurrent_jvp(Tensor x, Tensor? batch_sizes, Tensor[] state0, Tensor[] weights, Tensor y, "
-    "Tensor gates, Tensor cells, Tensor?[] tangents, int cell, int directions) "
+    "Tensor gates, Tensor saved_states, Tensor?[] tangents, int cell, int directions) "
     "-> (Tensor y, Tensor h_n, Tensor c_n)"
 )
 

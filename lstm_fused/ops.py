@@ -10,7 +10,8 @@ from torch.autograd import forward_ad
 
 from lstm_fused import _C, _plan, autograd, batching, cuda, fakes, samples, tangents  # noqa: F401
 from lstm_fused.export import state_or_zeros
-from lstm_fused.operators import forward_op, run_directly
+from lstm_fused.operators import forward_op
+from lstm_fused.reference_derivatives import Layer
 
 CELLS = _plan.cells()  # by name: id, gates, sums, memory; csrc/cells/cells.h
 _IDS = {name: cell["id"] for name, cell in CELLS.items()}
@@ -33,7 +34,7 @@ def layer(x, batch_sizes, state0, weights, cell="lstm", directions=1):
             if there are biases, then w_hr (R, H) if there is a projection ("lstm" only); flat, as a
             sequence. G, the gates, are 4 of "lstm", 3 of "gru" and 1 of the others.
         cell: "lstm", "gru", "rnn_tanh" or "rnn_relu".
-        directions: 1, or 2 for a second one that walks from the last step to the first.
+        directions: 1, or 2: the second runs from the last step to the first.
 
     Returns:
         y (T, N, D * R) or (S, D * R), and the final states (h_n (D, N, R),), with c_n (D, N, H)
@@ -50,9 +51,11 @@ def layer(x, batch_sizes, state0, weights, cell="lstm", directions=1):
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_transformed():
         y, h_n, c_n, _, _ = forward_op(*args, False)
     elif torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights, *state0)):
-        y, h_n, c_n, _, _ = autograd.record(*args)
+        call = Layer(_IDS[cell], directions, len(state0))
+        y, h_n, c_n, _, _ = autograd.record(None, call, x, batch_sizes, *state0, *weights)
     else:
-        y, h_n, c_n, _, _ = run_directly(forward_op, *args, False)
+        with torch._C._AutoDispatchBelowAutograd():
+            y, h_n, c_n, _, _ = forward_op(*args, False)
     return y, ((h_n, c_n) if CELLS[cell]["memory"] == "cell" else (h_n,))
 
 

@@ -2,8 +2,8 @@
 
 ``lstm(x, lengths=lengths)`` packs its input in eager mode, and how many rows that gives depends on
 the values, which torch.compile and torch.export do not know. Here the steps of all rows are moved
-to the front of T * N + 1 rows, the padding behind them, and the operator walks those that the batch
-sizes count.
+to the front of T * N + 1 rows, the padding behind them, and the operator runs the steps that the
+batch sizes count.
 
 Sizes: T steps, N rows, I inputs, H hidden units, R recurrent width, D directions.
 """
@@ -43,7 +43,7 @@ def _padded(x, lengths, state0, weights, cell, directions):
     # is dropped.
     began = (lengths > 0).to(x.device).unsqueeze(1)
     x = torch.where(began, x, 0)
-    # Given, so that the operator's results have as many rows, whatever batch_sizes says.
+    # Given explicitly, so that the operator's results have N rows, which batch_sizes cannot show.
     state0 = state_or_zeros(x, None, state0, weights, cell, directions)
     start = [torch.where(began, s, 0) for s in state0]
     steps_of = lengths.clamp(min=1)

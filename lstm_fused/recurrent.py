@@ -1,4 +1,6 @@
-"""What LSTM, GRU and RNN share: one way from a module's call to the fused op."""
+"""What LSTM, GRU and RNN share: from a module's call to the operator of each layer."""
+
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -6,6 +8,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from lstm_fused import autocast, errors, inference, ops, padded
 from lstm_fused.fallback import CALLED_BY_TORCH, TRACED, Fused, fallback_reason, overridden
+
+_NOT_PROFILED = nullcontext()
 
 
 class Recurrent(Fused):
@@ -33,7 +37,7 @@ class Recurrent(Fused):
             self._find_overridden()
 
     def _find_overridden(self):
-        """Set _overridden of an instance that may have methods of its own."""
+        """Set _overridden of an instance that may override methods."""
         self.__dict__.pop("_overridden", None)
         if own := [name for name in CALLED_BY_TORCH if name in self.__dict__]:
             self.__dict__["_overridden"] = tuple(dict.fromkeys([*self._overridden, *own]))
@@ -64,6 +68,33 @@ class Recurrent(Fused):
         return (given,)
 
     def forward(self, input, hx=None, lengths=None):
+        """Run all layers over a sequence.
+
+        Sizes: T length, N batch, I ``input_size``, H ``hidden_size``, R ``proj_size`` or else H,
+        L ``num_layers``, D 2 if ``bidirectional`` else 1.
+
+        Args:
+            input: (T, N, I), or (N, T, I) if ``batch_first``, or (T, I) for one sequence, or a
+                ``PackedSequence``. float32, float64, bfloat16 or float16, on the CPU or a CUDA
+                device; the weights' dtype unless autocast is on.
+            hx: the initial states, zeros if left out: ``(h_0, c_0)`` of an LSTM, shapes
+                (L*D, N, R) and (L*D, N, H); ``h_0`` (L*D, N, H) of a GRU or RNN. Without N for a
+                (T, I) input.
+            lengths: N integers from 0 to T in any order, a list or a tensor: row n of a padded
+                (T, N, I) or (N, T, I) input ends after ``lengths[n]`` steps. ``output`` is zero in
+                the padding.
+
+        Returns:
+            ``(output, (h_n, c_n))`` of an LSTM, ``(output, h_n)`` of a GRU or RNN: output
+            (T, N, D*R) laid out as the input, h_n (L*D, N, R), c_n (L*D, N, H), in the dtype of
+            input. With ``lengths``, final states are those at each row's own end.
+
+        Raises:
+            ValueError: input is not 2-D or 3-D or not of the weights' dtype, or ``lengths`` does
+                not fit input.
+            RuntimeError: a size, device or dtype of input, hx or a weight does not fit, or T is 0.
+            TypeError, IndexError, AttributeError: an argument is of the wrong kind.
+        """
         if lengths is not None:
             return self._forward_padded(input, hx, lengths)
         if not self._overridden and not torch.compiler.is_compiling():
@@ -77,7 +108,7 @@ class Recurrent(Fused):
                 return self._fx_leaf(input, hx)
         dim = input.dim()
         if dim != 3 and dim != 2:
-            return super().forward(input, hx)  # torch.nn's refusal, in its words
+            return super().forward(input, hx)  # raises torch.nn's error
         weights = self._weights()
         if reason := self._fallback_reason(input, hx, weights):
             return self._through_torch(reason, input, hx)
@@ -185,7 +216,7 @@ class Recurrent(Fused):
         return y, tuple(like.new_zeros(layers, count, w) for w in widths)
 
     def _weights(self):
-        """Every weight as it is now, in the order of _flat_weights_names."""
+        """The current weights, in the order of _flat_weights_names."""
         params = self._parameters
         try:
             return [params[name] for name in self._flat_weights_names]
@@ -203,38 +234,34 @@ class Recurrent(Fused):
         for s in state:
             if s.dtype is not x.dtype or s.device != x.device:
                 errors.check_state_kind(x, state)
+        layer = padded.layer if batch_sizes is not None and x.dim() == 3 else ops.layer
+        cell, directions, layers = self._cell(), 2 if self.bidirectional else 1, self.num_layers
+        each = len(weights) // layers
+        dropout = self.dropout if self.training else 0.0
+        ends = []
         try:
-            if self.num_layers == 1:
-                return self._run_layer(0, x, batch_sizes, state, weights)
-            return self._run_layers(x, batch_sizes, state, weights)
+            for k in range(layers):
+                if k and dropout:
+                    x = torch.dropout(x, dropout, True)
+                part = weights if layers == 1 else weights[k * each : (k + 1) * each]
+                state0 = state
+                if state and layers > 1:
+                    state0 = [s.narrow(0, k * directions, directions) for s in state]
+                with self._profiled(k):
+                    x, end = layer(x, batch_sizes, state0, part, cell, directions)
+                ends.append(end)
         except RuntimeError:
             errors.check_weights(self, weights, x.dtype)
             raise
-
-    def _run_layer(self, k, x, batch_sizes, state, weights):
-        lengths = batch_sizes is not None and x.dim() == 3
-        layer = padded.layer if lengths else ops.layer
-        args = x, batch_sizes, state, weights, self._cell(), 2 if self.bidirectional else 1
-        if torch.compiler.is_compiling() or not torch._C._autograd._profiler_enabled():
-            return layer(*args)
-        with torch.profiler.record_function(f"lstm_fused.{self._torch_class.__name__} layer {k}"):
-            return layer(*args)
-
-    def _run_layers(self, x, batch_sizes, state, weights):
-        directions = 2 if self.bidirectional else 1
-        each = len(weights) // self.num_layers
-        dropout = self.dropout if self.training else 0.0
-        states = [()] * self.num_layers
-        if state:
-            states = list(zip(*(s.split(directions) for s in state), strict=True))
-        ends = []
-        for k in range(self.num_layers):
-            if k and dropout:
-                x = torch.dropout(x, dropout, True)
-            layer_weights = weights[k * each : (k + 1) * each]
-            x, end = self._run_layer(k, x, batch_sizes, states[k], layer_weights)
-            ends.append(end)
+        if layers == 1:
+            return x, end
         return x, tuple([torch.cat(s) for s in zip(*ends, strict=True)])
+
+    def _profiled(self, k):
+        """A context that names layer k to a profiler that is running."""
+        if torch.compiler.is_compiling() or not torch._C._autograd._profiler_enabled():
+            return _NOT_PROFILED
+        return torch.profiler.record_function(f"lstm_fused.{self._torch_class.__name__} layer {k}")
 
     def _run_autocast(self, x, batch_sizes, state, weights):
         packed, grad = batch_sizes is not None, torch.is_grad_enabled()
@@ -257,7 +284,7 @@ class Recurrent(Fused):
             return torch.float64, torch.float64
         if any(double):
             raise RuntimeError(
-                "autocast leaves float64 as it is, so that input, hx and weights must be float64 "
+                "autocast does not cast float64, so that input, hx and weights must be float64 "
                 f"all or none, got {sorted({str(t.dtype) for t in tensors})}"
             )
         narrow = torch.get_autocast_dtype(x.device.type)

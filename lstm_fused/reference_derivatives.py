@@ -1,4 +1,4 @@
-"""The reference's derivatives, which are those of the operators wherever no kernel gives them.
+"""Derivatives by the reference, for what no kernel computes: second derivatives, some tangents.
 
 Sizes as in `ops`.
 """
@@ -52,7 +52,7 @@ def with_moved(tensors, moving, call):
 
 @contextmanager
 def _recording():
-    """Autograd records at the level of the tensors, whatever the transform they are inside of."""
+    """Record autograd at the level of the tensors, inside any transform."""
     allowed = torch._C._functorch.get_inplace_requires_grad_allowed()
     torch._C._functorch.set_inplace_requires_grad_allowed(True)
     try:

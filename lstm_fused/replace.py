@@ -86,7 +86,7 @@ def _exchange(model, class_for, caller):
 
 
 def _become(module, cls):
-    """Make module one of cls, or of cls as parametrized as it is."""
+    """Change module's class to cls, or to a parametrized class derived from cls."""
     if _plain_class(module) is not type(module):
         cls = _rebase(type(module), cls)
     try:

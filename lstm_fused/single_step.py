@@ -25,6 +25,20 @@ class Cell(Fused):
         return (hx,)
 
     def forward(self, input, hx=None):
+        """Run one step.
+
+        Args:
+            input: (N, I), or (I,) for one row; float32, float64, bfloat16 or float16, the weights'
+                dtype.
+            hx: ``(h_0, c_0)`` of an LSTMCell, else ``h_0``; each (N, H), or (H,) for one row.
+                Zeros if left out.
+
+        Returns:
+            ``(h_1, c_1)`` of an LSTMCell, else ``h_1``, of the shapes of hx.
+
+        Raises:
+            What torch.nn's cell raises, and RuntimeError for a state of another rank than input.
+        """
         if not torch.compiler.is_compiling():
             ends = inference.infer_step(self, input, hx)
             if ends is not None:

@@ -1,4 +1,4 @@
-"""recurrent_jvp: tangents of a layer's outputs, by the kernel that walks them through time.
+"""recurrent_jvp: tangents of a layer's outputs, by a kernel that runs over all steps.
 
 What the tangents of the weights add to those of the pre-activations is one product over all steps,
 since the inputs and states are known. The kernel adds what the tangents of x and h give.

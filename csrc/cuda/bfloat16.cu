@@ -2,9 +2,6 @@
 
 namespace lstm_fused::cuda {
 
-const char* run_bfloat16(CellKind cell, const Plan& plan, const RecurrenceParams& params,
-                         const Product* second, const Steps& steps, Gemm& gemm, void* stream) {
-  return run_cell<TensorCores<BFloat16Cores>>(cell, plan, params, second, steps, gemm, stream);
-}
+Run* const* const run_bfloat16 = kRuns<TensorCores<BFloat16Cores>>;
 
 }  // namespace lstm_fused::cuda

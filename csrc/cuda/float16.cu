@@ -2,9 +2,6 @@
 
 namespace lstm_fused::cuda {
 
-const char* run_float16(CellKind cell, const Plan& plan, const RecurrenceParams& params,
-                        const Product* second, const Steps& steps, Gemm& gemm, void* stream) {
-  return run_cell<TensorCores<HalfCores>>(cell, plan, params, second, steps, gemm, stream);
-}
+Run* const* const run_float16 = kRuns<TensorCores<HalfCores>>;
 
 }  // namespace lstm_fused::cuda

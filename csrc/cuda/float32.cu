@@ -2,9 +2,6 @@
 
 namespace lstm_fused::cuda {
 
-const char* run_float32(CellKind cell, const Plan& plan, const RecurrenceParams& params,
-                        const Product* second, const Steps& steps, Gemm& gemm, void* stream) {
-  return run_cell<Plain<float>>(cell, plan, params, second, steps, gemm, stream);
-}
+Run* const* const run_float32 = kRuns<Plain<float>>;
 
 }  // namespace lstm_fused::cuda

@@ -19,9 +19,14 @@ class Gemm {
 
 // Runs a plan on a stream: the recurrence's product and, with a projection, the second of a step.
 // steps: on the host; params.steps: on the device, for a persistent plan. Null, or what went wrong.
-using Run = const char*(CellKind cell, const Plan& plan, const RecurrenceParams& params,
-                        const Product* second, const Steps& steps, Gemm& gemm, void* stream);
+using Run = const char*(const Plan& plan, const RecurrenceParams& params, const Product* second,
+                        const Steps& steps, Gemm& gemm, void* stream);
 
-Run run_float32, run_tf32, run_float64, run_bfloat16, run_float16;
+// By cell (CellKind), each in the file of its name.
+extern Run* const* const run_float32;
+extern Run* const* const run_tf32;
+extern Run* const* const run_float64;
+extern Run* const* const run_bfloat16;
+extern Run* const* const run_float16;
 
 }  // namespace lstm_fused::cuda

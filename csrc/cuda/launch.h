@@ -1,4 +1,6 @@
-// From a plan to launches: the body of every file of one arithmetic.
+// From a plan to launches: the body of every file of one arithmetic. `run` picks the kernel that
+// was compiled for the plan and launches it, once for a persistent plan and once a step for the
+// others.
 #pragma once
 
 #include <algorithm>
@@ -13,36 +15,62 @@
 namespace lstm_fused::cuda {
 namespace {
 
-template <class Math, class Epilogue, int kTiles, PlanKind kKind, int kMostTiles = 1>
-const char* launch(const Plan& plan, const RecurrenceParams& p, int64_t units, int64_t row_groups,
-                   int64_t shared, void* stream) {
-  LaunchConfig config{};
-  const int64_t unit_ctas =
-      kKind == PlanKind::kStep ? ceil_div(units, kUnitTile) : int64_t{plan.unit_ctas};
-  config.grid = dim3(static_cast<unsigned>(unit_ctas), static_cast<unsigned>(row_groups),
-                     static_cast<unsigned>(p.D));
-  config.threads = plan.threads;
-  config.shared_bytes = shared;
-  config.cluster = kKind == PlanKind::kCluster ? plan.unit_ctas : 0;
-  config.cooperative = kKind == PlanKind::kGrid;
-  config.stream = stream;
-  static ConfiguredDevices configured;
-  return launch_kernel(recurrence_kernel<Math, Epilogue, kTiles, kKind, kMostTiles>, config, p,
-                       configured);
+template <auto kValue>
+using Constant = std::integral_constant<decltype(kValue), kValue>;
+
+// call(row tiles, kind, unit tiles) of a persistent plan, as constants.
+template <class Call>
+const char* with_tiles(const Plan& plan, Call call) {
+  const auto with_rows = [&](auto kind, auto unit_tiles) -> const char* {
+    switch (plan.tile_rows) {
+      case 8: return call(Constant<1>{}, kind, unit_tiles);
+      case 16: return call(Constant<2>{}, kind, unit_tiles);
+      case 32:
+        if constexpr (kind == PlanKind::kGrid) return call(Constant<4>{}, kind, unit_tiles);
+    }
+    return "no kernel was compiled for the plan's tile";
+  };
+  if (plan.kind == PlanKind::kGrid) return with_rows(Constant<PlanKind::kGrid>{}, Constant<1>{});
+  constexpr Constant<PlanKind::kCluster> cluster;
+  switch (compiled_tiles(plan.kind, plan.unit_tiles)) {
+    case 2: return with_rows(cluster, Constant<2>{});
+    case 3: return with_rows(cluster, Constant<3>{});
+    case 4: return with_rows(cluster, Constant<4>{});
+    default: return "no kernel was compiled for so many units";
+  }
 }
 
-// A step's product and epilogue, its rows shared out anew: a packed batch shrinks or grows.
+// Which devices a kernel, named by its template arguments, has been configured for.
+template <class... Compiled>
+ConfiguredDevices& configured_devices() {
+  static ConfiguredDevices devices;
+  return devices;
+}
+
+LaunchConfig configure(const Plan& plan, const RecurrenceParams& p, int64_t unit_ctas,
+                       int64_t row_groups, int64_t shared_bytes, void* stream) {
+  const dim3 grid(static_cast<unsigned>(unit_ctas), static_cast<unsigned>(row_groups),
+                  static_cast<unsigned>(p.D));
+  return {grid,
+          plan.threads,
+          shared_bytes,
+          plan.kind == PlanKind::kCluster ? plan.unit_ctas : 0,
+          plan.kind == PlanKind::kGrid,
+          stream};
+}
+
+// A step's product and epilogue. Its rows are partitioned anew: a packed batch shrinks or grows.
 template <class Math, class Epilogue>
 const char* launch_step(const Plan& plan, RecurrenceParams& p, Gemm& gemm, void* stream) {
   using S = typename Math::Storage;
-  int64_t reach[2] = {}, most = 0;
+  int64_t count[2] = {}, max_count = 0;
   for (int d = 0; d < p.D; ++d) {
-    reach[d] = Epilogue::reach(p.rows[d]);
-    most = std::max(most, reach[d]);
+    count[d] = Epilogue::reach(p.rows[d]);
+    max_count = std::max(max_count, count[d]);
   }
-  if (most == 0) return nullptr;
+  if (max_count == 0) return nullptr;
   const auto groups_of = [&](int64_t rows) {
-    return std::min<int64_t>(ceil_div(most, rows), kMaxGridY);
+    return std::min<int64_t>(ceil_div(max_count, rows), kMaxGridY);
   };
   const int64_t units = p.product.units;
   if (plan.kind == PlanKind::kStep) {
@@ -50,24 +78,23 @@ const char* launch_step(const Plan& plan, RecurrenceParams& p, Gemm& gemm, void*
     const DType dtype = sizeof(typename Math::Acc) == 8 ? DType::kFloat64 : DType::kFloat32;
     const int64_t shared = shared_bytes(PlanKind::kStep, dtype, false, Epilogue::kGates, 1,
                                         kStepRows, p.product.in.bytes);
-    return launch<Math, Epilogue, kTiles, PlanKind::kStep>(plan, p, units, groups_of(kStepRows),
-                                                           shared, stream);
+    return launch_kernel(
+        recurrence_kernel<Math, Epilogue, kTiles, PlanKind::kStep, 1>,
+        configure(plan, p, ceil_div(units, kUnitTile), groups_of(kStepRows), shared, stream), p,
+        configured_devices<Math, Epilogue>());
   }
   for (int d = 0; d < p.D; ++d)
-    if (reach[d]) p.sums[d] = gemm.multiply(p.product, Epilogue::kGates, p.s_begin, d, reach[d]);
-  LaunchConfig config{};
-  config.grid = dim3(static_cast<unsigned>(ceil_div(units, kPointUnits)),
-                     static_cast<unsigned>(groups_of(kPointRows)), static_cast<unsigned>(p.D));
-  config.threads = plan.threads;
-  config.stream = stream;
-  static ConfiguredDevices configured;
-  return launch_kernel(pointwise_kernel<Epilogue, S>, config, p, configured);
+    if (count[d]) p.sums[d] = gemm.multiply(p.product, Epilogue::kGates, p.s_begin, d, count[d]);
+  return launch_kernel(
+      pointwise_kernel<Epilogue, S>,
+      configure(plan, p, ceil_div(units, kPointUnits), groups_of(kPointRows), 0, stream), p,
+      configured_devices<Epilogue, S>());
 }
 
-// All steps of the walk, each with its one or two products.
+// All steps, each with its one or two products.
 template <class Math, class First, class Second>
-const char* walk(const Plan& plan, RecurrenceParams p, const Product* second, const Steps& steps,
-                 Gemm& gemm, void* stream) {
+const char* launch_steps(const Plan& plan, RecurrenceParams p, const Product* second,
+                         const Steps& steps, Gemm& gemm, void* stream) {
   const Product first = p.product;
   for (int64_t s = p.s_begin, end = p.s_end; s < end; ++s) {
     p.s_begin = s;
@@ -82,63 +109,45 @@ const char* walk(const Plan& plan, RecurrenceParams p, const Product* second, co
   return nullptr;
 }
 
-template <class Math, class Epilogue, PlanKind kKind, int kMostTiles>
-const char* launch_tiles(const Plan& plan, const RecurrenceParams& p, void* stream) {
-  const auto run = [&](auto launcher) {
-    return launcher(plan, p, p.product.units, plan.row_groups, plan.shared_bytes, stream);
-  };
-  switch (plan.tile_rows) {
-    case 8: return run(launch<Math, Epilogue, 1, kKind, kMostTiles>);
-    case 16: return run(launch<Math, Epilogue, 2, kKind, kMostTiles>);
-    case 32:
-      if constexpr (kKind == PlanKind::kGrid)
-        return run(launch<Math, Epilogue, 4, kKind, kMostTiles>);
-    default: return "no kernel was compiled for the plan's tile";
-  }
-}
-
-template <class Math, class Epilogue>
-const char* launch_persistent(const Plan& plan, const RecurrenceParams& p, void* stream) {
-  if (plan.kind == PlanKind::kGrid)
-    return launch_tiles<Math, Epilogue, PlanKind::kGrid, 1>(plan, p, stream);
-  switch (compiled_tiles(plan.kind, plan.unit_tiles)) {
-    case 2: return launch_tiles<Math, Epilogue, PlanKind::kCluster, 2>(plan, p, stream);
-    case 3: return launch_tiles<Math, Epilogue, PlanKind::kCluster, 3>(plan, p, stream);
-    case 4: return launch_tiles<Math, Epilogue, PlanKind::kCluster, 4>(plan, p, stream);
-    default: return "no kernel was compiled for so many units";
-  }
-}
-
+// See Run in kernels.h.
 template <class Cell, class Math>
-const char* run_with(const Plan& plan, const RecurrenceParams& p, const Product* second,
-                     const Steps& steps, Gemm& gemm, void* stream) {
+const char* run(const Plan& plan, const RecurrenceParams& p, const Product* second,
+                const Steps& steps, Gemm& gemm, void* stream) {
   using S = typename Math::Storage;
   using Forward = ForwardCell<Cell, S>;
   using Backward = BackwardCell<Cell, S>;
   if (in_steps(plan.kind)) {
     if (!plan.backward)
-      return walk<Math, Forward, Project<S>>(plan, p, second, steps, gemm, stream);
-    return second ? walk<Math, JoinGradients<S>, Backward>(plan, p, second, steps, gemm, stream)
-                  : walk<Math, Backward, Backward>(plan, p, nullptr, steps, gemm, stream);
+      return launch_steps<Math, Forward, Project<S>>(plan, p, second, steps, gemm, stream);
+    return second ? launch_steps<Math, JoinGradients<S>, Backward>(plan, p, second, steps, gemm,
+                                                                   stream)
+                  : launch_steps<Math, Backward, Backward>(plan, p, nullptr, steps, gemm, stream);
   }
-  if constexpr (!std::is_same_v<S, double>) {
-    return plan.backward ? launch_persistent<Math, Backward>(plan, p, stream)
-                         : launch_persistent<Math, Forward>(plan, p, stream);
+  if constexpr (std::is_same_v<S, double>) {
+    return "no persistent kernel was compiled for this dtype";
+  } else {
+    const LaunchConfig config =
+        configure(plan, p, plan.unit_ctas, plan.row_groups, plan.shared_bytes, stream);
+    return with_tiles(plan, [&](auto row_tiles, auto kind, auto unit_tiles) {
+      const auto launch = [&]<class Epilogue>(std::type_identity<Epilogue>) {
+        return launch_kernel(recurrence_kernel<Math, Epilogue, row_tiles, kind, unit_tiles>, config,
+                             p,
+                             configured_devices<Math, Epilogue, decltype(row_tiles), decltype(kind),
+                                                decltype(unit_tiles)>());
+      };
+      return plan.backward ? launch(std::type_identity<Backward>{})
+                           : launch(std::type_identity<Forward>{});
+    });
   }
-  return "no persistent kernel was compiled for this dtype";
 }
 
+// The functions of one arithmetic, by cell.
 template <class Math>
-const char* run_cell(CellKind cell, const Plan& plan, const RecurrenceParams& params,
-                     const Product* second, const Steps& steps, Gemm& gemm, void* stream) {
-  switch (cell) {
-#define LSTM_FUSED_CASE(name, Cell) \
-  case CellKind::k##Cell: return run_with<Cell, Math>(plan, params, second, steps, gemm, stream);
-    LSTM_FUSED_CELLS(LSTM_FUSED_CASE)
-#undef LSTM_FUSED_CASE
-    default: return "no kernel was compiled for this cell";
-  }
-}
+constexpr Run* kRuns[] = {
+#define LSTM_FUSED_RUN(name, Cell) run<Cell, Math>,
+    LSTM_FUSED_CELLS(LSTM_FUSED_RUN)
+#undef LSTM_FUSED_RUN
+};
 
 }  // namespace
 }  // namespace lstm_fused::cuda

@@ -2,9 +2,6 @@
 
 namespace lstm_fused::cuda {
 
-const char* run_tf32(CellKind cell, const Plan& plan, const RecurrenceParams& params,
-                     const Product* second, const Steps& steps, Gemm& gemm, void* stream) {
-  return run_cell<TensorCores<Tf32Cores>>(cell, plan, params, second, steps, gemm, stream);
-}
+Run* const* const run_tf32 = kRuns<TensorCores<Tf32Cores>>;
 
 }  // namespace lstm_fused::cuda

@@ -1,11 +1,11 @@
 """Problems for the CUDA kernels: small ones for emulation too, large ones for a device alone."""
 
 from dataclasses import replace
-from functools import partial
 from itertools import product
 
 import torch
 
+import lstm_fused
 from lstm_fused import cuda
 from tests.helpers.oracle import Problem
 from tests.helpers.plan_coverage import DTYPES
@@ -42,33 +42,31 @@ LARGE = (
 )
 
 
-# How a matrix (rows, columns) may lie in memory.
+# How x (T, N, I) may lie in memory.
 LAYOUTS = {
-    "rows": lambda draw, rows, columns: draw(rows, columns),
-    "columns": lambda draw, rows, columns: draw(columns, rows).t(),
-    "rows of more": lambda draw, rows, columns: draw(rows, 3, columns)[:, 1],
-    "columns of more": lambda draw, rows, columns: draw(columns, 2, rows)[:, 1].t(),
-    "neither": lambda draw, rows, columns: draw(rows, columns, 2)[..., 1],
-    "one row again and again": lambda draw, rows, columns: draw(columns).expand(rows, columns),
+    "batch first": lambda T, N, I: torch.randn(N, T, I).transpose(0, 1),  # noqa: E741
+    "every other row": lambda T, N, I: torch.randn(T, 2 * N, I)[:, ::2],  # noqa: E741
+    "every other step": lambda T, N, I: torch.randn(2 * T, N, I)[::2],  # noqa: E741
+    "columns of more": lambda T, N, I: torch.randn(T, N, I + 3)[..., :I],  # noqa: E741
+    "columns first": lambda T, N, I: torch.randn(I, T, N).movedim(0, 2),  # noqa: E741
+    "one row again and again": lambda T, N, I: torch.randn(T, 1, I).expand(T, N, I),  # noqa: E741
+    "one step again and again": lambda T, N, I: torch.randn(N, I).expand(T, N, I),  # noqa: E741
 }
 
 
-def check_products(dtype, device):
-    """The product by cuBLAS, of every layout and some sizes, with TF32 and without."""
-    draw = partial(torch.randn, dtype=dtype, device=device)
-    tiny = torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32).eps
-    for (left, of_a), (right, of_b) in product(LAYOUTS.items(), LAYOUTS.items()):
-        for n, k, m in ((5, 40, 7), (1, 9, 4), (6, 1, 1), (1, 33, 1)):
-            a, b = of_a(draw, n, k), of_b(draw, k, m)
-            exact, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
-            for allowed in (False, True):
-                found = cuda.kernels.product(a, b, allowed)
-                assert found.dtype is torch.promote_types(dtype, torch.float32), (left, right)
-                narrow = allowed and dtype is torch.float32
-                limit = torch.finfo(torch.float16).eps if narrow else (k + 1) * tiny
-                error = (found - exact).abs()
-                assert (error <= limit * size).all(), (left, right, n, k, m)
-                assert not narrow or k < 9 or error.max() > tiny * size.max(), (left, right, n)
+def check_layouts(device):
+    """x gives the same bits however it lies in memory; some layouts are copied, others are not."""
+    for name, draw in LAYOUTS.items():
+        for T, N in ((3, 5), (1, 5), (3, 1)):
+            with torch.device(device):
+                x = draw(T, N, 6)
+            layer = lstm_fused.LSTM(6, 9, device=device)
+            outputs = []
+            for given in (x, x.contiguous()):
+                leaf = given.detach().requires_grad_()
+                y, _ = layer(leaf)
+                outputs.append((y, *torch.autograd.grad(y.sum(), [leaf, *layer.parameters()])))
+            assert all(map(torch.equal, *outputs)), (name, T, N)
 
 
 def tf32(allowed, cudnn=True):

@@ -2,6 +2,7 @@
 
 import fcntl
 import subprocess
+import sysconfig
 import warnings
 from contextlib import contextmanager
 from functools import lru_cache
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lstm_fused import cuda, cuda_layer, inference, runtime
+from lstm_fused import cuda, inference, runtime
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "emulation"
@@ -22,7 +23,8 @@ def ninja(*targets):
     includes = (torch_folder / "include", torch_folder / "include/torch/csrc/api/include")
     FOLDER.mkdir(parents=True, exist_ok=True)
     text = (
-        f"torch = -DTORCH_TARGET_VERSION=0x020a000000000000 -I{includes[0]} -I{includes[1]}\n"
+        f"torch = -DTORCH_TARGET_VERSION=0x020a000000000000 -I{includes[0]} -I{includes[1]} "
+        f"-I{sysconfig.get_path('include')}\n"
         f"torch_link = -Wl,--no-as-needed -L{torch_folder / 'lib'} -ltorch -ltorch_cpu\n"
     )
     settings = FOLDER / "torch.ninja"
@@ -46,7 +48,8 @@ def library():
 def kernels():
     """Meanwhile the operators on the CPU run the CUDA kernels, emulated."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "kernels", library())
+        emulation = library()
+        patch.setattr(cuda, "operators", emulation)
         patch.setattr(cuda, "index_of", lambda device: 0)
         patch.setattr(cuda, "serves", lambda x: True)
         patch.setattr(inference, "infer", lambda module, input, hx: None)
@@ -56,10 +59,10 @@ def kernels():
         registered = torch.library.Library("lstm_fused", "IMPL")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that kernels are overridden
-            for name in ("forward", "backward"):
-                run = getattr(cuda_layer, name)
-                registered.impl(f"recurrent_{name}", run, "CPU", allow_override=True)
+            for name in ("recurrent_forward", "recurrent_backward"):
+                run = getattr(emulation, name).default
+                registered.impl(name, run, "CPU", allow_override=True)
         yield
         registered._destroy()
-    cuda.set_plan(None)
+        cuda.set_plan(None)
     cuda.device_properties.cache_clear()

@@ -33,6 +33,15 @@ inline double value_at(const void* data, int type, int64_t i, bool tf32) {
     }
   }
 }
+inline void store_value(void* data, int type, int64_t i, double value) {
+  const float narrow = static_cast<float>(value);
+  switch (type) {
+    case 1: static_cast<double*>(data)[i] = value; break;
+    case 14: static_cast<uint16_t*>(data)[i] = bfloat16_of_float(narrow); break;
+    case 2: static_cast<uint16_t*>(data)[i] = float16_of_float(narrow); break;
+    default: static_cast<float*>(data)[i] = narrow;
+  }
+}
 inline int cublasGemmEx_64(void*, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k,
                            const void* alpha, const void* a, int a_type, int64_t a_stride,
                            const void* b, int b_type, int64_t b_stride, const void* beta, void* c,
@@ -42,7 +51,8 @@ inline int cublasGemmEx_64(void*, int transpose_a, int transpose_b, int64_t m, i
   const double zero = wide ? *static_cast<const double*>(beta) : *static_cast<const float*>(beta);
   const bool fits =
       a_stride >= (transpose_a ? k : m) && b_stride >= (transpose_b ? n : k) && c_stride >= m;
-  if (!fits || one != 1 || zero != 0 || a_type != b_type || c_type != wide) return 7;
+  if (!fits || one != 1 || zero != 0 || a_type != b_type || (c_type != wide && c_type != a_type))
+    return 7;
   std::vector<double> left(m * k), right(k * n);
   for (int64_t i = 0; i < m * k; ++i) {
     const int64_t at = transpose_a ? i / k * a_stride + i % k : i % k * a_stride + i / k;
@@ -56,10 +66,7 @@ inline int cublasGemmEx_64(void*, int transpose_a, int transpose_b, int64_t m, i
     for (int64_t i = 0; i < m; ++i) {
       double sum = 0;
       for (int64_t l = 0; l < k; ++l) sum += left[i * k + l] * right[j * k + l];
-      if (wide)
-        static_cast<double*>(c)[j * c_stride + i] = sum;
-      else
-        static_cast<float*>(c)[j * c_stride + i] = static_cast<float>(sum);
+      store_value(c, c_type, j * c_stride + i, sum);
     }
   return 0;
 }

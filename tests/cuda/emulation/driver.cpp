@@ -262,7 +262,7 @@ const char* run(Layer<Cell>& l, gpu::PlanKind kind, bool backward) {
   p.dc0 = l.dc0.data();
   const Steps steps = l.steps();
   Loop loop;
-  return gpu::run_with<Cell, Math>(*plan, p, nullptr, steps, loop, nullptr);
+  return gpu::run<Cell, Math>(*plan, p, nullptr, steps, loop, nullptr);
 }
 
 template <class Cell>

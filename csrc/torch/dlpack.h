@@ -1,5 +1,5 @@
-// The part of DLPack's C exchange API that call.cpp uses, as DLPack 1.3 fixes its layout: a view of
-// a torch.Tensor's memory for a few nanoseconds, without torch's headers.
+// The part of DLPack's C exchange API that inference.cpp uses, as DLPack 1.3 fixes its layout: a
+// view of a torch.Tensor's memory for a few nanoseconds, without torch's headers.
 #pragma once
 
 #include <cstdint>

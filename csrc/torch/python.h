@@ -1,9 +1,11 @@
 // Python's interface as weak symbols: a C++ program without Python loads the module, too, for the
-// operators it registers. Nothing but `infer`, which is Python's to call, touches these.
+// operators it registers. Only what runs under Python uses these: `infer`, and the CUDA operators'
+// question for TF32.
 #pragma once
 
 #include <Python.h>
 
+#pragma weak Py_IsInitialized
 #pragma weak PyCapsule_GetPointer
 #pragma weak PyDict_GetItemWithError
 #pragma weak PyDict_Type
@@ -14,6 +16,8 @@
 #pragma weak PyEval_SaveThread
 #pragma weak PyExc_RuntimeError
 #pragma weak PyExc_TypeError
+#pragma weak PyGILState_Ensure
+#pragma weak PyGILState_Release
 #pragma weak PyImport_ImportModule
 #pragma weak PyList_Type
 #pragma weak PyLong_AsLong
@@ -28,6 +32,7 @@
 #pragma weak PyTuple_New
 #pragma weak PyTuple_Pack
 #pragma weak PyTuple_Type
+#pragma weak PyUnicode_CompareWithASCIIString
 #pragma weak PyUnicode_InternFromString
 #pragma weak _Py_Dealloc
 #pragma weak _Py_FalseStruct

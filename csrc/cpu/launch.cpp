@@ -8,17 +8,17 @@
 #include <new>
 #include <stdexcept>
 
-#include "cpu/team.h"
+#include "team.h"
 
 namespace lstm_fused {
 namespace {
 
 thread_local Run last;
 
-// Scratch memory stays with its thread between calls: touching new pages costs more than many a
-// kernel. Large pages where the system lends them: weights are read in long runs.
+// Scratch memory stays with its thread between calls: touching new pages costs more than
+// many a kernel. Large pages where the system lends them: weights are read in long runs.
 constexpr size_t kHugePage = size_t{2} << 20;
-constexpr size_t kMostKept = size_t{64} << 20;
+constexpr size_t kMaxKept = size_t{64} << 20;
 
 class Scratch {
  public:
@@ -30,7 +30,7 @@ class Scratch {
     return data_;
   }
   void done() {
-    if (size_ > kMostKept) release();
+    if (size_ > kMaxKept) release();
   }
 
  private:

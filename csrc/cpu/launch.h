@@ -1,13 +1,14 @@
-// From a problem to a kernel that ran: plans, scratch memory, the call. No torch here, so that both
-// ways in, the operators (ops.cpp) and the direct call (call.cpp), share it.
+// From a problem to a kernel that ran: plans, scratch memory, the call. No torch here, so that
+// the operators (torch/operators.cpp) and the fast path for inference (torch/inference.cpp) share
+// it.
 #pragma once
 
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "cpu/kernels.h"
-#include "poison.h"
+#include "../poison.h"
+#include "kernels.h"
 
 namespace lstm_fused {
 
@@ -27,7 +28,7 @@ void launch_each(const Problem& problem, std::vector<ForwardParams>& calls);
 void launch_each(const Problem& problem, std::vector<BackwardParams>& calls);
 void launch_each(const Problem& problem, std::vector<TangentParams>& calls);
 
-// What ran last on this thread, for tests and for the curious.
+// What ran last on this thread.
 struct Run {
   Plan plan;
   const char* pass = nullptr;  // forward, backward or tangent; null before any

@@ -1,5 +1,6 @@
-// `import lstm_fused._C` loads the operators. The module itself holds the short way past them.
-#include "call.h"
+// `import lstm_fused._C` loads the operators. The module itself holds the fast path for
+// inference.
+#include "inference.h"
 
 extern "C" PyMODINIT_FUNC PyInit__C(void) {
   static PyMethodDef methods[] = {

@@ -1,0 +1,225 @@
+// The operators on a CUDA device (bodies in operators.h): the product of x and W_ih, the
+// recurrence, and after its backward pass the other gradients.
+#include "cuda_gradients.h"
+#include "operators.h"
+
+#if defined(LSTM_FUSED_EMULATION)
+#define LSTM_FUSED_LIBRARY lstm_fused_emulation
+#define LSTM_FUSED_KEY CPU
+#else
+#define LSTM_FUSED_LIBRARY lstm_fused
+#define LSTM_FUSED_KEY CUDA
+#endif
+
+namespace lstm_fused::cuda {
+namespace {
+
+// x.W_ih of all steps into out, compute (S, D * G * H).
+void input_product(const Pass& pass, const Layer& layer, void* out) {
+  const LayerSizes& s = layer.size;
+  const int64_t height = pass.gates() * s.H;
+  const Matrix x = input_of(layer);
+  Matrix weights{layer.weights[0].w_ih, s.I, s.D * height, s.I, true};
+  std::optional<Tensor> both;
+  if (s.D == 2) {
+    const int64_t bytes = height * s.I * storage_bytes(layer.dtype);
+    both = pass.empty({2 * height, s.I});
+    for (int d = 0; d < 2; ++d)
+      pass.copy_rows(static_cast<char*>(both->data_ptr()) + d * bytes, bytes, layer.weights[d].w_ih,
+                     bytes, bytes, 1);
+    weights.data = both->data_ptr();
+  }
+  multiply_into(out, false, x, weights, layer.dtype, pass.tf32());
+}
+
+// w (gates * n, m) as (m, gates * n), n padded with zeros to whole matrix instructions.
+Tensor transposed_weights(const Pass& pass, const Layer& layer, const void* w, int gates, int64_t n,
+                          int64_t m, const Tensor& x) {
+  const ScalarType dtype = x.scalar_type();
+  const int64_t padded = row_bytes(layer.dtype, n) / storage_bytes(layer.dtype);
+  Tensor out = pass.empty({m, gates * padded});
+  if (padded != n) torch::stable::zero_(out);
+  const Shape sizes{gates, n, m};
+  const Tensor from =
+      torch::stable::from_blob(const_cast<void*>(w), sizes, Shape{n * m, m, 1}, x.device(), dtype);
+  Tensor to = reinterpret(out, sizes, {padded, 1, gates * padded}, 0);
+  torch::stable::copy_(to, from);
+  return out;
+}
+
+struct Cuda {
+  static constexpr SavedLayouts kSaved = kCudaSaved;
+  static constexpr bool kNeedsOutput = true, kNeedsUniformRows = true;
+
+  static void forward(const std::vector<Layer>& layers, const std::vector<ForwardParams>& params,
+                      const Tensor& x, bool training);
+  static void backward(const std::vector<Layer>& layers, const std::vector<BackwardParams>& params,
+                       const Tensor& x);
+  static void fill(void* data, int byte, int64_t bytes, const Tensor& x) {
+    const Guard guard(x.get_device_index());
+    check(fill_async(data, byte, bytes, stream_of(x)), "fill");
+  }
+  static void move(void* to, const void* from, int64_t bytes, const Tensor& x) {
+    const Guard guard(x.get_device_index());
+    check(copy_rows_async(to, bytes, from, bytes, bytes, 1, stream_of(x)), "copy");
+  }
+};
+
+void Cuda::forward(const std::vector<Layer>& layers, const std::vector<ForwardParams>& params,
+                   const Tensor& x, bool) {
+  for (size_t m = 0; m < layers.size(); ++m) {
+    const Layer& layer = layers[m];
+    const ForwardParams& given = params[m];
+    const LayerSizes& s = layer.size;
+    const Steps& steps = s.steps;
+    Pass pass(layer, x, false);
+    // Each unit's pre-activations are read before its gates are written, so that both may share
+    // memory.
+    const bool in_place = given.gates && info(layer.cell).sums == pass.gates();
+    std::optional<Tensor> separate;
+    if (!in_place)
+      separate = pass.empty({steps.rows(), s.D * pass.gates() * s.H}, compute_dtype(layer.dtype));
+    void* const pre = in_place ? given.gates : separate->data_ptr();
+    input_product(pass, layer, pre);
+
+    const int64_t width = row_bytes(layer.dtype, s.R);
+    const auto h = pass.reserve_exchange(2, width);
+    const auto hidden =
+        layer.projection ? pass.reserve_exchange(1, row_bytes(layer.dtype, s.H)) : h;
+    std::vector<Pass::OperandSlot> w_hh, w_hr;
+    for (int d = 0; d < s.D; ++d) {
+      w_hh.push_back(pass.reserve_operand(layer.weights[d].w_hh, pass.gates() * s.H, s.R));
+      if (layer.projection) w_hr.push_back(pass.reserve_operand(layer.weights[d].w_hr, s.R, s.H));
+    }
+    pass.allocate();
+
+    RecurrenceParams p = pass.params();
+    p.pre = pre;
+    p.y = given.y;
+    p.h_n = given.h_n;
+    p.c_n = given.c_n;
+    p.gates = given.gates;
+    p.cells = given.cells;
+    p.product = {{}, s.H, pass.resolve(h), pass.resolve(hidden)};
+    Product second{{}, s.R, p.product.out, p.product.in};
+    for (int d = 0; d < s.D; ++d) {
+      p.b_ih[d] = layer.weights[d].b_ih;
+      p.b_hh[d] = layer.weights[d].b_hh;
+      p.product.a[d] = pass.resolve(w_hh[d]);
+      if (layer.projection) second.a[d] = pass.resolve(w_hr[d]);
+      const int64_t bytes = s.R * storage_bytes(layer.dtype);
+      // Both buffers: a row of packed data may begin at any step.
+      for (int buffer = 0; layer.h0 && buffer < (steps.sizes ? 2 : 1); ++buffer)
+        pass.copy_rows(p.product.in.at(buffer, d, 0), width,
+                       static_cast<const char*>(layer.h0) + d * steps.N * bytes, bytes, bytes,
+                       steps.N);
+    }
+    pass.launch(p, layer.projection ? &second : nullptr);
+  }
+}
+
+void Cuda::backward(const std::vector<Layer>& layers, const std::vector<BackwardParams>& params,
+                    const Tensor& x) {
+  for (size_t m = 0; m < layers.size(); ++m) {
+    const Layer& layer = layers[m];
+    const BackwardParams& given = params[m];
+    const LayerSizes& s = layer.size;
+    const int64_t S = s.steps.rows();
+    Pass pass(layer, x, true);
+    const Shape preacts_shape{S, s.D, info(layer.cell).sums, s.H};
+    const bool in_place =
+        given.d_preacts && storage_bytes(layer.dtype) == compute_bytes(layer.dtype);
+    const Tensor d_preacts =
+        in_place ? torch::stable::from_blob(
+                       given.d_preacts, preacts_shape,
+                       Shape{s.D * preacts_shape[2] * s.H, preacts_shape[2] * s.H, s.H, 1},
+                       x.device(), x.scalar_type())
+                 : pass.empty(preacts_shape);
+    bool hidden_weights = false;
+    for (int d = 0; d < s.D; ++d) hidden_weights = hidden_weights || given.dweights[d].w_hh;
+    const auto maybe = [&](bool wanted, const Shape& shape) {
+      return pass.empty(wanted ? shape : Shape{0});
+    };
+    const bool saves_before = s.steps.sizes && hidden_weights;
+    const Tensor hidden = maybe(layer.projection, {S, s.D, s.H});
+    const Tensor d_hidden = maybe(layer.projection, {S, s.D, s.R});
+    const Tensor before = maybe(saves_before, {S, s.D, s.R});
+
+    const int64_t hidden_row = row_bytes(layer.dtype, s.H), width = row_bytes(layer.dtype, s.R);
+    const auto of_gates = pass.reserve_exchange(2, pass.gates() * hidden_row);
+    const auto of_h = layer.projection ? pass.reserve_exchange(1, width) : of_gates;
+    pass.allocate();
+
+    RecurrenceParams p = pass.params();
+    // A step past the end where the initial state's gradients are wanted.
+    p.s_end += given.dh0 || given.dc0;
+    // Read only.
+    p.gates = const_cast<void*>(given.gates);
+    p.cells = const_cast<void*>(given.cells);
+    p.dy = given.dy;
+    p.dh_n = given.dh_n;
+    p.dc_n = given.dc_n;
+    p.d_gates = d_preacts.data_ptr();
+    if (saves_before) {
+      p.h = given.y;
+      p.before = before.data_ptr();
+    }
+    p.dh0 = given.dh0;
+    p.dc0 = given.dc0;
+    p.product = {{}, layer.projection ? s.R : s.H, pass.resolve(of_gates), pass.resolve(of_h)};
+    Product second{{}, s.H, p.product.out, p.product.in};
+    Tensors kept;
+    for (int d = 0; d < s.D; ++d) {
+      const Weights& w = layer.weights[d];
+      kept.push_back(transposed_weights(pass, layer, w.w_hh, pass.gates(), s.H, s.R, x));
+      p.product.a[d] = static_cast<const char*>(kept.back().data_ptr());
+      if (!layer.projection) continue;
+      kept.push_back(transposed_weights(pass, layer, w.w_hr, 1, s.R, s.H, x));
+      second.a[d] = static_cast<const char*>(kept.back().data_ptr());
+    }
+    if (layer.projection) {
+      p.hidden = hidden.data_ptr();
+      p.d_hidden = d_hidden.data_ptr();
+    }
+    pass.launch(p, layer.projection ? &second : nullptr);
+    const Recurred recurred{d_preacts, p.hidden, p.d_hidden, p.before};
+    Gradients(pass, layer, given, recurred).compute();
+  }
+}
+
+// (major, minor, SMs, shared bytes of a block, CTAs of a cluster, clusters of that size at once).
+std::vector<int64_t> device_properties(int64_t index) {
+  const Device d = device_of(static_cast<int>(index));
+  return {d.major, d.minor, d.sms, d.shared_bytes, d.cluster_ctas, d.clusters};
+}
+
+std::string describe_last_run() {
+  return last_run().get();
+}
+
+}  // namespace
+}  // namespace lstm_fused::cuda
+
+#if defined(LSTM_FUSED_EMULATION)
+STABLE_TORCH_LIBRARY_FRAGMENT(LSTM_FUSED_LIBRARY, m) {
+  m.def(lstm_fused::kForwardSchema);
+  m.def(lstm_fused::kBackwardSchema);
+}
+#endif
+
+STABLE_TORCH_LIBRARY_FRAGMENT(LSTM_FUSED_LIBRARY, m) {
+  m.def("cuda_device_properties(int index) -> int[]");
+  m.def("cuda_last_run() -> str");
+  m.def("cuda_force_plan(str kind) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(LSTM_FUSED_LIBRARY, LSTM_FUSED_KEY, m) {
+  m.impl("recurrent_forward", TORCH_BOX(&lstm_fused::recurrent_forward<lstm_fused::cuda::Cuda>));
+  m.impl("recurrent_backward", TORCH_BOX(&lstm_fused::recurrent_backward<lstm_fused::cuda::Cuda>));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(LSTM_FUSED_LIBRARY, CompositeExplicitAutograd, m) {
+  m.impl("cuda_device_properties", TORCH_BOX(&lstm_fused::cuda::device_properties));
+  m.impl("cuda_last_run", TORCH_BOX(&lstm_fused::cuda::describe_last_run));
+  m.impl("cuda_force_plan", TORCH_BOX(&lstm_fused::cuda::force_plan));
+}

@@ -1,0 +1,181 @@
+// A pass over a layer on a CUDA device: its plan, its workspace, the kernels' parameters.
+#pragma once
+
+#include "../layer.h"
+#include "cuda_settings.h"
+#include "cuda_workspace.h"
+
+namespace lstm_fused::cuda {
+
+inline Run* run_of(CellKind cell, DType dtype, bool tf32) {
+  const int kind = static_cast<int>(cell);
+  switch (dtype) {
+    case DType::kFloat32: return tf32 ? run_tf32[kind] : run_float32[kind];
+    case DType::kFloat64: return run_float64[kind];
+    case DType::kBFloat16: return run_bfloat16[kind];
+    case DType::kFloat16: return run_float16[kind];
+  }
+  return nullptr;
+}
+
+// x as a matrix (S, I); operators.h sees to it that all rows are one stride apart.
+inline Matrix input_of(const Layer& layer) {
+  const LayerSizes& s = layer.size;
+  const int64_t rows = s.steps.rows();
+  const int64_t stride = s.steps.sizes || s.steps.N > 1 ? layer.x.stride_n : layer.x.stride_t;
+  return {layer.x.data, rows, s.I, rows == 1 ? s.I : stride, false};
+}
+
+class Pass {
+ public:
+  Pass(const Layer& layer, const Tensor& x, bool backward)
+      : layer_(layer),
+        x_(x),
+        size_(layer.size),
+        guard_(x.get_device_index()),
+        stream_(stream_of(x)) {
+    plan_ = choose_plan(backward);
+    const auto number = [](const char* key, int64_t value) {
+      return std::string(" ") + key + "=" + std::to_string(value);
+    };
+    last_run().set(std::string("pass=") + (backward ? "backward" : "forward") +
+                   " dtype=" + lstm_fused::name(layer.dtype) + " kernel=" + name(plan_.kind) +
+                   number("tile_rows", plan_.tile_rows) + number("unit_ctas", plan_.unit_ctas) +
+                   number("row_groups", plan_.row_groups) + number("tf32", plan_.tf32));
+  }
+
+  int gates() const { return info(layer_.cell).gates; }
+  bool tf32() const { return plan_.tf32; }
+  Memory memory() const { return info(layer_.cell).memory; }
+  void* stream() const { return stream_; }
+
+  // A tensor on x's device.
+  Tensor empty(const Shape& shape, ScalarType dtype) const {
+    Tensor t = lstm_fused::allocate(shape, dtype, x_);
+    const int64_t bytes = t.numel() * t.element_size();
+    if (poisoning() && bytes) check(fill_async(t.data_ptr(), 0xff, bytes, stream_), "poison");
+    return t;
+  }
+  Tensor empty(const Shape& shape) const { return empty(shape, x_.scalar_type()); }
+
+  // A buffer that one step writes and the next reads, a row for each of the batch; buffers: 2 if no
+  // launch lies between writing and reading (double buffering).
+  struct ExchangeSlot {
+    Workspace::Slot slot;
+    Exchange exchange;
+  };
+  ExchangeSlot reserve_exchange(int buffers, int64_t row_bytes) {
+    const int64_t rows = round_up(size_.steps.N, plan_.tile_rows);
+    const int64_t one = size_.D * rows * row_bytes;
+    return {workspace_.reserve_zeros(buffers * one),
+            {nullptr, buffers == 2 ? one : 0, rows, row_bytes}};
+  }
+  Exchange resolve(const ExchangeSlot& reserved) const {
+    Exchange e = reserved.exchange;
+    e.data = workspace_.at(reserved.slot);
+    return e;
+  }
+
+  // Weights (rows, columns) whose rows begin at multiples of 16 bytes: where they lie, or a padded
+  // copy.
+  struct OperandSlot {
+    const char* given;
+    int64_t rows, bytes, padded;
+    Workspace::Slot slot;  // -1: no copy
+  };
+  OperandSlot reserve_operand(const void* w, int64_t rows, int64_t columns) {
+    const int64_t bytes = columns * storage_bytes(layer_.dtype);
+    const int64_t padded = row_bytes(layer_.dtype, columns);
+    const bool usable = bytes == padded && reinterpret_cast<uintptr_t>(w) % 16 == 0;
+    return {static_cast<const char*>(w), rows, bytes, padded,
+            usable ? -1 : workspace_.reserve_zeros(rows * padded)};
+  }
+  const char* resolve(const OperandSlot& w) const {
+    if (w.slot < 0) return w.given;
+    copy_rows(workspace_.at(w.slot), w.padded, w.given, w.bytes, w.bytes, w.rows);
+    return workspace_.at(w.slot);
+  }
+
+  // Makes the workspace, with what every pass needs beside what was reserved.
+  void allocate() {
+    const Steps& steps = size_.steps;
+    const int64_t groups = plan_.kind == PlanKind::kGrid ? size_.D * plan_.row_groups : 0;
+    barrier_ = workspace_.reserve_zeros(groups * kBarrierBytes);
+    // Packed data's sizes and offsets, (2, T + 1), for a persistent kernel.
+    steps_ = workspace_.reserve(persistent() && steps.sizes ? 2 * (steps.T + 1) * 8 : 0);
+    const int64_t states = memory() != Memory::kNone ? size_.D * steps.N * size_.H : 0;
+    carry_ = workspace_.reserve(states * compute_bytes(layer_.dtype));
+    workspace_.allocate(x_, stream_);
+  }
+
+  void copy_rows(void* to, int64_t pitch, const void* from, int64_t from_pitch, int64_t bytes,
+                 int64_t rows) const {
+    check(copy_rows_async(to, pitch, from, from_pitch, bytes, rows, stream_), "copy");
+  }
+
+  // What both passes give to a kernel.
+  RecurrenceParams params() const {
+    const Steps& host = size_.steps;
+    RecurrenceParams p{};
+    p.s_end = host.T;
+    p.N = host.N;
+    p.H = size_.H;
+    p.R = size_.R;
+    p.D = size_.D;
+    p.projection = layer_.projection;
+    p.h0 = layer_.h0;
+    p.c0 = layer_.c0;
+    p.carry = workspace_.at(carry_);
+    if (plan_.kind == PlanKind::kGrid) p.barrier = workspace_.at(barrier_);
+    if (!persistent()) return p;
+    p.steps = host;
+    if (host.sizes) {
+      std::vector<int64_t> both(2 * (host.T + 1));
+      std::copy(host.sizes, host.sizes + host.T, both.begin());
+      std::copy(host.offsets, host.offsets + host.T + 1, both.begin() + host.T + 1);
+      check(upload_async(workspace_.at(steps_), both.data(), both.size() * 8, stream_),
+            "batch_sizes");
+      p.steps.sizes = reinterpret_cast<const int64_t*>(workspace_.at(steps_));
+      p.steps.offsets = p.steps.sizes + host.T + 1;
+    }
+    return p;
+  }
+
+  void launch(const RecurrenceParams& p, const Product* second) const {
+    StepProducts products(layer_.dtype, plan_.tf32, x_);
+    Run* const run = run_of(layer_.cell, layer_.dtype, plan_.tf32);
+    check(run(plan_, p, second, size_.steps, products, stream_), name(plan_.kind));
+  }
+
+ private:
+  bool persistent() const { return !in_steps(plan_.kind); }
+
+  Plan choose_plan(bool backward) const {
+    const Device device = device_of(x_.get_device_index());
+    LSTM_FUSED_CHECK(supported(device),
+                     "the fused kernels need compute capability 8.0 or later, not ", device.major,
+                     ".", device.minor);
+    const bool tf32 = layer_.dtype == DType::kFloat32 && tf32_allowed();
+    const Steps& steps = size_.steps;
+    const Problem problem{layer_.dtype, steps.T, steps.N,           size_.H, size_.R,
+                          size_.D,      gates(), layer_.projection, tf32};
+    // A CUDA graph cannot copy packed data's sizes to the device, as persistent plans need them.
+    const bool stepwise = steps.sizes && is_capturing(stream_);
+    const std::optional<PlanKind> kind = forced_kind().get();
+    if (!kind || (stepwise && !in_steps(*kind)))
+      return make_plan(problem, device, backward, stepwise);
+    const std::optional<Plan> forced = plan_as(*kind, problem, device, backward);
+    return forced ? *forced : *plan_as(PlanKind::kStep, problem, device, backward);
+  }
+
+  const Layer& layer_;
+  const Tensor& x_;
+  const LayerSizes& size_;
+  const Guard guard_;
+  void* const stream_;
+  Plan plan_{};
+  Workspace workspace_;
+  Workspace::Slot barrier_ = 0, steps_ = 0, carry_ = 0;
+};
+
+}  // namespace lstm_fused::cuda

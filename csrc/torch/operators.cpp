@@ -1,0 +1,141 @@
+// The operators: their schemas, and the CPU's kernels behind them. Bodies are in operators.h,
+// arithmetic below (cpu/), autograd, vmap and fakes above (lstm_fused/).
+#include "operators.h"
+
+#include <cstring>
+
+#include "../cpu/launch.h"
+
+namespace lstm_fused {
+namespace {
+
+Problem problem_of(const Layer& layer, bool training) {
+  return problem_of(layer.cell, layer.dtype, layer.size, layer.projection, training);
+}
+
+struct Cpu {
+  static constexpr SavedLayouts kSaved = kCpuSaved;
+  static constexpr bool kNeedsOutput = false, kNeedsUniformRows = false;
+
+  static void forward(std::vector<Layer>& layers, std::vector<ForwardParams>& params, const Tensor&,
+                      bool training) {
+    launch_each(problem_of(layers[0], training), params);
+  }
+  static void backward(std::vector<Layer>& layers, std::vector<BackwardParams>& params,
+                       const Tensor&) {
+    launch_each(problem_of(layers[0], true), params);
+  }
+  static void fill(void* data, int byte, int64_t bytes, const Tensor&) {
+    std::memset(data, byte, bytes);
+  }
+  static void move(void* to, const void* from, int64_t bytes, const Tensor&) {
+    std::memmove(to, from, bytes);
+  }
+};
+
+using Tangents = std::tuple<Tensor, Tensor, Tensor>;
+
+// Tangents of y, h_n and c_n. x, state0 and the biases among weights are tangents, w_ih and w_hh
+// the values; primal_c0: the initial state the cell carries, if any; preacts (S, D, P, H), in the
+// compute dtype: what is to be added to the tangents of the pre-activations.
+Tangents recurrent_tangent(Tensor x, MaybeTensor batch_sizes, Tensors state0, Tensors weights,
+                           MaybeTensor primal_c0, Tensor gates, Tensor saved_states,
+                           MaybeTensor preacts, int64_t cell, int64_t directions) {
+  Call call(x, batch_sizes, state0, weights, cell, directions, false);
+  const Layer& layer = call.layer();
+  LSTM_FUSED_CHECK(storage_bytes(layer.dtype) >= 4 && !layer.projection,
+                   "tangents are of float32 or float64, without a projection");
+  const Forward out = allocate_forward<Cpu>(call, x, false);
+  const auto& [y, h_n, c_n, no_gates, no_states] = out;
+  const bool carries = info(layer.cell).memory != Memory::kNone;
+  const LayerSizes& s = layer.size;
+  Tensors kept;
+  std::vector<TangentParams> params;
+  for (int64_t m = 0; m < call.models(); ++m) {
+    TangentParams& p = params.emplace_back(params_of<TangentParams>(call.layers()[m]));
+    p.y = call.part(y, m);
+    p.h_n = call.part(h_n, m);
+    p.c_n = call.part(c_n, m, layer.has_cell_state());
+    p.saved_gates = read_saved<Cpu>(call, m, gates, x, kCpuSaved.gates, false, "gates", kept);
+    p.saved_cells = read_saved<Cpu>(call, m, saved_states, x, kCpuSaved.saved_states, !carries,
+                                    "saved_states", kept);
+    if (primal_c0) {
+      const TensorView state = call.contiguous(*primal_c0, m, "primal_c0");
+      check_state(state, call.x(m), layer, s.H, "primal_c0");
+      p.primal_c0 = state.data;
+    }
+    if (preacts) {
+      const TensorView added = call.contiguous(*preacts, m, "preacts");
+      check_like(added, call.x(m), "preacts");
+      check_shape(added, {layer.rows, s.D, info(layer.cell).sums, s.H}, "preacts");
+      p.preacts = added.data;
+    }
+  }
+  Problem problem = problem_of(layer, false);
+  problem.tangents = true;
+  if (s.steps.N > 0) launch_each(problem, params);
+  clear_padding<Cpu>(call, layer, y, x);
+  return {y, h_n, c_n};
+}
+
+// "key=value" words describing the last call on this thread; empty before the first.
+std::string describe_last_run() {
+  const Run& last = last_run();
+  if (!last.pass) return "";
+  const Plan& p = last.plan;
+  const auto number = [](const char* key, int64_t value) {
+    return std::string(" ") + key + "=" + std::to_string(value);
+  };
+  return std::string("pass=") + last.pass + " kernel=" + name(p.kernel) + " isa=" + name(p.isa) +
+         " dtype=" + name(p.dtype) + number("threads", p.threads) +
+         number("direction_groups", p.direction_groups) + number("row_groups", p.row_groups) +
+         number("unit_groups", p.unit_groups) + number("tile_rows", p.tile_rows) +
+         number("tile_cols", p.tile_cols) + number("hoist_steps", p.hoist_steps);
+}
+
+void force_isa_by_name(std::string name) {
+  force_isa(name);
+}
+
+std::string available_isas() {
+  std::string names;
+  for (int i = 0; i < kIsaCount; ++i)
+    if (runs(static_cast<Isa>(i))) names += (i ? " " : "") + std::string(name(static_cast<Isa>(i)));
+  return names;
+}
+
+std::string active_isa() {
+  return name(current_isa());
+}
+
+}  // namespace
+}  // namespace lstm_fused
+
+STABLE_TORCH_LIBRARY(lstm_fused, m) {
+  m.def(lstm_fused::kForwardSchema);
+  m.def(lstm_fused::kBackwardSchema);
+  m.def(
+      "recurrent_tangent(Tensor x, Tensor? batch_sizes, Tensor[] state0, Tensor[] weights, "
+      "Tensor? primal_c0, Tensor gates, Tensor saved_states, Tensor? preacts, int cell, int "
+      "directions) "
+      "-> (Tensor y, Tensor h_n, Tensor c_n)");
+  m.def("force_isa(str isa) -> ()");
+  m.def("active_isa() -> str");
+  m.def("available_isas() -> str");
+  m.def("last_run() -> str");
+  m.def("poisoning() -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lstm_fused, CPU, m) {
+  m.impl("recurrent_forward", TORCH_BOX(&lstm_fused::recurrent_forward<lstm_fused::Cpu>));
+  m.impl("recurrent_backward", TORCH_BOX(&lstm_fused::recurrent_backward<lstm_fused::Cpu>));
+  m.impl("recurrent_tangent", TORCH_BOX(&lstm_fused::recurrent_tangent));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lstm_fused, CompositeExplicitAutograd, m) {
+  m.impl("force_isa", TORCH_BOX(&lstm_fused::force_isa_by_name));
+  m.impl("active_isa", TORCH_BOX(&lstm_fused::active_isa));
+  m.impl("available_isas", TORCH_BOX(&lstm_fused::available_isas));
+  m.impl("last_run", TORCH_BOX(&lstm_fused::describe_last_run));
+  m.impl("poisoning", TORCH_BOX(&lstm_fused::poisoning));
+}

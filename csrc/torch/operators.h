@@ -1,0 +1,374 @@
+// The bodies of the operators, the same for every device: checks, allocation, one call for each
+// model, and what follows for packed data with padding. A Device has static members:
+//   kSaved                what a forward pass saves, and how it is laid out
+//   kNeedsOutput          whether the gradient of w_hh reads y without a projection too
+//   kNeedsUniformRows     whether all rows of x must be one stride apart
+//   forward(layers, params, x, training), backward(layers, params, x)   run the kernels
+//   fill(pointer, byte, bytes, x), move(to, from, bytes, x)              of memory where x is
+#pragma once
+
+#include "../layer.h"
+#include "../poison.h"
+#include "stable.h"
+
+namespace lstm_fused {
+
+inline constexpr const char* kForwardSchema =
+    "recurrent_forward(Tensor x, Tensor? batch_sizes, Tensor[] state0, Tensor[] weights, "
+    "int cell, int directions, bool training) "
+    "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor saved_states)";
+inline constexpr const char* kBackwardSchema =
+    "recurrent_backward(Tensor x, Tensor? batch_sizes, Tensor[] state0, Tensor[] weights, "
+    "Tensor? y, Tensor gates, Tensor saved_states, Tensor? dy, Tensor? dh_n, Tensor? dc_n, "
+    "int cell, int directions, bool[] mask) "
+    "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights, Tensor d_preacts)";
+
+using Tensors = std::vector<Tensor>;
+using MaybeTensor = std::optional<Tensor>;
+
+// The tensors of a call: of one model, or of several with as many sets of weights, which every
+// tensor but batch_sizes then has a first dimension for.
+class Call {
+ public:
+  Call(const Tensor& x, const MaybeTensor& batch_sizes, const Tensors& state0,
+       const Tensors& weights, int64_t cell, int64_t directions, bool uniform_rows)
+      : several_(weights.size() > 1 && weights[1].dim() == 3 && x.dim() > 0),
+        models_(several_ ? x.size(0) : 1) {
+    LSTM_FUSED_CHECK(models_ > 0, "there must be at least one model");
+    const std::optional<std::span<const int64_t>> sizes = read_batch_sizes(batch_sizes);
+    layers_.reserve(models_);
+    for (int64_t m = 0; m < models_; ++m) {
+      x_.push_back(with_usable_rows(x, m, uniform_rows));
+      std::vector<TensorView> states, given;
+      for (const Tensor& t : state0) states.push_back(contiguous(t, m, "state0"));
+      for (const Tensor& t : weights) given.push_back(contiguous(t, m, "every weight"));
+      layers_.push_back(describe_layer({x_[m], sizes, states, given, cell, directions}));
+    }
+  }
+
+  int64_t models() const { return models_; }
+  std::vector<Layer>& layers() { return layers_; }
+  Layer& layer() { return layers_[0]; }
+  const TensorView& x(int64_t m) const { return x_[m]; }
+
+  // Model m's part of t, copied if that is not contiguous.
+  TensorView contiguous(const Tensor& t, int64_t m, const char* name) {
+    const TensorView view = of_model(t, m, name);
+    return view.is_contiguous() ? view : keep_copy(t, m);
+  }
+
+  // Shapes of results: x's with D * R for I; a state's; with a dimension of models if there are
+  // several.
+  Shape output_shape() const {
+    const TensorView& x = x_[0];
+    Shape shape(x.sizes, x.sizes + x.dim);
+    shape.back() = layers_[0].size.D * layers_[0].size.R;
+    return of_all(shape);
+  }
+  Shape state_shape(int64_t width) const {
+    return of_all({layers_[0].size.D, layers_[0].size.steps.N, width});
+  }
+  Shape of_all(Shape one) const {
+    if (several_) one.insert(one.begin(), models_);
+    return one;
+  }
+
+  // Model m's part of a result, or null where the caller does not want it.
+  void* part(const Tensor& t, int64_t m, bool wanted = true) const {
+    return wanted ? static_cast<char*>(t.data_ptr()) + m * part_bytes(t) : nullptr;
+  }
+  int64_t part_bytes(const Tensor& t) const { return t.numel() / models_ * t.element_size(); }
+
+ private:
+  TensorView of_model(const Tensor& t, int64_t m, const char* name) const {
+    const TensorView view = view_of(t);
+    if (!several_) return view;
+    LSTM_FUSED_CHECK(view.dim > 0 && view.size(0) == models_, name, " has shape ", describe(view),
+                     " but must begin with ", models_, ", the number of models");
+    return view.at(m);
+  }
+
+  TensorView keep_copy(const Tensor& t, int64_t m) {
+    kept_.push_back(as_contiguous(several_ ? select_first(t, m) : t));
+    return view_of(kept_.back());
+  }
+
+  TensorView with_usable_rows(const Tensor& x, int64_t m, bool uniform) {
+    const TensorView view = of_model(x, m, "x");
+    const int64_t last = view.dim - 1;
+    if (last < 1) return view;  // describe_layer refuses it
+    const int64_t I = view.size(last), row = view.strides[last - 1];
+    bool usable = view.strides[last] == 1 || I == 1;
+    if (uniform) {
+      usable = usable && (row >= I || view.size(last - 1) == 1);
+      if (last == 2 && view.size(0) > 1)
+        usable = usable && view.strides[0] == view.size(1) * (view.size(1) > 1 ? row : I);
+    }
+    return usable ? view : keep_copy(x, m);
+  }
+
+  std::optional<std::span<const int64_t>> read_batch_sizes(const MaybeTensor& batch_sizes) {
+    if (!batch_sizes) return std::nullopt;
+    LSTM_FUSED_CHECK(batch_sizes->dim() == 1 && batch_sizes->is_cpu() &&
+                         batch_sizes->scalar_type() == ScalarType::Long,
+                     "batch_sizes must be a 1-D int64 tensor on the CPU");
+    kept_.push_back(as_contiguous(*batch_sizes));
+    return std::span(kept_.back().const_data_ptr<int64_t>(),
+                     static_cast<size_t>(batch_sizes->numel()));
+  }
+
+  const bool several_;
+  const int64_t models_;
+  std::vector<TensorView> x_;
+  std::vector<Layer> layers_;
+  Tensors kept_;  // copies that layers point into
+};
+
+// A result of this shape, or an empty tensor if it is not wanted.
+template <class Device>
+Tensor result(bool wanted, const Shape& shape, const Tensor& like, ScalarType dtype) {
+  Tensor t = allocate(wanted ? shape : Shape{0}, dtype, like);
+  if (poisoning() && t.numel() > 0)
+    Device::fill(t.data_ptr(), 0xff, t.numel() * t.element_size(), like);
+  return t;
+}
+
+// How a saved tensor's rows lie: `runs` runs of `rows` rows, each of `bytes`.
+struct SavedRows {
+  int64_t runs, rows, bytes;
+
+  SavedRows(const SavedLayout& layout, const Layer& layer, int64_t total_bytes)
+      : runs(1), rows(layer.rows) {
+    const Shape shape = layer.saved_shape(layout);
+    for (int i = 0; layout.dims[i] != Dim::kRows; ++i) runs *= shape[i];
+    bytes = rows > 0 ? total_bytes / (runs * rows) : 0;
+  }
+};
+
+// Zeros for the rows of y, dx or d_preacts that belong to no step.
+template <class Device>
+void clear_padding(const Call& call, const Layer& layer, const Tensor& t, const Tensor& x) {
+  const int64_t bytes = call.part_bytes(t);
+  if (layer.padding() == 0 || bytes == 0) return;
+  const int64_t used = bytes / layer.rows * layer.size.steps.rows();
+  for (int64_t m = 0; m < call.models(); ++m)
+    Device::fill(static_cast<char*>(call.part(t, m)) + used, 0, bytes - used, x);
+}
+
+// Kernels write what they save without the padding's rows, run after run. Each run is moved to
+// where the tensor's shape says it begins.
+template <class Device>
+void insert_padding(const Call& call, const Layer& layer, const SavedLayout& layout,
+                    const Tensor& t, const Tensor& x) {
+  const int64_t total = call.part_bytes(t);
+  if (layer.padding() == 0 || total == 0) return;
+  const SavedRows saved(layout, layer, total);
+  const int64_t used = layer.size.steps.rows() * saved.bytes, whole = saved.rows * saved.bytes;
+  for (int64_t m = 0; m < call.models(); ++m) {
+    char* data = static_cast<char*>(call.part(t, m));
+    for (int64_t run = saved.runs; run-- > 0;) {
+      if (run > 0) Device::move(data + run * whole, data + run * used, used, x);
+      Device::fill(data + run * whole + used, 0, whole - used, x);
+    }
+  }
+}
+
+// What forward saved of model m, checked, and without the padding's rows.
+template <class Device>
+const void* read_saved(Call& call, int64_t m, const Tensor& t, const Tensor& x,
+                       const SavedLayout& layout, bool empty, const char* name, Tensors& kept) {
+  const Layer& layer = call.layers()[m];
+  const TensorView view = view_of(t);
+  LSTM_FUSED_CHECK(view.device == call.x(m).device && t.is_contiguous() &&
+                       t.scalar_type() == compute_dtype(layer.dtype),
+                   name, " must be as the forward pass saved it");
+  const Shape shape = empty ? Shape{0} : call.of_all(layer.saved_shape(layout));
+  LSTM_FUSED_CHECK(shape_of(t) == shape, name, " has shape ", describe(view), " but must be ",
+                   describe(shape.data(), static_cast<int64_t>(shape.size())));
+  if (empty) return nullptr;
+  const int64_t total = call.part_bytes(t);
+  const char* data = static_cast<const char*>(t.const_data_ptr()) + m * total;
+  const SavedRows saved(layout, layer, total);
+  if (layer.padding() == 0 || total == 0 || saved.runs == 1) return data;
+  kept.push_back(allocate({total}, ScalarType::Byte, x));
+  char* packed = static_cast<char*>(kept.back().data_ptr());
+  const int64_t used = layer.size.steps.rows() * saved.bytes;
+  for (int64_t run = 0; run < saved.runs; ++run)
+    Device::move(packed + run * used, data + run * saved.rows * saved.bytes, used, x);
+  return packed;
+}
+
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class Device>
+Forward allocate_forward(Call& call, const Tensor& x, bool training) {
+  const Layer& layer = call.layer();
+  const ScalarType dtype = x.scalar_type(), compute = compute_dtype(layer.dtype);
+  const auto make = [&](bool wanted, const Shape& shape, ScalarType type) {
+    return result<Device>(wanted, shape, x, type);
+  };
+  const bool carries = info(layer.cell).memory != Memory::kNone;
+  return {make(true, call.output_shape(), dtype), make(true, call.state_shape(layer.size.R), dtype),
+          make(layer.has_cell_state(), call.state_shape(layer.size.H), dtype),
+          make(training, call.of_all(layer.saved_shape(Device::kSaved.gates)), compute),
+          make(training && carries, call.of_all(layer.saved_shape(Device::kSaved.saved_states)),
+               compute)};
+}
+
+template <class Device>
+Forward recurrent_forward(Tensor x, MaybeTensor batch_sizes, Tensors state0, Tensors weights,
+                          int64_t cell, int64_t directions, bool training) {
+  Call call(x, batch_sizes, state0, weights, cell, directions, Device::kNeedsUniformRows);
+  const Layer& layer = call.layer();
+  const Steps& steps = layer.size.steps;
+  LSTM_FUSED_CHECK(steps.T > 0 || batch_sizes, "x must have at least one time step");
+  const Forward out = allocate_forward<Device>(call, x, training);
+  const auto& [y, h_n, c_n, gates, saved_states] = out;
+  const bool carries = info(layer.cell).memory != Memory::kNone;
+  std::vector<ForwardParams> params;
+  for (int64_t m = 0; m < call.models(); ++m) {
+    ForwardParams& p = params.emplace_back(params_of<ForwardParams>(call.layers()[m]));
+    p.y = call.part(y, m);
+    p.h_n = call.part(h_n, m);
+    p.c_n = call.part(c_n, m, layer.has_cell_state());
+    p.gates = call.part(gates, m, training);
+    p.cells = call.part(saved_states, m, training && carries);
+  }
+  if (steps.N > 0) Device::forward(call.layers(), params, x, training);
+  clear_padding<Device>(call, layer, y, x);
+  insert_padding<Device>(call, layer, Device::kSaved.gates, gates, x);
+  insert_padding<Device>(call, layer, Device::kSaved.saved_states, saved_states, x);
+  return out;
+}
+
+using Backward = std::tuple<Tensor, Tensor, Tensor, Tensors, Tensor>;
+
+// Which gradients a backward pass is to compute: one entry each for x, h0, c0, every weight and the
+// pre-activations.
+struct Wanted {
+  bool x, h0, c0;
+  std::vector<bool> weights;
+  bool preacts;
+
+  Wanted(const std::vector<bool>& mask, size_t count) {
+    LSTM_FUSED_CHECK(mask.size() == 4 + count,
+                     "mask must have one entry each for x, h0, c0, every weight and the "
+                     "pre-activations");
+    x = mask[0];
+    h0 = mask[1];
+    c0 = mask[2];
+    weights.assign(mask.begin() + 3, mask.end() - 1);
+    preacts = mask.back();
+  }
+
+  // Any direction's w_hh.
+  bool hidden_weights(int each) const {
+    bool any = false;
+    for (size_t i = 1; i < weights.size(); i += each) any = any || weights[i];
+    return any;
+  }
+};
+
+template <class Device>
+Backward allocate_backward(Call& call, const Tensor& x, const Tensors& weights,
+                           const Wanted& wanted) {
+  const Layer& layer = call.layer();
+  const LayerSizes& s = layer.size;
+  const ScalarType dtype = x.scalar_type();
+  const auto make = [&](bool want, const Shape& shape, ScalarType type) {
+    return result<Device>(want, shape, x, type);
+  };
+  Tensors dweights;
+  for (size_t i = 0; i < weights.size(); ++i)
+    dweights.push_back(make(wanted.weights[i], shape_of(weights[i]), dtype));
+  const Shape preacts = call.of_all({layer.rows, s.D, info(layer.cell).sums, s.H});
+  return {make(wanted.x, shape_of(x), dtype), make(wanted.h0, call.state_shape(s.R), dtype),
+          make(wanted.c0, call.state_shape(s.H), dtype), dweights,
+          make(wanted.preacts, preacts, compute_dtype(layer.dtype))};
+}
+
+// The gradient of weight i of a direction, of weights_per_direction.
+inline void*& gradient_of(WeightGradients& gradients, const Layer& layer, int i) {
+  void** const places[] = {&gradients.w_ih, &gradients.w_hh, &gradients.b_ih, &gradients.b_hh};
+  const bool last = i == layer.weights_per_direction - 1;
+  return layer.projection && last ? gradients.w_hr : *places[i];
+}
+
+// The outputs' gradients, and y where a gradient of w_hh reads it.
+template <class Device>
+void read_outputs(Call& call, int64_t m, const Wanted& wanted, const MaybeTensor& y,
+                  const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n,
+                  BackwardParams& p) {
+  const Layer& layer = call.layers()[m];
+  const TensorView& x = call.x(m);
+  const auto read_output = [&](const Tensor& t, const char* name) -> const void* {
+    const TensorView view = call.contiguous(t, m, name);
+    check_like(view, x, name);
+    const int64_t width = layer.size.D * layer.size.R;
+    if (x.dim == 3)
+      check_shape(view, {x.size(0), x.size(1), width}, name);
+    else
+      check_shape(view, {x.size(0), width}, name);
+    return view.data;
+  };
+  const auto read_state = [&](const Tensor& t, int64_t width, const char* name) -> const void* {
+    const TensorView view = call.contiguous(t, m, name);
+    check_state(view, x, layer, width, name);
+    return view.data;
+  };
+  if (wanted.hidden_weights(layer.weights_per_direction) &&
+      (layer.projection || Device::kNeedsOutput)) {
+    LSTM_FUSED_CHECK(y.has_value(), Device::kNeedsOutput ? "" : "with a projection, ",
+                     "the gradient of w_hh needs y");
+    p.y = read_output(*y, "y");
+  }
+  if (dy) p.dy = read_output(*dy, "dy");
+  if (dh_n) p.dh_n = read_state(*dh_n, layer.size.R, "dh_n");
+  if (dc_n) p.dc_n = read_state(*dc_n, layer.size.H, "dc_n");
+}
+
+template <class Device>
+Backward recurrent_backward(Tensor x, MaybeTensor batch_sizes, Tensors state0, Tensors weights,
+                            MaybeTensor y, Tensor gates, Tensor saved_states, MaybeTensor dy,
+                            MaybeTensor dh_n, MaybeTensor dc_n, int64_t cell, int64_t directions,
+                            std::vector<bool> mask) {
+  Call call(x, batch_sizes, state0, weights, cell, directions, Device::kNeedsUniformRows);
+  const Layer& layer = call.layer();
+  const Wanted wanted(mask, weights.size());
+  LSTM_FUSED_CHECK(layer.has_cell_state() || (!wanted.c0 && !dc_n), "cell ", info(layer.cell).name,
+                   " has no c0 or c_n to have a gradient");
+  const bool carries = info(layer.cell).memory != Memory::kNone;
+  Tensors kept;
+  std::vector<BackwardParams> params;
+  for (int64_t m = 0; m < call.models(); ++m) {
+    BackwardParams& p = params.emplace_back(params_of<BackwardParams>(call.layers()[m]));
+    p.gates = read_saved<Device>(call, m, gates, x, Device::kSaved.gates, false, "gates", kept);
+    p.cells = read_saved<Device>(call, m, saved_states, x, Device::kSaved.saved_states, !carries,
+                                 "saved_states", kept);
+    read_outputs<Device>(call, m, wanted, y, dy, dh_n, dc_n, p);
+  }
+  Backward out = allocate_backward<Device>(call, x, weights, wanted);
+  auto& [dx, dh0, dc0, dweights, d_preacts] = out;
+  const int each = layer.weights_per_direction;
+  for (int64_t m = 0; m < call.models(); ++m) {
+    BackwardParams& p = params[m];
+    p.dx = call.part(dx, m, wanted.x);
+    p.dh0 = call.part(dh0, m, wanted.h0);
+    p.dc0 = call.part(dc0, m, wanted.c0);
+    for (size_t i = 0; i < weights.size(); ++i)
+      gradient_of(p.dweights[i / each], layer, i % each) =
+          call.part(dweights[i], m, wanted.weights[i]);
+    p.d_preacts = call.part(d_preacts, m, wanted.preacts);
+  }
+  if (layer.size.steps.N > 0) {
+    Device::backward(call.layers(), params, x);
+  } else {
+    for (size_t i = 0; i < dweights.size(); ++i)
+      if (wanted.weights[i]) torch::stable::zero_(dweights[i]);
+  }
+  if (wanted.x) clear_padding<Device>(call, layer, dx, x);
+  if (wanted.preacts) clear_padding<Device>(call, layer, d_preacts, x);
+  return out;
+}
+
+}  // namespace lstm_fused

@@ -1,0 +1,101 @@
+// What the fast path for inference asks of torch's Python side: classes, modes and transforms.
+#pragma once
+
+#include <string>
+
+#include "dlpack.h"
+#include "python.h"
+
+namespace lstm_fused {
+
+// An owned reference.
+struct Owned {
+  PyObject* p;
+  explicit Owned(PyObject* object) : p(object) {}
+  Owned(Owned&& other) : p(other.release()) {}
+  Owned(const Owned&) = delete;
+  ~Owned() { Py_XDECREF(p); }
+  PyObject* release() {
+    PyObject* object = p;
+    p = nullptr;
+    return object;
+  }
+};
+
+// Borrowed for the life of the process.
+struct Torch {
+  PyObject *tensor, *parameter;  // classes
+  const dlpack::ExchangeApi* dlpack;
+  PyObject *empty_like, *grad_enabled, *autocast_enabled, *tracing, *dispatch_modes,
+      *function_modes, *functorch, *profiling;
+  PyObject* forward_ad;
+  PyObject *cpu, *new_empty, *requires_grad, *current_level;  // strings
+
+  // Null where this torch lacks one of them: then there is no fast path.
+  static const Torch* get() {
+    static Torch torch{};
+    static const bool found = torch.find();
+    if (!found) PyErr_Clear();
+    return found ? &torch : nullptr;
+  }
+
+  // Whether no mode, hook or transform of torch's observes a call: autocast, tracing, dispatch and
+  // function modes, torch.func, the profiler, forward-mode autograd.
+  bool nothing_observes() const {
+    static PyObject* const zero = PyLong_FromLong(0);  // small integers are the same object
+    static PyObject* const none = PyLong_FromLong(-1);
+    if (!answers(autocast_enabled, Py_False, cpu) || !answers(tracing, Py_False) ||
+        !answers(dispatch_modes, zero) || !answers(function_modes, zero) ||
+        !answers(functorch, Py_None) || !answers(profiling, Py_False))
+      return false;
+    const Owned level(PyObject_GetAttr(forward_ad, current_level));
+    return level.p == none;
+  }
+
+  // Whether function(argument) is `expected`.
+  static bool answers(PyObject* function, PyObject* expected, PyObject* argument = nullptr) {
+    const Owned answer(argument ? PyObject_CallOneArg(function, argument)
+                                : PyObject_CallNoArgs(function));
+    return answer.p == expected;
+  }
+
+ private:
+  static PyObject* attribute(const char* module, const char* path) {
+    PyObject* found = PyImport_ImportModule(module);
+    for (std::string rest = path; found && !rest.empty();) {
+      const size_t dot = rest.find('.');
+      PyObject* next = PyObject_GetAttrString(found, rest.substr(0, dot).c_str());
+      Py_DECREF(found);
+      found = next;
+      rest = dot == std::string::npos ? "" : rest.substr(dot + 1);
+    }
+    return found;
+  }
+
+  bool find() {
+    const auto get = [](PyObject*& to, const char* module, const char* path) {
+      return (to = attribute(module, path)) != nullptr;
+    };
+    PyObject* capsule;
+    if (!get(tensor, "torch", "Tensor") || !get(parameter, "torch.nn", "Parameter") ||
+        !get(capsule, "torch", "Tensor.__dlpack_c_exchange_api__") ||
+        !get(empty_like, "torch", "empty_like") || !get(grad_enabled, "torch", "is_grad_enabled") ||
+        !get(autocast_enabled, "torch", "is_autocast_enabled") ||
+        !get(tracing, "torch", "_C._is_tracing") ||
+        !get(dispatch_modes, "torch", "_C._len_torch_dispatch_stack") ||
+        !get(function_modes, "torch", "_C._len_torch_function_stack") ||
+        !get(functorch, "torch", "_C._functorch.peek_interpreter_stack") ||
+        !get(profiling, "torch", "_C._autograd._profiler_enabled") ||
+        !get(forward_ad, "torch.autograd.forward_ad", ""))
+      return false;
+    dlpack =
+        static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, dlpack::kCapsule));
+    cpu = PyUnicode_InternFromString("cpu");
+    new_empty = PyUnicode_InternFromString("new_empty");
+    requires_grad = PyUnicode_InternFromString("requires_grad");
+    current_level = PyUnicode_InternFromString("_current_level");
+    return dlpack && dlpack->major == 1;
+  }
+};
+
+}  // namespace lstm_fused
