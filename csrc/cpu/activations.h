@@ -1,6 +1,7 @@
 // sigmoid and tanh on vectors, both from one split of the exponential function:
 //   z = n ln2 + r,  |r| <= ln2 / 2,  exp(z) = 2^n (1 + p),  p = expm1(r) by its Taylor series.
-// At most 2.5 ulp in float32 (tests/kernels/test_activations.py); exact at 0 and +-inf; NaN stays NaN.
+// At most 2.5 ulp in float32 (tests/kernels/test_activations.py); exact at 0 and +-inf; NaN stays
+// NaN.
 #pragma once
 
 #include "simd.h"

@@ -14,7 +14,7 @@ MODULES = [lstm_fused.LSTM, lstm_fused.GRU, lstm_fused.RNN]
 
 @pytest.fixture
 def depths(monkeypatch):
-    """The names of the Python functions that each call of an operator was made from, by operator."""
+    """The Python functions from which each operator was called, outermost first, by operator."""
     found = {}
 
     def observed(name, operator):
