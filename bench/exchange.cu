@@ -66,7 +66,7 @@ struct Memory {
   }
 };
 
-LaunchConfig on(const Memory& memory, dim3 grid) {
+LaunchConfig on(const Carry& memory, dim3 grid) {
   LaunchConfig config{};
   config.grid = grid;
   config.threads = kExchangeThreads;
@@ -154,7 +154,7 @@ void run() {
   check(error_of(cudaGetDeviceProperties(&properties, index)), "device");
   Device device{};
   check(read_device(index, device), "device");
-  Memory memory;
+  Carry carry;
   std::printf("{\"device\": \"%s\", \"measured\": [", properties.name);
   for (const int ctas : {16, 32, 48, 64, 128})
     if (ctas <= device.sms)

@@ -38,7 +38,7 @@ struct Layer {
   int64_t rows;  // of x: T * N or S; more than those of its steps where padding follows packed data
   std::vector<int64_t> offsets;  // of packed data
 
-  bool has_cell_state() const { return info(cell).memory == Memory::kCell; }
+  bool has_cell_state() const { return info(cell).carry == Carry::kCell; }
   int64_t padding() const { return rows - size.steps.rows(); }
 
   // The shape of gates or saved_states as a device lays them out.
@@ -48,7 +48,7 @@ struct Layer {
         case Dim::kDirections: return size.D;
         case Dim::kBlocks: return size.blocks();
         case Dim::kRows: return rows;
-        case Dim::kPreacts: return info(cell).sums;
+        case Dim::kPreacts: return info(cell).preacts;
         case Dim::kLanes: return kBlock;
         case Dim::kUnits: return size.H;
       }

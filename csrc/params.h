@@ -13,11 +13,29 @@
 
 namespace lstm_fused {
 
-enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
-inline constexpr int kDTypeCount = 4;
+// Every dtype there is, a row each: its name, the types that kernels store and compute with, and
+// torch's ScalarType. BFloat16 and Half are defined where kernels use them (cpu/simd.h,
+// cuda/types.h).
+#define LSTM_FUSED_DTYPES(DTYPE)                       \
+  DTYPE(Float32, float32, float, float, Float)         \
+  DTYPE(Float64, float64, double, double, Double)      \
+  DTYPE(BFloat16, bfloat16, BFloat16, float, BFloat16) \
+  DTYPE(Float16, float16, Half, float, Half)
+
+enum class DType : int {
+#define LSTM_FUSED_DTYPE(Name, name, Storage, Compute, Torch) k##Name,
+  LSTM_FUSED_DTYPES(LSTM_FUSED_DTYPE)
+#undef LSTM_FUSED_DTYPE
+      kCount
+};
+inline constexpr int kDTypeCount = static_cast<int>(DType::kCount);
 
 inline const char* name(DType dtype) {
-  constexpr const char* names[kDTypeCount] = {"float32", "float64", "bfloat16", "float16"};
+  constexpr const char* names[kDTypeCount] = {
+#define LSTM_FUSED_DTYPE(Name, name, Storage, Compute, Torch) #name,
+      LSTM_FUSED_DTYPES(LSTM_FUSED_DTYPE)
+#undef LSTM_FUSED_DTYPE
+  };
   return names[static_cast<int>(dtype)];
 }
 
@@ -30,7 +48,7 @@ LSTM_FUSED_INLINE constexpr int compute_bytes(DType dtype) {
 }
 
 // What a cell carries from step to step beside h, in the compute dtype.
-enum class Memory : int {
+enum class Carry : int {
   kNone,    // nothing
   kCell,    // a state of its own, c
   kHidden,  // h before it is rounded to the storage dtype: c_0 is h_0
@@ -78,6 +96,10 @@ struct Sequence {
   }
 };
 
+// Pointers in the structs below: inputs are owned by the caller and only read, results are
+// allocated by the caller and written in full. No result overlaps an input or another result. S is
+// the number of rows of all steps, D the number of directions, P the pre-activations of a unit.
+
 // One direction's parameters, each contiguous, in the layer's dtype.
 struct Weights {
   const void* w_ih;  // (G * H, I), G gates
@@ -98,30 +120,31 @@ struct LayerSizes {
 struct ForwardParams {
   LayerSizes size;
   Sequence x;      // (T, N, I) or (S, I)
-  const void* h0;  // (D, N, R) or null for zeros
-  const void* c0;  // (D, N, H) or null for zeros; null too without a cell state
+  const void* h0;  // (D, N, R), or null for zeros
+  const void* c0;  // (D, N, H), or null for zeros and without a cell state
   Weights weights[2];
-  void* y;    // (S, D * R), S = sum of the active rows
+  void* y;    // (S, D * R); may be h_n itself where T, D and the number of layers are 1
   void* h_n;  // (D, N, R)
-  void* c_n;  // (D, N, H), cells with a state of their own only
-  // Saved for backward, in the compute dtype; null without gradients. Sixteen lanes a block.
-  void* gates;    // (D, H/16, S, P, 16) what forward left of the P sums: the activated gates
-  void* cells;    // (D, H/16, S, 16) what the cell carries, if anything
-  int64_t calls;  // of this thread until now
-  void* scratch;  // forward_scratch() bytes, 64-byte aligned
+  void* c_n;  // (D, N, H), or null without a cell state
+  // Saved for backward, in the compute dtype; null without gradients. Layouts: saved.h.
+  void* gates;         // (D, H/16, S, P, 16) the pre-activations as the cell's forward left them
+  void* saved_states;  // (D, H/16, S, 16) the carried state, or null if the cell carries none
+  int64_t calls;       // of this thread until now
+  void* scratch;       // forward_scratch() bytes, 64-byte aligned, owned by the calling thread
 };
 
-// The forward pass of tangents: in x, h0, c0, the biases, y, h_n and c_n tangents take the values'
-// places, the weights are the weights. What the weights' own tangents add is summed beforehand.
+// The forward pass of tangents. x, h0, c0, the biases, y, h_n and c_n are tangents; w_ih and w_hh
+// are values, whose own tangents have been multiplied into preacts.
 struct TangentParams : ForwardParams {
-  const void* primal_c0;  // (D, N, H) what the cell was first carried, h0 if it carries h; or null
-  const void* saved_gates;  // as saved by forward
-  const void* saved_cells;
-  const void* preacts;  // (S, D, P, H) to be added to the pre-activations' tangents, or null
+  const void* primal_c0;  // (D, N, H) the initial carried state, h0 if the cell carries h; or null
+  const void* primal_gates;   // as forward saved them
+  const void* primal_states;  // as forward saved them
+  const void* preacts;        // (S, D, P, H) added to the pre-activations' tangents, or null
 };
 
+// Each shaped as its weight, or null where it is not wanted.
 struct WeightGradients {
-  void* w_ih;  // each shaped as its weight, or null when not asked for
+  void* w_ih;
   void* w_hh;
   void* b_ih;
   void* b_hh;
@@ -130,22 +153,22 @@ struct WeightGradients {
 
 struct BackwardParams {
   LayerSizes size;
-  Sequence x;
+  Sequence x;  // as in ForwardParams, as are h0, c0 and weights
   const void* h0;
   const void* c0;
   Weights weights[2];
-  const void* y;      // (S, D * R), read with a projection only: else h follows from what is saved
-  const void* gates;  // as saved by forward
-  const void* cells;
-  const void* dy;    // (S, D * R) or null
-  const void* dh_n;  // (D, N, R) or null
-  const void* dc_n;  // (D, N, H) or null
-  void* dx;          // (S, I) or null
-  void* dh0;         // (D, N, R) or null
-  void* dc0;         // (D, N, H) or null
+  const void* y;             // (S, D * R), where the gradient of w_hh reads it; else null
+  const void* gates;         // as forward saved them
+  const void* saved_states;  // as forward saved them, or null
+  const void* dy;            // (S, D * R) or null for zeros
+  const void* dh_n;          // (D, N, R) or null for zeros
+  const void* dc_n;          // (D, N, H) or null for zeros
+  void* dx;                  // (S, I), or null where it is not wanted
+  void* dh0;                 // (D, N, R), or null where it is not wanted
+  void* dc0;                 // (D, N, H), or null where it is not wanted
   WeightGradients dweights[2];
   void* d_preacts;  // (S, D, P, H) gradients of the pre-activations, in the compute dtype, or null
-  void* scratch;    // backward_scratch() bytes, 64-byte aligned
+  void* scratch;    // backward_scratch() bytes, 64-byte aligned, owned by the calling thread
 };
 
 }  // namespace lstm_fused

@@ -48,30 +48,28 @@ Plan make_plan(const std::string& dtype, const std::string& isa, int threads, in
   return backward ? plan_backward(problem, machine) : plan_forward(problem, machine);
 }
 
-std::string describe(const Plan& p) {
-  std::ostringstream s;
-  s << name(p.kernel) << " kernel, " << name(p.isa) << ", " << name(p.dtype) << ", " << p.threads
-    << (p.threads == 1 ? " thread" : " threads");
-  if (p.threads > 1)
-    s << " (" << p.direction_groups << " direction x " << p.row_groups << " row x " << p.unit_groups
-      << " unit groups)";
-  if (p.kernel == KernelKind::kDirect) {
-    s << ", weights read in place";
-  } else {
-    s << ", tile " << p.tile_rows << " rows x " << p.tile_cols << " vectors of "
-      << vector_bytes(p.isa) << " bytes";
-    if (p.hoist_steps)
-      s << ", input projection " << p.hoist_steps << (p.hoist_steps == 1 ? " step" : " steps")
-        << " ahead";
-    else
-      s << ", input and hidden walked together";
-  }
-  return s.str();
+// What the operator last_run returns, as a dict.
+py::dict run_of(std::vector<int64_t> numbers) {
+  py::dict run;
+  if (numbers.empty()) return run;
+  constexpr const char* passes[] = {"forward", "backward", "tangent"};
+  run["pass"] = passes[numbers[0]];
+  numbers.erase(numbers.begin());
+  const Plan p = decode(numbers);
+  run["kernel"] = name(p.kernel);
+  run["isa"] = name(p.isa);
+  run["dtype"] = name(p.dtype);
+  run["threads"] = p.threads;
+  run["direction_groups"] = p.direction_groups;
+  run["row_groups"] = p.row_groups;
+  run["unit_groups"] = p.unit_groups;
+  run["hoist_steps"] = p.hoist_steps;
+  return run;
 }
 
 // What Python needs to know of each cell, by name: the contract of cells/cells.h.
 py::dict cells() {
-  constexpr const char* memories[] = {"none", "cell", "hidden"};
+  constexpr const char* carries[] = {"none", "cell", "hidden"};
   py::dict all;
   const auto add = [&](auto type, CellKind kind) {
     using Cell = decltype(type);
@@ -84,8 +82,8 @@ py::dict cells() {
     py::dict cell;
     cell["id"] = static_cast<int>(kind);
     cell["gates"] = known.gates;
-    cell["sums"] = known.sums;
-    cell["memory"] = memories[static_cast<int>(known.memory)];
+    cell["preacts"] = known.preacts;
+    cell["carry"] = carries[static_cast<int>(known.carry)];
     cell["input_gates"] = input;
     cell["hidden_gates"] = hidden;
     all[known.name] = cell;
@@ -141,15 +139,14 @@ PYBIND11_MODULE(_plan, m) {
       .def_readonly("direction_groups", &Plan::direction_groups)
       .def_readonly("row_groups", &Plan::row_groups)
       .def_readonly("unit_groups", &Plan::unit_groups)
-      .def_readonly("tile_rows", &Plan::tile_rows)
-      .def_readonly("tile_cols", &Plan::tile_cols)
       .def_readonly("hoist_steps", &Plan::hoist_steps)
-      .def("__str__", &describe)
+      .def("__str__", [](const Plan& p) { return describe(p); })
       .def("__repr__", [](const Plan& p) { return "<Plan: " + describe(p) + ">"; });
   m.def("plan", &make_plan, py::arg("dtype"), py::arg("isa"), py::arg("threads"), py::arg("T"),
         py::arg("N"), py::arg("I"), py::arg("H"), py::arg("R"), py::arg("directions") = 1,
         py::arg("projection") = false, py::arg("training") = false, py::arg("backward") = false,
         py::arg("cell") = "lstm");
+  m.def("run_of", &run_of);
   m.def("cells", &cells);
   m.def("saved_layouts", &saved_layouts);
   m.attr("block") = kBlock;

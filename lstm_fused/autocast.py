@@ -23,7 +23,7 @@ class OneDNN(NamedTuple):
 class Call(NamedTuple):
     """What the dtypes of a call depend on."""
 
-    carry: str  # "cell" (LSTM), "hidden" (GRU) or "none" (RNN): ops.CELLS[cell]["memory"]
+    carry: str  # "cell" (LSTM), "hidden" (GRU) or "none" (RNN): ops.CELLS[cell]["carry"]
     x: torch.dtype
     state: torch.dtype  # of c_0, or h_0 where there is no c_0; of x if none is given
     packed: bool = False

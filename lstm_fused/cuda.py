@@ -79,13 +79,7 @@ def forced_kind():
 
 def last_run():
     """What the newest forward or backward call ran, as a dict; empty before any."""
-    return words_as_dict(operators.cuda_last_run())
-
-
-def words_as_dict(words):
-    """{"a": 1, "b": "c"} of "a=1 b=c"."""
-    pairs = (word.split("=") for word in words.split())
-    return {key: int(value) if value.isdigit() else value for key, value in pairs}
+    return _plan.cuda_run_of(operators.cuda_last_run())
 
 
 @lru_cache

@@ -44,7 +44,7 @@ def state_or_zeros(x, batch_sizes, state0, weights, cell, directions):
     info = CELLS[cell]
     rows = x.shape[-2] if batch_sizes is None else batch_sizes[0].item()
     widths = [weights[1].shape[1], weights[0].shape[0] // info["gates"]]
-    return [x.new_zeros(directions, rows, w) for w in widths[: 1 + (info["memory"] == "cell")]]
+    return [x.new_zeros(directions, rows, w) for w in widths[: 1 + (info["carry"] == "cell")]]
 
 
 def _check_steps(x, batch_sizes=None):

@@ -41,8 +41,8 @@ def _forward(x, batch_sizes, state0, weights, cell, directions, training):
         n, rows = x.shape[-2], x.shape[-3] * x.shape[-2]
     else:
         n, rows = _batch_of(batch_sizes, state0[0] if state0 else None), x.shape[-2]
-    gates, saved_states = _saved_shapes(x, rows, directions, hidden, info["sums"])
-    saves_states = training and info["memory"] != "none"
+    gates, saved_states = _saved_shapes(x, rows, directions, hidden, info["preacts"])
+    saves_states = training and info["carry"] != "none"
 
     def maybe(wanted, *shape, dtype=x.dtype):
         return x.new_empty((*lead, *shape) if wanted else (0,), dtype=dtype)
@@ -50,7 +50,7 @@ def _forward(x, batch_sizes, state0, weights, cell, directions, training):
     return (
         x.new_empty(*x.shape[:-1], directions * width),
         maybe(True, directions, n, width),
-        maybe(info["memory"] == "cell", directions, n, hidden),
+        maybe(info["carry"] == "cell", directions, n, hidden),
         maybe(training, *gates, dtype=_compute_dtype(x)),
         maybe(saves_states, *saved_states, dtype=_compute_dtype(x)),
     )
@@ -73,7 +73,7 @@ def _backward(x, batch_sizes, state0, weights, y, gates, saved_states, dy, dh_n,
     def of_weight(w):
         return (*lead, *samples, *w.shape[len(lead) :])
 
-    d_preacts = (*lead, rows, directions, info["sums"], hidden)
+    d_preacts = (*lead, rows, directions, info["preacts"], hidden)
     return (
         wanted(mask[0], x.shape),
         wanted(mask[1], (*lead, directions, n, width)),

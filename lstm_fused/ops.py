@@ -56,7 +56,7 @@ def layer(x, batch_sizes, state0, weights, cell="lstm", directions=1):
     else:
         with torch._C._AutoDispatchBelowAutograd():
             y, h_n, c_n, _, _ = forward_op(*args, False)
-    return y, ((h_n, c_n) if CELLS[cell]["memory"] == "cell" else (h_n,))
+    return y, ((h_n, c_n) if CELLS[cell]["carry"] == "cell" else (h_n,))
 
 
 def _is_transformed():

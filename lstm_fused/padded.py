@@ -28,7 +28,7 @@ def layer(x, lengths, state0, weights, cell="lstm", directions=1):
     compiled = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
     run = _padded if compiled else padded_op
     y, h_n, c_n = run(x, lengths, list(state0), list(weights), number, directions)
-    return y, ((h_n, c_n) if ops.CELLS[cell]["memory"] == "cell" else (h_n,))
+    return y, ((h_n, c_n) if ops.CELLS[cell]["carry"] == "cell" else (h_n,))
 
 
 @torch.library.impl(library, "recurrent_padded", "CompositeImplicitAutograd")

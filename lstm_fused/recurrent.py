@@ -291,7 +291,7 @@ class Recurrent(Fused):
         if x.is_cuda:
             return narrow, narrow
         call = autocast.Call(
-            ops.CELLS[self._cell()]["memory"],
+            ops.CELLS[self._cell()]["carry"],
             x.dtype,
             state[-1].dtype if state else x.dtype,
             packed,

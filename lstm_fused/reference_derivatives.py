@@ -26,7 +26,7 @@ class Layer:
 
     @property
     def has_cell_state(self):
-        return CELLS[self.cell]["memory"] == "cell"
+        return CELLS[self.cell]["carry"] == "cell"
 
     @property
     def outputs(self):

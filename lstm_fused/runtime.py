@@ -16,7 +16,8 @@ def set_isa(name=None):
 
 def available_isas():
     """Names of the instruction sets this machine can run, slowest first."""
-    return tuple(torch.ops.lstm_fused.available_isas().split())
+    compiled = _plan.build_info()["isas"]
+    return tuple(compiled[k] for k in torch.ops.lstm_fused.available_isas())
 
 
 def last_run(device="cpu"):
@@ -26,7 +27,7 @@ def last_run(device="cpu"):
     """
     if device == "cuda":
         return cuda.last_run()
-    return cuda.words_as_dict(torch.ops.lstm_fused.last_run())
+    return _plan.run_of(torch.ops.lstm_fused.last_run())
 
 
 def plan(

@@ -36,7 +36,7 @@ def run(x, batch_sizes, state0, weights, y, gates, saved_states, tangents, cell,
         d_states = [torch.zeros_like(s) if d is None else d for d, s in pairs]
     else:
         d_states = []
-    carried = state0[-1] if state0 and info["memory"] != "none" else None
+    carried = state0[-1] if state0 and info["carry"] != "none" else None
     matrices_move = any(d is not None and d.dim() == 2 + several for d in d_weights)
     preacts = None
     if matrices_move:
@@ -67,7 +67,7 @@ def tangents_dtype(tangents):
 
 def _preacts(x, batch_sizes, state0, y, d_weights, info, directions):
     """What the tangents of w_ih and w_hh add to the pre-activations, (S, D, P, H)."""
-    each, G, P = len(d_weights) // directions, info["gates"], info["sums"]
+    each, G, P = len(d_weights) // directions, info["gates"], info["preacts"]
     rows = x.reshape(-1, x.shape[-1])
     H = y.shape[-1] // directions
     found = rows.new_zeros(rows.shape[0], directions, P, H)

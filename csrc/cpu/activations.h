@@ -62,7 +62,7 @@ LSTM_FUSED_INLINE void exp_parts(V z, V& scale, V& p) {
   const V n = shifted - C::magic;
   const V r = (z - n * C::ln2_hi) - n * C::ln2_lo;
   scale = bit_cast<V>((bit_cast<Bits>(shifted) + (C::bias - lift)) << C::mantissa);
-  // Pairs side by side: the chain of multiply-adds is what a step waits for.
+  // Pairs (Estrin): the latency of a chain of multiply-adds bounds the time.
   constexpr int pairs = sizeof(C::series) / sizeof(C::series[0]);
   const V r2 = r * r;
   V q = r * C::series[pairs - 1][1] + C::series[pairs - 1][0];

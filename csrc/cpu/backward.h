@@ -1,7 +1,8 @@
-// The persistent backward kernel. The same division of units and rows as forward: each thread
-// multiplies the gate gradients of the step before by its columns of W_hh, adds dy, does the cell's
-// backward step on its own units and writes its part of the gate gradients; one barrier a step.
-// After the sequence every weight gradient and dx is one product over all rows (gradients.h).
+// The persistent backward kernel, with forward's partition of units and rows. At each step a thread
+// multiplies the previous step's gradients of the pre-activations by its columns of W_hh, adds dy,
+// runs the cell's backward function on its own units and writes its part of the gradients of the
+// pre-activations. There is one barrier a step. After the sequence every weight gradient and dx is
+// one product over all rows (gradients.h).
 #pragma once
 
 #include "forward.h"
@@ -9,16 +10,17 @@
 namespace lstm_fused {
 namespace {
 
-// Buffers and sizes of a backward call. Gradients of the sums lie as the saved values do,
-// (D, H/16, S, P, 16): what the products after the loop read without a shuffle. The first G sums of
-// a unit belong to the input's weights, the last G to the hidden state's.
+// Buffers and sizes of a backward call. Gradients of the pre-activations have the layout of the
+// saved gates, (D, H/16, S, P, 16), which the products after the loop read without a shuffle. The
+// first G pre-activations of a unit belong to the input's weights, the last G to the hidden
+// state's.
 template <class Cell, class S, class M>
 struct BackwardState {
   using A = typename M::Compute;
   using E = typename M::Element;
   using V = Vector<A>;
-  static constexpr int G = Cell::kGates, P = Cell::kSums;
-  static constexpr bool kCarries = Cell::kMemory != Memory::kNone;
+  static constexpr int G = Cell::kGates, P = Cell::kPreacts;
+  static constexpr bool kCarries = Cell::kCarry != Carry::kNone;
   static constexpr int lanes = VectorOf<A>::lanes;
   static constexpr int per_block = kBlock / lanes;
 
@@ -27,8 +29,8 @@ struct BackwardState {
   const int64_t T, N, I, H, R, S_rows, Hb, Rb, Hp, Rp;
   const bool projection;
 
-  E* d_sums;     // (D, Hb, S, P, 16) in the type the tiles read
-  A* dc;         // (D, N, Hp) gradients of what the cell carries, if anything
+  E* d_preacts;  // (D, Hb, S, P, 16) in the type the tiles read
+  A* dc;         // (D, N, Hp) gradients of the carried state, if any
   A* c0;         // (D, N, Hp)
   E* d_hidden;   // (D, Rb, S, 16) gradients of the projected state, projection only
   A* full;       // (D, S, Hp) hidden states before the projection, projection only
@@ -58,7 +60,7 @@ struct BackwardState {
         Rp(Rb * kBlock),
         projection(p.weights[0].w_hr != nullptr) {
     const int D = p.size.D;
-    d_sums = arena.take<E>(D * Hb * S_rows * P * kBlock);
+    d_preacts = arena.take<E>(D * Hb * S_rows * P * kBlock);
     dc = kCarries ? arena.take<A>(D * N * Hp) : nullptr;
     c0 = kCarries ? arena.take<A>(D * N * Hp) : nullptr;
     d_hidden = projection ? arena.take<E>(D * Rb * S_rows * kBlock) : nullptr;
@@ -77,17 +79,17 @@ struct BackwardState {
     barriers[groups()].init(plan.threads);
   }
 
-  E* sum_gradients(int d, int64_t block, int64_t s) const {
-    return d_sums + ((d * Hb + block) * S_rows + s) * P * kBlock;
+  E* preact_gradients(int d, int64_t block, int64_t s) const {
+    return d_preacts + ((d * Hb + block) * S_rows + s) * P * kBlock;
   }
-  E* hidden_sum_gradients(int d, int64_t block, int64_t s) const {
-    return sum_gradients(d, block, s) + (P - G) * kBlock;
+  E* hidden_preact_gradients(int d, int64_t block, int64_t s) const {
+    return preact_gradients(d, block, s) + (P - G) * kBlock;
   }
   const A* saved_gates(int d, int64_t block, int64_t s) const {
     return static_cast<const A*>(p.gates) + ((d * Hb + block) * S_rows + s) * P * kBlock;
   }
-  const A* saved_cell(int d, int64_t block, int64_t s) const {
-    return static_cast<const A*>(p.cells) + ((d * Hb + block) * S_rows + s) * kBlock;
+  const A* saved_state(int d, int64_t block, int64_t s) const {
+    return static_cast<const A*>(p.saved_states) + ((d * Hb + block) * S_rows + s) * kBlock;
   }
   A* bias_sums(int worker, bool all, int d, int64_t block) const {
     return db + (((worker * 2 + all) * p.size.D + d) * Hb + block) * P * kBlock;
@@ -96,7 +98,7 @@ struct BackwardState {
     return d_hidden + ((d * Rb + block) * S_rows + s) * kBlock;
   }
 
-  // Step `step` of the backward walk.
+  // The time step that backward step `step` computes.
   int64_t time(int d, int64_t step) const { return d == 0 ? T - 1 - step : step; }
   Panels<M> hidden_panels(int d, int unit_group) const {
     const Range v = vector_slice<A>(R, plan.unit_groups, unit_group);
@@ -109,7 +111,7 @@ struct BackwardState {
 };
 
 template <class Cell, class S, class M>
-struct BackwardWalk {
+struct BackwardSteps {
   using K = BackwardState<Cell, S, M>;
   using A = typename K::A;
   using E = typename K::E;
@@ -127,11 +129,11 @@ struct BackwardWalk {
   int d = 0;
   int64_t recent = 0;  // rows in the recent bias sums
 
-  // Bias gradients are summed over so many rows at a time, then over the sums: one chain of all
-  // rows would lose digits.
+  // Bias gradients are summed over so many rows at a time, and these sums are summed: one chain of
+  // additions over all rows would lose digits.
   static constexpr int64_t kRecentRows = 64;
 
-  BackwardWalk(const K& kernel, int i)
+  BackwardSteps(const K& kernel, int i)
       : k(kernel),
         worker(i),
         place(k.plan, i),
@@ -144,15 +146,15 @@ struct BackwardWalk {
     for (d = place.direction_group; d < k.p.size.D; d += k.plan.direction_groups) prepare();
     k.barriers[k.groups()].wait();
     for (d = place.direction_group; d < k.p.size.D; d += k.plan.direction_groups) {
-      int64_t carried = 0;  // rows whose gate gradients of the step before are at hand
+      int64_t carried = 0;  // rows of the previous step
       for (int64_t step = 0; step < k.T; ++step) {
         const int64_t active = group.active(k.p.size.steps.active(k.time(d, step)));
-        walk(step, carried, active);
+        run_step(step, carried, active);
         carried = active;
         recent += active;
         if (recent >= kRecentRows || step == k.T - 1) keep_bias_sums();
       }
-      walk(k.T, carried, 0);
+      run_step(k.T, carried, 0);
       finish_states();
     }
   }
@@ -176,7 +178,7 @@ struct BackwardWalk {
   }
 
   void prepare_carried() const {
-    const bool own = Cell::kMemory == Memory::kCell;
+    const bool own = Cell::kCarry == Carry::kCell;
     const S* c0 = static_cast<const S*>(own ? k.p.c0 : k.p.h0);
     const S* dc_n = static_cast<const S*>(own ? k.p.dc_n : nullptr);
     for (int64_t i = place.unit_group; i < group.count; i += k.plan.unit_groups) {
@@ -189,7 +191,7 @@ struct BackwardWalk {
   void clear_padding(int64_t from) const {
     for (int64_t t = 0; t < k.T; ++t)
       for (int64_t i = 0; i < group.active(k.p.size.steps.active(t)); ++i) {
-        E* row = k.sum_gradients(d, k.Hb - 1, k.p.size.steps.offset(t) + group.row(i));
+        E* row = k.preact_gradients(d, k.Hb - 1, k.p.size.steps.offset(t) + group.row(i));
         for (int j = 0; j < P; ++j)
           for (int64_t l = from; l < kBlock; ++l) row[j * kBlock + l] = E{};
       }
@@ -212,10 +214,10 @@ struct BackwardWalk {
 
   // Rows [0, carried) receive a gradient through W_hh; those past `active` end here, in dh0. Rows
   // [carried, active) start here, from dh_n.
-  void walk(int64_t step, int64_t carried, int64_t active) const {
+  void run_step(int64_t step, int64_t carried, int64_t active) const {
     const Panels<M> panels = k.hidden_panels(d, place.unit_group);
     for (int64_t i = 0; i < panels.count(); ++i) {
-      // To and fro, as forward walks its weights.
+      // Boustrophedon traversal of the weights, as in forward.
       const int64_t panel = step % 2 ? panels.count() - 1 - i : i;
       const auto each = [&](int64_t begin, int64_t end, bool recurrent) {
         for_each_tile(begin, end, [&](int64_t first, int n) {
@@ -223,7 +225,7 @@ struct BackwardWalk {
           const bool ended = first >= active;
           recurrent ? product(panels, panel, step, first, n, ended, out)
                     : final_gradient(panels, panel, first, n, out);
-          receive(panels, panel, step, first, n, ended, out);
+          distribute(panels, panel, step, first, n, ended, out);
         });
       };
       each(0, min64(carried, active), true);
@@ -242,17 +244,18 @@ struct BackwardWalk {
     const int64_t offset = k.p.size.steps.offset(k.time(d, step - 1));
     TileProduct<M> tile{{}, M::kPair, G * kBlock / M::kPair, k.Hb, k.S_rows * P * kBlock};
     Lines lines;
-    if (!ended && !k.projection) tile.ahead = lines_of_cells(panels, panel, step, first, n, lines);
+    if (!ended && !k.projection)
+      tile.prefetch = prefetch_lines(panels, panel, step, first, n, lines);
     for (int r = 0; r < n; ++r)
-      tile.rows[r] = k.hidden_sum_gradients(d, 0, offset + group.row(first + r));
+      tile.rows[r] = k.hidden_preact_gradients(d, 0, offset + group.row(first + r));
     multiply_tile(n, panels.cols(panel), tile, panels.panel(panel), out, false);
   }
 
-  // Lines that `cell` touches for a tile of the recurrent state. The backward pass comes to each
-  // once, long after the forward pass did.
+  // The cache lines that `cell` touches for a tile of the recurrent state. Backward touches each
+  // once, long after forward wrote it, so that no cache holds it.
   using Lines = const void * [kMaxRows * kMaxCols * (2 * P + 2)];
-  Ahead lines_of_cells(const Panels<M>& panels, int64_t panel, int64_t step, int64_t first, int n,
-                       Lines& lines) const {
+  Prefetch prefetch_lines(const Panels<M>& panels, int64_t panel, int64_t step, int64_t first,
+                          int n, Lines& lines) const {
     const int64_t t = k.time(d, step);
     int64_t count = 0;
     for (int c = 0; c < panels.cols(panel); ++c) {
@@ -263,7 +266,7 @@ struct BackwardWalk {
         const int64_t s = k.p.size.steps.offset(t) + row;
         for (int j = 0; j < P; ++j) {
           lines[count++] = k.saved_gates(d, block, s) + j * kBlock + lane;
-          lines[count++] = k.sum_gradients(d, block, s) + j * kBlock + lane;
+          lines[count++] = k.preact_gradients(d, block, s) + j * kBlock + lane;
         }
         if constexpr (kCarries) lines[count++] = carried_into(t, row, u);
         if (k.p.dy) lines[count++] = output_gradient_at(s, u);
@@ -282,10 +285,10 @@ struct BackwardWalk {
       }
   }
 
-  // Gradients of the recurrent state that one tile computed: to dh0, or with dy to the cell (or to
-  // the projection before it).
-  void receive(const Panels<M>& panels, int64_t panel, int64_t step, int64_t first, int n,
-               bool ended, const A* out) const {
+  // Passes the gradients of the recurrent state that one tile computed to dh0, or with dy to the
+  // cell (or to the projection below it).
+  void distribute(const Panels<M>& panels, int64_t panel, int64_t step, int64_t first, int n,
+                  bool ended, const A* out) const {
     for (int c = 0; c < panels.cols(panel); ++c) {
       const int64_t vec = panels.first_vector(panel) + c;
       const int64_t u = vec * lanes;
@@ -310,9 +313,8 @@ struct BackwardWalk {
   }
 
   void put_initial(int64_t row, int64_t u, V dh) const {
-    // A carried h came to the first step by two ways.
-    if constexpr (Cell::kMemory == Memory::kHidden)
-      dh += load<V>(k.dc + (d * k.N + row) * k.Hp + u);
+    // A carried h enters the first step twice: in the product and in the cell.
+    if constexpr (Cell::kCarry == Carry::kHidden) dh += load<V>(k.dc + (d * k.N + row) * k.Hp + u);
     store_first(static_cast<S*>(k.p.dh0) + (d * k.N + row) * k.R + u, dh, k.R - u);
   }
 
@@ -323,36 +325,36 @@ struct BackwardWalk {
     return k.p.dy ? load_first<V>(output_gradient_at(s, u), k.R - u) : V{};
   }
 
-  // What step t of row n began with, from unit u on: c0, or what was saved a step before.
+  // The carried state before step t of row n, from unit u on: c0, or what the step before saved.
   const A* carried_into(int64_t t, int64_t n, int64_t u) const {
     const int64_t before = k.p.size.steps.before(d, t, n);
     if (before < 0) return k.c0 + (d * k.N + n) * k.Hp + u;
-    return k.saved_cell(d, u / kBlock, k.p.size.steps.offset(before) + n) + u % kBlock;
+    return k.saved_state(d, u / kBlock, k.p.size.steps.offset(before) + n) + u % kBlock;
   }
 
   void cell(int64_t t, int64_t n, int64_t s, int64_t vec, const V& dh) const {
     const int64_t u = vec * lanes;
     const int64_t block = u / kBlock, lane = u % kBlock;
-    V saved[P], d_sum[P];
+    V saved[P], d_preact[P];
     const A* from = k.saved_gates(d, block, s) + lane;
 #pragma GCC unroll 8
     for (int j = 0; j < P; ++j) saved[j] = load<V>(from + j * kBlock);
     V c_prev = {}, c = {}, dc = {};
     if constexpr (kCarries) {
       c_prev = load<V>(carried_into(t, n, u));
-      c = load<V>(k.saved_cell(d, block, s) + lane);
+      c = load<V>(k.saved_state(d, block, s) + lane);
       dc = load<V>(k.dc + (d * k.N + n) * k.Hp + u);
     }
-    const V h = Cell::backward(saved, c_prev, c, dh, dc, d_sum);
+    const V h = Cell::backward(saved, c_prev, c, dh, dc, d_preact);
     if (k.H - u < lanes)
-      for (int j = 0; j < P; ++j) d_sum[j] = keep_first(d_sum[j], k.H - u);
+      for (int j = 0; j < P; ++j) d_preact[j] = keep_first(d_preact[j], k.H - u);
     if constexpr (kCarries) store(k.dc + (d * k.N + n) * k.Hp + u, dc);
-    E* to = k.sum_gradients(d, block, s) + lane;
+    E* to = k.preact_gradients(d, block, s) + lane;
     A* sums = bias_sums(false, block) + lane;
 #pragma GCC unroll 8
     for (int j = 0; j < P; ++j) {
-      store(to + j * kBlock, d_sum[j]);
-      store(sums + j * kBlock, load<V>(sums + j * kBlock) + d_sum[j]);
+      store(to + j * kBlock, d_preact[j]);
+      store(sums + j * kBlock, load<V>(sums + j * kBlock) + d_preact[j]);
     }
     if (k.projection) store(k.full + (d * k.S_rows + s) * k.Hp + u, h);
     if (k.hidden) store_first(k.hidden + (d * k.S_rows + s) * k.H + u, h, k.H - u);
@@ -387,7 +389,7 @@ struct BackwardWalk {
   }
 
   void finish_states() const {
-    if (Cell::kMemory != Memory::kCell || !k.p.dc0) return;
+    if (Cell::kCarry != Carry::kCell || !k.p.dc0) return;
     for (int64_t i = 0; i < group.count; ++i) {
       const int64_t at = d * k.N + group.row(i);
       for (int64_t v = units.begin; v < units.end; ++v) {

@@ -1,9 +1,12 @@
-// The direct forward kernel, for a few steps of a few rows (streaming, T = 1): nothing is packed,
-// each weight row is read once where it lies, as a dot product over k, sixteen of which are
-// transposed together into one vector of units for the same cell update as everywhere.
+// The direct forward kernel, for a few steps of a few rows (streaming, T = 1). Nothing is packed:
+// each row of the weights is read in place, once, as a dot product over k. Sixteen dot products are
+// transposed together into one vector of units for the cell update of all kernels.
 #pragma once
 
-#include "forward.h"
+#include "forward_state.h"
+#include "team.h"
+#include "tile.h"
+#include "transpose.h"
 
 namespace lstm_fused {
 namespace {
@@ -33,11 +36,12 @@ struct DirectForward : ForwardState<Cell, S, Multiply<A_>> {
     for (int i = 0; i < groups(); ++i) barriers[i].init(plan.unit_groups);
   }
 
-  // Vectors summed before the sum joins the total: a long dot product in pieces is more exact.
+  // Vectors summed before the sum is added to the total: a long dot product in pieces is more
+  // exact.
   static constexpr int64_t kPiece = 32;
 
-  // Units whose dot products run side by side: four rows of weights hide the latency of a
-  // multiply-add, and eight are read from the second-level cache at little more than half the rate.
+  // Units whose dot products are computed together (register blocking): four rows of weights hide
+  // the latency of a multiply-add; eight are read from the second-level cache at half the rate.
   static constexpr int kUnits = kMaxCols / G < lanes ? kMaxCols / G : lanes;
 
   // A weight's rows of each gate, from the first unit of a vector on.
@@ -49,8 +53,8 @@ struct DirectForward : ForwardState<Cell, S, Multiply<A_>> {
     }
   };
 
-  // Of them those of some units: the gates of one, then those of the next, the last again for each
-  // that the layer has not got.
+  // The rows of kUnits units, all gates of one unit, then of the next. A unit past the layer's last
+  // repeats the last.
   struct WeightRows {
     const S* w[kUnits * G];
 
@@ -60,13 +64,13 @@ struct DirectForward : ForwardState<Cell, S, Multiply<A_>> {
     }
   };
 
-  // Products of G gates belong to the sums [First, First + G) of their unit.
+  // Products of G gates belong to the pre-activations [First, First + G) of their unit.
   template <int First>
-  static constexpr int sum_of(int dot) {
+  static constexpr int preact_of(int dot) {
     return dot / G * P + First + dot % G;
   }
 
-  // acc[sum][r] += the sum over k of w[dot][k] * a[r][k], lane by lane.
+  // acc[preact][r] += the sum over k of w[dot][k] * a[r][k], lane by lane.
   template <int First, int Rows>
   static LSTM_FUSED_INLINE void multiply_rows(const WeightRows& rows, int64_t K, const A* const* a,
                                               V (&acc)[kUnits * P][Rows]) {
@@ -80,14 +84,15 @@ struct DirectForward : ForwardState<Cell, S, Multiply<A_>> {
 #pragma GCC unroll 8
         for (int i = 0; i < kUnits * G; ++i)
 #pragma GCC unroll 4
-          for (int r = 0; r < Rows; ++r) acc[sum_of<First>(i)][r] += piece[sum_of<First>(i)][r];
+          for (int r = 0; r < Rows; ++r)
+            acc[preact_of<First>(i)][r] += piece[preact_of<First>(i)][r];
       }
     }
     if (whole == K) return;
     for (int i = 0; i < kUnits * G; ++i) {
       const V row = load_first<V>(rows.w[i] + whole, K - whole);
       for (int r = 0; r < Rows; ++r)
-        acc[sum_of<First>(i)][r] += row * load_first<V>(a[r] + whole, K - whole);
+        acc[preact_of<First>(i)][r] += row * load_first<V>(a[r] + whole, K - whole);
     }
   }
 
@@ -102,7 +107,7 @@ struct DirectForward : ForwardState<Cell, S, Multiply<A_>> {
       for (int i = 0; i < kUnits * G; ++i) {
         const V row = load<V>(rows.w[i] + k);
 #pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r) acc[sum_of<First>(i)][r] += row * x[r];
+        for (int r = 0; r < Rows; ++r) acc[preact_of<First>(i)][r] += row * x[r];
       }
     }
   }
@@ -133,9 +138,9 @@ struct DirectForward : ForwardState<Cell, S, Multiply<A_>> {
           for (int j = 0; j < P; ++j) dots[j][r][u + i] = acc[i * P + j][r];
     }
     for (int r = 0; r < Rows; ++r) {
-      V sums[P];
-      for (int j = 0; j < P; ++j) sums[j] = sums_as_lanes(dots[j][r]) + this->bias_sum(w, j, u0);
-      this->finish(d, step, n[r], vec, sums);
+      V preacts[P];
+      for (int j = 0; j < P; ++j) preacts[j] = sums_as_lanes(dots[j][r]) + this->bias_sum(w, j, u0);
+      this->finish(d, step, n[r], vec, preacts);
     }
   }
 
@@ -161,14 +166,14 @@ struct DirectForward : ForwardState<Cell, S, Multiply<A_>> {
           k.init_row(d, group.row(i));
         barrier.wait();
         for (int64_t step = 0; step < k.T; ++step) {
-          walk(d, step);
-          k.leave(d, step, group, units, units);
+          run_step(d, step);
+          k.store_final(d, step, group, units, units);
           barrier.wait();
         }
       }
     }
 
-    void walk(int d, int64_t step) const {
+    void run_step(int d, int64_t step) const {
       const int64_t t = k.time(d, step);
       const int64_t active = group.active(k.active_at(d, step));
       for (int64_t first = 0; first < active; first += kRows) {
@@ -180,7 +185,8 @@ struct DirectForward : ForwardState<Cell, S, Multiply<A_>> {
           x[r] = input_row(t, n[r]);
         }
         for (int64_t i = 0; i < units.size(); ++i) {
-          // To and fro from call to call, to find in the cache what was read last.
+          // Boustrophedon traversal from call to call: the weights read last are still in the
+          // cache.
           const int64_t v = (k.p.calls + step) % 2 ? units.end - 1 - i : units.begin + i;
           with_constant<kRows>(
               count, [&](auto rows) { k.template cell<decltype(rows)::value>(d, step, v, n, x); });

@@ -1,5 +1,5 @@
-// What follows the backward walk: dx, and the gradients of weights and biases, each one product
-// over all rows of the sequence, read from the gate gradients where the walk left them.
+// The gradients of x, weights and biases, after the steps of backward: each is one product over all
+// rows of the sequence with the gradients of the pre-activations, read in the layout of backward.h.
 #pragma once
 
 #include "backward.h"
@@ -15,12 +15,12 @@ struct Gradients : BackwardState<Cell, S, M> {
   using typename Base::A;
   using typename Base::E;
   using typename Base::V;
-  // Rows of B packed at a time: a panel of them stays in the first-level cache, and the sums, which
-  // may exceed the second-level one, are read and written once for that many.
+  // Rows of B packed at a time. A panel of them stays in the first-level cache. The partial sums,
+  // which may exceed the second-level cache, are read and written once for so many rows.
   static constexpr int64_t kDepth = 128 * M::kPair;
   // Rows of dx between two passes over W_ih, whose panels stream from the second-level cache.
   static constexpr int64_t kRowsPerPass = 96;
-  // And blocks of hidden units of such a panel.
+  // Blocks of hidden units of such a panel between two passes.
   static constexpr int64_t kBlocksPerPass = 16;
 
   A* sums;     // of one matrix at a time: (column groups, panels, rows, kMaxCols, lanes)
@@ -66,8 +66,8 @@ struct Gradients : BackwardState<Cell, S, M> {
     }
   }
 
-  // Rows [begin, end) of one panel of columns: so much of the panel for all rows, then the rest, as
-  // stays in the second-level cache beside the rows.
+  // Rows [begin, end) of one panel of columns. The panel is used in parts, each for all rows, that
+  // stay in the second-level cache beside the rows.
   void input_gradient_panel(int worker, const Panels<M>& shape, int64_t panel, int64_t begin,
                             int64_t end) const {
     const int cols = shape.cols(panel);
@@ -81,7 +81,7 @@ struct Gradients : BackwardState<Cell, S, M> {
                             S_rows * P * kBlock};
         const E* b = input_panels(d).panel(panel) + block * tile.steps * cols * Panels<M>::width;
         for_each_tile(begin, end, [&](int64_t first, int n) {
-          for (int r = 0; r < n; ++r) tile.rows[r] = this->sum_gradients(d, block, first + r);
+          for (int r = 0; r < n; ++r) tile.rows[r] = this->preact_gradients(d, block, first + r);
           multiply_tile(n, cols, tile, b, sums + (first - begin) * kMaxCols * lanes, d + block > 0);
         });
       }
@@ -93,7 +93,8 @@ struct Gradients : BackwardState<Cell, S, M> {
       }
   }
 
-  // How threads share a weight gradient: blocks of its rows, and where those are too few, columns.
+  // How threads divide a weight gradient: by blocks of its rows, and where those are too few, by
+  // columns too.
   struct Split {
     int64_t block_groups, column_groups, group_panels;
     Split(const Plan& plan, int64_t blocks, int64_t columns)
@@ -133,12 +134,12 @@ struct Gradients : BackwardState<Cell, S, M> {
       const WeightGradients& dw = p.dweights[d];
       if (dw.w_ih)
         weight_gradient<S>(worker,
-                           {this->sum_gradients(d, 0, 0), Hb, G * kBlock, P * kBlock,
+                           {this->preact_gradients(d, 0, 0), Hb, G * kBlock, P * kBlock,
                             Cell::input_gate, H, I, dw.w_ih},
                            [&](int64_t, int64_t t, int64_t n) { return input_row(t, n); });
       if (dw.w_hh)
         weight_gradient<S>(worker,
-                           {this->hidden_sum_gradients(d, 0, 0), Hb, G * kBlock, P * kBlock,
+                           {this->hidden_preact_gradients(d, 0, 0), Hb, G * kBlock, P * kBlock,
                             Cell::hidden_gate, H, R, dw.w_hh},
                            [&](int64_t, int64_t t, int64_t n) { return previous_hidden(d, t, n); });
       if (dw.w_hr)
@@ -155,7 +156,7 @@ struct Gradients : BackwardState<Cell, S, M> {
   void weight_gradient(int worker, const Product& w, const RowOf& row_of) const {
     const Split shares(plan, w.blocks, w.columns);
     if (worker < shares.threads()) own_gradient<B>(worker, w, row_of, shares);
-    // Another matrix divides `sums` differently.
+    // The next matrix uses `sums` with another partition.
     this->barriers[this->groups()].wait();
   }
 
@@ -166,7 +167,7 @@ struct Gradients : BackwardState<Cell, S, M> {
     const Range vectors = split(ceil_div(w.columns, lanes), shares.column_groups, column_group);
     const Panels<M> panels{vectors, kDepth / M::kPair, b + worker * packed_rows_size()};
     A* own_sums = sums + column_group * shares.group_panels * w.blocks * w.width * kMaxCols * lanes;
-    // With one pass there is nothing to keep: one block's room, hot in the cache, does for all.
+    // With one pass no sum is kept: every block uses the same memory, which stays in the cache.
     const bool once = S_rows <= kDepth;
     const auto sums_of = [&](int64_t panel, int64_t j) {
       const int64_t at = once ? blocks.begin : panel * w.blocks + j;
@@ -184,8 +185,9 @@ struct Gradients : BackwardState<Cell, S, M> {
         });
       for (int64_t j = blocks.begin; j < blocks.end; ++j) {
         const Rows block = block_rows(worker, w, w.a + (j * S_rows + s0) * w.pitch, rows);
-        NextBlock next{w, j + 1 < blocks.end ? w.a + ((j + 1) * S_rows + s0) * w.pitch : nullptr,
-                       rows, panels.count()};
+        BlockPrefetch next{w,
+                           j + 1 < blocks.end ? w.a + ((j + 1) * S_rows + s0) * w.pitch : nullptr,
+                           rows, panels.count()};
         for (int64_t panel = 0; panel < panels.count(); ++panel) {
           A* to = sums_of(panel, j);
           add_block(w, block, panels, panel, depth, s0 > 0, to, next);
@@ -195,14 +197,14 @@ struct Gradients : BackwardState<Cell, S, M> {
     }
   }
 
-  // Rows of a block as tiles take them: element m of tile step k is at data + k * stride + m *
+  // Rows of a block in the layout of tiles: element m of tile step k is at data + k * stride + m *
   // kPair.
   struct Rows {
     const E* data;
     int64_t stride;
   };
 
-  // Pairs of rows lie apart: they are interleaved first.
+  // Pairs of rows are interleaved first: they are not adjacent.
   Rows block_rows(int worker, const Product& w, const E* from, int64_t rows) const {
     if constexpr (M::kPair == 1) {
       return {from, w.pitch};
@@ -219,25 +221,25 @@ struct Gradients : BackwardState<Cell, S, M> {
     }
   }
 
-  // The block after this one, asked for a part before each tile of this one.
-  struct NextBlock {
+  // Prefetch of the next block, a part before each tile of this one.
+  struct BlockPrefetch {
     const E* at;
-    int64_t lines, each, asked = 0;
-    NextBlock(const Product& w, const E* from, int64_t rows, int64_t panels)
+    int64_t lines, each, done = 0;
+    BlockPrefetch(const Product& w, const E* from, int64_t rows, int64_t panels)
         : at(from),
           lines(from ? rows * w.pitch * static_cast<int64_t>(sizeof(E)) / kLine : 0),
           each(ceil_div(lines, max64(1, panels) * ceil_div(w.width, kMaxRows))) {}
-    void ask() {
-      for (const int64_t end = min64(asked + each, lines); asked < end; ++asked)
-        __builtin_prefetch(at + asked * (kLine / sizeof(E)), 0, 2);
+    void advance() {
+      for (const int64_t end = min64(done + each, lines); done < end; ++done)
+        __builtin_prefetch(at + done * (kLine / sizeof(E)), 0, 2);
     }
   };
 
   // to (width, kMaxCols, lanes) = (add ? to : 0) + the product of one block and one panel.
   static void add_block(const Product& w, const Rows& block, const Panels<M>& panels, int64_t panel,
-                        int64_t depth, bool add, A* to, NextBlock& next) {
+                        int64_t depth, bool add, A* to, BlockPrefetch& next) {
     for_each_tile(0, w.width, [&](int64_t first, int n) {
-      next.ask();
+      next.advance();
       TileProduct<M> tile{{}, block.stride, depth, 1, 0};
       for (int r = 0; r < n; ++r) tile.rows[r] = block.data + (first + r) * M::kPair;
       multiply_tile(n, panels.cols(panel), tile, panels.panel(panel), to + first * kMaxCols * lanes,
@@ -286,7 +288,7 @@ struct Gradients : BackwardState<Cell, S, M> {
         for (int j = 0; j < P; ++j) {
           A* to = static_cast<A*>(p.d_preacts) + ((s * p.size.D + d) * P + j) * H;
           for (int64_t u = 0; u < H; u += lanes) {
-            const E* from = this->sum_gradients(d, u / kBlock, s) + j * kBlock + u % kBlock;
+            const E* from = this->preact_gradients(d, u / kBlock, s) + j * kBlock + u % kBlock;
             store_first(to + u, load<V>(from), H - u);
           }
         }
@@ -299,7 +301,7 @@ struct Gradients : BackwardState<Cell, S, M> {
     void run() const {
       k.pack_input_weights(i);
       k.clear_bias_sums(i);
-      BackwardWalk<Cell, S, M>(k, i).run();
+      BackwardSteps<Cell, S, M>(k, i).run();
       k.barriers[k.groups()].wait();
       k.input_gradient(i);
       k.weight_gradients(i);

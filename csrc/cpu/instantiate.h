@@ -9,6 +9,15 @@
 namespace lstm_fused {
 namespace {
 
+// The ISA file's macros agree with the ISA's row in isa.h.
+constexpr IsaFacts kFacts = facts(Isa::LSTM_FUSED_ISA);
+static_assert(kVectorBytes == kFacts.vector_bytes && kMaxRows == kFacts.tile_rows);
+#if defined(LSTM_FUSED_BF16_PAIRS)
+static_assert(kFacts.bf16_pairs);
+#else
+static_assert(!kFacts.bf16_pairs);
+#endif
+
 template <class S>
 struct MultiplyOf {
   using type = Multiply<typename ComputeOf<S>::type>;
@@ -79,12 +88,12 @@ inline constexpr Kernel kKernel = kernel<Cell, S>();
 template <class Cell>
 const Kernel* kernel_of_dtype(DType dtype) {
   switch (dtype) {
-    case DType::kFloat32: return &kKernel<Cell, float>;
-    case DType::kFloat64: return &kKernel<Cell, double>;
-    case DType::kBFloat16: return &kKernel<Cell, BFloat16>;
-    case DType::kFloat16: return &kKernel<Cell, Half>;
+#define LSTM_FUSED_CASE(Name, name, Storage, Compute, Torch) \
+  case DType::k##Name: return &kKernel<Cell, Storage>;
+    LSTM_FUSED_DTYPES(LSTM_FUSED_CASE)
+#undef LSTM_FUSED_CASE
+    default: return nullptr;
   }
-  return nullptr;
 }
 
 const Kernel* kernel_of(CellKind cell, DType dtype) {

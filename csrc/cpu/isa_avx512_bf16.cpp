@@ -1,5 +1,6 @@
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")
+#define LSTM_FUSED_ISA kAvx512Bf16
 #define LSTM_FUSED_VECTOR_BYTES 64
 #define LSTM_FUSED_TILE_ROWS 6
 #define LSTM_FUSED_F16C

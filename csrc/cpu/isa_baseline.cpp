@@ -1,4 +1,5 @@
 // What every machine of the architecture runs: SSE2 on x86-64, NEON on arm64.
+#define LSTM_FUSED_ISA kBaseline
 #define LSTM_FUSED_VECTOR_BYTES 16
 #if defined(__aarch64__)
 #define LSTM_FUSED_TILE_ROWS 6

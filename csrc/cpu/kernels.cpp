@@ -1,41 +1,38 @@
 #include "kernels.h"
 
+#include <array>
+
 namespace lstm_fused {
 namespace {
 
-const Kernel* find(Isa isa, CellKind cell, DType dtype) {
-  switch (isa) {
-    case Isa::kBaseline: return kernels_baseline(cell, dtype);
-    case Isa::kAvx2: return kernels_avx2(cell, dtype);
-    case Isa::kAvx512: return kernels_avx512(cell, dtype);
-    case Isa::kAvx512Bf16: return kernels_avx512_bf16(cell, dtype);
-  }
-  return nullptr;
-}
-
 bool machine_has(Isa isa) {
 #if defined(__x86_64__)
+#define HAS(feature) static_cast<bool>(__builtin_cpu_supports(feature))
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl");
-  switch (isa) {
-    case Isa::kBaseline: return true;
-    case Isa::kAvx2: return avx2;
-    case Isa::kAvx512: return avx512;
-    case Isa::kAvx512Bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
-  }
+  const bool kHasAvx2 = HAS("avx2") && HAS("fma") && HAS("f16c");
+  const bool kHasAvx512 =
+      kHasAvx2 && HAS("avx512f") && HAS("avx512bw") && HAS("avx512dq") && HAS("avx512vl");
+#else
+#define HAS(feature) false
+  constexpr bool kHasAvx2 = false, kHasAvx512 = false;
 #endif
-  return isa == Isa::kBaseline;
+  const bool available[] = {
+#define LSTM_FUSED_ROW(Name, name, bytes, rows, pairs, available) available,
+      LSTM_FUSED_ISAS(LSTM_FUSED_ROW)
+#undef LSTM_FUSED_ROW
+#undef HAS
+  };
+  return available[static_cast<int>(isa)];
 }
 
 }  // namespace
 
 bool runs(Isa isa) {
-  static const bool has[kIsaCount] = {machine_has(Isa::kBaseline), machine_has(Isa::kAvx2),
-                                      machine_has(Isa::kAvx512), machine_has(Isa::kAvx512Bf16)};
+  static const std::array<bool, kIsaCount> has = [] {
+    std::array<bool, kIsaCount> each;
+    for (int i = 0; i < kIsaCount; ++i) each[i] = machine_has(static_cast<Isa>(i));
+    return each;
+  }();
   return has[static_cast<int>(isa)];
 }
 
@@ -46,7 +43,12 @@ Isa best_isa() {
 }
 
 const Kernel& kernel_for(Isa isa, CellKind cell, DType dtype) {
-  return *find(isa, cell, dtype);
+  constexpr decltype(&kernels_baseline) tables[] = {
+#define LSTM_FUSED_ROW(Name, name, bytes, rows, pairs, available) kernels_##name,
+      LSTM_FUSED_ISAS(LSTM_FUSED_ROW)
+#undef LSTM_FUSED_ROW
+  };
+  return *tables[static_cast<int>(isa)](cell, dtype);
 }
 
 }  // namespace lstm_fused

@@ -18,10 +18,10 @@ struct Kernel {
 };
 
 // kernels_<isa>(cell, dtype); null where the ISA file is not compiled for this architecture.
-const Kernel* kernels_baseline(CellKind cell, DType dtype);
-const Kernel* kernels_avx2(CellKind cell, DType dtype);
-const Kernel* kernels_avx512(CellKind cell, DType dtype);
-const Kernel* kernels_avx512_bf16(CellKind cell, DType dtype);
+#define LSTM_FUSED_ROW(Name, name, bytes, rows, pairs, available) \
+  const Kernel* kernels_##name(CellKind cell, DType dtype);
+LSTM_FUSED_ISAS(LSTM_FUSED_ROW)
+#undef LSTM_FUSED_ROW
 
 // The fastest ISA this machine can run, and whether it can run a given one.
 Isa best_isa();

@@ -55,14 +55,15 @@ class Scratch {
 thread_local Scratch scratch;
 
 Isa checked_isa(const std::string& wanted, const std::string& where) {
+  std::string known;
   for (int i = 0; i < kIsaCount; ++i) {
     const Isa isa = static_cast<Isa>(i);
+    known += std::string(i ? ", " : "") + name(isa);
     if (wanted != name(isa)) continue;
     if (runs(isa)) return isa;
     throw std::runtime_error(where + " is '" + wanted + "', which this machine cannot run");
   }
-  throw std::runtime_error(where + " is '" + wanted +
-                           "' but must be one of baseline, avx2, avx512, avx512_bf16");
+  throw std::runtime_error(where + " is '" + wanted + "' but must be one of " + known);
 }
 
 Isa isa_of_environment() {
@@ -73,8 +74,8 @@ Isa isa_of_environment() {
 std::atomic<int> forced_isa{-1};
 
 template <class Params, class MakePlan, class Bytes, class Call>
-void launch_pass(const Problem& problem, Params& params, const char* pass, MakePlan make_plan,
-                 Bytes bytes, Call call) {
+void launch_pass(const Problem& problem, Params& params, Pass pass, MakePlan make_plan, Bytes bytes,
+                 Call call) {
   for (int threads = usable_threads();; threads = 1) {
     const Plan plan = make_plan(problem, Machine{current_isa(), threads});
     const Kernel& kernel = kernel_for(plan.isa, problem.cell, problem.dtype);
@@ -82,7 +83,7 @@ void launch_pass(const Problem& problem, Params& params, const char* pass, MakeP
     const bool ran = (kernel.*call)(params, plan);
     scratch.done();
     if (!ran) continue;
-    last = {plan, pass};
+    last = {pass, plan};
     return;
   }
 }
@@ -98,16 +99,18 @@ Problem problem_of(CellKind cell, DType dtype, const LayerSizes& size, bool proj
 void launch(const Problem& problem, ForwardParams& params) {
   static thread_local int64_t calls = 0;
   params.calls = calls++;
-  launch_pass(problem, params, "forward", plan_forward, &Kernel::forward_scratch, &Kernel::forward);
+  launch_pass(problem, params, Pass::kForward, plan_forward, &Kernel::forward_scratch,
+              &Kernel::forward);
 }
 
 void launch(const Problem& problem, BackwardParams& params) {
-  launch_pass(problem, params, "backward", plan_backward, &Kernel::backward_scratch,
+  launch_pass(problem, params, Pass::kBackward, plan_backward, &Kernel::backward_scratch,
               &Kernel::backward);
 }
 
 void launch(const Problem& problem, TangentParams& params) {
-  launch_pass(problem, params, "tangent", plan_forward, &Kernel::tangent_scratch, &Kernel::tangent);
+  launch_pass(problem, params, Pass::kTangent, plan_forward, &Kernel::tangent_scratch,
+              &Kernel::tangent);
 }
 
 namespace {

@@ -29,9 +29,10 @@ void launch_each(const Problem& problem, std::vector<BackwardParams>& calls);
 void launch_each(const Problem& problem, std::vector<TangentParams>& calls);
 
 // What ran last on this thread.
+enum class Pass : int { kForward, kBackward, kTangent };
 struct Run {
-  Plan plan;
-  const char* pass = nullptr;  // forward, backward or tangent; null before any
+  Pass pass;
+  std::optional<Plan> plan;  // none before any call
 };
 const Run& last_run();
 

@@ -1,140 +1,12 @@
-// Copies of the weights in the order tiles read them, and the bookkeeping every kernel shares:
-// scratch memory, even splits, which rows a thread owns.
+// Packing: copies of the weights in the order in which tiles read them.
 #pragma once
 
-#include "plan.h"
-#include "simd.h"
-#include "team.h"
+#include "partition.h"
 #include "tile.h"
+#include "transpose.h"
 
 namespace lstm_fused {
 namespace {
-
-// Hands out aligned pieces of one scratch buffer. With a null base it only measures.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <class T>
-  T* take(int64_t count) {
-    char* p = base_ ? base_ + used_ : nullptr;
-    used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return reinterpret_cast<T*>(p);
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
-
-struct Range {
-  int64_t begin, end;
-  int64_t size() const { return end - begin; }
-};
-
-inline Range split(int64_t total, int64_t parts, int64_t i) {
-  return {total * i / parts, total * (i + 1) / parts};
-}
-
-inline int64_t min64(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-inline int64_t max64(int64_t a, int64_t b) {
-  return a > b ? a : b;
-}
-
-// A thread's place in the team, as the plan divides it.
-struct Place {
-  int direction_group, row_group, unit_group;
-
-  Place(const Plan& p, int worker)
-      : direction_group(worker / (p.row_groups * p.unit_groups)),
-        row_group(worker / p.unit_groups % p.row_groups),
-        unit_group(worker % p.unit_groups) {}
-};
-
-// The batch rows of a row group. Dense rows are contiguous; packed ones are dealt out in turn,
-// since the first are the longest.
-struct RowGroup {
-  int64_t first, step, count;
-
-  RowGroup(const Steps& s, const Plan& p, int group) {
-    if (s.sizes) {
-      first = group;
-      step = p.row_groups;
-      count = group < s.N ? ceil_div(s.N - group, step) : 0;
-    } else {
-      const Range r = split(s.N, p.row_groups, group);
-      first = r.begin;
-      step = 1;
-      count = r.size();
-    }
-  }
-  int64_t row(int64_t i) const { return first + i * step; }
-  // How many of the group's rows are among the batch's first `active`.
-  int64_t active(int64_t active_rows) const {
-    const int64_t below = active_rows - first;
-    return below <= 0 ? 0 : min64(count, ceil_div(below, step));
-  }
-};
-
-// ---- transposition ----
-
-template <int Step, class V>
-LSTM_FUSED_INLINE void transpose_stage(V* rows) {
-  constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
-  using Bits = typename VectorOf<decltype(V{}[0] + 0)>::bits;
-  Bits low = {}, high = {};
-#pragma GCC unroll 16
-  for (int l = 0; l < lanes; ++l) {
-    low[l] = (l & Step) ? lanes + l - Step : l;
-    high[l] = (l & Step) ? lanes + l : l + Step;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < lanes; ++i) {
-    if (i & Step) continue;
-    const V a = rows[i], b = rows[i + Step];
-    rows[i] = __builtin_shuffle(a, b, low);
-    rows[i + Step] = __builtin_shuffle(a, b, high);
-  }
-}
-
-template <class V>
-LSTM_FUSED_INLINE void transpose(V* rows) {
-  constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
-  if constexpr (lanes > 8) transpose_stage<8>(rows);
-  if constexpr (lanes > 4) transpose_stage<4>(rows);
-  if constexpr (lanes > 2) transpose_stage<2>(rows);
-  transpose_stage<1>(rows);
-}
-
-// The sum of each row's lanes, that of row l in lane l. Each stage halves the rows: of two that are
-// Step apart it adds the halves that belong together, one row's to lanes without the bit Step.
-template <int Step, class V>
-LSTM_FUSED_INLINE void sum_stage(V* rows) {
-  constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
-  using Bits = typename VectorOf<decltype(V{}[0] + 0)>::bits;
-  Bits own = {}, other = {};
-#pragma GCC unroll 16
-  for (int l = 0; l < lanes; ++l) {
-    own[l] = (l & Step) ? lanes + l : l;
-    other[l] = (l & Step) ? lanes + l - Step : l + Step;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < Step; ++i)
-    rows[i] = __builtin_shuffle(rows[i], rows[i + Step], own) +
-              __builtin_shuffle(rows[i], rows[i + Step], other);
-}
-
-template <class V>
-LSTM_FUSED_INLINE V sums_as_lanes(V* rows) {
-  constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
-  if constexpr (lanes > 8) sum_stage<8>(rows);
-  if constexpr (lanes > 4) sum_stage<4>(rows);
-  if constexpr (lanes > 2) sum_stage<2>(rows);
-  sum_stage<1>(rows);
-  return rows[0];
-}
 
 // One vector of `lanes` tile steps from a row of K elements, starting at step k.
 template <class M, class S>
@@ -164,7 +36,8 @@ void pack_rows_as_lanes(typename M::Element* dst, int64_t dst_stride, const S* w
     } else {
       for (int64_t l = 0; l < lanes; ++l) tile[l] = l < rows ? load_steps<M>(w + l * K, k, K) : V{};
     }
-    // What the next block will write: a line a step, too far apart to be foreseen.
+    // Prefetch the lines that the next block writes: one a step, at a stride that the hardware
+    // prefetcher does not follow.
 #pragma GCC unroll 16
     for (int l = 0; l < lanes; ++l) __builtin_prefetch(dst + (k + lanes + l) * dst_stride, 1);
     transpose(tile);
@@ -217,8 +90,8 @@ void pack_panel_step(const Panels<M>& panels, int64_t step, int64_t n, const Row
   }
 }
 
-// Tile steps `range` of panels of w (G * H, n), its rows taken in the order of the gradients of the
-// sums: block, sum, lane. gate_of gives a sum's gate.
+// Tile steps `range` of panels of w (G * H, n), its rows in the order of the pre-activations'
+// gradients: block, pre-activation, lane. gate_of gives a pre-activation's gate.
 template <int G, class M, class S>
 void pack_gate_rows(const Panels<M>& panels, Range range, int (*gate_of)(int), const S* w,
                     int64_t H, int64_t n) {

@@ -1,6 +1,8 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <sstream>
+#include <stdexcept>
 
 namespace lstm_fused {
 namespace {
@@ -27,7 +29,7 @@ constexpr int64_t kHoistRows = 64;
 constexpr int64_t kHoistBelowRows = 16;
 
 int lanes(const Machine& m, DType dtype) {
-  return vector_bytes(m.isa) / compute_bytes(dtype);
+  return facts(m.isa).vector_bytes / compute_bytes(dtype);
 }
 
 struct Partition {
@@ -35,17 +37,17 @@ struct Partition {
   int threads() const { return direction_groups * row_groups * unit_groups; }
 };
 
-// Rows that tiles cannot read where they lie are staged many steps at a time.
+// Rows that tiles cannot read in place are staged many steps at a time.
 bool hoists(const Problem& p, const Machine& m) {
   const bool in_place = p.dtype == DType::kFloat32 || p.dtype == DType::kFloat64 ||
                         (multiplies_pairs(m.isa, p.dtype) && p.I % 2 == 0);
   return !in_place || p.N < kHoistBelowRows;
 }
 
-// One step of k for all rows and one vector of units. The thread reads `bytes` of weights in turn,
-// each panel of them once a tile: the first time maybe from afar.
+// One step of k for all rows and one vector of units. The thread reads `bytes` of weights, each
+// panel once a tile: the first time from beyond the second-level cache where they exceed it.
 double tile_cycles(int64_t rows, const Machine& m, double bytes) {
-  const int64_t tiles = ceil_div(rows, tile_rows(m.isa));
+  const int64_t tiles = ceil_div(rows, facts(m.isa).tile_rows);
   const double first = bytes <= kNearBytes ? kNearCyclesPerStep : kFarCyclesPerStep;
   return std::max(2.0 * rows, first + kNearCyclesPerStep * (tiles - 1));
 }
@@ -56,7 +58,7 @@ double cost(const Problem& p, const Machine& m, KernelKind kernel, const Partiti
   const double rows = ceil_div(p.N, part.row_groups);
   const double depth = p.I + p.R;
   const double gates = info(p.cell).gates;
-  const double bytes = blocks * (hoists(p, m) ? p.R : depth) * gates * vector_bytes(m.isa);
+  const double bytes = blocks * (hoists(p, m) ? p.R : depth) * gates * facts(m.isa).vector_bytes;
   const double tiles = tile_cycles(rows, m, bytes) * gates / kTileCols;
   double step = blocks * (depth * tiles + rows * kCellCyclesPerVector);
   if (p.projection) step += blocks * p.R * tiles / gates;
@@ -99,10 +101,6 @@ Plan with_partition(const Problem& p, const Machine& m, KernelKind kernel, const
   plan.direction_groups = part.direction_groups;
   plan.row_groups = part.row_groups;
   plan.unit_groups = part.unit_groups;
-  // Rows are dealt out evenly to the fewest tiles.
-  const int64_t rows = std::max<int64_t>(1, ceil_div(p.N, part.row_groups));
-  plan.tile_rows = static_cast<int>(ceil_div(rows, ceil_div(rows, tile_rows(m.isa))));
-  plan.tile_cols = info(p.cell).sums == 1 ? kTileCols : info(p.cell).gates;
   return plan;
 }
 
@@ -130,29 +128,54 @@ Plan plan_backward(const Problem& p, const Machine& m) {
   return with_partition(p, m, kernel, best_partition(p, m, kernel));
 }
 
-int tile_rows(Isa isa) {
-#if defined(__aarch64__)
-  return 6;
-#else
-  return isa >= Isa::kAvx512 ? 6 : 3;
-#endif
-}
-
-int vector_bytes(Isa isa) {
-  return isa == Isa::kBaseline ? 16 : isa == Isa::kAvx2 ? 32 : 64;
-}
-
-bool multiplies_pairs(Isa isa, DType dtype) {
-  return isa == Isa::kAvx512Bf16 && dtype == DType::kBFloat16;
-}
-
-const char* name(Isa isa) {
-  constexpr const char* names[kIsaCount] = {"baseline", "avx2", "avx512", "avx512_bf16"};
-  return names[static_cast<int>(isa)];
-}
-
 const char* name(KernelKind kernel) {
   return kernel == KernelKind::kPersistent ? "persistent" : "direct";
+}
+
+std::string describe(const Plan& p) {
+  std::ostringstream s;
+  s << name(p.kernel) << " kernel, " << name(p.isa) << ", " << name(p.dtype) << ", " << p.threads
+    << (p.threads == 1 ? " thread" : " threads");
+  if (p.threads > 1)
+    s << " (" << p.direction_groups << " direction x " << p.row_groups << " row x " << p.unit_groups
+      << " unit groups)";
+  if (p.kernel == KernelKind::kDirect) {
+    s << ", weights read in place";
+  } else {
+    const IsaFacts isa = facts(p.isa);
+    s << ", tiles of up to " << isa.tile_rows << " rows x " << kTileCols << " vectors of "
+      << isa.vector_bytes << " bytes";
+    if (p.hoist_steps)
+      s << ", input projection " << p.hoist_steps << (p.hoist_steps == 1 ? " step" : " steps")
+        << " ahead";
+    else
+      s << ", input and hidden projection together";
+  }
+  return s.str();
+}
+
+std::vector<int64_t> encode(const Plan& p) {
+  return {static_cast<int64_t>(p.kernel),
+          static_cast<int64_t>(p.dtype),
+          static_cast<int64_t>(p.isa),
+          p.threads,
+          p.direction_groups,
+          p.row_groups,
+          p.unit_groups,
+          p.hoist_steps};
+}
+
+Plan decode(const std::vector<int64_t>& v) {
+  if (v.size() != 8) throw std::invalid_argument("a plan is encoded by 8 integers");
+  const auto at = [&](int i) { return static_cast<int>(v[i]); };
+  return {static_cast<KernelKind>(at(0)),
+          static_cast<DType>(at(1)),
+          static_cast<Isa>(at(2)),
+          at(3),
+          at(4),
+          at(5),
+          at(6),
+          v[7]};
 }
 
 }  // namespace lstm_fused

@@ -1,19 +1,19 @@
-// Which kernel runs, in which tiles, on how many threads: a pure function of the problem and the
-// machine, so that it can be printed, tested and looked up without running anything.
+// Which kernel runs, with which partition of the work among threads: a pure function of the problem
+// and the machine, so that it can be printed and tested without running a kernel.
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "../cells/cells.h"
+#include "isa.h"
 
 namespace lstm_fused {
 
-enum class Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
-inline constexpr int kIsaCount = 4;
-
 enum class KernelKind : int {
   kPersistent = 0,  // weights packed once, one thread team for the whole sequence
-  kDirect = 1,      // weights read where they lie: a few steps are not worth packing for
+  kDirect = 1,      // weights read in place: packing does not pay for a few steps
 };
 
 struct Problem {
@@ -32,7 +32,7 @@ struct Machine {
 };
 
 // Threads are direction_groups x row_groups x unit_groups. Row groups are independent of each
-// other; the unit_groups threads of one row group meet at a barrier each step.
+// other; the unit_groups threads of one row group wait for each other at a barrier each step.
 struct Plan {
   KernelKind kernel;
   DType dtype;
@@ -41,20 +41,25 @@ struct Plan {
   int direction_groups;
   int row_groups;
   int unit_groups;
-  int tile_rows, tile_cols;  // the largest register tile: rows of the batch, vectors of weights
-  // Steps whose input projection is computed ahead; 0: walked with the hidden one.
+  // Steps whose input projection is computed in advance; 0: with the hidden one, step by step.
   int64_t hoist_steps;
 };
 
 Plan plan_forward(const Problem& problem, const Machine& machine);
 Plan plan_backward(const Problem& problem, const Machine& machine);
 
-// Facts about an ISA's code that the plan needs and the kernels are compiled with.
-int tile_rows(Isa isa);
-int vector_bytes(Isa isa);
-bool multiplies_pairs(Isa isa, DType dtype);
+// Whether the ISA multiplies the dtype in pairs.
+inline bool multiplies_pairs(Isa isa, DType dtype) {
+  return facts(isa).bf16_pairs && dtype == DType::kBFloat16;
+}
 
-const char* name(Isa isa);
 const char* name(KernelKind kernel);
+
+// The plan in words.
+std::string describe(const Plan& plan);
+
+// A plan as integers, as an operator can return it, and back.
+std::vector<int64_t> encode(const Plan& plan);
+Plan decode(const std::vector<int64_t>& values);
 
 }  // namespace lstm_fused

@@ -20,12 +20,13 @@ void note_fork() {
 
 [[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, note_fork);
 
-// How long a thread spins before it sleeps. A thread that slept gets its core back from a busy
-// neighbour after a time slice of some milliseconds, at every barrier anew; one that spins loses no
-// more than its share. As long as OpenMP's own threads spin, and longer than a slice.
-constexpr std::chrono::milliseconds kPatience{10};
-constexpr int kFirstPauses = 256;  // before the clock is read at all
-constexpr int kPauses = 64;        // between two looks at it
+// How long a thread spins before it sleeps. On a core that another process uses, a thread that
+// slept runs again only after that process's time slice of some milliseconds, at every barrier. A
+// thread that spins loses no more than its share. As long as OpenMP's threads spin, and longer than
+// a slice.
+constexpr std::chrono::milliseconds kSpinDuration{10};
+constexpr int kFirstPauses = 256;  // before the clock is read
+constexpr int kPauses = 64;        // between two readings of it
 
 // Whether the user asked OpenMP's threads to sleep when they wait.
 bool passive() {
@@ -76,11 +77,11 @@ bool run_team(int threads, void (*work)(void*, int), void* context) {
 
 void Barrier::init(int size) {
   static const int cores = allowed_cores();
-  static const bool impatient = passive();
+  static const bool passive_waiting = passive();
   arrived_ = 0;
   generation_ = 0;
   size_ = size;
-  patient_ = size <= cores && !impatient;
+  spins_ = size <= cores && !passive_waiting;
 }
 
 void Barrier::wait() {
@@ -102,9 +103,9 @@ void Barrier::wait() {
     return false;
   };
   if (passed(kFirstPauses)) return;
-  if (patient_) {
+  if (spins_) {
     using Clock = std::chrono::steady_clock;
-    for (const auto end = Clock::now() + kPatience; Clock::now() < end;)
+    for (const auto end = Clock::now() + kSpinDuration; Clock::now() < end;)
       if (passed(kPauses)) return;
   }
   while (current.load(std::memory_order_acquire) == generation) {

@@ -14,9 +14,9 @@ int usable_threads();
 // when the OpenMP runtime grants fewer threads than that.
 bool run_team(int threads, void (*work)(void*, int), void* context);
 
-// A barrier for `size` threads that spins for some milliseconds and then sleeps. Lies in scratch
-// memory and is nothing before init(). Plain words, made atomic in team.cpp: the ISA files include
-// this and must not emit shared inline functions.
+// A barrier for `size` threads that spins for some milliseconds and then sleeps. It is part of a
+// kernel's scratch memory and needs init(). The words are plain and made atomic in team.cpp,
+// because the ISA files include this header and must not emit shared inline functions.
 class alignas(64) Barrier {
  public:
   void init(int size);
@@ -25,7 +25,7 @@ class alignas(64) Barrier {
  private:
   uint32_t arrived_;
   int size_;
-  bool patient_;
+  bool spins_;
   alignas(64) uint32_t generation_;
 };
 

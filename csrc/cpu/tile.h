@@ -161,9 +161,9 @@ LSTM_FUSED_INLINE void accumulate(typename M::V (&acc)[R][C],
     for (int c = 0; c < C; ++c) acc[r][c] = total[r][c];
 }
 
-// Memory that what follows a product will touch and no cache holds. The product asks for it a few
-// lines at a time: of many at once a core drops most.
-struct Ahead {
+// Cache lines that the code after a product reads or writes and that no cache holds. The product
+// prefetches a few of them with each segment: a core drops most of a long burst of prefetches.
+struct Prefetch {
   const void* const* lines;
   int64_t count;
 };
@@ -177,7 +177,7 @@ struct TileProduct {
   int64_t steps;  // of each segment
   int64_t segments;
   int64_t segment_stride;
-  Ahead ahead = {};
+  Prefetch prefetch = {};
 };
 
 // out[r][c] = product + (add ? out : 0), out having kMaxCols vectors a row.
@@ -191,19 +191,21 @@ void tile_product(const TileProduct<M>& p, const typename M::Element* b, typenam
   const typename M::Element* rows[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) rows[r] = p.rows[r];
-  // What is added to may lie far off, too.
+  // Prefetch what is added to.
   if (add) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) __builtin_prefetch(out + (r * kMaxCols + c) * lanes, 1);
   }
-  int64_t summed = 0, asked = 0;
+  int64_t summed = 0, prefetched = 0;
   for (int64_t s = 0; s < p.segments; ++s) {
-    for (const int64_t end = p.ahead.count * (s + 1) / p.segments; asked < end; ++asked)
-      __builtin_prefetch(p.ahead.lines[asked]);
+    for (const int64_t end = p.prefetch.count * (s + 1) / p.segments; prefetched < end;
+         ++prefetched)
+      __builtin_prefetch(p.prefetch.lines[prefetched]);
     if (p.stride == M::kPair) {
-      // The next segment lies far off, and another core may have written it just now.
+      // Prefetch the next segment: it is far from this one, and another core may have just written
+      // it.
       if (s + 1 < p.segments) {
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
@@ -232,17 +234,17 @@ void tile_product(const TileProduct<M>& p, const typename M::Element* b, typenam
   }
 }
 
-// A run-time number as a template argument: f(Constant<n>{}) for n from 1 to Most.
+// A run-time number as a template argument: f(Constant<n>{}) for n from 1 to kMax.
 template <int N>
 struct Constant {
   static constexpr int value = N;
 };
-template <int Most, class F>
+template <int kMax, class F>
 LSTM_FUSED_INLINE void with_constant(int n, const F& f) {
-  if constexpr (Most > 1) {
-    if (n < Most) return with_constant<Most - 1>(n, f);
+  if constexpr (kMax > 1) {
+    if (n < kMax) return with_constant<kMax - 1>(n, f);
   }
-  f(Constant<Most>{});
+  f(Constant<kMax>{});
 }
 
 template <class M>

@@ -37,10 +37,10 @@ struct ForwardCell {
   static constexpr int kGates = Cell::kGates;
   static constexpr int kOut = 1;
   static constexpr bool kBackward = false;
-  static constexpr int kFirstHidden = Cell::kSums - Cell::kGates;
+  static constexpr int kFirstHidden = Cell::kPreacts - Cell::kGates;
 
   struct Unit {
-    C sum[Cell::kSums];
+    C sum[Cell::kPreacts];
     C c_prev, c;
     S h;
   };
@@ -52,7 +52,7 @@ struct ForwardCell {
                                       int64_t n, int64_t u, Unit& f) {
     const C* pre = as<C>(p.pre) + data_row(p, rows, d, n) * kGates * p.H + u;
     LSTM_FUSED_UNROLL
-    for (int j = 0; j < Cell::kSums; ++j) f.sum[j] = 0;
+    for (int j = 0; j < Cell::kPreacts; ++j) f.sum[j] = 0;
     LSTM_FUSED_UNROLL
     for (int j = 0; j < kGates; ++j) f.sum[j] = pre[Cell::input_gate(j) * p.H];
     if (p.b_ih[d]) {
@@ -65,8 +65,8 @@ struct ForwardCell {
       }
     }
     f.c_prev = 0;
-    if constexpr (Cell::kMemory != Memory::kNone) {
-      const void* start = Cell::kMemory == Memory::kCell ? p.c0 : p.h0;
+    if constexpr (Cell::kCarry != Carry::kNone) {
+      const void* start = Cell::kCarry == Carry::kCell ? p.c0 : p.h0;
       const int64_t at = (d * p.N + n) * p.H + u;
       if (n < rows.before)
         f.c_prev = as<C>(p.carry)[at];
@@ -89,20 +89,20 @@ struct ForwardCell {
                                       int64_t n, int64_t u, const Unit& f) {
     const int64_t state = (d * p.N + n) * p.H + u, row = data_row(p, rows, d, n);
     const bool ends = n >= rows.after;
-    if constexpr (Cell::kMemory != Memory::kNone) {
+    if constexpr (Cell::kCarry != Carry::kNone) {
       as<C>(p.carry)[state] = f.c;
       if (p.cells) as<C>(p.cells)[row * p.H + u] = f.c;
     }
-    if constexpr (Cell::kMemory == Memory::kCell)
+    if constexpr (Cell::kCarry == Carry::kCell)
       if (ends) as<S>(p.c_n)[state] = round_to<S>(f.c);
     if (!p.projection) {
       as<S>(p.y)[row * p.R + u] = f.h;
       if (ends) as<S>(p.h_n)[state] = f.h;
     }
     if (p.gates) {
-      C* gates = as<C>(p.gates) + row * Cell::kSums * p.H + u;
+      C* gates = as<C>(p.gates) + row * Cell::kPreacts * p.H + u;
       LSTM_FUSED_UNROLL
-      for (int j = 0; j < Cell::kSums; ++j) gates[j * p.H] = f.sum[j];
+      for (int j = 0; j < Cell::kPreacts; ++j) gates[j * p.H] = f.sum[j];
     }
   }
 };
@@ -171,12 +171,12 @@ struct BackwardCell {
   static constexpr int kGates = 1;
   static constexpr int kOut = Cell::kGates;
   static constexpr bool kBackward = true;
-  static constexpr int kFirstHidden = Cell::kSums - Cell::kGates;
+  static constexpr int kFirstHidden = Cell::kPreacts - Cell::kGates;
 
   struct Unit {
-    C saved[Cell::kSums];
+    C saved[Cell::kPreacts];
     C c_prev, c, dh, dc;  // of h0, where a row's walk has ended: dh
-    C d_sum[Cell::kSums];
+    C d_sum[Cell::kPreacts];
     C h;
   };
 
@@ -187,20 +187,20 @@ struct BackwardCell {
                                       int64_t n, int64_t u, Unit& f) {
     const int64_t state = (d * p.N + n) * p.H + u;
     f.dc = 0;
-    if constexpr (Cell::kMemory != Memory::kNone) {
+    if constexpr (Cell::kCarry != Carry::kNone) {
       if (n < rows.before)
         f.dc = as<C>(p.carry)[state];
-      else if (Cell::kMemory == Memory::kCell && p.dc_n)
+      else if (Cell::kCarry == Carry::kCell && p.dc_n)
         f.dc = load(as<S>(p.dc_n)[state]);
     }
     if (n >= rows.active) return;
-    const C* saved = as<C>(p.gates) + data_row(p, rows, d, n) * Cell::kSums * p.H + u;
+    const C* saved = as<C>(p.gates) + data_row(p, rows, d, n) * Cell::kPreacts * p.H + u;
     LSTM_FUSED_UNROLL
-    for (int j = 0; j < Cell::kSums; ++j) f.saved[j] = saved[j * p.H];
+    for (int j = 0; j < Cell::kPreacts; ++j) f.saved[j] = saved[j * p.H];
     f.c = f.c_prev = 0;
-    if constexpr (Cell::kMemory != Memory::kNone) {
+    if constexpr (Cell::kCarry != Carry::kNone) {
       const C* cells = as<C>(p.cells) + u;
-      const void* start = Cell::kMemory == Memory::kCell ? p.c0 : p.h0;
+      const void* start = Cell::kCarry == Carry::kCell ? p.c0 : p.h0;
       f.c = cells[data_row(p, rows, d, n) * p.H];
       if (n < rows.after)
         f.c_prev = cells[((rows.offset_after + n) * p.D + d) * p.H];
@@ -213,7 +213,7 @@ struct BackwardCell {
   static LSTM_FUSED_DEVICE bool apply(const StepRows& rows, int64_t n, Unit& f, const C (&total)[1],
                                       S (&out)[kOut]) {
     if (n >= rows.active) {
-      f.dh = Cell::kMemory == Memory::kHidden ? total[0] + f.dc : total[0];
+      f.dh = Cell::kCarry == Carry::kHidden ? total[0] + f.dc : total[0];
       return false;
     }
     f.h = Cell::backward(f.saved, f.c_prev, f.c, f.dh + total[0], f.dc, f.d_sum);
@@ -231,12 +231,12 @@ struct BackwardCell {
       if (p.dc0) as<S>(p.dc0)[state] = round_to<S>(f.dc);
       return;
     }
-    if constexpr (Cell::kMemory != Memory::kNone) as<C>(p.carry)[state] = f.dc;
+    if constexpr (Cell::kCarry != Carry::kNone) as<C>(p.carry)[state] = f.dc;
     const int64_t row = data_row(p, rows, d, n);
     if (p.hidden) as<S>(p.hidden)[row * p.H + u] = round_to<S>(f.h);
-    S* d_gates = as<S>(p.d_gates) + row * Cell::kSums * p.H + u;
+    S* d_gates = as<S>(p.d_gates) + row * Cell::kPreacts * p.H + u;
     LSTM_FUSED_UNROLL
-    for (int j = 0; j < Cell::kSums; ++j) d_gates[j * p.H] = round_to<S>(f.d_sum[j]);
+    for (int j = 0; j < Cell::kPreacts; ++j) d_gates[j * p.H] = round_to<S>(f.d_sum[j]);
     if (!p.projection) store_before<S>(p, rows, d, n, u);
   }
 };

@@ -58,6 +58,20 @@ std::optional<Plan> plan(const std::string& dtype, int64_t T, int64_t N, int64_t
   return plan_as(from_name<PlanKind>(kind, kPlanKinds, "kind"), problem, on, backward);
 }
 
+// What the operator cuda_last_run returns, as a dict.
+py::dict run_of(const std::vector<int64_t>& v) {
+  py::dict run;
+  if (v.empty()) return run;
+  run["pass"] = v[2] ? "backward" : "forward";
+  run["dtype"] = lstm_fused::name(static_cast<DType>(v[0]));
+  run["kernel"] = name(static_cast<PlanKind>(v[1]));
+  run["tile_rows"] = v[3];
+  run["unit_ctas"] = v[4];
+  run["row_groups"] = v[5];
+  run["tf32"] = v[6];
+  return run;
+}
+
 }  // namespace
 
 void define_plans(py::module_& m) {
@@ -76,6 +90,7 @@ void define_plans(py::module_& m) {
   m.def("cuda_plan", &plan, py::arg("dtype"), py::arg("T"), py::arg("N"), py::arg("H"),
         py::arg("R"), py::arg("directions"), py::arg("gates"), py::arg("projection"),
         py::arg("tf32"), py::arg("device"), py::arg("backward") = false, py::arg("kind") = "");
+  m.def("cuda_run_of", &run_of);
   m.def("cuda_kinds", [] {
     py::tuple kinds(kPlanKinds);
     for (int i = 0; i < kPlanKinds; ++i) kinds[i] = name(static_cast<PlanKind>(i));

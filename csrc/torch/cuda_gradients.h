@@ -40,7 +40,7 @@ class Gradients {
         recurred_(recurred),
         S_(layer.size.steps.rows()),
         H_(layer.size.H),
-        P_(info(layer.cell).sums),
+        P_(info(layer.cell).preacts),
         G_(info(layer.cell).gates),
         bytes_(storage_bytes(layer.dtype)),
         orders_(gate_orders(layer.cell)) {}

@@ -75,7 +75,7 @@ void Cuda::forward(const std::vector<Layer>& layers, const std::vector<ForwardPa
     Pass pass(layer, x, false);
     // Each unit's pre-activations are read before its gates are written, so that both may share
     // memory.
-    const bool in_place = given.gates && info(layer.cell).sums == pass.gates();
+    const bool in_place = given.gates && info(layer.cell).preacts == pass.gates();
     std::optional<Tensor> separate;
     if (!in_place)
       separate = pass.empty({steps.rows(), s.D * pass.gates() * s.H}, compute_dtype(layer.dtype));
@@ -99,7 +99,7 @@ void Cuda::forward(const std::vector<Layer>& layers, const std::vector<ForwardPa
     p.h_n = given.h_n;
     p.c_n = given.c_n;
     p.gates = given.gates;
-    p.cells = given.cells;
+    p.cells = given.saved_states;
     p.product = {{}, s.H, pass.resolve(h), pass.resolve(hidden)};
     Product second{{}, s.R, p.product.out, p.product.in};
     for (int d = 0; d < s.D; ++d) {
@@ -126,7 +126,7 @@ void Cuda::backward(const std::vector<Layer>& layers, const std::vector<Backward
     const LayerSizes& s = layer.size;
     const int64_t S = s.steps.rows();
     Pass pass(layer, x, true);
-    const Shape preacts_shape{S, s.D, info(layer.cell).sums, s.H};
+    const Shape preacts_shape{S, s.D, info(layer.cell).preacts, s.H};
     const bool in_place =
         given.d_preacts && storage_bytes(layer.dtype) == compute_bytes(layer.dtype);
     const Tensor d_preacts =
@@ -155,7 +155,7 @@ void Cuda::backward(const std::vector<Layer>& layers, const std::vector<Backward
     p.s_end += given.dh0 || given.dc0;
     // Read only.
     p.gates = const_cast<void*>(given.gates);
-    p.cells = const_cast<void*>(given.cells);
+    p.cells = const_cast<void*>(given.saved_states);
     p.dy = given.dy;
     p.dh_n = given.dh_n;
     p.dc_n = given.dc_n;
@@ -193,8 +193,18 @@ std::vector<int64_t> device_properties(int64_t index) {
   return {d.major, d.minor, d.sms, d.shared_bytes, d.cluster_ctas, d.clusters};
 }
 
-std::string describe_last_run() {
-  return last_run().get();
+// What ran last, for _plan.cuda_run_of; empty before any call.
+std::vector<int64_t> last_run_numbers() {
+  const LastRun last = last_run().get();
+  if (!last.plan) return {};
+  const Plan& p = *last.plan;
+  return {static_cast<int64_t>(last.dtype),
+          static_cast<int64_t>(p.kind),
+          p.backward,
+          p.tile_rows,
+          p.unit_ctas,
+          p.row_groups,
+          p.tf32};
 }
 
 }  // namespace
@@ -209,7 +219,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(LSTM_FUSED_LIBRARY, m) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(LSTM_FUSED_LIBRARY, m) {
   m.def("cuda_device_properties(int index) -> int[]");
-  m.def("cuda_last_run() -> str");
+  m.def("cuda_last_run() -> int[]");
   m.def("cuda_force_plan(str kind) -> ()");
 }
 
@@ -220,6 +230,6 @@ STABLE_TORCH_LIBRARY_IMPL(LSTM_FUSED_LIBRARY, LSTM_FUSED_KEY, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(LSTM_FUSED_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("cuda_device_properties", TORCH_BOX(&lstm_fused::cuda::device_properties));
-  m.impl("cuda_last_run", TORCH_BOX(&lstm_fused::cuda::describe_last_run));
+  m.impl("cuda_last_run", TORCH_BOX(&lstm_fused::cuda::last_run_numbers));
   m.impl("cuda_force_plan", TORCH_BOX(&lstm_fused::cuda::force_plan));
 }

@@ -14,6 +14,7 @@ inline Run* run_of(CellKind cell, DType dtype, bool tf32) {
     case DType::kFloat64: return run_float64[kind];
     case DType::kBFloat16: return run_bfloat16[kind];
     case DType::kFloat16: return run_float16[kind];
+    case DType::kCount: break;
   }
   return nullptr;
 }
@@ -35,18 +36,12 @@ class Pass {
         guard_(x.get_device_index()),
         stream_(stream_of(x)) {
     plan_ = choose_plan(backward);
-    const auto number = [](const char* key, int64_t value) {
-      return std::string(" ") + key + "=" + std::to_string(value);
-    };
-    last_run().set(std::string("pass=") + (backward ? "backward" : "forward") +
-                   " dtype=" + lstm_fused::name(layer.dtype) + " kernel=" + name(plan_.kind) +
-                   number("tile_rows", plan_.tile_rows) + number("unit_ctas", plan_.unit_ctas) +
-                   number("row_groups", plan_.row_groups) + number("tf32", plan_.tf32));
+    last_run().set({layer.dtype, plan_});
   }
 
   int gates() const { return info(layer_.cell).gates; }
   bool tf32() const { return plan_.tf32; }
-  Memory memory() const { return info(layer_.cell).memory; }
+  Carry carry() const { return info(layer_.cell).carry; }
   void* stream() const { return stream_; }
 
   // A tensor on x's device.
@@ -103,7 +98,7 @@ class Pass {
     barrier_ = workspace_.reserve_zeros(groups * kBarrierBytes);
     // Packed data's sizes and offsets, (2, T + 1), for a persistent kernel.
     steps_ = workspace_.reserve(persistent() && steps.sizes ? 2 * (steps.T + 1) * 8 : 0);
-    const int64_t states = memory() != Memory::kNone ? size_.D * steps.N * size_.H : 0;
+    const int64_t states = carry() != Carry::kNone ? size_.D * steps.N * size_.H : 0;
     carry_ = workspace_.reserve(states * compute_bytes(layer_.dtype));
     workspace_.allocate(x_, stream_);
   }

@@ -49,10 +49,15 @@ class Shared {
   T value_{};
 };
 
-// The newest call of any thread, since autograd has its own: "key=value" words.
-inline Shared<std::string>& last_run() {
-  static Shared<std::string> words;
-  return words;
+// What ran last on any thread, since autograd has threads of its own.
+struct LastRun {
+  DType dtype;
+  std::optional<Plan> plan;  // none before any call
+};
+
+inline Shared<LastRun>& last_run() {
+  static Shared<LastRun> last;
+  return last;
 }
 
 // The plan that every layer runs whose workspace fits it; the best one if empty.

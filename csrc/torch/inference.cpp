@@ -18,15 +18,12 @@ namespace lstm_fused {
 namespace {
 
 int dtype_of(const dlpack::Tensor& t) {
-  const auto number = [](DType dtype) { return static_cast<int>(dtype); };
-  if (t.type_code == dlpack::kBfloat && t.type_bits == 16) return number(DType::kBFloat16);
-  if (t.type_code != dlpack::kFloat) return kOtherDType;
-  switch (t.type_bits) {
-    case 16: return number(DType::kFloat16);
-    case 32: return number(DType::kFloat32);
-    case 64: return number(DType::kFloat64);
-    default: return kOtherDType;
+  for (int i = 0; i < kDTypeCount; ++i) {
+    const DType dtype = static_cast<DType>(i);
+    const uint8_t code = dtype == DType::kBFloat16 ? dlpack::kBfloat : dlpack::kFloat;
+    if (t.type_code == code && t.type_bits == 8 * storage_bytes(dtype)) return i;
   }
+  return kOtherDType;
 }
 
 // Reads and makes tensors of one call.
@@ -162,7 +159,7 @@ class Inference {
     const int64_t T = x_.sizes[0], N = x_.sizes[1];
     if (!x_.rows_are_contiguous() || T == 0 || N == 0) return false;
     x_has_default_strides_ = has_default_strides(x);
-    states_ = info(static_cast<CellKind>(cell_)).memory == Memory::kCell ? 2 : 1;
+    states_ = info(static_cast<CellKind>(cell_)).carry == Carry::kCell ? 2 : 1;
     if (!read_states()) return false;
     layers_.reserve(L_);
     for (long k = 0; k < L_; ++k)

@@ -47,7 +47,7 @@ Tangents recurrent_tangent(Tensor x, MaybeTensor batch_sizes, Tensors state0, Te
                    "tangents are of float32 or float64, without a projection");
   const Forward out = allocate_forward<Cpu>(call, x, false);
   const auto& [y, h_n, c_n, no_gates, no_states] = out;
-  const bool carries = info(layer.cell).memory != Memory::kNone;
+  const bool carries = info(layer.cell).carry != Carry::kNone;
   const LayerSizes& s = layer.size;
   Tensors kept;
   std::vector<TangentParams> params;
@@ -56,9 +56,9 @@ Tangents recurrent_tangent(Tensor x, MaybeTensor batch_sizes, Tensors state0, Te
     p.y = call.part(y, m);
     p.h_n = call.part(h_n, m);
     p.c_n = call.part(c_n, m, layer.has_cell_state());
-    p.saved_gates = read_saved<Cpu>(call, m, gates, x, kCpuSaved.gates, false, "gates", kept);
-    p.saved_cells = read_saved<Cpu>(call, m, saved_states, x, kCpuSaved.saved_states, !carries,
-                                    "saved_states", kept);
+    p.primal_gates = read_saved<Cpu>(call, m, gates, x, kCpuSaved.gates, false, "gates", kept);
+    p.primal_states = read_saved<Cpu>(call, m, saved_states, x, kCpuSaved.saved_states, !carries,
+                                      "saved_states", kept);
     if (primal_c0) {
       const TensorView state = call.contiguous(*primal_c0, m, "primal_c0");
       check_state(state, call.x(m), layer, s.H, "primal_c0");
@@ -67,7 +67,7 @@ Tangents recurrent_tangent(Tensor x, MaybeTensor batch_sizes, Tensors state0, Te
     if (preacts) {
       const TensorView added = call.contiguous(*preacts, m, "preacts");
       check_like(added, call.x(m), "preacts");
-      check_shape(added, {layer.rows, s.D, info(layer.cell).sums, s.H}, "preacts");
+      check_shape(added, {layer.rows, s.D, info(layer.cell).preacts, s.H}, "preacts");
       p.preacts = added.data;
     }
   }
@@ -78,30 +78,25 @@ Tangents recurrent_tangent(Tensor x, MaybeTensor batch_sizes, Tensors state0, Te
   return {y, h_n, c_n};
 }
 
-// "key=value" words describing the last call on this thread; empty before the first.
-std::string describe_last_run() {
+// What ran last on this thread, for _plan.run_of: the pass, then its plan; empty before any call.
+std::vector<int64_t> last_run_numbers() {
   const Run& last = last_run();
-  if (!last.pass) return "";
-  const Plan& p = last.plan;
-  const auto number = [](const char* key, int64_t value) {
-    return std::string(" ") + key + "=" + std::to_string(value);
-  };
-  return std::string("pass=") + last.pass + " kernel=" + name(p.kernel) + " isa=" + name(p.isa) +
-         " dtype=" + name(p.dtype) + number("threads", p.threads) +
-         number("direction_groups", p.direction_groups) + number("row_groups", p.row_groups) +
-         number("unit_groups", p.unit_groups) + number("tile_rows", p.tile_rows) +
-         number("tile_cols", p.tile_cols) + number("hoist_steps", p.hoist_steps);
+  if (!last.plan) return {};
+  std::vector<int64_t> numbers = encode(*last.plan);
+  numbers.insert(numbers.begin(), static_cast<int64_t>(last.pass));
+  return numbers;
 }
 
 void force_isa_by_name(std::string name) {
   force_isa(name);
 }
 
-std::string available_isas() {
-  std::string names;
+// By number (Isa), slowest first.
+std::vector<int64_t> available_isas() {
+  std::vector<int64_t> found;
   for (int i = 0; i < kIsaCount; ++i)
-    if (runs(static_cast<Isa>(i))) names += (i ? " " : "") + std::string(name(static_cast<Isa>(i)));
-  return names;
+    if (runs(static_cast<Isa>(i))) found.push_back(i);
+  return found;
 }
 
 std::string active_isa() {
@@ -121,8 +116,8 @@ STABLE_TORCH_LIBRARY(lstm_fused, m) {
       "-> (Tensor y, Tensor h_n, Tensor c_n)");
   m.def("force_isa(str isa) -> ()");
   m.def("active_isa() -> str");
-  m.def("available_isas() -> str");
-  m.def("last_run() -> str");
+  m.def("available_isas() -> int[]");
+  m.def("last_run() -> int[]");
   m.def("poisoning() -> bool");
 }
 
@@ -136,6 +131,6 @@ STABLE_TORCH_LIBRARY_IMPL(lstm_fused, CompositeExplicitAutograd, m) {
   m.impl("force_isa", TORCH_BOX(&lstm_fused::force_isa_by_name));
   m.impl("active_isa", TORCH_BOX(&lstm_fused::active_isa));
   m.impl("available_isas", TORCH_BOX(&lstm_fused::available_isas));
-  m.impl("last_run", TORCH_BOX(&lstm_fused::describe_last_run));
+  m.impl("last_run", TORCH_BOX(&lstm_fused::last_run_numbers));
   m.impl("poisoning", TORCH_BOX(&lstm_fused::poisoning));
 }

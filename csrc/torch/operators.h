@@ -207,7 +207,7 @@ Forward allocate_forward(Call& call, const Tensor& x, bool training) {
   const auto make = [&](bool wanted, const Shape& shape, ScalarType type) {
     return result<Device>(wanted, shape, x, type);
   };
-  const bool carries = info(layer.cell).memory != Memory::kNone;
+  const bool carries = info(layer.cell).carry != Carry::kNone;
   return {make(true, call.output_shape(), dtype), make(true, call.state_shape(layer.size.R), dtype),
           make(layer.has_cell_state(), call.state_shape(layer.size.H), dtype),
           make(training, call.of_all(layer.saved_shape(Device::kSaved.gates)), compute),
@@ -224,7 +224,7 @@ Forward recurrent_forward(Tensor x, MaybeTensor batch_sizes, Tensors state0, Ten
   LSTM_FUSED_CHECK(steps.T > 0 || batch_sizes, "x must have at least one time step");
   const Forward out = allocate_forward<Device>(call, x, training);
   const auto& [y, h_n, c_n, gates, saved_states] = out;
-  const bool carries = info(layer.cell).memory != Memory::kNone;
+  const bool carries = info(layer.cell).carry != Carry::kNone;
   std::vector<ForwardParams> params;
   for (int64_t m = 0; m < call.models(); ++m) {
     ForwardParams& p = params.emplace_back(params_of<ForwardParams>(call.layers()[m]));
@@ -232,7 +232,7 @@ Forward recurrent_forward(Tensor x, MaybeTensor batch_sizes, Tensors state0, Ten
     p.h_n = call.part(h_n, m);
     p.c_n = call.part(c_n, m, layer.has_cell_state());
     p.gates = call.part(gates, m, training);
-    p.cells = call.part(saved_states, m, training && carries);
+    p.saved_states = call.part(saved_states, m, training && carries);
   }
   if (steps.N > 0) Device::forward(call.layers(), params, x, training);
   clear_padding<Device>(call, layer, y, x);
@@ -281,7 +281,7 @@ Backward allocate_backward(Call& call, const Tensor& x, const Tensors& weights,
   Tensors dweights;
   for (size_t i = 0; i < weights.size(); ++i)
     dweights.push_back(make(wanted.weights[i], shape_of(weights[i]), dtype));
-  const Shape preacts = call.of_all({layer.rows, s.D, info(layer.cell).sums, s.H});
+  const Shape preacts = call.of_all({layer.rows, s.D, info(layer.cell).preacts, s.H});
   return {make(wanted.x, shape_of(x), dtype), make(wanted.h0, call.state_shape(s.R), dtype),
           make(wanted.c0, call.state_shape(s.H), dtype), dweights,
           make(wanted.preacts, preacts, compute_dtype(layer.dtype))};
@@ -337,14 +337,14 @@ Backward recurrent_backward(Tensor x, MaybeTensor batch_sizes, Tensors state0, T
   const Wanted wanted(mask, weights.size());
   LSTM_FUSED_CHECK(layer.has_cell_state() || (!wanted.c0 && !dc_n), "cell ", info(layer.cell).name,
                    " has no c0 or c_n to have a gradient");
-  const bool carries = info(layer.cell).memory != Memory::kNone;
+  const bool carries = info(layer.cell).carry != Carry::kNone;
   Tensors kept;
   std::vector<BackwardParams> params;
   for (int64_t m = 0; m < call.models(); ++m) {
     BackwardParams& p = params.emplace_back(params_of<BackwardParams>(call.layers()[m]));
     p.gates = read_saved<Device>(call, m, gates, x, Device::kSaved.gates, false, "gates", kept);
-    p.cells = read_saved<Device>(call, m, saved_states, x, Device::kSaved.saved_states, !carries,
-                                 "saved_states", kept);
+    p.saved_states = read_saved<Device>(call, m, saved_states, x, Device::kSaved.saved_states,
+                                        !carries, "saved_states", kept);
     read_outputs<Device>(call, m, wanted, y, dy, dh_n, dc_n, p);
   }
   Backward out = allocate_backward<Device>(call, x, weights, wanted);

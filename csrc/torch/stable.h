@@ -21,10 +21,10 @@ using Shape = std::vector<int64_t>;
 
 inline int dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return static_cast<int>(DType::kFloat32);
-    case ScalarType::Double: return static_cast<int>(DType::kFloat64);
-    case ScalarType::BFloat16: return static_cast<int>(DType::kBFloat16);
-    case ScalarType::Half: return static_cast<int>(DType::kFloat16);
+#define LSTM_FUSED_CASE(Name, name, Storage, Compute, Torch) \
+  case ScalarType::Torch: return static_cast<int>(DType::k##Name);
+    LSTM_FUSED_DTYPES(LSTM_FUSED_CASE)
+#undef LSTM_FUSED_CASE
     default: return kOtherDType;
   }
 }

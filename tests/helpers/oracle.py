@@ -34,7 +34,7 @@ MOST_DRAWS = 16
 
 def has_cell_state(cell):
     """Whether there is a c beside h; such cells have projections too."""
-    return ops.CELLS[cell]["memory"] == "cell"
+    return ops.CELLS[cell]["carry"] == "cell"
 
 
 @dataclass(frozen=True)

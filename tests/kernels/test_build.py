@@ -121,8 +121,6 @@ def test_plan_invariants():
         assert min(plan.direction_groups, plan.row_groups, plan.unit_groups) >= 1, (case, plan)
         assert plan.direction_groups <= D and plan.row_groups <= max(N, 1), (case, plan)
         assert plan.unit_groups <= -(-H // 16), (case, plan)
-        most_rows = 6 if "avx512" in isa else 3
-        assert 1 <= plan.tile_rows <= min(most_rows, max(N, 1)), (case, plan)
         assert 0 <= plan.hoist_steps <= T, (case, plan)
         assert plan.dtype == dtype
         assert ISAS.index(plan.isa) <= ISAS.index(isa)

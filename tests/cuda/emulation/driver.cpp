@@ -37,7 +37,7 @@ std::vector<float> random(int64_t count, float scale = 1) {
 // One layer's data, forward and backward; (S, D, ...) and (D, N, H) as params.h has them.
 template <class Cell>
 struct Layer {
-  static constexpr int G = Cell::kGates, sums = Cell::kSums;
+  static constexpr int G = Cell::kGates, sums = Cell::kPreacts;
   Case c;
   int64_t S = 0;
   std::vector<int64_t> sizes, offsets{0};
@@ -88,8 +88,8 @@ bool close(float a, float b) {
 // A unit's sums at one step, from h before it.
 template <class Cell>
 void sum(const Layer<Cell>& l, const std::vector<float>& h, int64_t row, int d, int64_t n,
-         int64_t u, float (&sums)[Cell::kSums]) {
-  constexpr int G = Cell::kGates, first = Cell::kSums - G;
+         int64_t u, float (&sums)[Cell::kPreacts]) {
+  constexpr int G = Cell::kGates, first = Cell::kPreacts - G;
   const int64_t H = l.c.H;
   for (float& s : sums) s = 0;
   for (int j = 0; j < G; ++j) {
@@ -106,7 +106,7 @@ bool check_forward(const Layer<Cell>& l) {
   const Case& c = l.c;
   std::vector<float> h = c.state ? l.h0 : std::vector<float>(l.h0.size(), 0.0f);
   std::vector<float> memory = h;
-  if (Cell::kMemory == Memory::kCell)
+  if (Cell::kCarry == Carry::kCell)
     memory = c.state ? l.c0 : std::vector<float>(l.c0.size(), 0.0f);
   bool good = true;
   for (int64_t s = 0; s < c.T; ++s)
@@ -116,7 +116,7 @@ bool check_forward(const Layer<Cell>& l) {
       for (int64_t n = 0; n < active; ++n)
         for (int64_t u = 0; u < c.H; ++u) {
           const int64_t row = l.at(s, d, false, n), at = (d * c.N + n) * c.H + u;
-          float sums[Cell::kSums], cell = 0;
+          float sums[Cell::kPreacts], cell = 0;
           sum(l, before, row, d, n, u, sums);
           h[at] = Cell::forward(sums, memory[at], cell);
           memory[at] = cell;
@@ -125,7 +125,7 @@ bool check_forward(const Layer<Cell>& l) {
     }
   for (size_t i = 0; i < h.size(); ++i) {
     good = good && close(l.h_n[i], h[i]);
-    if (Cell::kMemory == Memory::kCell) good = good && close(l.c_n[i], memory[i]);
+    if (Cell::kCarry == Carry::kCell) good = good && close(l.c_n[i], memory[i]);
   }
   return good;
 }
@@ -133,7 +133,7 @@ bool check_forward(const Layer<Cell>& l) {
 // From what forward saved, which check_forward has judged by its outputs.
 template <class Cell>
 bool check_backward(const Layer<Cell>& l) {
-  constexpr int G = Cell::kGates, kSums = Cell::kSums;
+  constexpr int G = Cell::kGates, kPreacts = Cell::kPreacts;
   const Case& c = l.c;
   const int64_t H = c.H;
   bool good = true;
@@ -142,7 +142,7 @@ bool check_backward(const Layer<Cell>& l) {
       std::vector<float> dh(H), dc(H);
       for (int64_t u = 0; u < H; ++u) {
         dh[u] = l.dh_n[(d * c.N + n) * H + u];
-        dc[u] = Cell::kMemory == Memory::kCell ? l.dc_n[(d * c.N + n) * H + u] : 0;
+        dc[u] = Cell::kCarry == Carry::kCell ? l.dc_n[(d * c.N + n) * H + u] : 0;
       }
       for (int64_t s = 0; s < c.T; ++s) {
         const gpu::StepRows rows = gpu::rows_at(l.steps(), s, d == 0);
@@ -150,10 +150,10 @@ bool check_backward(const Layer<Cell>& l) {
         const int64_t row = (rows.offset + n) * c.D + d;
         std::vector<float> through(H, 0.0f);
         for (int64_t u = 0; u < H; ++u) {
-          float saved[kSums], d_sum[kSums], prev = 0, cell = 0;
-          for (int j = 0; j < kSums; ++j) saved[j] = l.gates[(row * kSums + j) * H + u];
-          if (Cell::kMemory != Memory::kNone) {
-            const std::vector<float>& start = Cell::kMemory == Memory::kCell ? l.c0 : l.h0;
+          float saved[kPreacts], d_sum[kPreacts], prev = 0, cell = 0;
+          for (int j = 0; j < kPreacts; ++j) saved[j] = l.gates[(row * kPreacts + j) * H + u];
+          if (Cell::kCarry != Carry::kNone) {
+            const std::vector<float>& start = Cell::kCarry == Carry::kCell ? l.c0 : l.h0;
             cell = l.cells[row * H + u];
             if (n < rows.after)
               prev = l.cells[((rows.offset_after + n) * c.D + d) * H + u];
@@ -161,18 +161,18 @@ bool check_backward(const Layer<Cell>& l) {
               prev = start[(d * c.N + n) * H + u];
           }
           Cell::backward(saved, prev, cell, dh[u] + l.dy[row * H + u], dc[u], d_sum);
-          for (int j = 0; j < kSums; ++j)
-            good = good && close(l.d_gates[(row * kSums + j) * H + u], d_sum[j]);
+          for (int j = 0; j < kPreacts; ++j)
+            good = good && close(l.d_gates[(row * kPreacts + j) * H + u], d_sum[j]);
           for (int j = 0; j < G; ++j)
             for (int64_t k = 0; k < H; ++k)
-              through[k] += d_sum[kSums - G + j] * l.w[d][(Cell::hidden_gate(j) * H + u) * H + k];
+              through[k] += d_sum[kPreacts - G + j] * l.w[d][(Cell::hidden_gate(j) * H + u) * H + k];
         }
         dh = through;
       }
       for (int64_t u = 0; u < H; ++u) {
-        const float more = Cell::kMemory == Memory::kHidden ? dc[u] : 0;
+        const float more = Cell::kCarry == Carry::kHidden ? dc[u] : 0;
         good = good && close(l.dh0[(d * c.N + n) * H + u], dh[u] + more);
-        if (Cell::kMemory == Memory::kCell)
+        if (Cell::kCarry == Carry::kCell)
           good = good && close(l.dc0[(d * c.N + n) * H + u], dc[u]);
       }
     }
@@ -274,7 +274,7 @@ bool passes(const Case& c, gpu::PlanKind kind) {
   good = good && !error && check_backward(l);
   if (!good)
     std::printf("wrong: %s plan, %d gates, %d sums, T%ld N%ld H%ld D%d%s%s: %s\n", gpu::name(kind),
-                Cell::kGates, Cell::kSums, c.T, c.N, c.H, c.D, c.state ? " state" : "",
+                Cell::kGates, Cell::kPreacts, c.T, c.N, c.H, c.D, c.state ? " state" : "",
                 c.packed ? " packed" : "", error ? error : "numbers");
   return good;
 }

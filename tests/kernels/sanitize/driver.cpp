@@ -87,7 +87,7 @@ class Buffers {
 
 bool run(const Case& c, CellKind cell, Isa isa, DType dtype, int threads) {
   const int64_t G = info(cell).gates;
-  const bool has_c = info(cell).memory == Memory::kCell;
+  const bool has_c = info(cell).carry == Carry::kCell;
   Buffers b(dtype);
   const int64_t R = c.P ? c.P : c.H;
   std::vector<int64_t> sizes, offsets{0};
@@ -120,8 +120,8 @@ bool run(const Case& c, CellKind cell, Isa isa, DType dtype, int threads) {
   f.y = b.nan(S * c.D * R);
   f.h_n = b.nan(c.D * c.N * R);
   if (has_c) f.c_n = b.nan(c.D * c.N * c.H);
-  f.gates = b.nan(c.D * S * info(cell).sums * units, true);
-  if (info(cell).memory != Memory::kNone) f.cells = b.nan(c.D * S * units, true);
+  f.gates = b.nan(c.D * S * info(cell).preacts * units, true);
+  if (info(cell).carry != Carry::kNone) f.saved_states = b.nan(c.D * S * units, true);
   const Problem problem{cell, dtype, c.T, c.N, c.I, c.H, R, c.D, c.P > 0, true};
   const Plan forward = plan_forward(problem, {isa, threads});
   const Kernel& kernel = kernel_for(forward.isa, cell, dtype);
@@ -137,7 +137,7 @@ bool run(const Case& c, CellKind cell, Isa isa, DType dtype, int threads) {
   g.c0 = f.c0;
   g.y = f.y;
   g.gates = f.gates;
-  g.cells = f.cells;
+  g.saved_states = f.saved_states;
   g.dy = b.random(S * c.D * R);
   if (c.state) {
     g.dh_n = b.random(c.D * c.N * R);
@@ -175,7 +175,7 @@ int run_all(CellKind cell, Isa isa, DType dtype, int& ran) {
   int failed = 0;
   for (Case c : cases)
     for (const int threads : {1, 2, 5}) {
-      if (info(cell).memory != Memory::kCell) c.P = 0;  // such a cell has no projection
+      if (info(cell).carry != Carry::kCell) c.P = 0;  // such a cell has no projection
       ++ran;
       if (run(c, cell, isa, dtype, threads)) continue;
       ++failed;

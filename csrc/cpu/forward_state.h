@@ -1,0 +1,209 @@
+// The recurrent states of a forward pass, and the end of each of its steps.
+#pragma once
+
+#include "activations.h"  // first: the cells name sigmoid and tanh
+
+#include "../cells/cells.h"
+#include "arena.h"
+#include "partition.h"
+
+namespace lstm_fused {
+namespace {
+
+template <class S>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+
+template <class A, class B>
+struct Same {
+  static constexpr bool value = false;
+};
+template <class A>
+struct Same<A, A> {
+  static constexpr bool value = true;
+};
+
+template <class Cell>
+struct ParamsOf {
+  using type = ForwardParams;
+  static constexpr bool tangents = false;
+};
+template <class Cell>
+struct ParamsOf<TangentOf<Cell>> {
+  using type = TangentParams;
+  static constexpr bool tangents = true;
+};
+
+// The states that both forward kernels (persistent and direct) keep, and the end of a step: the
+// epilogue from pre-activations to stored states.
+template <class Cell, class S, class M>
+struct ForwardState {
+  using A = typename M::Compute;
+  using E = typename M::Element;
+  using V = Vector<A>;
+  static constexpr int G = Cell::kGates, P = Cell::kPreacts;
+  static constexpr int lanes = VectorOf<A>::lanes;
+  static constexpr bool kCarries = Cell::kCarry != Carry::kNone;
+  static constexpr bool kTangents = ParamsOf<Cell>::tangents;
+  using Params = typename ParamsOf<Cell>::type;
+
+  const Params& p;
+  const int64_t T, N, I, H, R, S_rows;
+  const int64_t Hp, Rp, vectors;
+  E* h;     // (D, 2, N, Rp) hidden states of two steps (double buffering), in the type tiles read
+  A* c;     // (D, N, Hp) the carried state, if any
+  A* full;  // (D, N, Hp) hidden states before a projection, else null
+
+  ForwardState(const Params& params, Arena& arena)
+      : p(params),
+        T(p.size.steps.T),
+        N(p.size.steps.N),
+        I(p.size.I),
+        H(p.size.H),
+        R(p.size.R),
+        S_rows(p.size.steps.rows()),
+        Hp(round_up(H, kBlock)),
+        Rp(round_up(R, 2 * kBlock)),
+        vectors(ceil_div(H, lanes)) {
+    const int D = p.size.D;
+    h = arena.take<E>(D * 2 * N * Rp);
+    c = kCarries ? arena.take<A>(D * N * Hp) : nullptr;
+    full = p.weights[0].w_hr ? arena.take<A>(D * N * Hp) : nullptr;
+  }
+
+  E* hidden(int d, int64_t step, int64_t n) const {
+    return h + ((d * 2 + (step & 1)) * N + n) * Rp;
+  }
+  A* cell(int d, int64_t n) const { return c + (d * N + n) * Hp; }
+
+  // Both hidden buffers start as h0: rows of the reverse direction that begin later read it there.
+  void init_row(int d, int64_t n) const {
+    const S* h0 = static_cast<const S*>(p.h0);
+    const S* c0 = Cell::kCarry == Carry::kHidden ? h0 : static_cast<const S*>(p.c0);
+    for (int step = 0; step < 2; ++step)
+      stage_row(hidden(d, step, n), h0 ? h0 + (d * N + n) * R : nullptr, h0 ? R : 0, Rp);
+    if constexpr (kCarries)
+      stage_row(cell(d, n), c0 ? c0 + (d * N + n) * H : nullptr, c0 ? H : 0, Hp);
+  }
+
+  int64_t time(int d, int64_t step) const { return d == 0 ? step : T - 1 - step; }
+  int64_t active_at(int d, int64_t step) const {
+    return step < T ? p.size.steps.active(time(d, step)) : 0;
+  }
+
+  void put_hidden(int d, int64_t step, int64_t n, int64_t u, V v) const {
+    const int64_t s = p.size.steps.offset(time(d, step)) + n;
+    S* y = static_cast<S*>(p.y) + (s * p.size.D + d) * R + u;
+    store_first(y, v, R - u);
+    store(hidden(d, step + 1, n) + u, round_to(v, S{}));
+  }
+
+  // b_ih and b_hh of pre-activation j, for the vector of units from u on.
+  V bias_sum(const Weights& w, int j, int64_t u) const {
+    V sum = {};
+    if (!w.b_ih) return sum;
+    const auto add = [&](const void* bias, int gate) {
+      sum += load_first<V>(static_cast<const S*>(bias) + gate * H + u, H - u);
+    };
+    if (j < G) add(w.b_ih, Cell::input_gate(j));
+    if (j >= P - G) add(w.b_hh, Cell::hidden_gate(j - (P - G)));
+    return sum;
+  }
+
+  // From the pre-activations of one vector of units of one row to the stored states.
+  LSTM_FUSED_INLINE void finish(int d, int64_t step, int64_t n, int64_t vec, V (&preact)[P]) const {
+    const int64_t u = vec * lanes;
+    if (H - u < lanes)
+      for (int j = 0; j < P; ++j) preact[j] = keep_first(preact[j], H - u);
+    V c_old = {}, c_new = {};
+    if constexpr (kCarries) c_old = load<V>(cell(d, n) + u);
+    V h_new;
+    if constexpr (kTangents) {
+      h_new = tangent(d, step, n, u, preact, c_old, c_new);
+    } else {
+      h_new = Cell::forward(preact, c_old, c_new);
+    }
+    if constexpr (kCarries) store(cell(d, n) + u, c_new);
+    if (p.gates) save(d, step, n, vec, preact, c_new);
+    if (full) {
+      store(full + (d * N + n) * Hp + u, h_new);
+    } else {
+      put_hidden(d, step, n, u, h_new);
+    }
+  }
+
+  // The tangent of h, from those of the pre-activations and of the carried state.
+  LSTM_FUSED_INLINE V tangent(int d, int64_t step, int64_t n, int64_t u, V (&preact)[P],
+                              const V& dc_prev, V& dc) const {
+    const Steps& steps = p.size.steps;
+    const int64_t t = time(d, step), s = steps.offset(t) + n;
+    const auto saved_at = [&](const void* saved, int64_t row) {
+      const int64_t at = (d * p.size.blocks() + u / kBlock) * S_rows + row;
+      return static_cast<const A*>(saved) + at * kBlock;
+    };
+    V saved[P], c_prev = {}, c = {};
+    for (int j = 0; j < P; ++j) {
+      const int64_t at = (d * p.size.blocks() + u / kBlock) * S_rows + s;
+      saved[j] =
+          load<V>(static_cast<const A*>(p.primal_gates) + (at * P + j) * kBlock + u % kBlock);
+      if (p.preacts)
+        preact[j] += load_first<V>(
+            static_cast<const A*>(p.preacts) + ((s * p.size.D + d) * P + j) * H + u, H - u);
+    }
+    if constexpr (kCarries) {
+      c = load<V>(saved_at(p.primal_states, s) + u % kBlock);
+      const int64_t before = steps.before(d, t, n);
+      const S* c0 = static_cast<const S*>(p.primal_c0);
+      if (before >= 0) {
+        c_prev = load<V>(saved_at(p.primal_states, steps.offset(before) + n) + u % kBlock);
+      } else if (c0) {
+        c_prev = load_first<V>(c0 + (d * N + n) * H + u, H - u);
+      }
+    }
+    return Cell::tangent(saved, c_prev, c, preact, dc_prev, dc);
+  }
+
+  LSTM_FUSED_INLINE void save(int d, int64_t step, int64_t n, int64_t vec, const V (&preact)[P],
+                              const V& c_new) const {
+    const int64_t u = vec * lanes;
+    const int64_t s = p.size.steps.offset(time(d, step)) + n;
+    const int64_t at = (d * p.size.blocks() + u / kBlock) * S_rows + s;
+    // No thread computes vectors of the last block that hold no unit: they are cleared here.
+    const int64_t end = vec == vectors - 1 ? kBlock - u % kBlock : lanes;
+    const auto put = [&](void* saved, int64_t row, const V& v) {
+      A* to = static_cast<A*>(saved) + row * kBlock + u % kBlock;
+      store(to, v);
+      for (int64_t l = lanes; l < end; ++l) to[l] = 0;
+    };
+#pragma GCC unroll 8
+    for (int j = 0; j < P; ++j) put(p.gates, at * P + j, preact[j]);
+    if constexpr (kCarries) put(p.saved_states, at, c_new);
+  }
+
+  // Copies the states of rows that end with this step to h_n and c_n.
+  void store_final(int d, int64_t step, const RowGroup& group, Range c_vectors,
+                   Range h_vectors) const {
+    S* h_n = static_cast<S*>(p.h_n);
+    S* c_n = static_cast<S*>(p.c_n);
+    const int64_t continuing = d == 0 ? group.active(active_at(d, step + 1)) : step + 1 < T ? N : 0;
+    for (int64_t i = continuing; i < group.active(active_at(d, step)); ++i) {
+      const int64_t n = group.row(i);
+      for (int64_t v = c_vectors.begin; Cell::kCarry == Carry::kCell && v < c_vectors.end; ++v) {
+        const int64_t u = v * lanes;
+        store_first(c_n + (d * N + n) * H + u, load<V>(cell(d, n) + u), H - u);
+      }
+      for (int64_t v = h_vectors.begin; v < h_vectors.end; ++v) {
+        const int64_t u = v * lanes;
+        store_first(h_n + (d * N + n) * R + u, load<V>(hidden(d, step + 1, n) + u), R - u);
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace lstm_fused

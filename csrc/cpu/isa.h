@@ -1,0 +1,50 @@
+// Instruction sets: the code of one is in the file isa_<name>.cpp.
+#pragma once
+
+#include "../cells/cells.h"
+
+namespace lstm_fused {
+
+// Every ISA there is, slowest first, a row each: its name, bytes of a vector, rows of the largest
+// register tile, whether bfloat16 products are taken in pairs, and whether this machine has it.
+#define LSTM_FUSED_ISAS(ISA)                              \
+  ISA(Baseline, baseline, 16, kBaselineRows, false, true) \
+  ISA(Avx2, avx2, 32, 3, false, kHasAvx2)                 \
+  ISA(Avx512, avx512, 64, 6, false, kHasAvx512)           \
+  ISA(Avx512Bf16, avx512_bf16, 64, 6, true, kHasAvx512&& HAS("avx512bf16"))
+
+#if defined(__aarch64__)
+inline constexpr int kBaselineRows = 6;
+#else
+inline constexpr int kBaselineRows = 3;
+#endif
+
+enum class Isa : int {
+#define LSTM_FUSED_ROW(Name, name, bytes, rows, pairs, available) k##Name,
+  LSTM_FUSED_ISAS(LSTM_FUSED_ROW)
+#undef LSTM_FUSED_ROW
+      kCount
+};
+inline constexpr int kIsaCount = static_cast<int>(Isa::kCount);
+
+struct IsaFacts {
+  const char* name;
+  int vector_bytes;
+  int tile_rows;    // registers decide: 6 x 4 accumulators of 32 registers, 3 x 4 of 16
+  bool bf16_pairs;  // bfloat16 is multiplied two to a lane
+};
+
+constexpr IsaFacts facts(Isa isa) {
+  constexpr IsaFacts all[] = {
+#define LSTM_FUSED_ROW(Name, name, bytes, rows, pairs, available) {#name, bytes, rows, pairs},
+      LSTM_FUSED_ISAS(LSTM_FUSED_ROW)
+#undef LSTM_FUSED_ROW
+  };
+  return all[static_cast<int>(isa)];
+}
+
+inline constexpr const char* name(Isa isa) {
+  return facts(isa).name;
+}
+
+}  // namespace lstm_fused
