@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-// For whatever the ISA files include: a function that was emitted out of line in one of them, for
-// its instructions, must not be the copy that the linker keeps for all.
+// For functions in headers that the ISA files include. Without inlining, one ISA file's copy could
+// become the one the linker keeps for all of them, with instructions that a machine may lack.
 #if defined(__CUDACC__)
 #define LSTM_FUSED_INLINE __host__ __device__ __forceinline__
 #else
@@ -50,12 +50,12 @@ LSTM_FUSED_INLINE constexpr int compute_bytes(DType dtype) {
 // What a cell carries from step to step beside h, in the compute dtype.
 enum class Carry : int {
   kNone,    // nothing
-  kCell,    // a state of its own, c
+  kCell,    // a cell state, c
   kHidden,  // h before it is rounded to the storage dtype: c_0 is h_0
 };
 
-// Hidden units come in blocks of 16 in every packed or saved buffer, whatever the vector length, so
-// that shapes do not depend on the ISA. The last block is zero-padded.
+// Hidden units come in blocks of 16 in every packed or saved buffer, so that shapes do not depend
+// on the ISA's vector length. The last block is zero-padded.
 inline constexpr int kBlock = 16;
 
 LSTM_FUSED_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) {

@@ -1,15 +1,15 @@
-// Every cell there is: an include and a line in the list for each. The list's order is the number
-// the operators know a cell by.
+// Every cell: an include and a row in the list for each. The position in the list is the number by
+// which operators know a cell.
 //
 // A cell is a struct of static members. V is the value a kernel computes with, SIMD lanes on a CPU
 // and a scalar on a GPU; sigmoid(V) and tanh(V) are declared before this header is included.
 //   kGates            blocks of H rows in w_ih, w_hh and the biases, 4 at most
-//   kPreacts             pre-activations of a unit, kGates or more. The input's part of gate
+//   kPreacts          pre-activations of a unit, kGates or more. The input's part of gate
 //                     input_gate(j) adds to pre-activation j, the hidden state's part of
 //                     hidden_gate(j) to pre-activation kPreacts - kGates + j: the first and the
 //                     last of them, so that each part is one run of them. A unit saves as many
 //                     values for backward, which gives as many gradients.
-//   kCarry           what is carried from step to step beside the rounded h (params.h)
+//   kCarry            what is carried from step to step beside the rounded h (params.h)
 //   forward(preact, c_prev, c) -> h
 //                     preact (kPreacts): pre-activations, replaced by what backward needs of them
 //                     c_prev, c: the carried value, read and written

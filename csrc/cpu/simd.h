@@ -7,8 +7,9 @@
 
 #include "../params.h"
 
-// What the ISA file's target has beyond plain vectors, by macros of our own: a compiler may set its
-// own by the command line alone, and not by a target pragma (g++ 12 does not).
+// LSTM_FUSED_F16C and LSTM_FUSED_BF16_PAIRS name what the ISA file's target has beyond plain
+// vectors. The compiler's own macros do not: g++ 12 sets them by command-line options, not by
+// target pragmas.
 #if defined(LSTM_FUSED_F16C)
 #include <immintrin.h>
 #endif

@@ -71,7 +71,7 @@ class Pass {
     return e;
   }
 
-  // Weights (rows, columns) whose rows begin at multiples of 16 bytes: where they lie, or a padded
+  // Weights (rows, columns) whose rows begin at multiples of 16 bytes: in place, or a padded
   // copy.
   struct OperandSlot {
     const char* given;

@@ -69,8 +69,8 @@ struct Tensors {
   }
 };
 
-// A tensor's view with three dimensions of its own: (T, N, I) of a step's (N, I) or (I,), or a part
-// of a state.
+// A tensor's view with three dimensions: (T, N, I) of a step's (N, I) or (I,), or a part of a
+// state. Sizes and strides are members.
 struct View3 {
   int64_t sizes[3], strides[3];
   void* data = nullptr;

@@ -7,7 +7,7 @@ namespace lstm_fused {
 // infer(names, params, x, hx, cell, directions, layers): the layers of a module without gradients,
 // or None to leave the call to the operator (see inference.cpp).
 //   names: list of the weights' names, layer by layer; params: the dict they are looked up in
-//   x: (T, N, I); hx: None, h_0 (L*D, N, H), or for cells with a state of their own a tuple of
+//   x: (T, N, I); hx: None, h_0 (L*D, N, H), or for cells with a cell state a tuple of
 //   h_0 (L*D, N, R) and c_0 (L*D, N, H); cell: its id
 // Returns (y (T, N, D*R), h_n) or (y, (h_n, c_n)).
 //

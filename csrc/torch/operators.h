@@ -133,7 +133,7 @@ Tensor result(bool wanted, const Shape& shape, const Tensor& like, ScalarType dt
   return t;
 }
 
-// How a saved tensor's rows lie: `runs` runs of `rows` rows, each of `bytes`.
+// The rows of a saved tensor: `runs` runs of `rows` rows, each of `bytes`.
 struct SavedRows {
   int64_t runs, rows, bytes;
 

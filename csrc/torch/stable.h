@@ -63,7 +63,7 @@ inline Tensor allocate(const Shape& shape, ScalarType dtype, const Tensor& like)
                              static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
                              torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
                              device_type, like.get_device_index(), &handle) == TORCH_SUCCESS;
-  LSTM_FUSED_CHECK(allocated, "out of memory: no room for a tensor of shape ",
+  LSTM_FUSED_CHECK(allocated, "out of memory for a tensor of shape ",
                    describe(shape.data(), static_cast<int64_t>(shape.size())));
   return Tensor(handle);
 }
@@ -91,8 +91,7 @@ inline Tensor as_contiguous(const Tensor& t) {
   try {
     return torch::stable::contiguous(t);
   } catch (const std::exception&) {
-    refuse("out of memory: no room for a contiguous copy of a tensor of shape ",
-           describe(view_of(t)));
+    refuse("out of memory for a contiguous copy of a tensor of shape ", describe(view_of(t)));
   }
 }
 
