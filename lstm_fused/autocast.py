@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 class OneDNN(NamedTuple):
-    """What torch lets oneDNN run: nothing unless enabled, float32 if it is, and these two."""
+    """What torch runs in oneDNN: nothing unless enabled, else float32 and what is True here."""
 
     enabled: bool
     bfloat16: bool
@@ -49,7 +49,7 @@ def dtypes(call, narrow, onednn):
 
 
 def _runs_in_onednn(call, onednn):
-    """Whether torch.nn.LSTM gives the call to oneDNN: x decides, before autocast casts it."""
+    """Whether torch.nn.LSTM runs the call in oneDNN, by x's dtype before autocast casts it."""
     if not onednn.enabled or call.packed or call.projection or call.empty:
         return False
     if call.x is torch.float16:
@@ -58,7 +58,7 @@ def _runs_in_onednn(call, onednn):
 
 
 def onednn():
-    """This machine's OneDNN, as torch sees it at the moment."""
+    """This machine's OneDNN under torch's current switches."""
     built, bfloat16, float16 = _has()
     return OneDNN(built and torch.backends.mkldnn.enabled, bfloat16, float16)
 

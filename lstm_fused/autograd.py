@@ -40,12 +40,12 @@ from lstm_fused.tangents import has_kernel
 
 
 def _apply_of(rule):
-    """rule.apply at this level alone: Function.apply would begin with the outermost transform."""
+    """rule.apply at the current level only; Function.apply starts at the outermost transform."""
     return super(Function, rule).apply
 
 
 def _primal(t):
-    """t without its tangent of this level."""
+    """t without its tangent at the current level."""
     return None if t is None else torch.ops.aten._fw_primal(t, 0)
 
 
@@ -69,12 +69,12 @@ class LayerForward(Function):
         ctx.set_materialize_grads(False)
         projection = (len(weights) // layer.directions) % 2 == 1
         if not (dispatched or cuda.serves(x)):
-            # The CPU's kernels find h in what is saved beside it, but not after a projection. A
-            # copy leaves the caller free to change y in place.
+            # The CPU's kernels recompute h from what else is saved, except after a projection. A
+            # copy lets the caller change y in place before backward.
             y = y.clone() if projection else None
         kept = (x, batch_sizes, y, gates, saved_states, *tensors)
         if not dispatched and torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
-            kept, ctx.unread = _set_apart_unread(kept, layer, ctx.needs_input_grad[2:])
+            kept, ctx.unread = _save_unread_apart(kept, layer, ctx.needs_input_grad[2:])
         else:
             ctx.unread = {}
         ctx.save_for_backward(*kept)
@@ -133,7 +133,7 @@ class LayerForward(Function):
 record = _apply_of(LayerForward)
 
 
-def _set_apart_unread(kept, layer, needs):
+def _save_unread_apart(kept, layer, needs):
     """Tensors to save for backward without those that it does not read, and these by place.
 
     It reads no bias, and x only for the gradient of w_ih. Not saved, they may be changed in place
@@ -200,7 +200,7 @@ class LayerBackward(Function):
         grads = (dx, dh0, dc0, *dweights, d_preacts)
         ctx.layer, ctx.mask = layer, mask
         unwanted = [g for g, want in zip(grads, mask, strict=True) if not want]
-        # Pre-activations' gradients are asked for by recurrent_backward_samples, below autograd.
+        # Only recurrent_backward_samples asks for the pre-activations' gradients, below autograd.
         ctx.mark_non_differentiable(*unwanted, *([d_preacts] if mask[-1] else []))
         ctx.set_materialize_grads(False)
         batch_sizes, _, _, _, dy, dh_n, dc_n, x, *rest = tensors
@@ -372,7 +372,7 @@ def _jvp_kernel(keyset, *args):
 
 
 def register():
-    """Make the rules the operators' Autograd kernels."""
+    """Register the rules as the operators' Autograd kernels."""
     library.impl("recurrent_forward", _forward_kernel, "Autograd", with_keyset=True)
     library.impl("recurrent_jvp", _jvp_kernel, "Autograd", with_keyset=True)
     for op, name in (

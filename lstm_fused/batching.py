@@ -21,7 +21,7 @@ def _rows_dim(x, saved):
 
 
 def _fold(t, dim, count, at=-2):
-    """t whose examples are at dim, None if they share it, with them in the rows at `at`."""
+    """t with its examples (at dim; None: one for all) folded into the rows, dimension `at`."""
     if t is None:
         return None
     if dim is None:
@@ -35,13 +35,13 @@ def _fold(t, dim, count, at=-2):
 
 
 def _unfold(t, count, at=-2):
-    """t with a dimension of examples again, and where it is."""
+    """(t with the examples as a dimension again, the position of that dimension)."""
     t = t.unflatten(at, (t.shape[at] // count, count))
     return t, t.dim() + at
 
 
 def _as_models(t, dim, count, several):
-    """t whose examples are at dim, None if they share it, as models; several: it had some."""
+    """t with its examples (at dim; None: one for all) as models; several: t has models already."""
     if t is None:
         return None
     t = t.unsqueeze(0).expand(count, *t.shape) if dim is None else t.movedim(dim, 0)
@@ -53,7 +53,7 @@ def _of_models(t, count, several):
 
 
 class _Examples:
-    """How the examples of one call are laid out for the operator, and its results parted again."""
+    """The layout of one call's examples for the operator, and the inverse for its results."""
 
     def __init__(self, info, x, weights, weight_dims, batch_sizes, batch_sizes_dim, as_models):
         if batch_sizes_dim is not None:
@@ -87,7 +87,7 @@ class _Examples:
         return [_as_models(t, d, self.count, self.several) for t, d in zip(ts, dims, strict=True)]
 
     def part(self, t, at=-2):
-        """(a result with a dimension of examples, where it is); an empty result has none."""
+        """(a result with a dimension of examples, its position); an empty result has none."""
         if t.dim() == 1 and t.shape[0] == 0:
             return t, None
         if self.as_models:
@@ -141,7 +141,7 @@ def _lay_out_backward(info, in_dims, args, as_models):
 
 
 def _parted_gradients(examples, found, part_weight):
-    """Results of a backward operator with a dimension of examples, and where it is in each.
+    """Results of a backward operator with a dimension of examples, and its position in each.
 
     part_weight: (gradient of a weight with that dimension, where it is).
     """
@@ -215,7 +215,7 @@ def _jvp_rule(info, in_dims, *args):
 
 
 def register():
-    """Make the rules the operators' rules of torch.vmap."""
+    """Register the rules with torch.vmap."""
     register_vmap(forward_op, _forward_rule)
     register_vmap(backward_op, _backward_rule)
     register_vmap(samples_op, _samples_rule)

@@ -80,7 +80,7 @@ def check_hidden(module, hx, dims, rows):
 
 
 def _unpack_odd_state(hx, dims):
-    """A list of two is as good as a tuple, and so are two states stacked for an unbatched input."""
+    """(h_0, c_0) from a list, or from two states stacked for an unbatched input."""
     if isinstance(hx, Tensor):
         problem = f"hx must be a tuple (h_0, c_0), got a Tensor of shape {tuple(hx.shape)}"
         if dims is None or hx.dim() > 3:

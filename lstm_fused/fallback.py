@@ -12,8 +12,8 @@ _FUSED_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.f
 _PLAIN_TYPES = frozenset((Tensor, Parameter))
 TRACED = "torch.jit.trace records torch's op, for programs without lstm_fused"
 _warned = set()
-# What torch.nn's forward of a layer calls on the module. Ours calls the first likewise; a module
-# that has one of the others to itself runs through torch.
+# Methods that torch.nn's forward of a layer calls on the module. Our forward calls the first of
+# them too. A module that overrides one of the others runs through torch.
 CALLED_BY_TORCH = (
     "check_input",
     "check_forward_args",
@@ -58,7 +58,7 @@ def fallback_reason(x, hx, weights):
 def _device_reason(device):
     if device.type != "cuda":
         return f"the input is on {device}, the fused kernels run on cpu and cuda"
-    # While compiling, an old device is left to the operator to refuse.
+    # While compiling, the operator itself refuses a device that is too old.
     reason = None if torch.compiler.is_compiling() else cuda.unsupported_reason(device)
     return reason and f"the input is on {device}: {reason}"
 
@@ -101,7 +101,7 @@ class Fused:
         return result
 
     def _fx_leaf(self, input, hx, **more):
-        """torch.fx keeps torch.nn's own modules whole; this one asks for the same."""
+        """Make torch.fx treat this module as a leaf, as it does torch.nn's modules."""
         tracer = input.tracer
         return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, hx), more)
 
@@ -130,7 +130,7 @@ class Fused:
 
 
 def overridden(cls, base, names=CALLED_BY_TORCH):
-    """Those of names that cls, derived from base of torch.nn, has to itself."""
+    """Those of names that cls overrides, where base is the class of torch.nn it derives from."""
     return tuple(n for n in names if getattr(cls, n, None) is not getattr(base, n, None))
 
 

@@ -44,7 +44,7 @@ def gradient_flow(module, input, hx=None, *, loss=None):
     if not isinstance(input, torch.Tensor):
         raise TypeError(f"input must be a tensor, got {type(input).__name__}")
     with torch.inference_mode(False), torch.enable_grad():
-        # Whatever is frozen, every h_t has a gradient, because it follows from input.
+        # Every h_t has a gradient, since it depends on input, even if all weights are frozen.
         input = input.detach().clone()
         _check(module, input, hx)
         input.requires_grad_()
@@ -62,7 +62,7 @@ def gradient_flow(module, input, hx=None, *, loss=None):
 
 
 def _check(module, input, hx):
-    """Let the module itself object to what does not fit, on one step of the input."""
+    """Have the module raise its errors for arguments that do not fit, on one step of the input."""
     time = 1 if module.batch_first and input.dim() == 3 else 0
     if input.dim() in (2, 3) and input.shape[time] == 0:
         raise ValueError("input must have at least one step")

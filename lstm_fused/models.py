@@ -1,4 +1,4 @@
-"""Calls of several models: every tensor but batch_sizes then has a first dimension of them.
+"""Calls of several models: every tensor but batch_sizes has a first dimension of models.
 
 One call runs models of the same sizes and options with weights of their own, as an ensemble does.
 """
@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_map
 
 
 def several(weights):
-    """Whether weights have a dimension of models: w_hh is the second and else (G * H, R)."""
+    """Whether weights have a dimension of models; w_hh, the second, is (G * H, R) without one."""
     return weights[1].dim() == 3
 
 

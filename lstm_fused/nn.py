@@ -1,4 +1,4 @@
-"""torch.nn's LSTM, GRU and RNN with our kernels under them."""
+"""LSTM, GRU and RNN: torch.nn's modules, computed by the fused kernels."""
 
 import torch
 

@@ -49,7 +49,7 @@ class _Graph:
         return tuple(value.shape)
 
     def is_zeros(self, value):
-        """Whether it is known to be zeros, as an export gives a layer without hx."""
+        """Whether the value is known to be zeros, as an export passes them for a missing hx."""
         node = value.producer()
         while node is not None and node.op_type == "CastLike":
             node = node.inputs[0].producer()
@@ -77,7 +77,7 @@ class _TracedGraph:
         return self.graph.op(name, *map(self._given, inputs), outputs=outputs, **named)
 
     def _given(self, value):
-        """The value, or what stands for an input that is left out."""
+        """The value, or ONNX's placeholder for an input that is left out."""
         if value is not None:
             return value
         none = self.graph.op("prim::Constant")
@@ -182,7 +182,7 @@ def _layer(g, x, lengths, state0, weights, cell, directions):
 
 
 def _at_lengths(g, y, ends, lengths, state0):
-    """y with zeros in the padding, and the states of rows without a step as they were."""
+    """y with zeros in the padding, and the initial states of rows without a step."""
     zero = _zero_like(g, y)
     steps = g.op("Unsqueeze", _range(g, _size(g, y, 0)), g.constant([1]))
     within = g.op("Unsqueeze", g.op("Less", steps, lengths), g.constant([2]))
@@ -195,7 +195,7 @@ def _at_lengths(g, y, ends, lengths, state0):
 
 
 def _without_projection(g, x, lengths, h0, parts):
-    """The same layer for a node that has no projection: it carries what is not projected yet.
+    """A layer with a projection as an ONNX node without one, which carries h before the projection.
 
     The recurrent product is W_hh (W_hr h) = (W_hh W_hr) h. What that cannot give, W_hh h_0 in the
     first step of each direction, comes as further inputs: h_0 there, zeros elsewhere.
@@ -245,7 +245,7 @@ def _packed_layer(g, x, batch_sizes, state0, weights, cell, directions):
     width = g.op("Slice", width, g.constant([2]), g.constant([3]))
     rows = g.op("Reshape", y, g.op("Concat", merged, width, axis=0))
     rows = g.op("Compress", rows, g.op("Reshape", alive, merged), axis=0)
-    # Rows of x beyond the batch sizes' sum are of no step: zeros, as the operator gives.
+    # Rows of x beyond the batch sizes' sum belong to no step: their y is zero.
     missing = g.op("Sub", _size(g, x, 0), _size(g, rows, 0))
     shape = g.op("Concat", g.op("Unsqueeze", missing, g.constant([0])), width, axis=0)
     rest = g.op("Expand", _zero_like(g, y), shape)
@@ -253,12 +253,12 @@ def _packed_layer(g, x, batch_sizes, state0, weights, cell, directions):
 
 
 def _none(g, like):
-    """What stands for an output that there is not: (0,)."""
+    """An empty tensor (0,), for an output that the operator does not have."""
     return g.op("Expand", _zero_like(g, like), g.constant([0]))
 
 
 def _forward(g, x, batch_sizes, state0, weights, cell, directions, training):
-    """``lstm_fused::recurrent_forward``; what it saves for backward is not there."""
+    """``lstm_fused::recurrent_forward``, with empty outputs for what is saved for backward."""
     if batch_sizes is None:
         y, h_n, c_n = _layer(g, x, None, state0, weights, CELLS[cell]["name"], directions)
     else:
@@ -278,7 +278,7 @@ _OPERATORS = {"recurrent_forward": _forward, "recurrent_padded": _padded}
 
 
 def _register(_):
-    """Give the exporter on torch.export our operators, as its own torchlib gives it torch's."""
+    """Register our operators with the exporter on torch.export, as torchlib registers torch's."""
     from torch.onnx._internal.exporter._torchlib import _torchlib_registry as registry
 
     for name, write in _OPERATORS.items():
@@ -291,7 +291,7 @@ def _register(_):
 
 
 def _register_traced(registration):
-    """Give the exporter on TorchScript our operators."""
+    """Register our operators with the exporter on TorchScript."""
 
     for name, write in _OPERATORS.items():
 
@@ -302,7 +302,7 @@ def _register_traced(registration):
 
 
 def _traced(argument):
-    """What a traced argument holds: the value of a tensor, several, a number, or None."""
+    """The content of a traced argument: a tensor's value, a list of them, a number, or None."""
     from torch.onnx import symbolic_helper
 
     if argument.node().kind() == "prim::ListConstruct":

@@ -23,8 +23,8 @@ def layer(x, lengths, state0, weights, cell="lstm", directions=1):
     and the final states, each row's at its own end; a row of length 0 keeps its initial state.
     """
     number = ops.CELLS[cell]["id"]
-    # An export keeps the operator, for ONNX to find. A compiler's cache of graphs must not: what it
-    # stands for may be another in the next version.
+    # An exported program keeps the operator, which ONNX export needs. A compiled graph must not
+    # keep it: the compiler's cache outlives this version of the decomposition.
     compiled = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
     run = _padded if compiled else padded_op
     y, h_n, c_n = run(x, lengths, list(state0), list(weights), number, directions)
@@ -54,7 +54,7 @@ def _padded(x, lengths, state0, weights, cell, directions):
     # The last entry counts the padding behind the packed data, negative: csrc/layer.h. One row more
     # than there is, so that it is never 0.
     batch_sizes = torch.cat((alive.sum(1), total - (T * N + 1)))
-    # Packed data holds step by step the rows alive; (t, n) becomes its row at[t * N + n].
+    # Packed data holds the active rows step by step; (t, n) becomes row at[t * N + n] of it.
     at = torch.where(flat, flat.cumsum(0), total + (~flat).cumsum(0)) - 1
     at = at.view(T, N)[:, order.argsort()].flatten()
     source = torch.cat((at.argsort(), at.new_zeros(1))).to(x.device)

@@ -61,7 +61,7 @@ class Recurrent(Fused):
         return (errors.check_hidden(self, hx, dims, rows),)
 
     def _as_given(self, state):
-        """States the way the user gives and gets them."""
+        """States in the form in which the user passes and receives them."""
         return state[0]
 
     def _as_state(self, given):
@@ -197,7 +197,7 @@ class Recurrent(Fused):
         return pad_packed_sequence(y, total_length=x.shape[0])[0], self._as_state(state)
 
     def _no_steps(self, x, state):
-        """What _forward_rows would return if x (T, N, I) had no row with a step."""
+        """The result of _forward_rows for x (T, N, I) without a row of at least one step."""
         y, zeros = self._zeros(x, *x.shape[:2])
         h_n, *c_n = state or zeros
         if not torch.is_autocast_enabled(x.device.type):
@@ -258,7 +258,7 @@ class Recurrent(Fused):
         return x, tuple([torch.cat(s) for s in zip(*ends, strict=True)])
 
     def _profiled(self, k):
-        """A context that names layer k to a profiler that is running."""
+        """A context that names layer k to a running profiler."""
         if torch.compiler.is_compiling() or not torch._C._autograd._profiler_enabled():
             return _NOT_PROFILED
         return torch.profiler.record_function(f"lstm_fused.{self._torch_class.__name__} layer {k}")
@@ -303,7 +303,7 @@ class Recurrent(Fused):
 
 
 def _is_captured():
-    """Whether a graph is being made for other values than those here: nothing may read them."""
+    """Whether a graph is being captured, so that no tensor's values may be read."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 

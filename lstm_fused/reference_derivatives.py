@@ -17,7 +17,7 @@ from lstm_fused.cuda import CELLS
 
 @dataclass(frozen=True)
 class Layer:
-    """What a call of an operator says beside its tensors."""
+    """The arguments of an operator's call that are no tensors."""
 
     cell: int
     directions: int
@@ -46,7 +46,7 @@ def replaced(tensors, places, others):
 
 
 def with_moved(tensors, moving, call):
-    """call as a function of the tensors at the places `moving` alone."""
+    """call as a function of only the tensors at the positions `moving`."""
     return lambda *moved: call(replaced(tensors, moving, moved))
 
 
@@ -63,7 +63,7 @@ def _recording():
 
 
 def _leaf(t):
-    """An alias of t that gradients are recorded for: one for each place of a tensor given twice."""
+    """An alias of t that requires a gradient; a tensor given twice gets two."""
     alias = t.view_as(t)
     return alias if alias.requires_grad else alias.requires_grad_()
 
@@ -83,7 +83,7 @@ def _pull(call, args, cotangents):
 
 
 def _one_by_one(run, in_dims=0, out_dims=0):
-    """torch.func.vmap for where it cannot begin: inside an operator's kernel."""
+    """torch.func.vmap for inside an operator's kernel, where a transform cannot begin."""
 
     def each(*args):
         dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(args)
@@ -118,12 +118,12 @@ class Tools:
     vmap: Callable
 
     def push(self, call, args, tangents):
-        """The Jacobian-vector product of call(*args): pull is linear in u, so that its is this."""
+        """The Jacobian-vector product of call(*args): the transpose of pull, linear in u."""
         u = [torch.zeros_like(out) for out in call(*args)]
         return self.pull(lambda *u: self.pull(call, args, u), u, tangents)
 
 
-# Between two calls of operators, where a transform can begin, and inside of an operator's kernel.
+# For use between calls of operators, where a transform can begin, and inside an operator's kernel.
 BETWEEN = Tools(_func_pull, torch.func.vmap)
 INSIDE = Tools(_pull, _one_by_one)
 

@@ -66,7 +66,7 @@ def restore(model):
 
 
 class _LeftAlone(Exception):
-    """A module keeps its class, for the reason in the message."""
+    """Raised for a module that keeps its class; the message says why."""
 
 
 def _exchange(model, class_for, caller):
@@ -99,7 +99,7 @@ def _become(module, cls):
 
 
 def _plain_class(module):
-    """Its class, without the one that torch.nn.utils.parametrize has put before it."""
+    """The module's class, without the subclass that torch.nn.utils.parametrize made of it."""
     cls = type(module)
     base = cls.__bases__[0]
     if is_parametrized(module) and cls.__name__ == f"Parametrized{base.__name__}":
@@ -108,13 +108,13 @@ def _plain_class(module):
 
 
 def _rebase(cls, base):
-    """The class torch.nn.utils.parametrize made, on another base."""
+    """The class that torch.nn.utils.parametrize made, with another base."""
     namespace = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
     return type(cls)(cls.__name__, (base,), namespace)
 
 
 def _fused_class(module):
-    """The class that replace gives, None for what is ours already or no recurrent module."""
+    """The fused class for a module; None if it is fused already or not recurrent."""
     if isinstance(module, torch.jit.ScriptModule):
         if module.original_name in {theirs.__name__ for theirs in OURS}:
             raise _LeftAlone("compiled by TorchScript")
@@ -142,7 +142,7 @@ def _fused_class(module):
 
 
 def _torch_class(module):
-    """The class that restore gives, None for what is not ours."""
+    """torch.nn's or the user's class for a fused module; None for any other module."""
     if not isinstance(module, Fused):
         return None
     _check_not_wrapped(module)
@@ -155,7 +155,7 @@ def _torch_class(module):
 
 
 def _check_not_wrapped(module):
-    """Refuse a module that torch.distributed has given a class, of which it keeps account."""
+    """Refuse a module whose class torch.distributed made and keeps track of."""
     for cls in type(module).__mro__:
         if cls.__module__.startswith("torch.distributed"):
             raise _LeftAlone(
@@ -164,13 +164,13 @@ def _check_not_wrapped(module):
 
 
 def _names_of(ours):
-    """What our classes call things inside, which no class of the user's may take."""
+    """The attribute names that our classes use internally; a user's class must not define them."""
     names = {name for cls in ours.__mro__ if issubclass(cls, Fused) for name in vars(cls)}
     return sorted(name for name in names if name != "forward" and not name.startswith("__"))
 
 
 class _Derived:
-    """A module of a class made by _derived, which pickle cannot find by its name."""
+    """Pickling for classes made by _derived, which pickle cannot find by name."""
 
     def __reduce_ex__(self, protocol):
         make, args, *rest = super().__reduce_ex__(protocol)
@@ -181,7 +181,7 @@ class _Derived:
 
 
 def _derived(ours, theirs):
-    """The class of the same name derived from ours and theirs, one of the user's."""
+    """A class derived from ours and from theirs, a user's class, with the name of theirs."""
     for cls in type.__subclasses__(theirs):
         if vars(cls).get("_user_class") is theirs:
             return cls

@@ -57,7 +57,7 @@ class _Products:
         )
 
     def gradient(self, d, which):
-        """Of a direction's w_ih, w_hh, b_ih or b_hh, by its place: (samples, *its shape)."""
+        """(samples, *shape) of a direction's weight: 0 w_ih, 1 w_hh, 2 b_ih, 3 b_hh."""
         d_preacts = self.d_preacts[:, d]  # (S, P, H)
         of_input = which % 2 == 0
         part = d_preacts[:, : self.G] if of_input else d_preacts[:, -self.G :]
@@ -99,5 +99,5 @@ def states_before(x, batch_sizes, state0, y, d, directions):
 
 
 def register():
-    """Make `run` the operator's kernel, on every device."""
+    """Register `run` as the operator's kernel, on every device."""
     library.impl("recurrent_backward_samples", run, "CompositeExplicitAutograd")

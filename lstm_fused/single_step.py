@@ -1,4 +1,4 @@
-"""torch.nn's LSTMCell, GRUCell and RNNCell with our kernels under them: one step of a layer."""
+"""LSTMCell, GRUCell and RNNCell: one step of a layer, by the fused kernels."""
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class Cell(Fused):
         raise NotImplementedError
 
     def _state(self, input, hx):
-        """hx as a tuple of what may be states, right or not."""
+        """hx as a tuple of states that have not been checked yet."""
         return (hx,)
 
     def forward(self, input, hx=None):
@@ -134,7 +134,7 @@ class LSTMCell(Cell, torch.nn.LSTMCell):
         return "lstm"
 
     def _state(self, input, hx):
-        """Two in a sequence; for one row stacked in a tensor, too."""
+        """Two states in a sequence, or for a single row also stacked in a tensor."""
         stacked = isinstance(hx, Tensor) and hx.dim() > 0 and input.dim() == 1
         return (tuple(hx) if stacked or isinstance(hx, (tuple, list)) else ()) or (hx,)
 

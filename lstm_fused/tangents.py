@@ -20,7 +20,7 @@ def has_kernel(x, weights, directions):
 
 
 def run(x, batch_sizes, state0, weights, y, gates, saved_states, tangents, cell, directions):
-    """The tangents of y, h_n and c_n; 16-bit tensors are computed with in float32."""
+    """The tangents of y, h_n and c_n; of 16-bit tensors computed in float32."""
     info = CELLS[cell]
     compute = gates.dtype
 
@@ -86,5 +86,5 @@ def _preacts(x, batch_sizes, state0, y, d_weights, info, directions):
 
 
 def register():
-    """Make `run` the operator's kernel."""
+    """Register `run` as the operator's kernel."""
     library.impl("recurrent_jvp", run, "CompositeExplicitAutograd")
