@@ -106,8 +106,7 @@ bool check_forward(const Layer<Cell>& l) {
   const Case& c = l.c;
   std::vector<float> h = c.state ? l.h0 : std::vector<float>(l.h0.size(), 0.0f);
   std::vector<float> memory = h;
-  if (Cell::kCarry == Carry::kCell)
-    memory = c.state ? l.c0 : std::vector<float>(l.c0.size(), 0.0f);
+  if (Cell::kCarry == Carry::kCell) memory = c.state ? l.c0 : std::vector<float>(l.c0.size(), 0.0f);
   bool good = true;
   for (int64_t s = 0; s < c.T; ++s)
     for (int d = 0; d < c.D; ++d) {
@@ -165,15 +164,15 @@ bool check_backward(const Layer<Cell>& l) {
             good = good && close(l.d_gates[(row * kPreacts + j) * H + u], d_sum[j]);
           for (int j = 0; j < G; ++j)
             for (int64_t k = 0; k < H; ++k)
-              through[k] += d_sum[kPreacts - G + j] * l.w[d][(Cell::hidden_gate(j) * H + u) * H + k];
+              through[k] +=
+                  d_sum[kPreacts - G + j] * l.w[d][(Cell::hidden_gate(j) * H + u) * H + k];
         }
         dh = through;
       }
       for (int64_t u = 0; u < H; ++u) {
         const float more = Cell::kCarry == Carry::kHidden ? dc[u] : 0;
         good = good && close(l.dh0[(d * c.N + n) * H + u], dh[u] + more);
-        if (Cell::kCarry == Carry::kCell)
-          good = good && close(l.dc0[(d * c.N + n) * H + u], dc[u]);
+        if (Cell::kCarry == Carry::kCell) good = good && close(l.dc0[(d * c.N + n) * H + u], dc[u]);
       }
     }
   return good;
