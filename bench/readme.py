@@ -1,12 +1,13 @@
-"""What README shows of committed results, between two markers; nothing there is typed by hand."""
+"""What docs/benchmarks.md shows of committed results, between two markers."""
 
+import os
 import re
 from pathlib import Path
 
 from bench import chart, machine, report
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+README = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
@@ -15,7 +16,7 @@ def block(paths: list[Path]) -> str:
     parts = []
     for path in paths:
         name = path.resolve()
-        shown = name.relative_to(ROOT) if name.is_relative_to(ROOT) else name
+        shown = Path(os.path.relpath(name, README.parent)) if name.is_relative_to(ROOT) else name
         result = report.load(path)
         title = machine.title(result["machine"])
         parts.append(f"![{title}: speed-up by regime]({shown.with_suffix('.svg')})")
@@ -25,7 +26,7 @@ def block(paths: list[Path]) -> str:
 
 def paths_in(block: str) -> list[Path]:
     """The results files that a block was made from."""
-    return [ROOT / name for name in re.findall(r"From \[(.+?)\]", block)]
+    return [(README.parent / name).resolve() for name in re.findall(r"From \[(.+?)\]", block)]
 
 
 def between_markers(text: str, block: str) -> str:
