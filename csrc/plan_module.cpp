@@ -94,24 +94,6 @@ py::dict cells() {
   return all;
 }
 
-py::dict build_info() {
-  py::dict info;
-  info["version"] = LSTM_FUSED_VERSION;
-  info["compiler"] = __VERSION__;
-  info["torch"] = LSTM_FUSED_BUILT_WITH_TORCH;
-  info["cuda"] = static_cast<bool>(LSTM_FUSED_CUDA);
-  std::vector<std::string> isas;
-#if defined(__x86_64__)
-  for (int i = 0; i < kIsaCount; ++i) isas.push_back(name(static_cast<Isa>(i)));
-#else
-  isas.push_back(name(Isa::kBaseline));
-#endif
-  info["isas"] = isas;
-  return info;
-}
-
-}  // namespace
-
 py::tuple dims_of(const SavedLayout& layout) {
   py::tuple dims(layout.count);
   for (int i = 0; i < layout.count; ++i) dims[i] = lstm_fused::name(layout.dims[i]);
@@ -129,6 +111,20 @@ py::dict saved_layouts() {
   }
   return all;
 }
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = LSTM_FUSED_VERSION;
+  info["compiler"] = __VERSION__;
+  info["torch"] = LSTM_FUSED_BUILT_WITH_TORCH;
+  info["cuda"] = static_cast<bool>(LSTM_FUSED_CUDA);
+  std::vector<std::string> isas;
+  for (int i = 0; i < kIsaCount; ++i) isas.push_back(name(static_cast<Isa>(i)));
+  info["isas"] = isas;
+  return info;
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_plan, m) {
   py::class_<Plan>(m, "Plan")

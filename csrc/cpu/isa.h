@@ -7,11 +7,15 @@ namespace lstm_fused {
 
 // Every ISA there is, slowest first, a row each: its name, bytes of a vector, rows of the largest
 // register tile, whether bfloat16 products are taken in pairs, and whether this machine has it.
+#if defined(__x86_64__)
 #define LSTM_FUSED_ISAS(ISA)                              \
   ISA(Baseline, baseline, 16, kBaselineRows, false, true) \
   ISA(Avx2, avx2, 32, 3, false, kHasAvx2)                 \
   ISA(Avx512, avx512, 64, 6, false, kHasAvx512)           \
   ISA(Avx512Bf16, avx512_bf16, 64, 6, true, kHasAvx512&& HAS("avx512bf16"))
+#else
+#define LSTM_FUSED_ISAS(ISA) ISA(Baseline, baseline, 16, kBaselineRows, false, true)
+#endif
 
 #if defined(__aarch64__)
 inline constexpr int kBaselineRows = 6;
@@ -41,6 +45,11 @@ constexpr IsaFacts facts(Isa isa) {
 #undef LSTM_FUSED_ROW
   };
   return all[static_cast<int>(isa)];
+}
+
+// The ISA whose code runs what is not multiplied in pairs: the row before.
+constexpr Isa without_pairs(Isa isa) {
+  return facts(isa).bf16_pairs ? static_cast<Isa>(static_cast<int>(isa) - 1) : isa;
 }
 
 inline constexpr const char* name(Isa isa) {

@@ -9,10 +9,4 @@
 const lstm_fused::Kernel* lstm_fused::kernels_avx2(CellKind cell, DType dtype) {
   return kernel_of(cell, dtype);
 }
-#else
-#include "kernels.h"
-
-const lstm_fused::Kernel* lstm_fused::kernels_avx2(CellKind, DType) {
-  return nullptr;
-}
 #endif

@@ -10,10 +10,4 @@
 const lstm_fused::Kernel* lstm_fused::kernels_avx512_bf16(CellKind cell, DType dtype) {
   return kernel_of(cell, dtype);
 }
-#else
-#include "kernels.h"
-
-const lstm_fused::Kernel* lstm_fused::kernels_avx512_bf16(CellKind, DType) {
-  return nullptr;
-}
 #endif

@@ -17,7 +17,7 @@ struct Kernel {
   bool (*tangent)(const TangentParams&, const Plan&);
 };
 
-// kernels_<isa>(cell, dtype); null where the ISA file is not compiled for this architecture.
+// kernels_<isa>(cell, dtype), each in its ISA file.
 #define LSTM_FUSED_ROW(Name, name, bytes, rows, pairs, available) \
   const Kernel* kernels_##name(CellKind cell, DType dtype);
 LSTM_FUSED_ISAS(LSTM_FUSED_ROW)

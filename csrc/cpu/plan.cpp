@@ -96,7 +96,7 @@ Plan with_partition(const Problem& p, const Machine& m, KernelKind kernel, const
   Plan plan{};
   plan.kernel = kernel;
   plan.dtype = p.dtype;
-  plan.isa = m.isa == Isa::kAvx512Bf16 && !multiplies_pairs(m.isa, p.dtype) ? Isa::kAvx512 : m.isa;
+  plan.isa = multiplies_pairs(m.isa, p.dtype) ? m.isa : without_pairs(m.isa);
   plan.threads = part.threads();
   plan.direction_groups = part.direction_groups;
   plan.row_groups = part.row_groups;
@@ -113,7 +113,7 @@ Plan plan_forward(const Problem& p, const Machine& m) {
   const Partition part = best_partition(p, m, kernel);
   Plan plan = with_partition(p, m, kernel, part);
   if (direct) {
-    if (plan.isa == Isa::kAvx512Bf16) plan.isa = Isa::kAvx512;
+    plan.isa = without_pairs(plan.isa);
     return plan;
   }
   const int64_t rows = std::max<int64_t>(1, ceil_div(p.N, part.row_groups));

@@ -64,7 +64,7 @@ LSTM_FUSED_INLINE To bit_cast(const From& from) {
   return to;
 }
 
-// v held to [low, high]; NaN stays NaN. The instructions return their last operand where one is
+// v clamped to [low, high]; NaN stays NaN. The instructions return their last operand where one is
 // NaN; g++ 12 finds them by itself for no vector of these.
 #if defined(LSTM_FUSED_F16C) && LSTM_FUSED_VECTOR_BYTES == 64
 LSTM_FUSED_INLINE VFloat clamp(VFloat v, float low, float high) {

@@ -37,7 +37,7 @@ std::vector<float> random(int64_t count, float scale = 1) {
 // One layer's data, forward and backward; (S, D, ...) and (D, N, H) as params.h has them.
 template <class Cell>
 struct Layer {
-  static constexpr int G = Cell::kGates, sums = Cell::kPreacts;
+  static constexpr int G = Cell::kGates, preacts = Cell::kPreacts;
   Case c;
   int64_t S = 0;
   std::vector<int64_t> sizes, offsets{0};
@@ -65,7 +65,7 @@ struct Layer {
     y.assign(S * c.D * c.H, NAN);
     h_n.assign(states, NAN);
     c_n = dh0 = dc0 = h_n;
-    gates.assign(S * c.D * sums * c.H, NAN);
+    gates.assign(S * c.D * preacts * c.H, NAN);
     cells.assign(S * c.D * c.H, NAN);
     d_gates = gates;
   }
@@ -85,19 +85,19 @@ bool close(float a, float b) {
   return std::fabs(a - b) <= 2e-4f * (1 + std::fabs(b));
 }
 
-// A unit's sums at one step, from h before it.
+// A unit's preacts at one step, from h before it.
 template <class Cell>
 void sum(const Layer<Cell>& l, const std::vector<float>& h, int64_t row, int d, int64_t n,
-         int64_t u, float (&sums)[Cell::kPreacts]) {
+         int64_t u, float (&preacts)[Cell::kPreacts]) {
   constexpr int G = Cell::kGates, first = Cell::kPreacts - G;
   const int64_t H = l.c.H;
-  for (float& s : sums) s = 0;
+  for (float& s : preacts) s = 0;
   for (int j = 0; j < G; ++j) {
     const int in = Cell::input_gate(j), hidden = Cell::hidden_gate(j);
-    sums[j] += l.pre[(row * G + in) * H + u] + l.b_ih[d][in * H + u];
-    sums[first + j] += l.b_hh[d][hidden * H + u];
+    preacts[j] += l.pre[(row * G + in) * H + u] + l.b_ih[d][in * H + u];
+    preacts[first + j] += l.b_hh[d][hidden * H + u];
     for (int64_t k = 0; k < H; ++k)
-      sums[first + j] += l.w[d][(hidden * H + u) * H + k] * h[(d * l.c.N + n) * H + k];
+      preacts[first + j] += l.w[d][(hidden * H + u) * H + k] * h[(d * l.c.N + n) * H + k];
   }
 }
 
@@ -105,8 +105,9 @@ template <class Cell>
 bool check_forward(const Layer<Cell>& l) {
   const Case& c = l.c;
   std::vector<float> h = c.state ? l.h0 : std::vector<float>(l.h0.size(), 0.0f);
-  std::vector<float> memory = h;
-  if (Cell::kCarry == Carry::kCell) memory = c.state ? l.c0 : std::vector<float>(l.c0.size(), 0.0f);
+  std::vector<float> carried = h;
+  if (Cell::kCarry == Carry::kCell)
+    carried = c.state ? l.c0 : std::vector<float>(l.c0.size(), 0.0f);
   bool good = true;
   for (int64_t s = 0; s < c.T; ++s)
     for (int d = 0; d < c.D; ++d) {
@@ -115,16 +116,16 @@ bool check_forward(const Layer<Cell>& l) {
       for (int64_t n = 0; n < active; ++n)
         for (int64_t u = 0; u < c.H; ++u) {
           const int64_t row = l.at(s, d, false, n), at = (d * c.N + n) * c.H + u;
-          float sums[Cell::kPreacts], cell = 0;
-          sum(l, before, row, d, n, u, sums);
-          h[at] = Cell::forward(sums, memory[at], cell);
-          memory[at] = cell;
+          float preacts[Cell::kPreacts], cell = 0;
+          sum(l, before, row, d, n, u, preacts);
+          h[at] = Cell::forward(preacts, carried[at], cell);
+          carried[at] = cell;
           good = good && close(l.y[row * c.H + u], h[at]);
         }
     }
   for (size_t i = 0; i < h.size(); ++i) {
     good = good && close(l.h_n[i], h[i]);
-    if (Cell::kCarry == Carry::kCell) good = good && close(l.c_n[i], memory[i]);
+    if (Cell::kCarry == Carry::kCell) good = good && close(l.c_n[i], carried[i]);
   }
   return good;
 }
@@ -272,9 +273,9 @@ bool passes(const Case& c, gpu::PlanKind kind) {
   if (!error) error = run<Cell, gpu::Plain<float>>(l, kind, true);
   good = good && !error && check_backward(l);
   if (!good)
-    std::printf("wrong: %s plan, %d gates, %d sums, T%ld N%ld H%ld D%d%s%s: %s\n", gpu::name(kind),
-                Cell::kGates, Cell::kPreacts, c.T, c.N, c.H, c.D, c.state ? " state" : "",
-                c.packed ? " packed" : "", error ? error : "numbers");
+    std::printf("wrong: %s plan, %d gates, %d preacts, T%ld N%ld H%ld D%d%s%s: %s\n",
+                gpu::name(kind), Cell::kGates, Cell::kPreacts, c.T, c.N, c.H, c.D,
+                c.state ? " state" : "", c.packed ? " packed" : "", error ? error : "numbers");
   return good;
 }
 
