@@ -127,12 +127,7 @@ def extensions():
     operators.libraries = ["torch", "torch_cpu"]
     plan = CppExtension(
         "lstm_fused._plan",
-        [
-            "csrc/plan_module.cpp",
-            "csrc/cpu/plan.cpp",
-            "csrc/cuda/plan.cpp",
-            "csrc/cuda/plan_module.cpp",
-        ],
+        [*sources("plan_module"), "csrc/cpu/plan.cpp", "csrc/cuda/plan.cpp"],
         extra_compile_args=[
             *COMMON,
             f'-DLSTM_FUSED_VERSION="{VERSION}"',

@@ -102,4 +102,4 @@ def test_kernels_include_no_torch():
     headers = re.compile(r"#\s*include\s*[<\"](torch|ATen|c10|pybind11|Python|\.\./torch)")
     folder = ROOT / "csrc" / "cuda"
     found = {f.name for f in folder.rglob("*.*") if headers.search(f.read_text())}
-    assert found == {"plan_module.cpp", "plan_module.h"}
+    assert not found

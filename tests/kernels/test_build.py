@@ -240,7 +240,7 @@ def test_kernels_include_no_torch():
 
 
 def test_plan_module_includes_no_torch():
-    text = (ROOT / "csrc" / "plan_module.cpp").read_text()
+    text = (ROOT / "csrc" / "plan_module" / "module.cpp").read_text()
     assert not re.search(r"#\s*include\s*[<\"](torch|ATen|c10)", text)
 
 

@@ -1,4 +1,4 @@
-#include "plan_module.h"
+#include "cuda.h"
 
 #include <pybind11/stl.h>
 
@@ -6,7 +6,7 @@
 #include <stdexcept>
 
 #include "../cells/cells.h"
-#include "plan.h"
+#include "../cuda/plan.h"
 
 namespace py = pybind11;
 

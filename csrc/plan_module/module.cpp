@@ -6,9 +6,9 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "cpu/plan.h"
-#include "cuda/plan_module.h"
-#include "saved.h"
+#include "../cpu/plan.h"
+#include "../saved.h"
+#include "cuda.h"
 
 namespace py = pybind11;
 using namespace lstm_fused;
