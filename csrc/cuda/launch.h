@@ -6,7 +6,8 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "epilogues.h"
+#include "backward.h"
+#include "forward.h"
 #include "kernel_launch.h"
 #include "kernels.h"
 #include "pointwise.h"

@@ -1,26 +1,30 @@
 // What a CUDA kernel is given. Nothing here knows torch, and the host emulation uses the same.
 //
-// The recurrence is a product a step, A (stationary weights) times B (what the last step handed
-// on), and an epilogue on its results, unit by unit:
-//   forward     A = w_hh (G * H, R)             B = h (N, R)         -> cell -> h (N, H)
-//   project     A = w_hr (R, H)                 B = hidden (N, H)    -> h (N, R)
-//   backward    A = w_hh^T (R, G, H)            B = d_gates (N, G*H) -> cell -> d_gates
-//   unproject   A = w_hr^T (H, R)               B = d_h (N, R)       -> cell -> d_gates
-// Rows of A are M of the matrix instructions, rows of the batch are N.
+// A step of the recurrence is a product of A (the weights) with B (what the previous step computed)
+// and an epilogue on each of its results:
+//   epilogue       A                     B                      gives B of the next product
+//   ForwardCell    w_hh (G * H, R)       h (N, R)               h (N, H)
+//   Project        w_hr (R, H)           h of the cell (N, H)   h (N, R)
+//   BackwardCell   w_hh^T (R, G, H)      d_gates (N, G * H)     d_gates (N, G * H)
+//   with a projection the last one is two:
+//   JoinGradients  w_hh^T (R, G, H)      d_gates (N, G * H)     d_h (N, R)
+//   BackwardCell   w_hr^T (H, R)         d_h (N, R)             d_gates (N, G * H)
+// In the terms of the matrix instructions, rows of A are M and rows of the batch are N.
 #pragma once
 
 #include "../params.h"
 
 namespace lstm_fused::cuda {
 
-// The steps of one walk over a sequence that a step's epilogue must tell apart. A row n begins at
-// this step of the walk if n >= before, and ends with it if n >= after.
+// The rows that one step of a pass over the sequence concerns. Steps are counted in the order of
+// the pass. Row n has its first step here if n >= active_prev, and its last one if n >=
+// active_next.
 struct StepRows {
-  int64_t active;        // rows alive at this step
-  int64_t before;        // at the walk's step before, 0 at its first
-  int64_t after;         // at the walk's step after, 0 at its last
-  int64_t offset;        // first row of this step in y, pre, gates, cells
-  int64_t offset_after;  // first row of the walk's step after
+  int64_t active;       // rows of the batch at this step
+  int64_t active_prev;  // at the previous step, 0 at the first one
+  int64_t active_next;  // at the next step, 0 at the last one
+  int64_t offset;       // first row of this step in y, pre, gates, cells
+  int64_t offset_next;  // first row of the next step
 };
 
 LSTM_FUSED_INLINE int64_t active_at(const Steps& steps, int64_t s, bool reversed) {
@@ -33,71 +37,75 @@ LSTM_FUSED_INLINE int64_t offset_at(const Steps& steps, int64_t s, bool reversed
   return steps.offset(reversed ? steps.T - 1 - s : s);
 }
 
-// Step s of a walk of T steps; s == T is the step past the end that a backward walk adds, where no
-// row is alive.
+// Step s of a pass. A backward pass has a step s == T, in which no row is active, if it computes
+// gradients of the initial state.
 LSTM_FUSED_INLINE StepRows rows_at(const Steps& steps, int64_t s, bool reversed) {
   return {active_at(steps, s, reversed), active_at(steps, s - 1, reversed),
           active_at(steps, s + 1, reversed), offset_at(steps, s, reversed),
           offset_at(steps, s + 1, reversed)};
 }
 
-// A buffer that one step writes and the next reads: (2, D, rows, bytes), or (1, D, rows, bytes)
-// where a launch lies between writing and reading. Zero where nothing is ever written: rows beyond
-// N, columns beyond the last unit.
+// The buffer that carries B from one step to the next: double buffered, (2, D, rows, bytes), or
+// (1, D, rows, bytes) where a launch ends between writing and reading. It starts as zeros, and
+// stays zero where no step writes: in rows from N on and in columns after the last unit.
 struct Exchange {
   char* data;
-  int64_t flip;   // bytes from one half to the other, 0 if there is one
-  int64_t rows;   // of a direction, a multiple of every tile's
-  int64_t bytes;  // of a row, a multiple of kKBytes
+  int64_t buffer_bytes;  // from one buffer to the other, 0 if there is one
+  int64_t rows;          // of a direction, a multiple of the plan's tile_rows
+  int64_t bytes;         // of a row, a multiple of kSliceBytes
 
+  // Row n of direction d in the buffer that step s reads and step s - 1 writes.
   LSTM_FUSED_INLINE char* at(int64_t s, int d, int64_t n) const {
-    return data + (s & 1) * flip + (d * rows + n) * bytes;
+    return data + (s & 1) * buffer_bytes + (d * rows + n) * bytes;
   }
 };
 
 struct Product {
   const char* a[2];  // for each direction (gates * units, in.bytes), rows 16-byte aligned
   int64_t units;     // rows of A of one gate
-  Exchange in;       // B, read half s & 1
-  Exchange out;      // the next product's B, written half (s + 1) & 1, or the half read if !flip
+  Exchange in;       // B
+  Exchange out;      // B of the next product; may be the same buffers as `in`
 };
 
+// All tensors are contiguous. S is the sum of the active rows of all steps; "storage" is the
+// layer's dtype, "compute" is float32, or float64 for float64. The caller owns all memory. Pointers
+// alias each other only where that is said.
 struct RecurrenceParams {
-  Steps steps;  // device pointers in a persistent kernel, host pointers never reach a kernel
+  Steps steps;  // device pointers for a persistent kernel, unused in a launch of one step
   int64_t s_begin, s_end;
-  StepRows rows[2];  // of step s_begin for each direction, where a launch is one step
-  int64_t N, H, R;   // below, S is the sum of all steps' active rows
+  StepRows rows[2];  // of step s_begin for each direction, for a launch of one step
+  int64_t N, H, R;
   int D;
-  bool projection;  // the cell's h is not yet the recurrent one
+  bool projection;  // the cell's h is projected by w_hr before the recurrence uses it
   Product product;
-  // Groups of CTAs that meet each step: (D, groups) counters kBarrierBytes apart, zero at the
-  // launch.
+  // Counters of the barriers of a grid plan, (D, row groups), kBarrierBytes apart. The CTAs of a
+  // group share one. Zero at the launch.
   char* barrier;
 
-  // Where a library takes the product: its results for each direction, compute (N, gates * units).
+  // For a gemm plan: the product of each direction, compute (N, gates * units).
   const void* sums[2];
 
-  // Forward. The compute dtype is float, or double of float64.
+  // Forward.
   const void* pre;      // compute (S, D, G, H): x.W_ih, in w_ih's gate order
   const void* b_ih[2];  // storage (G * H,) or null
   const void* b_hh[2];  // storage (G * H,) or null
-  const void* h0;       // storage (D, N, R) or null
-  const void* c0;       // storage (D, N, H) or null
+  const void* h0;       // storage (D, N, R) or null for zeros
+  const void* c0;       // storage (D, N, H) or null for zeros
   void* y;              // storage (S, D * R)
   void* h_n;            // storage (D, N, R)
   void* c_n;            // storage (D, N, H), or null where the cell has no state of its own
-  void* carry;          // compute (D, N, H): what the cell carries; d_c backward
-  void* gates;          // compute (S, D, sums, H) or null; may be pre's own memory
-  void* cells;          // compute (S, D, H), or null without gradients or memory
+  void* carry;          // compute (D, N, H): what the cell carries; its gradient backward
+  void* gates;          // compute (S, D, P, H), P preacts a unit, or null; may alias pre
+  void* cells;          // compute (S, D, H): what the cell carries after each step, or null
   // Backward.
-  const void* h;     // storage (S, D * R): y, where before is wanted
+  const void* h;     // storage (S, D * R): y, where `before` is wanted
   void* before;      // storage (S, D, R): h of the step before, or null
   const void* dy;    // storage (S, D * R) or null
   const void* dh_n;  // storage (D, N, R) or null
   const void* dc_n;  // storage (D, N, H) or null
-  void* d_gates;     // storage (S, D, sums, H)
+  void* d_gates;     // storage (S, D, P, H): gradients of the preacts
   void* hidden;      // storage (S, D, H): h before the projection, or null without one
-  void* d_hidden;    // storage (S, D, R): gradient of h after the projection, or null without
+  void* d_hidden;    // storage (S, D, R): gradient of h after the projection, or null without one
   void* dh0;         // storage (D, N, R) or null
   void* dc0;         // storage (D, N, H) or null
 };

@@ -5,16 +5,15 @@
 namespace lstm_fused::cuda {
 namespace {
 
-// A sequence of fewer steps does not pay for loading the weights into shared memory once.
-constexpr int64_t kFewSteps = 3;
-// Beyond so many waves of clusters, or tiles of the batch one after another in each step, a product
-// over the whole batch uses the device better.
-constexpr int64_t kMostWaves = 2;
-constexpr int64_t kMostTilesInTurn = 4;
-// Bytes of weights that a step's tiles of rows, but the first, load from L2 once more, and a
-// library's product does not: from here on that takes longer than a launch, and its way through
-// memory, for the results of the product.
-constexpr int64_t kLoadedAgain = 16 << 20;
+// Up to this many steps a persistent plan does not amortize loading the weights.
+constexpr int64_t kMaxStreamedSteps = 3;
+// With more waves of clusters, or more tiles of the batch for a CTA in each step, a product over
+// the whole batch uses the device better.
+constexpr int64_t kMaxWaves = 2;
+constexpr int64_t kMaxTilesPerGroup = 4;
+// In a step plan each row tile loads all weights from L2. Beyond this many bytes of repeated loads
+// they take longer than a gemm plan's second launch and its results' way through memory.
+constexpr int64_t kMaxReloadedBytes = 16 << 20;
 
 int64_t k_bytes(const Problem& p, bool backward) {
   return backward ? p.gates * row_bytes(p.dtype, p.H) : row_bytes(p.dtype, p.R);
@@ -34,44 +33,44 @@ Plan with_tiles(PlanKind kind, const Problem& p, bool backward, int64_t tile_row
   plan.unit_tiles = static_cast<int>(tiles);
   plan.unit_ctas = static_cast<int>(ctas);
   plan.row_groups = static_cast<int>(groups);
-  plan.threads = static_cast<int>(32 * split_of(kind) * tiles);
+  plan.threads = static_cast<int>(32 * split_k(kind) * tiles);
   const bool tensor_cores = p.dtype != DType::kFloat64 && (p.dtype != DType::kFloat32 || p.tf32);
   plan.shared_bytes = shared_bytes(kind, p.dtype, tensor_cores, backward ? 1 : p.gates,
                                    plan.unit_tiles, plan.tile_rows, k_bytes(p, backward));
   return plan;
 }
 
-bool fits_a_sequence(const Problem& p) {
+bool supports_persistence(const Problem& p) {
   return !p.projection && p.dtype != DType::kFloat64;
 }
 
-// As many row groups as there are SMs for, and the smallest tile that then takes the batch in one
-// go: the fewer rows a CTA waits for, the sooner it begins.
+// As many row groups as there are SMs for, and the smallest tile with which each group then has one
+// tile, so that a barrier waits for fewer rows.
 std::optional<Plan> plan_grid(const Problem& p, const Device& device, bool backward) {
   const int64_t ctas = unit_tiles(p);
-  const int64_t room = device.sms / (ctas * p.D);
-  if (!fits_a_sequence(p) || room == 0) return std::nullopt;
+  const int64_t max_groups = device.sms / (ctas * p.D);
+  if (!supports_persistence(p) || max_groups == 0) return std::nullopt;
   std::optional<Plan> best;
   for (const int64_t rows : {8, 16, 32}) {
     const int64_t tiles = std::max<int64_t>(1, ceil_div(p.N, rows));
     const Plan plan =
-        with_tiles(PlanKind::kGrid, p, backward, rows, 1, ctas, std::min(room, tiles));
+        with_tiles(PlanKind::kGrid, p, backward, rows, 1, ctas, std::min(max_groups, tiles));
     if (plan.shared_bytes > device.shared_bytes) break;
     best = plan;
-    if (tiles <= room) break;
+    if (tiles <= max_groups) break;
   }
   return best;
 }
 
-// Clusters of so many CTAs that run at once.
-int64_t clusters_at_once(const Device& device, int64_t ctas) {
+// How many clusters of `ctas` CTAs are active at once.
+int64_t active_clusters(const Device& device, int64_t ctas) {
   return int64_t{device.clusters} * device.cluster_ctas / ctas;
 }
 
-// The largest cluster of use: more SMs to a tile of the batch. Sizes are powers of two, so that
-// some CTAs may be left without units, but never half of them.
+// The largest cluster that reduces the unit tiles of a CTA: more SMs work on a tile of the batch.
+// Sizes are powers of two, so some CTAs may have no units, but fewer than half of them.
 std::optional<Plan> plan_cluster(const Problem& p, const Device& device, bool backward) {
-  if (!fits_a_sequence(p) || !has_clusters(device.major)) return std::nullopt;
+  if (!supports_persistence(p) || !has_clusters(device.major)) return std::nullopt;
   for (int64_t size = device.cluster_ctas; size >= 2; size /= 2) {
     const int64_t tiles = ceil_div(unit_tiles(p), size);
     if (tiles > kMaxUnitTiles || ceil_div(unit_tiles(p), size / 2) == tiles) continue;
@@ -82,7 +81,7 @@ std::optional<Plan> plan_cluster(const Problem& p, const Device& device, bool ba
       const Plan plan = with_tiles(PlanKind::kCluster, p, backward, rows, tiles, size, clusters);
       if (plan.shared_bytes > device.shared_bytes) break;
       best = plan;
-      if (clusters * p.D <= clusters_at_once(device, size)) break;
+      if (clusters * p.D <= active_clusters(device, size)) break;
     }
     if (best) return best;
   }
@@ -106,31 +105,32 @@ Plan plan_gemm(const Problem& p, bool backward) {
   return plan;
 }
 
-bool pays(const Plan& plan, const Problem& p, const Device& device) {
-  if (p.T <= kFewSteps) return false;
+bool is_profitable(const Plan& plan, const Problem& p, const Device& device) {
+  if (p.T <= kMaxStreamedSteps) return false;
   if (plan.kind == PlanKind::kCluster)
-    return plan.row_groups * p.D <= kMostWaves * clusters_at_once(device, plan.unit_ctas);
-  return ceil_div(ceil_div(p.N, plan.tile_rows), plan.row_groups) <= kMostTilesInTurn;
+    return plan.row_groups * p.D <= kMaxWaves * active_clusters(device, plan.unit_ctas);
+  return ceil_div(ceil_div(p.N, plan.tile_rows), plan.row_groups) <= kMaxTilesPerGroup;
 }
 
 }  // namespace
 
 int64_t row_bytes(DType dtype, int64_t values) {
-  return round_up(values * storage_bytes(dtype), kKBytes);
+  return round_up(values * storage_bytes(dtype), kSliceBytes);
 }
 
 int64_t shared_bytes(PlanKind kind, DType dtype, bool tensor_cores, int gates, int unit_tiles,
                      int tile_rows, int64_t k_bytes) {
-  const bool streamed = kind == PlanKind::kStep;
-  const int64_t split = split_of(kind), a_rows = int64_t{unit_tiles} * gates * kUnitTile;
-  const int64_t sums = split * unit_tiles * gates * tile_rows * kSumUnits * compute_bytes(dtype);
-  const int64_t held =
-      held_steps(kind, tensor_cores, gates, tile_rows, unit_tiles) * split * kKBytes;
-  const int64_t a = a_rows * (std::max<int64_t>(0, k_bytes - held) + kPadBytes);
-  if (kind == PlanKind::kCluster) return a + 2 * tile_rows * (k_bytes + kPadBytes) + sums;
+  const bool streamed = kind == PlanKind::kStep;  // A
+  const int64_t split = split_k(kind), a_rows = int64_t{unit_tiles} * gates * kUnitTile;
+  const int64_t partials =
+      split * unit_tiles * gates * tile_rows * kPartialStride * compute_bytes(dtype);
+  const int64_t resident =
+      resident_slices(kind, tensor_cores, gates, tile_rows, unit_tiles) * split * kSliceBytes;
+  const int64_t a = a_rows * (std::max<int64_t>(0, k_bytes - resident) + kPadBytes);
+  if (kind == PlanKind::kCluster) return a + 2 * tile_rows * (k_bytes + kPadBytes) + partials;
   const int64_t chunk = streamed ? kStepChunk : grid_chunk(tensor_cores, tile_rows);
-  const int64_t ring = kStages * (tile_rows + (streamed ? a_rows : 0)) * (chunk + kPadBytes);
-  return (streamed ? 0 : a) + std::max(ring, sums);
+  const int64_t stages = kStages * (tile_rows + (streamed ? a_rows : 0)) * (chunk + kPadBytes);
+  return (streamed ? 0 : a) + std::max(stages, partials);
 }
 
 bool supported(const Device& device) {
@@ -147,9 +147,9 @@ Plan make_plan(const Problem& p, const Device& device, bool backward, bool stepw
   if (!stepwise)
     for (const PlanKind kind : {PlanKind::kCluster, PlanKind::kGrid})
       if (const std::optional<Plan> plan = plan_as(kind, p, device, backward))
-        if (pays(*plan, p, device)) return *plan;
+        if (is_profitable(*plan, p, device)) return *plan;
   const int64_t weights = p.gates * p.H * p.R * storage_bytes(p.dtype);
-  const bool large = (ceil_div(p.N, kStepRows) - 1) * weights > kLoadedAgain;
+  const bool large = (ceil_div(p.N, kStepRows) - 1) * weights > kMaxReloadedBytes;
   return large ? plan_gemm(p, backward) : plan_step(p, backward);
 }
 

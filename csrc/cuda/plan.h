@@ -1,5 +1,5 @@
-// Which CUDA kernel runs, in which tiles, on how many CTAs: a pure function of the problem and the
-// device's properties, so that it can be printed and tested without a GPU.
+// Which CUDA kernel runs, with which tiles, on how many CTAs: a pure function of the problem and of
+// the device's properties, so that it can be printed and tested without a GPU.
 #pragma once
 
 #include <cstdint>
@@ -10,14 +10,15 @@
 namespace lstm_fused::cuda {
 
 enum class PlanKind : int {
-  kStep = 0,     // a launch each step, weights streamed: any size, any dtype, capturable
-  kGrid = 1,     // one cooperative launch, weights stationary, h through L2
-  kCluster = 2,  // one launch, weights stationary in a cluster, h through distributed shared memory
-  kGemm = 3,     // a library's product and a launch each step: large batches
+  kStep = 0,     // a launch each step, weights streamed: every size and dtype
+  kGrid = 1,     // one cooperative launch, weights resident, h exchanged through L2
+  kCluster = 2,  // one launch, weights resident, h exchanged through distributed shared memory
+  kGemm = 3,     // a product by cuBLAS and a launch each step: large batches
 };
 inline constexpr int kPlanKinds = 4;
 
-// Whether each step has launches of its own, whose sizes are the host's.
+// Whether each step has launches of its own. The other plans are persistent: one launch for the
+// whole sequence.
 constexpr bool in_steps(PlanKind kind) {
   return kind == PlanKind::kStep || kind == PlanKind::kGemm;
 }
@@ -25,9 +26,9 @@ constexpr bool in_steps(PlanKind kind) {
 struct Device {
   int major, minor;
   int sms;
-  int shared_bytes;  // that a block may opt in to
+  int shared_bytes;  // that a CTA may opt in to
   int cluster_ctas;  // of the largest cluster, 1 where there are none
-  int clusters;      // of that size that run at once, each CTA with an SM to itself
+  int clusters;      // of that size that are active at once, if each CTA has an SM to itself
 };
 
 // Whether GPUs of this major compute capability have thread-block clusters.
@@ -39,9 +40,9 @@ struct Problem {
   DType dtype;
   int64_t T, N, H, R;
   int D;
-  int gates;  // blocks of rows of w_hh
+  int gates;  // of the cell: w_hh has gates * H rows
   bool projection;
-  bool tf32;  // products of float32 may be taken in TF32
+  bool tf32;  // whether products of float32 may use TF32
 };
 
 struct Plan {
@@ -49,63 +50,66 @@ struct Plan {
   bool backward;
   bool tf32;
   int tile_rows;         // batch rows of a tile
-  int unit_tiles;        // tiles of 16 units a CTA has
-  int unit_ctas;         // CTAs that share the units; those of a cluster
-  int row_groups;        // that share the tiles of the batch
+  int unit_tiles;        // tiles of kUnitTile units that a CTA has
+  int unit_ctas;         // CTAs that partition the units; in a cluster plan those of a cluster
+  int row_groups;        // groups of unit_ctas CTAs that partition the batch
   int threads;           // of a CTA
   int64_t shared_bytes;  // of a CTA
 };
 
-// Facts the kernels are compiled with.
-inline constexpr int kUnitTile = 16;       // units of a tile: M of the matrix instructions
-inline constexpr int kStages = 4;          // of the ring that streams B, and A in a step
-inline constexpr int kStepChunk = 256;     // bytes of k in a stage of the step plan
-inline constexpr int kPadBytes = 16;       // keeps rows of shared memory off each other's banks
-inline constexpr int kSumUnits = 20;       // room for a row's 16 sums, off each other's banks too
-inline constexpr int kStepSplit = 8;       // warps that share the k of a unit tile
-inline constexpr int kClusterSplit = 4;    // the same in a cluster
-inline constexpr int kMaxUnitTiles = 4;    // of a CTA in a cluster
-inline constexpr int kStepRows = 16;       // the one tile the step plan is compiled for
-inline constexpr int kPointUnits = 32;     // of a CTA of the gemm plan's launches,
-inline constexpr int kPointRows = 8;       // which has a thread for each unit of each of its rows
-inline constexpr int kMaxGridY = 65535;    // of a grid, along y
-inline constexpr int kKBytes = 32;         // of k that one matrix instruction takes
-inline constexpr int kBarrierBytes = 128;  // a counter has its cache line to itself
+// Constants that the kernels are compiled with.
+inline constexpr int kUnitTile = 16;    // units of a tile: M of the matrix instructions
+inline constexpr int kSliceBytes = 32;  // bytes of k that one matrix instruction takes
+inline constexpr int kStages = 4;       // of the cp.async pipeline
+inline constexpr int kStepChunk = 256;  // bytes of k in a stage of a step plan
+inline constexpr int kPadBytes = 16;    // after each row in shared memory, against bank conflicts
+inline constexpr int kPartialStride =
+    20;                                   // between rows of 16 partial sums, against bank conflicts
+inline constexpr int kStepSplitK = 8;     // warps that share the k of a unit tile
+inline constexpr int kClusterSplitK = 4;  // the same in a cluster
+inline constexpr int kMaxUnitTiles = 4;   // of a CTA in a cluster
+inline constexpr int kStepRows = 16;      // the one tile_rows that step plans are compiled for
+inline constexpr int kPointUnits = 32;    // of a CTA of a gemm plan,
+inline constexpr int kPointRows = 8;      // which has a thread for each unit of each of its rows
+inline constexpr int kMaxGridY = 65535;   // CTAs of a grid along y
+inline constexpr int kBarrierBytes = 128;  // each counter has a cache line to itself
 
-// Bytes of k in a stage of the grid plan's ring, which streams B alone: three stages under way hide
-// a trip to L2 better the more they hold. Where all weights lie in shared memory they need the
-// room.
+// Bytes of k in a stage of a grid plan, which streams B alone. Three stages are in flight, and the
+// more they hold the better they hide the latency of L2. Without tensor cores no weights are
+// register-resident, so shared memory has no space for larger stages.
 constexpr int grid_chunk(bool tensor_cores, int tile_rows) {
   return tensor_cores ? 16384 / tile_rows : 512;
 }
 
-constexpr int split_of(PlanKind kind) {
-  return kind == PlanKind::kCluster ? kClusterSplit : kStepSplit;
+constexpr int split_k(PlanKind kind) {
+  return kind == PlanKind::kCluster ? kClusterSplitK : kStepSplitK;
 }
 
-// Unit tiles of a CTA that a kernel is compiled for: in a cluster 2, 3 or 4, whose threads share
-// the registers of an SM.
+// The unit tiles of a CTA that a kernel is compiled for. In a cluster 2, 3 or 4: the fewer, the
+// more registers a thread has.
 constexpr int compiled_tiles(PlanKind kind, int unit_tiles) {
   return kind != PlanKind::kCluster ? 1 : unit_tiles < 2 ? 2 : unit_tiles;
 }
 constexpr int max_threads(PlanKind kind, int unit_tiles) {
-  return 32 * split_of(kind) * compiled_tiles(kind, unit_tiles);
+  return 32 * split_k(kind) * compiled_tiles(kind, unit_tiles);
 }
 
-// Steps of k whose weights a warp keeps in registers, where weights are stationary: what its
-// threads' registers leave beside sums of so many rows. gates: m-tiles of a unit tile, 4 registers
-// each. Plain multiply-adds want the weights in another layout.
-constexpr int held_steps(PlanKind kind, bool tensor_cores, int gates, int tile_rows,
-                         int unit_tiles) {
+// How many of a warp's k slices have register-resident weights, in the persistent plans: as many as
+// fit beside the accumulators of a tile. gates: m-tiles of a unit tile, 4 registers each. Without
+// tensor cores none, since fused multiply-adds need another layout.
+constexpr int resident_slices(PlanKind kind, bool tensor_cores, int gates, int tile_rows,
+                              int unit_tiles) {
   if (!tensor_cores || kind == PlanKind::kStep) return 0;
-  constexpr int in_cluster[][2] = {{128, 96}, {80, 48}, {32, 8}};  // of 8 rows, of 16
-  const int registers = kind == PlanKind::kGrid
-                            ? (tile_rows < 32 ? 96 : 32)
-                            : in_cluster[compiled_tiles(kind, unit_tiles) - 2][tile_rows > 8];
+  // By compiled_tiles - 2; for tiles of 8 rows and of 16.
+  constexpr int cluster_registers[][2] = {{128, 96}, {80, 48}, {32, 8}};
+  const int registers =
+      kind == PlanKind::kGrid
+          ? (tile_rows < 32 ? 96 : 32)
+          : cluster_registers[compiled_tiles(kind, unit_tiles) - 2][tile_rows > 8];
   return registers / (4 * gates);
 }
 
-// Bytes of a row of `values` operands, padded to whole instructions.
+// Bytes of a row of `values` operands, padded to whole k slices.
 int64_t row_bytes(DType dtype, int64_t values);
 
 // Shared memory of a CTA. gates: m-tiles of a unit tile; k_bytes: of a row of A and B.
@@ -115,11 +119,12 @@ int64_t shared_bytes(PlanKind kind, DType dtype, bool tensor_cores, int gates, i
 // Whether the kernels run on the device at all.
 bool supported(const Device& device);
 
-// The plan of one kind, if the device has the room for it.
+// The plan of one kind, or nothing if it does not support the problem or exceeds the device.
 std::optional<Plan> plan_as(PlanKind kind, const Problem& problem, const Device& device,
                             bool backward);
 
-// The best plan for a device that is supported; stepwise: of those that are in steps.
+// The plan that is expected to be the fastest. The device must be supported. stepwise: only plans
+// that launch each step.
 Plan make_plan(const Problem& problem, const Device& device, bool backward, bool stepwise = false);
 
 const char* name(PlanKind kind);

@@ -1,8 +1,8 @@
-// A step's epilogue by itself, after a product that a library took: a thread for each unit of a
-// row. Grid: (units, rows, directions).
+// The kernel of the gemm plan: the epilogue of a step, after a product by cuBLAS. A thread for each
+// unit of a row. Grid: (units, rows, directions).
 #pragma once
 
-#include "epilogues.h"
+#include "epilogue.h"
 #include "plan.h"
 #include "ptx/threads.h"
 
@@ -14,24 +14,24 @@ pointwise_kernel(const LSTM_FUSED_CONSTANT RecurrenceParams p) {
   using C = Compute<S>;
   const int d = block_index().z;
   const StepRows& rows = p.rows[d];
-  const int64_t units = p.product.units, reach = Epilogue::reach(rows);
+  const int64_t units = p.product.units, count = Epilogue::reach(rows);
   const int64_t u = int64_t{block_index().x} * kPointUnits + thread_index() % kPointUnits;
   if (u >= units) return;
   const Exchange& next = p.product.out;
-  const int64_t run = next.bytes / static_cast<int64_t>(sizeof(S)) / Epilogue::kOut;
+  const int64_t columns = next.bytes / static_cast<int64_t>(sizeof(S)) / Epilogue::kOut;
   const int64_t first = int64_t{block_index().y} * kPointRows + thread_index() / kPointUnits;
-  for (int64_t n = first; n < reach; n += int64_t{block_count().y} * kPointRows) {
-    const C* sums = as<C>(p.sums[d]) + n * Epilogue::kGates * units + u;
-    C total[Epilogue::kGates];
+  for (int64_t n = first; n < count; n += int64_t{block_count().y} * kPointRows) {
+    const C* products = as<C>(p.sums[d]) + n * Epilogue::kGates * units + u;
+    C product[Epilogue::kGates];
     LSTM_FUSED_UNROLL
-    for (int m = 0; m < Epilogue::kGates; ++m) total[m] = sums[Epilogue::gate(m) * units];
+    for (int m = 0; m < Epilogue::kGates; ++m) product[m] = products[Epilogue::gate(m) * units];
     typename Epilogue::Unit unit;
     S out[Epilogue::kOut];
     Epilogue::fetch(p, rows, d, n, u, unit);
-    if (Epilogue::apply(rows, n, unit, total, out)) {
+    if (Epilogue::apply(rows, n, unit, product, out)) {
       S* to = reinterpret_cast<S*>(next.at(p.s_begin + 1, d, n)) + u;
       LSTM_FUSED_UNROLL
-      for (int v = 0; v < Epilogue::kOut; ++v) to[v * run] = out[v];
+      for (int v = 0; v < Epilogue::kOut; ++v) to[v * columns] = out[v];
     }
     Epilogue::store(p, rows, d, n, u, unit);
   }

@@ -155,8 +155,8 @@ bool check_backward(const Layer<Cell>& l) {
           if (Cell::kCarry != Carry::kNone) {
             const std::vector<float>& start = Cell::kCarry == Carry::kCell ? l.c0 : l.h0;
             cell = l.cells[row * H + u];
-            if (n < rows.after)
-              prev = l.cells[((rows.offset_after + n) * c.D + d) * H + u];
+            if (n < rows.active_next)
+              prev = l.cells[((rows.offset_next + n) * c.D + d) * H + u];
             else if (c.state)
               prev = start[(d * c.N + n) * H + u];
           }

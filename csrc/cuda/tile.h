@@ -1,88 +1,23 @@
-// Values in memory and in registers, and the product of tiles for each kind of arithmetic.
+// The product of a tile, by each kind of arithmetic: on tensor cores and as fused multiply-adds.
 #pragma once
 
-#include <cmath>
-
-#include "params.h"
 #include "plan.h"
-#include "ptx/conversions.h"
 #include "ptx/mma.h"
-#include "ptx/threads.h"
+#include "types.h"
 
-namespace lstm_fused {
-namespace {
+namespace lstm_fused::cuda {
 
-// For the cells, before their headers: exact at 0 and infinities, NaN stays NaN.
-LSTM_FUSED_INLINE float sigmoid(float x) {
-  return 1.0f / (1.0f + ::expf(-x));
-}
-LSTM_FUSED_INLINE double sigmoid(double x) {
-  return 1.0 / (1.0 + ::exp(-x));
-}
-LSTM_FUSED_INLINE float tanh(float x) {
-  return ::tanhf(x);
-}
-LSTM_FUSED_INLINE double tanh(double x) {
-  return ::tanh(x);
-}
+// Both kinds compute acc (kM tiles of 16 rows, kN tiles of 8 columns) += A B over one k slice, 32
+// bytes of k. In shared memory, the rows of A start a_row bytes apart, its tiles a_tile bytes, and
+// the rows of B b_row bytes, all 16-byte aligned. acc is distributed over a warp as PTX lays out
+// the accumulators of m16n8: lane l has rows l / 4 ([0] and [1]) and l / 4 + 8 ([2] and [3]), each
+// in columns 2 (l % 4) and 2 (l % 4) + 1.
 
-}  // namespace
-
-namespace cuda {
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-
-template <class S>
-struct ComputeOf {
-  using type = float;
-};
-template <>
-struct ComputeOf<double> {
-  using type = double;
-};
-template <class S>
-using Compute = typename ComputeOf<S>::type;
-
-LSTM_FUSED_DEVICE float load(const float& x) {
-  return x;
-}
-LSTM_FUSED_DEVICE double load(const double& x) {
-  return x;
-}
-LSTM_FUSED_DEVICE float load(const BFloat16& x) {
-  return float_of_bfloat16(x.bits);
-}
-LSTM_FUSED_DEVICE float load(const Half& x) {
-  return float_of_float16(x.bits);
-}
-
-template <class S>
-LSTM_FUSED_DEVICE S round_to(Compute<S> x) {
-  return x;
-}
-template <>
-LSTM_FUSED_DEVICE BFloat16 round_to<BFloat16>(float x) {
-  return {bfloat16_of_float(x)};
-}
-template <>
-LSTM_FUSED_DEVICE Half round_to<Half>(float x) {
-  return {float16_of_float(x)};
-}
-
-// acc (kM tiles of 16 rows, kN tiles of 8 columns) += A B over one step of k, 32 bytes. Rows of A
-// and of B lie in shared memory, 16-byte aligned, a_row and b_row bytes apart; the tiles of A
-// a_tile bytes. Lane l holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next, as PTX has
-// it: [0] [1] the first row's two columns, [2] [3] the second's.
+// Products by ldmatrix and mma.
 template <class Instruction>
 struct TensorCores {
   using Storage = typename Instruction::Storage;
   using Acc = float;
-
   static constexpr bool kTensorCores = true;
 
   template <int kM, int kN>
@@ -102,10 +37,11 @@ struct TensorCores {
     }
   }
 
-  // The same with A in registers, as load_held left it.
+  // The same product with A register-resident, as load_resident has loaded it.
   template <int kM, int kN>
-  static LSTM_FUSED_DEVICE void multiply_held(Acc (&acc)[kM][kN][4], const uint32_t (&left)[kM][4],
-                                              const char* b, int b_row) {
+  static LSTM_FUSED_DEVICE void multiply_resident(Acc (&acc)[kM][kN][4],
+                                                  const uint32_t (&left)[kM][4], const char* b,
+                                                  int b_row) {
     uint32_t right[kN][2];
     load_right(right, b, b_row);
     LSTM_FUSED_UNROLL
@@ -113,9 +49,9 @@ struct TensorCores {
     for (int j = 0; j < kN; ++j) Instruction::multiply(acc[m][j], left[m], right[j]);
   }
 
-  // This lane's part of a tile of A in global memory, of which the first `rows` rows are there.
-  static LSTM_FUSED_DEVICE void load_held(uint32_t (&left)[4], const char* a, int64_t a_row,
-                                          int64_t rows) {
+  // Loads this lane's fragment of a tile of A from global memory. Rows from `rows` on are zero.
+  static LSTM_FUSED_DEVICE void load_resident(uint32_t (&left)[4], const char* a, int64_t a_row,
+                                              int64_t rows) {
     const int lane = thread_index() % 32;
     LSTM_FUSED_UNROLL
     for (int i = 0; i < 4; ++i) {
@@ -169,7 +105,7 @@ struct HalfCores {
   }
 };
 
-// The instruction would cut the low bits off: round them instead.
+// Operands are rounded to TF32: the instruction itself would truncate them.
 struct Tf32Cores {
   using Storage = float;
   template <int kCount>
@@ -183,7 +119,7 @@ struct Tf32Cores {
   }
 };
 
-// Fused multiply-adds in full precision, in the same layout of acc.
+// Products by fused multiply-adds, in the full precision of T.
 template <class T>
 struct Plain {
   using Storage = T;
@@ -198,8 +134,10 @@ struct Plain {
   static LSTM_FUSED_DEVICE void multiply(Acc (&acc)[kM][kN][4], const char* a, int a_tile,
                                          int a_row, const char* b, int b_row) {
     const int lane = thread_index() % 32;
-    LSTM_FUSED_NO_UNROLL  // twice the loads under way would spill in a cluster's 128 registers
-        for (int at = 0; at < kKBytes; at += 16) {
+    // Not unrolled: twice as many loads in flight would spill the 128 registers that a thread has
+    // in a cluster.
+    LSTM_FUSED_NO_UNROLL
+    for (int at = 0; at < kSliceBytes; at += 16) {
       Vector right[kN][2];
       LSTM_FUSED_UNROLL
       for (int j = 0; j < kN; ++j) LSTM_FUSED_UNROLL
@@ -221,5 +159,4 @@ struct Plain {
   }
 };
 
-}  // namespace cuda
-}  // namespace lstm_fused
+}  // namespace lstm_fused::cuda
