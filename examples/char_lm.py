@@ -1,8 +1,9 @@
 """A character language model, trained with nn.LSTM and with lstm_fused side by side.
 
 An ordinary PyTorch model is built twice from one seed, and `lstm_fused.replace` swaps the LSTM in
-one of the two. Before anything is trained, outputs and every gradient must agree. Then both see the
-same batches in turns of a few steps, so that whatever else the machine does hits both alike.
+one of the two. Before training, outputs and all gradients are compared. Then both are trained on
+the same batches, a few steps of one and a few steps of the other, so that other load on the machine
+affects both alike.
 """
 
 import argparse
@@ -27,9 +28,9 @@ from lstm_fused.testing import oracle, parity
 
 BATCH, LENGTH = 16, 64
 EMBEDDING = 64
-BLOCK = 5  # steps before the other model's turn
+BLOCK = 5  # consecutive steps of one model
 TEMPERATURE = 0.7
-WRITTEN = 400  # characters
+GENERATED = 400  # characters
 MAX_CHARACTERS = 4_000_000
 MAX_VOCABULARY = 128
 MIN_CHARACTERS = 1000
@@ -38,11 +39,11 @@ TORCH, FUSED = "nn.LSTM", "lstm_fused"
 
 
 class DataError(Exception):
-    """The text cannot be used; the message says why in one line."""
+    """The text cannot be used; the message gives the reason in one line."""
 
 
 class CharModel(nn.Module):
-    """Ordinary PyTorch: nothing here knows of lstm_fused."""
+    """An ordinary PyTorch model: it does not refer to lstm_fused."""
 
     def __init__(self, vocabulary: int, hidden: int):
         super().__init__()
@@ -51,18 +52,18 @@ class CharModel(nn.Module):
         self.head = nn.Linear(hidden, vocabulary)
 
     def forward(self, codes, state=None):
-        """codes (T, N) -> logits (T, N, vocabulary), and the state to go on with."""
+        """codes (T, N) -> logits (T, N, vocabulary), and the final state."""
         y, state = self.lstm(self.embedding(codes), state)
         return self.head(y), state
 
 
 def decode(path: Path) -> str:
-    """The file as text, its beginning if it is long."""
+    """The text of a file, or the beginning of a long one."""
     limit = 4 * MAX_CHARACTERS
     try:
         with path.open("rb") as file:
             data = file.read(limit)
-        # What the limit cuts may end within a character; the file itself may not.
+        # A truncated text may end within a character; a whole file may not.
         text = codecs.getincrementaldecoder("utf-8")().decode(data, final=len(data) < limit)
     except UnicodeDecodeError:
         raise DataError(f"{path} is not UTF-8 text") from None
@@ -74,7 +75,7 @@ def decode(path: Path) -> str:
 
 
 def read_folder(files: list[Path]) -> str:
-    """The files that are text, one after the other, up to the limit."""
+    """The text files, concatenated up to the limit."""
     parts, total = [], 0
     for path in files:
         try:
@@ -104,7 +105,7 @@ def read_text(data: Path | None) -> str:
 
 
 class Corpus:
-    """Text as codes into the vocabulary of its most frequent characters."""
+    """A text as indices into a vocabulary of its most frequent characters."""
 
     def __init__(self, text: str):
         counts = {}
@@ -116,12 +117,12 @@ class Corpus:
         self.codes = torch.tensor([code.get(c, len(code) - 1) for c in text])
 
     def unigram_entropy(self) -> float:
-        """Nats a character that guessing by frequency alone costs."""
+        """Loss in nats per character of a prediction by character frequency alone."""
         p = torch.bincount(self.codes).double() / len(self.codes)
         return max(0.0, -(p * p.clamp_min(1e-300).log()).sum().item())
 
     def batch(self, generator: torch.Generator):
-        """Inputs and targets, (T, N) each, from random places."""
+        """Inputs and targets, (T, N) each, from random positions."""
         starts = torch.randint(len(self.codes) - LENGTH, (BATCH,), generator=generator)
         rows = starts + torch.arange(LENGTH + 1)[:, None]
         window = self.codes[rows]
@@ -133,7 +134,7 @@ def loss_of(logits, targets):
 
 
 def results(model, inputs, targets) -> dict[str, torch.Tensor]:
-    """Everything one training step computes: logits, final states and all gradients."""
+    """The results of one training step: logits, final states and all gradients."""
     model.zero_grad()
     logits, (h_n, c_n) = model(inputs)
     loss_of(logits, targets).backward()
@@ -143,17 +144,17 @@ def results(model, inputs, targets) -> dict[str, torch.Tensor]:
 
 
 def check_agreement(original, fused, batch, console: Console) -> bool:
-    """Both against the original in float64: lstm_fused's error may be at most twice nn.LSTM's."""
+    """Compare both with the original in float64; our error may be at most twice nn.LSTM's."""
     baseline, found = results(original, *batch), results(fused, *batch)
     exact = results(oracle.in_float64(original), *batch)
     verdicts = parity.compare(found, baseline, exact, parity.model_row)
     table = Table(title="Before training, one batch: largest errors against float64")
     table.add_column("", no_wrap=True)
-    for name in (TORCH, FUSED, "allowed", "two apart"):
+    for name in (TORCH, FUSED, "allowed", "difference"):
         table.add_column(name, justify="right", no_wrap=True)
     for v in verdicts:
-        apart = parity.max_error(found[v.tensor], baseline[v.tensor].double())
-        numbers = (v.baseline_error, v.error, v.allowed, apart)
+        difference = parity.max_error(found[v.tensor], baseline[v.tensor].double())
+        numbers = (v.baseline_error, v.error, v.allowed, difference)
         table.add_row(v.tensor, *(f"{x:.1e}" for x in numbers), style=None if v.ok else "red")
     console.print(table)
     wrong = [v.tensor for v in verdicts if not v.ok]
@@ -165,7 +166,7 @@ def check_agreement(original, fused, batch, console: Console) -> bool:
 
 
 class Trainee:
-    """A model in training, with the loss and the seconds of each step."""
+    """A model in training, with the loss and the time of each step."""
 
     def __init__(self, model: CharModel, corpus: Corpus, seed: int):
         self.model = model
@@ -189,7 +190,7 @@ class Trainee:
 
 
 def train(trainees: dict[str, Trainee], steps: int, limit: float, console: Console) -> None:
-    """A block of steps with one model, then the same with the other, for up to `limit` seconds."""
+    """Train the models in alternating blocks of steps, for up to `limit` seconds."""
     columns = (
         TextColumn("training"),
         BarColumn(),
@@ -210,14 +211,14 @@ def train(trainees: dict[str, Trainee], steps: int, limit: float, console: Conso
                 break
     done = len(trainees[TORCH].losses)
     if done < steps:
-        console.print(f"Stopped after {done} steps: {limit:g} s were up (--limit).\n")
+        console.print(f"Stopped after {done} steps: the limit is {limit:g} s (--limit).\n")
 
 
 def print_losses(trainees: dict[str, Trainee], entropy: float, console: Console) -> None:
-    """Means over a tenth of the run, as numbers and as bars."""
+    """The mean loss of each tenth of the run, as a number and as a bar."""
     steps = len(trainees[TORCH].losses)
     edges = sorted({round(steps * k / 10) for k in range(11)})
-    table = Table(title=f"Loss, nats a character; by letter frequency alone {entropy:.2f}")
+    table = Table(title=f"Loss, nats per character; by letter frequency alone {entropy:.2f}")
     table.add_column("steps", justify="right")
     for name in trainees:
         table.add_column(name, justify="right")
@@ -233,7 +234,7 @@ def print_losses(trainees: dict[str, Trainee], entropy: float, console: Console)
 
 
 class Writer:
-    """Draws text one character at a time, carrying the state; keeps the seconds of each step."""
+    """Samples text one character at a time with the state carried on, and times each step."""
 
     def __init__(self, model: CharModel, vocabulary: list[str], prompt: str, seed: int):
         self.model = model
@@ -245,8 +246,8 @@ class Writer:
         self.logits, self.state = model(torch.tensor(codes)[:, None])
 
     def step(self):
-        chances = torch.softmax(self.logits[-1, 0] / TEMPERATURE, dim=0)
-        code = torch.multinomial(chances, 1, generator=self.generator)
+        probabilities = torch.softmax(self.logits[-1, 0] / TEMPERATURE, dim=0)
+        code = torch.multinomial(probabilities, 1, generator=self.generator)
         self.text += self.vocabulary[code.item()]
         begin = time.perf_counter()
         self.logits, self.state = self.model(code[:, None], self.state)
@@ -255,7 +256,7 @@ class Writer:
 
 @torch.no_grad()
 def write(trainees: dict[str, Trainee], prompt: str, length: int, seed: int) -> dict[str, Writer]:
-    """Text of each model, in turns as in training."""
+    """Text of each model, sampled in alternating blocks as in training."""
     writers = {
         name: Writer(trainee.model, trainee.corpus.vocabulary, prompt, seed)
         for name, trainee in trainees.items()
@@ -268,7 +269,7 @@ def write(trainees: dict[str, Trainee], prompt: str, length: int, seed: int) -> 
 
 
 def print_speeds(trainees: dict, writers: dict, console: Console) -> None:
-    """Medians of whole steps: embedding, LSTM, linear layer, loss, optimizer and all."""
+    """Median times of whole steps: embedding, LSTM, linear layer, loss and optimizer."""
     table = Table(title="Median time of a whole step")
     table.add_column("")
     for name in (TORCH, FUSED, "speedup"):
@@ -285,13 +286,15 @@ def parse(argv):
     parser.add_argument(
         "--data", type=Path, help="a file or folder of text (default: Python's standard library)"
     )
-    parser.add_argument("--steps", type=int, default=400, help="of each model (default: 400)")
+    parser.add_argument(
+        "--steps", type=int, default=400, help="training steps of each model (default: 400)"
+    )
     parser.add_argument(
         "--limit", type=float, default=75, help="seconds after which training ends (default: 75)"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hidden", type=int, default=256, help="hidden size of the LSTM")
-    parser.add_argument("--threads", type=int, help="default: as many as torch chooses")
+    parser.add_argument("--threads", type=int, help="threads (default: torch's choice)")
     parser.add_argument("--device", choices=["cpu"], default="cpu")
     args = parser.parse_args(argv)
     for name in ("steps", "hidden", "threads"):
@@ -322,12 +325,12 @@ def run(args, console: Console) -> int:
     }
     train(trainees, args.steps, args.limit, console)
     print_losses(trainees, corpus.unigram_entropy(), console)
-    writers = write(trainees, "def " if args.data is None else text[:8], WRITTEN, args.seed)
+    writers = write(trainees, "def " if args.data is None else text[:8], GENERATED, args.seed)
     console.print(f"\nWritten by the model trained with {FUSED}:")
     console.print(writers[FUSED].text, markup=False, highlight=False, style="cyan")
     console.print()
     print_speeds(trainees, writers, console)
-    console.print("\nWhat ran it in training, by lstm_fused.explain:")
+    console.print("\nWhat ran in training, by lstm_fused.explain:")
     console.print(str(lstm_fused.explain(fused, batch[0])), markup=False, highlight=False)
     return 0
 

@@ -1,7 +1,7 @@
-"""What the examples share: arguments, seeds, the training loop, reports in words, tables and plots.
+"""Shared by the examples: arguments, seeds, the training loop, reports as text, tables and plots.
 
-rich and matplotlib make the output nicer and are not needed: without rich, tables and progress are
-plain text, without matplotlib there are no plots.
+rich and matplotlib are optional: without rich, tables are plain text and there is no progress bar;
+without matplotlib there are no plots.
 """
 
 import argparse
@@ -38,11 +38,11 @@ UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
 
 class DataError(Exception):
-    """The data cannot be used; the message says why in one line."""
+    """The data cannot be used; the message gives the reason in one line."""
 
 
 class Report:
-    """Where an example says what it found: the terminal, and a folder for its tables and plots."""
+    """The output of an example: text on the terminal, tables and plots in a folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -56,7 +56,7 @@ class Report:
             print(text)
 
     def table(self, name: str, columns: list[str], rows: list[list], title: str = "") -> None:
-        """Print the rows, and write them to NAME.csv."""
+        """Print the rows and write them to NAME.csv."""
         rows = [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
         with (self.folder / f"{name}.csv").open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([columns, *rows])
@@ -75,7 +75,7 @@ class Report:
 
     @contextmanager
     def plot(self, name: str, rows: int = 1, columns: int = 1, **options):
-        """The axes of a figure, one or an array of them, that is written to NAME.png.
+        """Yields the axes of a figure (one or an array), which is then written to NAME.png.
 
         Yields None where matplotlib is not installed.
         """
@@ -93,26 +93,26 @@ class Report:
         self.say(f"plot: {self.folder / name}.png")
 
     def progress(self, items, total: int, what: str):
-        """The items again, with a bar on a terminal; items yields (item, words beside it)."""
+        """Yields each item of pairs (item, status text), with a progress bar on a terminal."""
         if not (self.console and self.console.is_terminal):
             yield from (item for item, _ in items)
             return
         columns = (
             rich.progress.TextColumn(what),
             rich.progress.BarColumn(),
-            rich.progress.TextColumn("{task.completed}/{task.total}  {task.fields[words]}"),
+            rich.progress.TextColumn("{task.completed}/{task.total}  {task.fields[status]}"),
             rich.progress.TimeRemainingColumn(),
         )
         with rich.progress.Progress(*columns, console=self.console, transient=True) as progress:
-            bar = progress.add_task("", total=total, words="")
-            for item, words in items:
-                progress.update(bar, advance=1, words=words)
+            bar = progress.add_task("", total=total, status="")
+            for item, status in items:
+                progress.update(bar, advance=1, status=status)
                 yield item
 
 
 @dataclass
 class Training:
-    """The loss of every step, and the seconds that all of them took."""
+    """The loss of every step and the total time in seconds."""
 
     losses: list[float]
     seconds: float
@@ -123,7 +123,7 @@ class Training:
 
     @property
     def last(self) -> float:
-        """The mean over the last tenth of the steps."""
+        """The mean loss of the last tenth of the steps."""
         tail = self.losses[-max(1, len(self.losses) // 10) :]
         return sum(tail) / len(tail)
 
@@ -159,7 +159,7 @@ def train(
 
 
 def minibatches(tensors, size: int, seed: int):
-    """Endless tuples of rows, drawn without replacement in an order that the seed decides."""
+    """Endless minibatches of rows, shuffled anew each epoch by a generator with the seed."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(tensors[0]), generator=generator)
@@ -168,14 +168,14 @@ def minibatches(tensors, size: int, seed: int):
 
 
 def held_out(items: list, share: float, seed: int) -> tuple[list, list]:
-    """The items shuffled and parted: those to learn from, and a share to test with."""
+    """Shuffled items, split into a training set and a test set that is `share` of them."""
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
     count = max(1, round(share * len(items)))
     return [items[k] for k in order[count:]], [items[k] for k in order[:count]]
 
 
 def read_pairs(path: Path) -> list[tuple[str, str]]:
-    """The rows of a CSV file whose first line is `text,label`."""
+    """(text, label) of each row of a CSV file whose header is `text,label`."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
@@ -193,7 +193,7 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
 
 
 def read_numbers(path: Path) -> torch.Tensor:
-    """A CSV file of numbers, (rows, columns); a first line that is not numbers is skipped."""
+    """The numbers of a CSV file, (rows, columns); a header line is skipped."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = [row for row in csv.reader(file) if row]
@@ -202,16 +202,16 @@ def read_numbers(path: Path) -> torch.Tensor:
     for begin in (0, 1):
         try:
             numbers = torch.tensor([[float(x) for x in row] for row in rows[begin:]])
-        except ValueError:  # a word, or rows of different lengths
+        except ValueError:  # not a number, or rows of different lengths
             continue
         if numbers.dim() == 2 and numbers.isfinite().all():
             return numbers
-    raise DataError(f"{path} does not hold rows of as many numbers each")
+    raise DataError(f"{path} does not hold numbers in rows of one length")
 
 
 @dataclass(frozen=True)
 class Example:
-    """A runnable example: `run(args, report)` returns what it found, by name, for its test."""
+    """A runnable example. `run(args, report)` returns its results by name, for the tests."""
 
     name: str
     doc: str
@@ -238,7 +238,7 @@ class Example:
             type=Path,
             help=f"folder to write to (default: build/examples/{self.name})",
         )
-        add("--threads", type=int, default=1, help="more than one gains nothing at these sizes")
+        add("--threads", type=int, default=1, help="more than one is no faster at these sizes")
         self.options(parser)
         args = parser.parse_args(argv)
         args.steps = args.steps or (self.quick if args.quick else self.steps)
@@ -248,7 +248,7 @@ class Example:
         return args
 
     def results(self, argv=None) -> dict:
-        """Run with these arguments; the same seed gives the same data, weights and batches."""
+        """Run with these arguments. The seed determines data, initial weights and batches."""
         args = self.parse(argv)
         torch.set_num_threads(args.threads)
         torch.manual_seed(args.seed)

@@ -1,13 +1,13 @@
 """N to 1: a scanned digit read row by row, one class at the end.
 
-A scan of 8x8 pixels is a sequence of 8 rows. The layer sees one row a step; only its last hidden
-state goes on to the classifier.
+A scan of 8x8 pixels is a sequence of 8 rows. The layer reads one row per step; the classifier gets
+only the last hidden state.
 
     row 1   row 2         row 8
       |       |             |
      h_1 --> h_2 --> ... --> h_8 --> Linear --> ten scores
 
-The scans are the 1797 real ones that come with scikit-learn.
+The scans are the 1797 of scikit-learn's digits data set.
 """
 
 import sys
@@ -37,7 +37,7 @@ class RowReader(nn.Module):
 def load(path):
     """Scans (S, 8, 8) from 0 to 1 and their labels (S,).
 
-    A file holds 64 pixels from 0 to 16 and the label in every line, as UCI's optdigits do.
+    Each line of a file holds 64 pixels from 0 to 16 and a label, as in UCI's optdigits.
     """
     if path is None:
         from sklearn.datasets import load_digits
@@ -88,7 +88,7 @@ def run(args, report):
 
 
 def plot_mistakes(report, scans, labels, guesses):
-    """Up to ten scans that were read wrongly, filled up with ones read rightly."""
+    """Ten scans, misclassified ones first."""
     order = torch.argsort((labels == guesses).int(), stable=True)[:10].tolist()
     with report.plot("scans", 1, 10, figsize=(11, 1.6)) as axes:
         if axes is not None:

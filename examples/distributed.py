@@ -1,11 +1,11 @@
-"""More than one machine: a character model trained by several processes that share their gradients.
+"""Distributed training: a character model trained by several processes that share gradients.
 
     torchrun --standalone --nproc_per_node=2 -m examples.distributed --quick
 
 Each process takes its rows of the batch, and DistributedDataParallel averages the gradients (gloo
-on the CPU, nccl on GPUs), so that every process makes the same step: the one a single process would
-make on the joined batch. Run without torchrun it is that single process. A checkpoint after half of
-the steps holds all that the rest depends on; `--resume` goes on from it to the very same bits.
+on the CPU, nccl on GPUs). Every process therefore makes the step that a single process would make
+on the joint batch. Without torchrun the example is that single process. A checkpoint after half of
+the steps holds the complete training state: `--resume` continues from it to a bit-identical model.
 """
 
 import os
@@ -21,7 +21,7 @@ from examples import common
 from examples.char_lm import DataError, read_text
 from examples.layers import layer
 
-ROWS, STEPS_BACK = 16, 32  # of the joined batch
+BATCH, LENGTH = 16, 32  # of the joint batch
 HIDDEN, EMBEDDING = 64, 16
 
 
@@ -39,21 +39,21 @@ class CharModel(nn.Module):
 
 
 def encode(text):
-    """The text as codes (characters,), and how many different ones there are."""
+    """The text as codes (characters,), and the number of distinct characters."""
     vocabulary = sorted(set(text))
     numbers = {character: k for k, character in enumerate(vocabulary)}
     return torch.tensor([numbers[character] for character in text]), len(vocabulary)
 
 
-def joined_batch(codes, step, seed):
-    """(STEPS_BACK + 1, ROWS) of a step: the same wherever it is drawn, however many take part."""
+def joint_batch(codes, step, seed):
+    """(LENGTH + 1, BATCH) of a step, the same in every process and for any number of them."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    begins = torch.randint(len(codes) - STEPS_BACK, (ROWS,), generator=generator)
-    return torch.stack([codes[b : b + STEPS_BACK + 1] for b in begins.tolist()], 1)
+    begins = torch.randint(len(codes) - LENGTH, (BATCH,), generator=generator)
+    return torch.stack([codes[b : b + LENGTH + 1] for b in begins.tolist()], 1)
 
 
 def world():
-    """(rank, processes), one alone without torchrun."""
+    """(rank, number of processes); (0, 1) without torchrun."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -70,8 +70,8 @@ def checkpoint(path, model, optimizer, step):
 
 def run(args, report):
     rank, processes = world()
-    if ROWS % processes:
-        raise common.DataError(f"{ROWS} rows cannot be shared out evenly to {processes} processes")
+    if BATCH % processes:
+        raise common.DataError(f"{BATCH} rows cannot be divided evenly among {processes} processes")
     try:
         codes, vocabulary = encode(read_text(args.data)[:200_000])
     except DataError as error:
@@ -97,19 +97,19 @@ def train(args, report, codes, vocabulary, device):
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["step"]
     trained = DistributedDataParallel(model) if processes > 1 else model
-    own = slice(rank * ROWS // processes, (rank + 1) * ROWS // processes)
+    own = slice(rank * BATCH // processes, (rank + 1) * BATCH // processes)
     losses = []
     for step in range(first, args.steps):
         if step == args.steps // 2 and rank == 0 and not args.resume:
             checkpoint(path, model, optimizer, step)
-        loss = loss_of(trained, joined_batch(codes, step, args.seed)[:, own].to(device))
+        loss = loss_of(trained, joint_batch(codes, step, args.seed)[:, own].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        joined = loss.detach()
+        total = loss.detach()
         if processes > 1:
-            dist.all_reduce(joined)
-        losses.append(joined.item() / processes)
+            dist.all_reduce(total)
+        losses.append(total.item() / processes)
     if rank == 0:
         torch.save(model.state_dict(), args.out / "model.pt")
         rows = [[first + k, loss] for k, loss in enumerate(losses)]
@@ -118,14 +118,14 @@ def train(args, report, codes, vocabulary, device):
         with report.plot("loss") as axes:
             if axes is not None:
                 axes.plot(*zip(*rows, strict=True))
-                axes.set(xlabel="step", ylabel="loss of the joined batch")
-    batch = joined_batch(codes, 0, args.seed)
+                axes.set(xlabel="step", ylabel="loss of the joint batch")
+    batch = joint_batch(codes, 0, args.seed)
     return {"losses": losses, "outputs": model(batch[:-1].to(device)).detach().cpu(),
             "problem": (model, loss_of, (batch,))}  # fmt: skip
 
 
 def options(parser):
-    parser.add_argument("--resume", type=Path, help="a checkpoint to go on from")
+    parser.add_argument("--resume", type=Path, help="a checkpoint to continue from")
 
 
 EXAMPLE = common.Example(

@@ -1,10 +1,11 @@
-"""N to 1: the next value of a real series from the ones before it.
+"""N to 1: the next value of a time series from the values before it.
 
-The layer reads a window of years; a linear layer makes the next year's value of its last state. The
-series is statsmodels' sunspots: mean numbers of the years 1700 to 2008. The last fifth is held out.
+The recurrent layer reads a window of years, and a linear layer predicts the next year's value from
+its last state. The series is statsmodels' sunspots: yearly means of 1700 to 2008. The last fifth is
+held out.
 
-Two forecasts are plotted against the truth: one year ahead, each from true values, and all years
-held out at once, where every forecast is read as the next input.
+Two forecasts are plotted beside the truth: one year ahead, always from true values, and all
+held-out years at once, where each forecast is the next input.
 """
 
 import sys
@@ -19,7 +20,7 @@ HIDDEN, WINDOW = 32, 24
 
 
 class Forecaster(nn.Module):
-    """(N, T) values of a series -> (N,), the next one of each."""
+    """Windows (N, T) of a series -> (N,), the next value of each."""
 
     def __init__(self, kind, backend):
         super().__init__()
@@ -28,11 +29,11 @@ class Forecaster(nn.Module):
 
     def forward(self, values):
         _, state = self.years(values[:, :, None])
-        return values[:, -1] + self.head(hidden_of(state)[-1])[:, 0]  # learns the change
+        return values[:, -1] + self.head(hidden_of(state)[-1])[:, 0]  # predicts the difference
 
 
 def load(path):
-    """The series (S,), and the number or year of its first value."""
+    """The series (S,), and the year or index of its first value."""
     if path is None:
         from statsmodels.datasets import sunspots
 
@@ -50,7 +51,7 @@ def loss_of(model, windows, targets):
 
 @torch.no_grad()
 def free_run(model, window, count):
-    """(count,) values: each forecast becomes the last value of the next window (T,)."""
+    """count forecasts (count,) from a window (T,), each appended to the window of the next."""
     found = []
     for _ in range(count):
         found.append(model(window[None]))

@@ -1,12 +1,12 @@
-"""1 to N: one input, a sequence out of it. The smallest image caption.
+"""1 to N: a sequence from one input, as in image captioning.
 
-A scanned digit goes in whole; its English and French names come out letter by letter ("seven
-sept."). No letter is fed back: all that the layer knows of its place in the caption is its state.
+The input is a whole scanned digit; the output is its English and French name, letter by letter
+("seven sept."). No letter is fed back: the layer's state alone encodes the position in the caption.
 
-    fed once          the scan at step 1, zeros at every later step: the state has to keep it
-    at every step     the scan again and again: the state has only to count
+    fed once          the scan at step 1, zeros afterwards: the state has to remember the scan
+    at every step     the scan at every step: the state has only to count
 
-Both have the same parameters. The scans are the 1797 real ones that come with scikit-learn.
+Both have the same parameters. The scans are the 1797 of scikit-learn's digits data set.
 """
 
 import sys
@@ -46,12 +46,12 @@ class Captioner(nn.Module):
 
 
 def codes_of(caption):
-    """(STEPS,), the caption as numbers; its last letter, the full stop, is repeated to the end."""
+    """The caption as indices (STEPS,), padded with its last letter, the full stop."""
     return torch.tensor([LETTERS.index(letter) for letter in caption.ljust(STEPS, ".")])
 
 
 def text_of(codes):
-    """The letters up to the full stop."""
+    """The letters before the full stop."""
     return "".join(LETTERS[code] for code in codes.tolist()).partition(".")[0]
 
 
@@ -86,15 +86,15 @@ def run(args, report):
         found["problem"] = (model, loss_of, (scans[learn[:16]], captions[learn[:16]]))
     rows = [[f"letter {k + 1}", *(found["by step"][way][k] for way in args.way)]
             for k in range(STEPS)]  # fmt: skip
-    rows.append(["all of it", *found["accuracy"].values()])
+    rows.append(["all letters", *found["accuracy"].values()])
     columns = ["of a caption", *(f"scan {way}" for way in args.way)]
-    report.table("accuracy", columns, rows, f"written rightly of {len(test)} scans held out")
+    report.table("accuracy", columns, rows, f"correct, of {len(test)} held-out scans")
     plot_captions(report, scans[test], written)
     return found
 
 
 def plot_captions(report, scans, written, count=6):
-    """Some scans, and what was written of each."""
+    """Some scans and the captions generated for them."""
     with report.plot("captions", 1, count, figsize=(2 * count, 2.6)) as axes:
         if axes is not None:
             for k, axis in enumerate(axes):

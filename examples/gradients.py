@@ -1,18 +1,19 @@
 """Memory and gradients: how far back RNN, GRU and LSTM can learn, and why.
 
-The task is to copy: the first symbol of a sequence is asked for after its last step, and everything
-in between is noise. What the first step should have done otherwise reaches it only through the
-gradient d loss / d h_1, handed from h_T back to h_1.
+The task is to copy: after the last step the model must name the first symbol of the sequence; all
+other symbols are noise. The first step can learn only from the gradient d loss / d h_1, which
+backpropagation carries from h_T back to h_1.
 
     symbol   noise   noise          noise
       |        |       |              |
      h_1 -->  h_2 --> h_3 --> ... --> h_T --> Linear --> which symbol?
 
-Each kind of layer is trained anew for each length, with as many hidden units, steps and the same
-batches. The gates of GRU and LSTM begin with biases that keep a state for up to T steps (Tallec and
-Ollivier, Can recurrent neural networks warp time?, 2018); an RNN has no gate to do so with. The
-plot shows the gradients as torch initialises a layer, with those biases, and after training. Of an
-LSTM it shows those of h alone: most of what its gradient keeps travels along c.
+Each kind of layer is trained from scratch for each length, with the same number of hidden units and
+steps and the same batches. The gates of GRU and LSTM are initialised with biases that keep a state
+for up to T steps (Tallec and Ollivier, Can recurrent neural networks warp time?, 2018); an RNN has
+no such gate. The plot shows the gradients after torch's initialisation, with those biases, and
+after training. For an LSTM it shows the gradients of h alone, although most of its long-range
+gradient flows through c.
 """
 
 import itertools
@@ -36,7 +37,7 @@ STARTS = ("torch's start", "gates set", "trained")
 
 
 class Copier(nn.Module):
-    """(T, N, 8) one-hot symbols -> (N, 4) scores of what the first was."""
+    """One-hot symbols (T, N, 8) -> scores (N, 4) of the first symbol."""
 
     def __init__(self, kind, backend, length=None):
         super().__init__()
@@ -47,18 +48,18 @@ class Copier(nn.Module):
 
     @torch.no_grad()
     def remember(self, kind, length):
-        """Biases of the gates that keep a state: each unit for a time of its own, up to length.
+        """Set the gate biases so that each unit keeps its state for a random time up to length.
 
-        A gate of 1 - 1/t keeps for about t steps; the sigmoid of log(t - 1) is such a gate.
+        A forget gate of 1 - 1/t keeps a state for about t steps, and sigmoid(log(t - 1)) is that.
         """
         bias = torch.log(1 + torch.rand(HIDDEN) * (length - 2))
-        ours, theirs = self.layer.bias_ih_l0, self.layer.bias_hh_l0
-        if kind == "lstm":  # gates i, f, g, o: write as seldom as to forget
-            ours[: 2 * HIDDEN] = torch.cat([-bias, bias])
-            theirs[: 2 * HIDDEN] = 0
+        b_ih, b_hh = self.layer.bias_ih_l0, self.layer.bias_hh_l0
+        if kind == "lstm":  # gates i, f, g, o: write as rarely as forget
+            b_ih[: 2 * HIDDEN] = torch.cat([-bias, bias])
+            b_hh[: 2 * HIDDEN] = 0
         elif kind == "gru":  # gates r, z, n
-            ours[HIDDEN : 2 * HIDDEN] = bias
-            theirs[HIDDEN : 2 * HIDDEN] = 0
+            b_ih[HIDDEN : 2 * HIDDEN] = bias
+            b_hh[HIDDEN : 2 * HIDDEN] = 0
 
     def forward(self, x):
         y, _ = self.layer(x)
@@ -66,7 +67,7 @@ class Copier(nn.Module):
 
 
 class Sequences:
-    """Sequences to learn from: symbols to copy, and noise that is random or a text's characters."""
+    """Training sequences: a symbol to copy, then noise, random or from the characters of a text."""
 
     def __init__(self, path):
         self.codes = None
@@ -104,13 +105,13 @@ def loss_of(model, x, first):
 
 
 def begin(kind, args, length=None):
-    """A model that the seed decides, whatever was trained before."""
+    """A new model whose initial weights depend on the seed alone."""
     torch.manual_seed(args.seed)
     return Copier(kind, args.backend, length)
 
 
 def norms(model, x):
-    """(T,) norms of d loss / d h_t, mean over the batch; the loss is the sum of the last output."""
+    """Norms (T,) of d loss / d h_t, mean over the batch; the loss is the sum of the last output."""
     flow = lstm_fused.gradient_flow(model.layer, x)
     return flow[:, 0].norm(dim=-1).mean(dim=1)
 
@@ -153,7 +154,7 @@ def run(args, report):
 
 
 def gradients(args, models, length, x):
-    """By start and kind the norms over all steps of x."""
+    """The norms over all steps of x, by initialisation and kind of layer."""
     flows = {}
     for kind in KINDS:
         flows[STARTS[0], kind] = norms(begin(kind, args), x)
@@ -163,8 +164,8 @@ def gradients(args, models, length, x):
 
 
 def tabulate(report, rows, found, lengths):
-    columns = ["layer", "T", "accuracy", "loss", "parameters", "ms a training step"]
-    title = f"The first symbol asked for after T steps; by chance {1 / SYMBOLS:.2f}"
+    columns = ["layer", "T", "accuracy", "loss", "parameters", "ms per training step"]
+    title = f"Copying the first symbol after T steps; by chance {1 / SYMBOLS:.2f}"
     report.table("copying", columns, rows, title)
     rows = []
     for kind in KINDS:
@@ -173,11 +174,11 @@ def tabulate(report, rows, found, lengths):
         _, _, least, fastest = found["rnn", lengths[-1]]
         rows.append([kind.upper(), max(learnt, default="none"), count / least, times / fastest])
     columns = ["layer", "longest T learnt", "parameters over RNN", "time over RNN"]
-    report.table("memory", columns, rows, "Learnt: more than 95% right")
+    report.table("memory", columns, rows, "Learnt: accuracy above 0.95")
 
 
 def tabulate_flows(report, flows):
-    """What is left of the gradient some steps back, as a share of that at the last step."""
+    """The gradient some steps back, relative to that of the last step."""
     back = [10, 20, 100, DISTANCE - 1]
     rows = [
         [f"{kind.upper()}, {start}", *(f"{norm[-1 - k] / norm[-1]:.1e}" for k in back)]
@@ -195,7 +196,7 @@ def plot_flows(report, flows, length):
         for axis, start, title in zip(axes, STARTS, titles, strict=True):
             for kind in KINDS:
                 norm = flows[start, kind].flip(0)
-                # float32 ends near 1e-45: what has vanished is not drawn.
+                # The smallest positive float32 is near 1e-45; a logarithmic axis cannot show 0.
                 axis.loglog(range(1, len(norm) + 1), norm.clamp_min(1e-45), label=kind.upper())
             axis.set(title=title, xlabel="steps from the end", ylim=(1e-12, None))
             axis.legend()
@@ -210,13 +211,13 @@ def plot_accuracy(report, found, lengths):
             accuracy = [found[kind, length][0] for length in lengths]
             axis.semilogx(lengths, accuracy, "o-", label=kind.upper())
         axis.axhline(1 / SYMBOLS, color="gray", linestyle=":", label="chance")
-        axis.set(xlabel="steps to remember over", ylabel="accuracy", ylim=(0, 1.05))
+        axis.set(xlabel="steps to remember", ylabel="accuracy", ylim=(0, 1.05))
         axis.legend()
 
 
 EXAMPLE = common.Example(
     "gradients", __doc__, run, steps=600, quick=300,
-    data=f"text of more than {DISTANCE} characters to be the noise (default: random symbols)",
+    data=f"text of more than {DISTANCE} characters to use as noise (default: random symbols)",
 )  # fmt: skip
 
 if __name__ == "__main__":

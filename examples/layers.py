@@ -1,4 +1,4 @@
-"""The recurrent layers of the examples, by name: fused ones, or torch's own to compare with."""
+"""The recurrent layers of the examples by name, from lstm_fused or from torch.nn."""
 
 import torch
 
@@ -9,7 +9,7 @@ BACKENDS = ("fused", "torch")
 
 
 def layer(kind: str, backend: str) -> type[torch.nn.RNNBase]:
-    """The class of a layer: lstm_fused's or torch.nn's RNN, GRU or LSTM, all called alike.
+    """The class RNN, GRU or LSTM of lstm_fused (backend "fused") or of torch.nn ("torch").
 
     Raises:
         KeyError: no such backend.
@@ -19,5 +19,5 @@ def layer(kind: str, backend: str) -> type[torch.nn.RNNBase]:
 
 
 def hidden_of(state):
-    """h_n (L*D, N, R) of the state that a layer returns: an LSTM's holds c_n as well."""
+    """h_n (L*D, N, R) of the state that a layer returns, which is (h_n, c_n) for an LSTM."""
     return state[0] if isinstance(state, tuple) else state

@@ -1,8 +1,8 @@
 """A classifier of names, one sequence at a time: RNN -> Linear -> LogSoftmax, and NLLLoss.
 
-The letters of a name go through an RNN that starts from `init_hidden`, a state of zeros; what it
-holds after the last letter tells the language. No batches, no padding: one name is one step of
-training. Eight languages with 45 family names each are shipped.
+An RNN reads the letters of a name, starting from the zero state of `init_hidden`; the language is
+predicted from its state after the last letter. There is no batching and no padding: one name is one
+training step. The included data has eight languages with 45 family names each.
 """
 
 import sys
@@ -18,7 +18,7 @@ HIDDEN = 64
 
 
 class NameClassifier(nn.Module):
-    """letters (T, 1, I), one-hot, and a state -> (1, labels) logarithms of probabilities."""
+    """One-hot letters (T, 1, I) and a state -> log-probabilities (1, labels)."""
 
     def __init__(self, letters, labels, kind, backend):
         super().__init__()
@@ -27,7 +27,7 @@ class NameClassifier(nn.Module):
         self.softmax = nn.LogSoftmax(dim=1)
 
     def init_hidden(self):
-        """The state before the first letter: h_0 (1, 1, H), for an LSTM c_0 as well."""
+        """The initial state: h_0 (1, 1, H), or (h_0, c_0) for an LSTM."""
         h_0 = self.linear.weight.new_zeros(1, 1, HIDDEN)
         return (h_0, h_0) if self.rnn.mode == "LSTM" else h_0
 
@@ -37,12 +37,12 @@ class NameClassifier(nn.Module):
 
 
 def spelling(name):
-    """Small letters, accents as letters of their own, and an end on both sides."""
+    """Lower case, accents as separate characters, with a marker at each end."""
     return "^" + unicodedata.normalize("NFD", name.lower()) + "$"
 
 
 class Alphabet:
-    """Letters as one-hot rows; the last column stands for every letter not known."""
+    """Letters as one-hot rows; the last column stands for unknown letters."""
 
     def __init__(self, names):
         self.letters = sorted({letter for name in names for letter in spelling(name)})
@@ -52,7 +52,7 @@ class Alphabet:
         return len(self.letters) + 1
 
     def rows(self, name):
-        """(T, 1, I)"""
+        """The name as one-hot rows (T, 1, I)."""
         codes = [self.code.get(letter, len(self.letters)) for letter in spelling(name)]
         return nn.functional.one_hot(torch.tensor(codes), len(self)).to(torch.get_default_dtype())[
             :, None
@@ -64,7 +64,7 @@ def loss_of(model, letters, label):
 
 
 def one_by_one(pairs, alphabet, labels, seed):
-    """Endless (letters, label), all names in a new order each time round."""
+    """Endless pairs (letters, label); the names are shuffled anew each epoch."""
     given = [(alphabet.rows(name), torch.tensor([labels.index(x)])) for name, x in pairs]
     for (k,) in common.minibatches((torch.arange(len(given)),), 1, seed):
         yield given[k]
@@ -85,14 +85,14 @@ def run(args, report):
     training = common.train(model, batches, loss_of, args.steps, report, lr=2e-3)
 
     @torch.no_grad()
-    def chances(name):
+    def probabilities_of(name):
         return model(alphabet.rows(name), model.init_hidden())[0].exp()
 
-    outputs = torch.stack([chances(name) for name, _ in test])
+    outputs = torch.stack([probabilities_of(name) for name, _ in test])
     truth = torch.tensor([labels.index(label) for _, label in test])
     accuracy = (outputs.argmax(1) == truth).double().mean().item()
     report.say(f"{len(test)} names held out: accuracy {accuracy:.2f}, by chance {1 / len(labels)}")
-    rows = [[name, *sorted_guesses(chances(name), labels)] for name in args.name]
+    rows = [[name, *best_guesses(probabilities_of(name), labels)] for name in args.name]
     report.table("guesses", ["name", "first", "second", "third"], rows)
     plot_confusion(report, outputs.argmax(1), truth, labels)
     return {
@@ -104,8 +104,10 @@ def run(args, report):
     }
 
 
-def sorted_guesses(chances, labels):
-    return [f"{labels[k]} {chances[k]:.2f}" for k in chances.argsort(descending=True)[:3]]
+def best_guesses(probabilities, labels):
+    return [
+        f"{labels[k]} {probabilities[k]:.2f}" for k in probabilities.argsort(descending=True)[:3]
+    ]
 
 
 def plot_confusion(report, guesses, truth, labels):
@@ -123,7 +125,7 @@ def plot_confusion(report, guesses, truth, labels):
 
 EXAMPLE = common.Example(
     "names", __doc__, run, steps=4000, quick=2000, options=options,
-    data="CSV text,label: names or words and their class (default: 360 names shipped)",
+    data="CSV text,label: names or words and their class (default: the included 360 names)",
 )  # fmt: skip
 
 if __name__ == "__main__":

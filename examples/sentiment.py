@@ -1,12 +1,13 @@
-"""Sentiment: a review read word by word, then one of two classes with a probability.
+"""Sentiment: a review read word by word, then the probabilities of two classes.
 
     Embedding -> LSTM(batch_first) -> dropout -> Linear -> softmax
 
-Reviews have different lengths, so a batch of them is packed: the state that goes on to the linear
-layer is the one after each review's own last word.
+Reviews have different lengths, so a batch of them is packed: the linear layer gets each review's
+state after its own last word.
 
-Only the softmax is a probability. An LSTM's output gate also lies between 0 and 1, but it has one
-value for each hidden unit and they sum to anything: it says how much of a memory cell is shown.
+Only the softmax is a probability distribution. An LSTM's output gate is also between 0 and 1, but
+it has one value per hidden unit, and their sum is arbitrary: it scales how much of the cell state
+enters h.
 """
 
 import re
@@ -20,13 +21,13 @@ from examples import common
 from examples.layers import layer
 
 EMBEDDING, HIDDEN = 32, 32
-MOST_WORDS = 400  # of a review
-RARE = 2  # a word seen less often is unknown
+MAX_WORDS = 400  # of a review
+MIN_COUNT = 2  # a word seen less often is unknown
 LABELS = ["neg", "pos"]
 
 
 class Classifier(nn.Module):
-    """words (N, T) and lengths (N,) -> (N, 2) scores, whose softmax are the probabilities."""
+    """Words (N, T) and lengths (N,) -> scores (N, 2); their softmax is the probabilities."""
 
     def __init__(self, vocabulary, backend):
         super().__init__()
@@ -46,11 +47,11 @@ class Classifier(nn.Module):
 
 
 def words_of(text):
-    return re.findall(r"[\w']+|[!?]", text.lower())[:MOST_WORDS]
+    return re.findall(r"[\w']+|[!?]", text.lower())[:MAX_WORDS]
 
 
 def load(path):
-    """(text, label) of a folder with pos/ and neg/, of a CSV file, or of the reviews shipped."""
+    """(text, label) of a folder with pos/ and neg/, of a CSV file, or of the included reviews."""
     if path is None or not path.is_dir():
         pairs = common.read_pairs(path or common.BUILT_IN / "reviews.csv")
     else:
@@ -63,14 +64,14 @@ def load(path):
 
 
 class Vocabulary:
-    """Words as numbers; 0 pads, 1 is any word not known."""
+    """Words as indices; 0 is padding, 1 any unknown word."""
 
     def __init__(self, texts):
         counts = {}
         for text in texts:
             for word in words_of(text):
                 counts[word] = counts.get(word, 0) + 1
-        known = sorted(word for word, count in counts.items() if count >= RARE)
+        known = sorted(word for word, count in counts.items() if count >= MIN_COUNT)
         self.code = {word: k for k, word in enumerate(known, start=2)}
 
     def __len__(self):
@@ -94,27 +95,27 @@ def tensors_of(vocabulary, pairs):
 
 @torch.no_grad()
 def accuracy_of(model, reviews):
-    """The share of reviews read rightly, and the probabilities (N, 2) of all."""
+    """The accuracy on reviews, and the probabilities (N, 2)."""
     parts = [t.split(256) for t in reviews]
-    chances = torch.cat([model.probabilities(*each[:2]) for each in zip(*parts, strict=True)])
-    return (chances.argmax(1) == reviews[2]).double().mean().item(), chances
+    probabilities = torch.cat([model.probabilities(*each[:2]) for each in zip(*parts, strict=True)])
+    return (probabilities.argmax(1) == reviews[2]).double().mean().item(), probabilities
 
 
 @torch.no_grad()
 def output_gate(model, words):
-    """The output gate and hidden state (H,) after the last of some words (T,), by the equations."""
+    """Output gate and hidden state (H,) after the last word of (T,), from the LSTM equations."""
     lstm = model.lstm
     x = model.embedding(words)
     if len(words) > 1:
         _, (h, c) = lstm(x[:-1])
     else:
         h = c = x.new_zeros(1, HIDDEN)
-    sums = x[-1] @ lstm.weight_ih_l0.T + lstm.bias_ih_l0
-    i, f, g, o = (sums + h[0] @ lstm.weight_hh_l0.T + lstm.bias_hh_l0).chunk(4)
+    preacts = x[-1] @ lstm.weight_ih_l0.T + lstm.bias_ih_l0
+    i, f, g, o = (preacts + h[0] @ lstm.weight_hh_l0.T + lstm.bias_hh_l0).chunk(4)
     c = torch.sigmoid(f) * c[0] + torch.sigmoid(i) * torch.tanh(g)
     gate = torch.sigmoid(o)
     h = gate * torch.tanh(c)
-    torch.testing.assert_close(h, lstm(x)[1][0][0])  # what the layer itself gives
+    torch.testing.assert_close(h, lstm(x)[1][0][0])  # the layer's own result
     return gate, h
 
 
@@ -122,8 +123,8 @@ def output_gate(model, words):
 def show_gate(report, model, vocabulary, text):
     words, lengths = vocabulary.batch([text])
     gate, hidden = output_gate(model, words[0])
-    chances = model.probabilities(words, lengths)[0]
-    kinds = {"output gate": gate, "hidden state": hidden, "softmax": chances}
+    probabilities = model.probabilities(words, lengths)[0]
+    kinds = {"output gate": gate, "hidden state": hidden, "softmax": probabilities}
     rows = [
         [name, str(tuple(t.shape)), *(f(t).item() for f in (torch.min, torch.max, torch.sum))]
         for name, t in kinds.items()
@@ -160,7 +161,7 @@ def run(args, report):
     batches = common.minibatches(given, 32, args.seed)
     training = common.train(model, batches, loss_of, args.steps, report, lr=5e-3)
     learned, _ = accuracy_of(model, given)
-    accuracy, chances = accuracy_of(model, tensors_of(vocabulary, test))
+    accuracy, probabilities = accuracy_of(model, tensors_of(vocabulary, test))
     rows = [["learned from", len(learn), learned], ["held out", len(test), accuracy]]
     report.table("accuracy", ["reviews", "count", "accuracy"], rows)
     kinds = show_gate(report, model, vocabulary, test[0][0])
@@ -170,14 +171,14 @@ def run(args, report):
         "learned": learned,
         "accuracy": accuracy,
         "kinds": kinds,
-        "outputs": chances,
+        "outputs": probabilities,
         "problem": (model, loss_of, tuple(t[:16] for t in given)),
     }
 
 
 EXAMPLE = common.Example(
     "sentiment", __doc__, run, steps=600, quick=250,
-    data="a folder with pos/ and neg/, or a CSV text,label (default: 420 reviews shipped)",
+    data="a folder with pos/ and neg/, or a CSV text,label (default: the included 420 reviews)",
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""N to N: one label for every step, by one direction and by both.
+"""N to N: one label for every step, with one direction and with two.
 
-A program's source is read character by character, and each character is given its kind: keyword,
-name, call, number, string, comment, operator or space, as Python's own tokenizer has it.
+The model reads Python source character by character and labels each character: keyword, name, call,
+number, string, comment, operator or space. The true labels come from Python's tokenizer.
 
-Whether "i" begins "import" or "index", and whether a name is called, is decided by what comes
-after it. A bidirectional LSTM has read that; a one-directional one can only guess. Both have about
-as many parameters here and are trained alike. `--bidirectional` and `--no-bidirectional` train one.
+Whether "i" begins "import" or "index", and whether a name is called, depends on the characters
+after it. A bidirectional LSTM reads them; a unidirectional one can only guess. Both have about the
+same number of parameters and the same training. `--bidirectional` or `--no-bidirectional` trains
+only one.
 """
 
 import argparse
@@ -26,12 +27,12 @@ from examples.layers import KINDS, layer
 EMBEDDING, LENGTH, BATCH = 24, 96, 32
 HIDDEN = {"one direction": 96, "both directions": 64}
 TAGS = ["space", "keyword", "name", "call", "number", "string", "comment", "operator"]
-MOST_CHARACTERS = 300_000
+MAX_CHARACTERS = 300_000
 COLORS = ["0.9", "#7048e8", "#495057", "#1c7ed6", "#f08c00", "#2f9e44", "#adb5bd", "#e03131"]
 
 
 class Tagger(nn.Module):
-    """characters (N, T) -> (N, T, tags) scores."""
+    """Characters (N, T) -> scores (N, T, tags)."""
 
     def __init__(self, characters, kind, backend, directions):
         super().__init__()
@@ -50,10 +51,10 @@ def tags_of(source):
     """A tag for every character of a Python source.
 
     Raises:
-        SyntaxError, tokenize.TokenError: the source is none.
+        SyntaxError, tokenize.TokenError: it is not Python source.
     """
     starts = [0]
-    for line in io.StringIO(source):  # as the tokenizer parts them: a form feed ends none
+    for line in io.StringIO(source):  # as the tokenizer splits them: a form feed ends no line
         starts.append(starts[-1] + len(line))
     tags = [0] * len(source)
     tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
@@ -66,7 +67,7 @@ def tags_of(source):
 
 
 def tag_of(token, after):
-    """The tag of a token, or None where there is nothing to see."""
+    """The tag of a token, or None for one without characters, such as an indent."""
     kind = tokenize.tok_name[token.type]
     if kind == "NAME":
         if keyword.iskeyword(token.string):
@@ -80,7 +81,7 @@ def tag_of(token, after):
 
 
 def load(path):
-    """Characters and tags, lists of as many, of Python sources: a file, a folder, or our own."""
+    """Characters and their tags, from a Python file or folder (default: the stdlib)."""
     path = path or Path(sysconfig.get_path("stdlib"))
     files = sorted(path.glob("*.py")) if path.is_dir() else [path]
     text, tags = [], []
@@ -92,15 +93,15 @@ def load(path):
             continue
         text += source
         tags += found
-        if len(text) >= MOST_CHARACTERS:
+        if len(text) >= MAX_CHARACTERS:
             break
     if len(text) < 20 * LENGTH:
         raise common.DataError(f"{path} holds {len(text)} characters of Python, too few")
-    return text[:MOST_CHARACTERS], tags[:MOST_CHARACTERS]
+    return text[:MAX_CHARACTERS], tags[:MAX_CHARACTERS]
 
 
 def windows_of(codes):
-    """(S,) -> (S // LENGTH, LENGTH)"""
+    """Codes (S,) -> windows (S // LENGTH, LENGTH)."""
     return codes[: len(codes) // LENGTH * LENGTH].view(-1, LENGTH)
 
 
@@ -111,7 +112,9 @@ def loss_of(model, characters, tags):
 def options(parser):
     parser.add_argument("--layer", choices=KINDS, default="lstm")
     parser.add_argument(
-        "--bidirectional", action=argparse.BooleanOptionalAction, help="only so (default: both)"
+        "--bidirectional",
+        action=argparse.BooleanOptionalAction,
+        help="train only this one (default: both)",
     )
 
 
@@ -146,13 +149,13 @@ def run(args, report):
         found["problem"] = (model, loss_of, tuple(t[:8] for t in learn))
     rows = [[tag, *(found["by tag"][d][k] for d in wanted)] for k, tag in enumerate(TAGS)]
     rows.append(["all", *found["accuracy"].values()])
-    report.table("accuracy", ["characters of", *wanted], rows, "on source held out")
+    report.table("accuracy", ["characters of", *wanted], rows, "on held-out source")
     plot_source(report, kinds, test, guesses)
     return found
 
 
 def plot_source(report, kinds, test, guesses, rows=2):
-    """A few windows, every character in its tag's colour: the truth, then what was guessed."""
+    """A few windows, each character in the colour of its tag: the truth, then the predictions."""
     shown = {"truth": test[1]} | guesses
     with report.plot("source", rows, figsize=(12, 0.9 * rows * len(shown))) as axes:
         if axes is None:

@@ -1,16 +1,17 @@
-"""N to M: an encoder reads a sequence to its end, then a decoder writes another one.
+"""N to M: an encoder reads a whole sequence, then a decoder writes another one.
 
-What the decoder is given of the encoder's states h_1 .. h_N is the context c. Four forms of it:
+The decoder gets a context c, computed from the encoder's states h_1 .. h_N in one of four ways:
 
-    h_N            c = h_N, the last state itself
+    h_N            c = h_N, the last state
     g(h_N)         c = tanh(W h_N)
     g(h_1..h_N)    c = tanh(W mean(h_1 .. h_N))
-    attention      another c_t for every step: the mean of h_1 .. h_N with weights that say which
-                   of them matter to what the decoder has just made, softmax_s(q_t . h_s)
+    attention      a c_t per step: the mean of h_1 .. h_N weighted by softmax_s(q_t . h_s), where
+                   the query q_t comes from the decoder's state
 
-The first three put a sequence of any length into one vector. The task is to write real words
-backwards: nothing of the input may be lost, so that accuracy by length shows what such a vector
-holds. Each form starts from one seed and sees the same words; none of those tested is among them.
+The first three compress a sequence of any length into one vector. The task is to reverse real
+words, which needs every letter of the input, so that accuracy by length shows the capacity of that
+vector. Each form is trained from the same seed on the same words; the test words are not among
+them.
 """
 
 import random
@@ -34,7 +35,7 @@ SIZE = END + 1 + 26
 
 
 class Translator(nn.Module):
-    """words (N, S), lengths (N,) and the letters before each wanted one (N, T) -> (N, T, SIZE)."""
+    """Words (N, S), lengths (N,), decoder inputs (N, T) -> scores (N, T, SIZE)."""
 
     def __init__(self, form, kind, backend):
         super().__init__()
@@ -47,7 +48,7 @@ class Translator(nn.Module):
         self.head = nn.Linear(2 * HIDDEN, SIZE)
 
     def encode(self, words, lengths):
-        """All states (N, S, H), 0 where a word has ended, which steps are real (N, S), c (N, H)."""
+        """States (N, S, H), zero in the padding; a mask of real steps (N, S); c (N, H)."""
         packed = pack_padded_sequence(
             self.embedding(words), lengths, batch_first=True, enforce_sorted=False
         )
@@ -59,11 +60,11 @@ class Translator(nn.Module):
         return states, words != PAD, c if self.g is None else torch.tanh(self.g(c))
 
     def start(self, c):
-        """The decoder's state before its first letter."""
+        """The decoder's initial state."""
         return (c[None], torch.zeros_like(c)[None]) if self.decoder.mode == "LSTM" else c[None]
 
     def decode(self, before, encoded, state):
-        """Scores (N, T, SIZE), the state after them, and what was attended to (N, T, S) or None."""
+        """Scores (N, T, SIZE), the final state, and the attention weights (N, T, S) or None."""
         states, real, c = encoded
         c = c[:, None].expand(-1, before.shape[1], -1)
         y, state = self.decoder(torch.cat([self.embedding(before), c], 2), state)
@@ -80,7 +81,7 @@ class Translator(nn.Module):
 
     @torch.no_grad()
     def write(self, words, lengths, steps):
-        """Letters (N, steps), each the likeliest after those before it, and the weights."""
+        """Greedily decoded letters (N, steps), and the attention weights of each step."""
         encoded = self.encode(words, lengths)
         state, before = self.start(encoded[2]), torch.full((len(words), 1), BEGIN)
         letters, attended = [], []
@@ -93,7 +94,7 @@ class Translator(nn.Module):
 
 
 def load(path):
-    """Different words of SHORTEST to LONGEST letters in a text, or in Python's own source."""
+    """The distinct words of SHORTEST to LONGEST letters in a text (default: Python's stdlib)."""
     files = [path] if path else sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     try:
         text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
@@ -107,7 +108,7 @@ def load(path):
 
 
 def batch_of(words):
-    """Words (N, S), lengths (N,), and the letters before each wanted one and wanted (N, S + 1)."""
+    """Words (N, S), lengths (N,), decoder inputs and targets (N, S + 1)."""
     codes = [torch.tensor([ord(letter) - ord("a") + END + 1 for letter in word]) for word in words]
     begin, end = torch.tensor([BEGIN]), torch.tensor([END])
     before = [torch.cat([begin, code.flip(0)]) for code in codes]
@@ -118,7 +119,7 @@ def batch_of(words):
 
 
 def batches_of(words, size, seed):
-    """Endless batches of words drawn by length first, so that all lengths are as frequent."""
+    """Endless batches of words; the length is drawn first, so all lengths are equally frequent."""
     chance = random.Random(seed)
     by_length = {}
     for word in words:
@@ -134,7 +135,7 @@ def loss_of(model, words, lengths, before, wanted):
 
 
 def text_of(codes):
-    """The letters before the end, as text."""
+    """The text of the letters before END."""
     letters = []
     for code in codes.tolist():
         if code <= END:
@@ -151,7 +152,7 @@ def options(parser):
 def run(args, report):
     learn, test = common.held_out(load(args.data), 0.2, args.seed)
     test = [word for k in range(LONGEST + 1) for word in [w for w in test if len(w) == k][:40]]
-    report.say(f"{len(learn)} words to learn from, {len(test)} of those held out to test with")
+    report.say(f"{len(learn)} words to learn from, {len(test)} held-out words to test with")
     words, lengths, before, _ = batch_of(test)
     counts = lengths.tolist()
     found = {"losses": [], "accuracy": {}, "by length": {}}
@@ -175,7 +176,7 @@ def run(args, report):
             found["outputs"] = model(words, lengths, before)
         found["problem"] = (model, loss_of, next(batches))
     rows = [[k, *(each[k] for each in found["by length"].values())] for k in sorted(set(counts))]
-    report.table("accuracy", ["letters", *written], rows, "words written rightly, by their length")
+    report.table("accuracy", ["letters", *written], rows, "words reversed correctly, by length")
     shown = range(0, len(test), max(1, len(test) // 6))
     rows = [[test[k], *(each[k] for each in written.values())] for k in shown]
     report.table("words", ["word", *written], rows)
@@ -189,13 +190,13 @@ def plot_accuracy(report, by_length):
             for form, shares in by_length.items():
                 axis.plot(list(shares), list(shares.values()), marker="o", label=form)
             axis.set_xlabel("letters")
-            axis.set_ylabel("words written rightly")
+            axis.set_ylabel("words reversed correctly")
             axis.set_ylim(0, 1.02)
             axis.legend()
 
 
 def plot_attention(report, word, written, attended):
-    """What each written letter looked at: one row a step, one column a letter read."""
+    """The attention weights: one row per written letter, one column per letter read."""
     shown = min(len(written) + 1, LONGEST + 1)
     with report.plot("attention", figsize=(4.5, 4)) as axis:
         if axis is not None:
@@ -209,7 +210,7 @@ def plot_attention(report, word, written, attended):
 
 EXAMPLE = common.Example(
     "translate", __doc__, run, steps=2000, quick=250, options=options,
-    data="a text, whose words are taken (default: Python's standard library)",
+    data="a text to take the words from (default: Python's standard library)",
 )  # fmt: skip
 
 if __name__ == "__main__":
