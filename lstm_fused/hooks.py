@@ -1,7 +1,7 @@
-"""Run a function when another module is imported: for what is too slow to import, or may be absent.
+"""Run a function when another module is imported, which may be absent or slow to import.
 
-torch.compile's tracer, the ONNX exporter and opacus are told of our classes and operators only
-where somebody uses them.
+Our classes and operators are registered with torch.compile's tracer, the ONNX exporter and opacus
+only in a program that imports these.
 """
 
 import importlib.abc

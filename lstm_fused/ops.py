@@ -13,7 +13,7 @@ from lstm_fused.export import state_or_zeros
 from lstm_fused.operators import forward_op
 from lstm_fused.reference_derivatives import Layer
 
-CELLS = _plan.cells()  # by name: id, gates, sums, memory; csrc/cells/cells.h
+CELLS = _plan.cells()  # by name: id, gates, preacts, carry, ...; csrc/cells/cells.h
 _IDS = {name: cell["id"] for name, cell in CELLS.items()}
 
 cuda.load()

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 
-def _sums(x, w, b):
+def _linear(x, w, b):
     return x @ w.t() if b is None else x @ w.t() + b
 
 
@@ -19,7 +19,7 @@ def _lstm_step(x, state, w_ih, w_hh, b_ih, b_hh, w_hr):
     Hochreiter & Schmidhuber 1997 in torch.nn.LSTM's form; the projection w_hr is Sak et al. 2014.
     """
     h, c = state
-    i, f, g, o = (_sums(x, w_ih, b_ih) + _sums(h, w_hh, b_hh)).chunk(4, dim=1)
+    i, f, g, o = (_linear(x, w_ih, b_ih) + _linear(h, w_hh, b_hh)).chunk(4, dim=1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     h = torch.sigmoid(o) * torch.tanh(c)
     return (h if w_hr is None else h @ w_hr.t()), c
@@ -28,8 +28,8 @@ def _lstm_step(x, state, w_ih, w_hh, b_ih, b_hh, w_hr):
 def _gru_step(x, state, w_ih, w_hh, b_ih, b_hh, _):
     """Cho et al. 2014 in torch.nn.GRU's form: x (n, I), state (h (n, H),) -> the state after it."""
     (h,) = state
-    r_x, z_x, n_x = _sums(x, w_ih, b_ih).chunk(3, dim=1)
-    r_h, z_h, n_h = _sums(h, w_hh, b_hh).chunk(3, dim=1)
+    r_x, z_x, n_x = _linear(x, w_ih, b_ih).chunk(3, dim=1)
+    r_h, z_h, n_h = _linear(h, w_hh, b_hh).chunk(3, dim=1)
     r, z = torch.sigmoid(r_x + r_h), torch.sigmoid(z_x + z_h)
     n = torch.tanh(n_x + r * n_h)
     return ((1 - z) * n + z * h,)
@@ -38,7 +38,7 @@ def _gru_step(x, state, w_ih, w_hh, b_ih, b_hh, _):
 def _rnn_step(activation):
     def step(x, state, w_ih, w_hh, b_ih, b_hh, _):
         """Elman 1990 in torch.nn.RNN's form: x (n, I), state (h (n, H),) -> the state after it."""
-        return (activation(_sums(x, w_ih, b_ih) + _sums(state[0], w_hh, b_hh)),)
+        return (activation(_linear(x, w_ih, b_ih) + _linear(state[0], w_hh, b_hh)),)
 
     return step
 

@@ -1,5 +1,5 @@
 // The GRU cell (Cho et al. 2014) as torch.nn.GRU has it, gates r, z, n: the reset gate multiplies
-// what W_hh gives the candidate n, bias included, so that this part is summed apart.
+// what W_hh gives the candidate n, bias included, so that this part is summed separately.
 #pragma once
 
 #include "../params.h"

@@ -36,7 +36,7 @@ std::string describe(const Plan& p) {
   return s.str();
 }
 
-// kind: "" for the best. None if the kind has no room on the device.
+// kind: "" for the best. None if a plan of the kind does not fit the device.
 std::optional<Plan> plan(const std::string& dtype, int64_t T, int64_t N, int64_t H, int64_t R,
                          int directions, int gates, bool projection, bool tf32,
                          const std::vector<int64_t>& device, bool backward,
