@@ -114,3 +114,11 @@ def test_rewrite(tmp_path):
 
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_bytes()) <= 9000
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/one_time_step.md"])
+def test_code_runs(name):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), re.S | re.M)
+    assert blocks
+    for block in blocks:
+        exec(block, {"torch": torch, "lstm_fused": lstm_fused})
