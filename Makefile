@@ -18,7 +18,7 @@ help:
 	@echo "make demo       train a character model with nn.LSTM and with lstm_fused, side by side"
 	@echo "make examples   every system of examples/, small; tables and plots under build/examples"
 	@echo "make test       lint and tests"
-	@echo "make bench      the speed table, kept with its chart and page under bench/results"
+	@echo "make bench      the speed table, kept with its chart under bench/results"
 	@echo "make gpu-check  what needs a CUDA device, with the python that is PYTHON; emulation without one"
 	@echo "make lint       ruff and clang-format, checking only"
 	@echo "make format     ruff and clang-format, rewriting files"

@@ -1,11 +1,12 @@
-"""The benchmark harness: `python -m bench --help`.
+"""The benchmark harness: `python -m bench --help`. Each file uses those above it.
 
-workloads.py, sets.py   what is measured, as plain data
-problem.py              its tensors, and the right answer in float64
-providers.py, peers.py  who is measured
-parity.py, timing.py    the gate, and the clock behind it
-roofline.py             the machine's limits, and a workload's time at them; exchange.py on a GPU
-apart.py, worker.py     processes of their own: for a row's times, for the rows of a GPU
-measure.py, memory.py   rows; model.py: a user's model; selfcheck.py: torch.nn against itself
-report.py               tables; chart.py, page.py, readme.py, compare.py: the rest made of results
+cases.py         what is measured: workloads, sets of them, goals
+environment.py   the machine, and conditions set for it on purpose
+runs.py          a workload's tensors, and modules that run on them
+providers.py     who is measured, and what each cannot run
+isolated.py      processes of their own; timing.py the clock in them
+measure.py       one row: the parity gate, then the clock; memory
+roofline.py      the machine's limits, and a workload's time at them; gpu.py those of a GPU
+run.py           a whole set; model.py a user's model
+report.py        what people read of results: tables, charts, README, comparisons
 """

@@ -1,7 +1,8 @@
 """A user's own model, before and after lstm_fused.replace: parity, speed and memory."""
 
 import copy
-import importlib.util
+import functools
+import runpy
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -11,12 +12,14 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 import lstm_fused
-from bench import machine, memory, report, timing
-from bench.timing import Effort
+from bench import environment, measure, run, timing
+from bench.cases import OURS, TORCH, Workload
+from bench.isolated import Lost, Worker
+from bench.timing import Sampling
 from lstm_fused.testing import parity
+from lstm_fused.testing.oracle import in_float64, map_tensors
 
-BEFORE, AFTER = "torch.nn", "lstm_fused"
-EFFORT = Effort(rounds=31, seconds=0.05, row_seconds=10.0, attempts=3)
+SAMPLING = Sampling(rounds=31, seconds=0.05, row_seconds=10.0, attempts=3)
 SEED = 1  # of dropout masks, the same for all
 
 
@@ -41,29 +44,13 @@ def tensors_in(value, name: str = "out") -> dict[str, torch.Tensor]:
     return {key: t for where, part in parts for key, t in tensors_in(part, where).items()}
 
 
-def mapped(value, change):
-    """A nested value with change(tensor) for each tensor; leaves stay leaves."""
-    if isinstance(value, PackedSequence):
-        return PackedSequence(mapped(value.data, change), *value[1:])
-    if isinstance(value, torch.Tensor):
-        return change(value).detach().requires_grad_(value.requires_grad)
-    if isinstance(value, Mapping):
-        return {key: mapped(part, change) for key, part in value.items()}
-    if isinstance(value, (tuple, list)):
-        parts = [mapped(part, change) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
-
-
-class Copy:
-    """A module with inputs of its own."""
+class ModelRun:
+    """A module with inputs of its own: a tuple of arguments, or a dict of keyword arguments."""
 
     def __init__(self, module, inputs):
-        self.module = module
-        self.inputs = inputs
-        self.leaves = {
-            name: t for name, t in tensors_in(inputs, "input").items() if t.requires_grad
-        }
+        self.module, self.inputs = module, inputs
+        found = tensors_in(inputs, "input")
+        self.leaves = {name: t for name, t in found.items() if t.requires_grad}
 
     def call(self):
         if isinstance(self.inputs, Mapping):
@@ -75,8 +62,7 @@ class Copy:
         if mode == "forward":
             with torch.no_grad():
                 return self.call()
-        self.module.zero_grad(set_to_none=True)
-        for leaf in self.leaves.values():
+        for leaf in (*self.module.parameters(), *self.leaves.values()):
             leaf.grad = None
         out = self.call()
         found = [t for t in tensors_in(out).values() if t.requires_grad]
@@ -98,170 +84,141 @@ class Copy:
 
 
 @dataclass(frozen=True)
-class Subject:
+class Model:
     """What the user's factory returned, on a device."""
 
-    spec: str
     module: torch.nn.Module
     inputs: tuple | dict
 
-    def original(self) -> Copy:
-        return Copy(copy.deepcopy(self.module), mapped(self.inputs, torch.clone))
-
-    def fused(self) -> Copy:
-        module = lstm_fused.replace(copy.deepcopy(self.module))
-        return Copy(module, mapped(self.inputs, torch.clone))
-
-    def exact(self) -> Copy:
-        """The original in float64, its floating-point inputs too."""
-        module = copy.deepcopy(self.module).double()
-        return Copy(module, mapped(self.inputs, widened))
+    def run(self, provider: str) -> ModelRun:
+        """A copy as it is (TORCH), with our modules (OURS) or in float64 ("float64")."""
+        if provider == "float64":
+            return ModelRun(in_float64(self.module), in_float64(self.inputs))
+        module = copy.deepcopy(self.module)
+        module = lstm_fused.replace(module) if provider == OURS else module
+        return ModelRun(module, map_tensors(self.inputs, torch.clone))
 
     def replaced(self) -> list[str]:
         """The names of the modules that lstm_fused.replace changes."""
-        fused = dict(lstm_fused.replace(copy.deepcopy(self.module)).named_modules())
-        originals = self.module.named_modules()
-        return [n or "the model" for n, m in originals if type(m) is not type(fused[n])]
+        fused = dict(self.run(OURS).module.named_modules())
+        modules = self.module.named_modules()
+        return [n or "the model" for n, m in modules if type(m) is not type(fused[n])]
 
 
-def widened(tensor):
-    return tensor.double() if tensor.is_floating_point() else tensor.clone()
-
-
-def load(spec: str, device: str = "cpu") -> Subject:
+def load(spec: str, device: str = "cpu") -> Model:
     """path.py:factory, where factory() returns (module, inputs).
 
     inputs: a tensor, a tuple of arguments or a dict of keyword arguments. Raises ModelError.
     """
     name, _, factory = spec.rpartition(":")
-    path = Path(name)
-    if not name or not path.is_file():
+    if not name or not Path(name).is_file():
         raise ModelError(f"no such file: {name or spec} (path.py:factory is asked for)")
-    sys.path.insert(0, str(path.resolve().parent))
-    found = importlib.util.spec_from_file_location(path.stem, path)
-    if found is None:
-        raise ModelError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(found)
-    sys.modules[path.stem] = module
+    sys.path.insert(0, str(Path(name).resolve().parent))
     torch.manual_seed(0)
     try:
-        found.loader.exec_module(module)
-        made = getattr(module, factory)()
+        made = runpy.run_path(name, run_name=Path(name).stem)[factory]()
     except Exception as error:  # the user's code may raise anything
         raise ModelError(f"{spec}: {type(error).__name__}: {error}".split("\n")[0]) from error
     if not (isinstance(made, (tuple, list)) and len(made) == 2):
         raise ModelError(f"{spec} must return (module, inputs), got {type(made).__name__}")
-    model, inputs = made
-    if not isinstance(model, torch.nn.Module):
-        raise ModelError(f"{spec} must return a torch.nn.Module, got {type(model).__name__}")
+    module, inputs = made
+    if not isinstance(module, torch.nn.Module):
+        raise ModelError(f"{spec} must return a torch.nn.Module, got {type(module).__name__}")
     if not isinstance(inputs, Mapping):
         inputs = tuple(inputs) if type(inputs) in (tuple, list) else (inputs,)
-    return Subject(spec, model.to(device), mapped(inputs, lambda t: t.to(device)))
+    return Model(module.to(device), map_tensors(inputs, lambda t: t.to(device)))
 
 
-def tolerance_row(name: str) -> str:
-    """Outputs are judged as an LSTM's are, gradients by what they belong to."""
-    if not name.startswith("d "):
-        return "y"
-    if name.startswith("d input"):
-        return "d_x"
-    return "d_bias" if "bias" in name.rpartition(".")[2] else "d_weight"
-
-
-def judge(subject: Subject, mode: str) -> dict:
-    """parity, wrong, or unjudged with the reason and how far apart the two are."""
-    before, after = (c.results(mode) for c in (subject.original(), subject.fused()))
+def judge(model: Model, mode: str) -> dict:
+    """An entry of a results file: parity, wrong, or unjudged with the reason."""
+    before, after = (model.run(provider).results(mode) for provider in (TORCH, OURS))
     if before.keys() != after.keys():
         raise ModelError(f"other outputs or gradients: {sorted(before.keys() ^ after.keys())}")
     try:
-        exact = subject.exact().results(mode)
-        verdicts = parity.compare(
-            after, before, {n: exact[n].double() for n in before}, tolerance_row
-        )
+        exact = model.run("float64").results(mode)
+        exact = {name: exact[name].double() for name in before}
+        verdicts = parity.compare(after, before, exact, parity.model_row)
     except Exception as error:
         apart = max(parity.max_error(after[n], before[n].double()) for n in before)
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        return {"unjudged": f"does not run in float64 ({reason})", "apart": apart}
+        return {"unjudged": f"does not run in float64 ({reason}); both are {apart:.1e} apart"}
     verdict = parity.worst(verdicts)
-    found = {"tensors": len(verdicts)} | asdict(verdict)
-    return {"parity" if verdict.ok else "wrong": found}
+    return {"parity" if verdict.ok else "wrong": {"tensors": len(verdicts)} | asdict(verdict)}
 
 
-def measure_mode(subject: Subject, mode: str, effort: Effort, device: str, part) -> dict:
-    """One row: the verdict, then both times unless the verdict is red."""
-    row = judge(subject, mode)
-    if "wrong" in row:
-        return row
-    copies = {BEFORE: subject.original(), AFTER: subject.fused()}
-    for each in copies.values():
-        each.module.train(mode == "training")
-    steps = {name: lambda each=each: each.step(mode) for name, each in copies.items()}
-    clock = timing.clock_for(device)
-    found = timing.quietest(
-        lambda: timing.interleaved(steps, effort, clock, lambda done, of: part(done / of)),
-        effort.attempts,
-    )
-    row["timing"] = {n: {**asdict(t), "noisy": t.noisy} for n, t in found.items()}
-    return row
+def measure_mode(model: Model, mode: str, device: str) -> dict[str, dict]:
+    """The entries of both, with times unless the verdict is red."""
+    entries = {TORCH: {}, OURS: judge(model, mode)}
+    if "wrong" not in entries[OURS]:
+        steps = {}
+        for provider in entries:
+            each = model.run(provider)
+            each.module.train(mode == "training")
+            steps[provider] = functools.partial(each.step, mode)
+        for provider, found in timing.time_steps(steps, SAMPLING, device).items():
+            entries[provider]["timing"] = found
+    return entries
 
 
-def measure(spec: str, device: str, display, effort: Effort | None = None) -> dict:
-    """Everything about the user's model; ModelError where it cannot be run."""
-    subject = load(str(spec), device)
-    names = subject.replaced()
+def step_memory(spec: str, provider: str, device: str) -> int:
+    """Peak bytes of the second training step: no smaller input to warm up with is known."""
+    each = load(spec, device).run(provider)
+    each.step("training")
+    each.module.zero_grad(set_to_none=True)
+    return measure.peak_bytes(lambda: each.step("training"), device)
+
+
+def memory_of(spec: str, device: str) -> dict[str, int]:
+    """Peak bytes of a training step of both, empty after a line where that is not known."""
+    found = {}
+    for provider in (TORCH, OURS):
+        with Worker(environment.RETURN_MEMORY) as worker:
+            try:
+                found[provider] = worker.call(step_memory, spec, provider, device)
+            except Lost as lost:
+                print(f"without memory: {lost}", file=sys.stderr)
+                return {}
+    return found
+
+
+def measure_model(spec: str, device: str) -> dict:
+    """A results file of the model's forward and training row; ModelError where it cannot run."""
+    model, rows = load(spec, device), []
+    names = model.replaced()
     if not names:
         raise ModelError(f"{spec}: the model holds no module that lstm_fused replaces")
-    result = {"model": spec, "machine": machine.describe(device), "replaced": names, "rows": {}}
-    for index, mode in enumerate(("forward", "training")):
-        display.row(index, mode)
+    for mode in ("forward", "training"):
+        row = {"workload": asdict(Workload(mode, 0, 0, 0, 0, mode=mode, group=spec))}
+        row["providers"] = {TORCH: {}, OURS: {}}
+        rows.append(row)
         try:
-            result["rows"][mode] = measure_mode(
-                subject, mode, effort or EFFORT, device, display.part
-            )
+            row["providers"] = measure_mode(model, mode, device)
         except ModelError as error:
-            result["rows"][mode] = {"skipped": str(error)}
-    if "timing" in result["rows"]["training"]:
-        result["rows"]["training"]["memory"] = peaks(spec, device, result)
-    return result
+            row["absent"] = f"{mode}: {error}"
+    if "timing" in rows[1]["providers"][OURS]:
+        rows[1]["memory"] = memory_of(spec, device)
+    facts = {"set": "model", "replaced": names, "providers": [TORCH, OURS], "rows": rows}
+    fixed = {"schema": run.SCHEMA, "others": 0.0, "interrupted": False}
+    return fixed | {"machine": environment.describe(device)} | facts
 
 
-def peaks(spec: str, device: str, result: dict) -> dict[str, int]:
-    """Peak bytes of a training step of both, empty after a line where that is not known."""
-    path, _, factory = spec.rpartition(":")
-    task = {"model": f"{Path(path).resolve()}:{factory}", "device": device}
-    task["threads"] = result["machine"]["threads"]
-    try:
-        return {n: memory.ask(task | {"fused": n == AFTER})["model"] for n in (BEFORE, AFTER)}
-    except memory.NotMeasured as error:
-        print(f"without memory: {error}", file=sys.stderr)
-        return {}
-
-
-def verdict_line(mode: str, row: dict) -> str:
-    if "skipped" in row:
-        return f"{mode}: not measured, {row['skipped']}"
-    if "unjudged" in row:
-        return f"{mode}: NOT JUDGED, it {row['unjudged']}; both are {row['apart']:.1e} apart"
-    found = row.get("parity") or row["wrong"]
-    word = "agree" if "parity" in row else "DISAGREE"
+def verdict_line(row: dict) -> str:
+    mode, entry = row["workload"]["mode"], row["providers"][OURS]
+    if "absent" in row:
+        return f"not measured, {row['absent']}"
+    if "unjudged" in entry:
+        return f"{mode}: NOT JUDGED, it {entry['unjudged']}"
+    found = entry.get("parity") or entry["wrong"]
+    verb = "agree" if "parity" in entry else "DISAGREE"
     return (
-        f"{mode}: {found['tensors']} tensors {word}; worst is {found['tensor']}, off by "
-        f"{found['error']:.1e} of {found['allowed']:.1e} allowed, {BEFORE} by "
+        f"{mode}: {found['tensors']} tensors {verb}; worst is {found['tensor']}, off by "
+        f"{found['error']:.1e} of {found['allowed']:.1e} allowed, {TORCH} by "
         f"{found['baseline_error']:.1e}"
     )
 
 
 def lines(result: dict) -> list[str]:
-    """What was found, as markdown."""
-    found = [f"{result['model']}: replaced {', '.join(result['replaced'])}", ""]
-    found += [verdict_line(mode, row) for mode, row in result["rows"].items()]
-    found += ["", f"| step | {BEFORE} | {AFTER} | speedup | memory |"]
-    found += ["| --- | ---: | ---: | ---: | ---: |"]
-    for mode, row in result["rows"].items():
-        if "timing" not in row:
-            continue
-        times = [report.time_cell({"timing": row["timing"][name]}) for name in (BEFORE, AFTER)]
-        ratio = row["timing"][BEFORE]["median"] / row["timing"][AFTER]["median"]
-        size = report.memory_cell(row)
-        found.append(f"| {mode} | {times[0]} | {times[1]} | {ratio:.2f}x | {size} |")
-    return found
+    """What was replaced and how it was judged, for people."""
+    spec = result["rows"][0]["workload"]["group"]
+    found = [f"{spec}: replaced {', '.join(result['replaced'])}"]
+    return [*found, *map(verdict_line, result["rows"])]

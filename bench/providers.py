@@ -1,187 +1,269 @@
-"""Who is measured: a provider turns a problem into a run with `step()` and `results()`."""
+"""Who is measured: a provider builds a run of a case, or says why a workload is unsupported.
 
-import copy
+Libraries beside torch are imported only when a row asks for them.
+"""
+
 import functools
+import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
 import lstm_fused
-from bench import peers, problem
-from bench.problem import ModuleRun, Problem, data_of
-from bench.sets import CELL, CHUNK, GRAPH, ONNX, TORCH
-from bench.workloads import CELLS, Workload
-from lstm_fused import runtime
+from bench import environment
+from bench.cases import CELL, CELLS, CHUNK, DTYPES, GRAPH, ONNX, OURS, TORCH, Workload
+from bench.runs import Case, GraphRun, ModuleRun, named
+from lstm_fused import cuda, reference
 
-BASELINE, OURS = TORCH, "lstm_fused"
-OURS_GRAPH = f"{OURS} graph"
-AGAIN = f"{BASELINE} again"
-WARM_UP = 3  # steps before a capture: what is loaded or allocated once, is by then
-
-
-@dataclass(frozen=True)
-class Provider:
-    """build(problem) -> run; why_not(workload, device) -> why it cannot run it, or None."""
-
-    build: Callable[[Problem], object]
-    why_not: Callable[[Workload, str], str | None] = lambda work, device: None
-    default: bool = True  # False: only when named by --providers
+OURS_GRAPH, AGAIN = f"{OURS} graph", f"{TORCH} again"
+# What an operator graph may use; older than the installed onnx, so that ONNX Runtime knows it.
+OPSET, IR_VERSION = 17, 10
+OTHER_WEIGHTS = ("y", "h_n", "c_n", "d_x")  # what is compared where weights have other shapes
 
 
-class FusedRun(ModuleRun):
-    def kernels(self) -> list[dict]:
-        """What forward, then backward if there is one, ran: for the record."""
-        last_run = functools.partial(runtime.last_run, self.problem.device)
-        with torch.set_grad_enabled(self.training):
-            y, _ = self.module(self.x, self.state)
-            ran = [last_run()]
-            if self.training:
-                data_of(y).sum().backward()
-                ran.append(last_run())
-        return ran
+class Unsupported(Exception):
+    """Why a provider cannot run a case, where only running it tells."""
 
 
-def copied(task: Problem) -> torch.nn.Module:
-    """A copy of the problem's module. Copied parameters lie apart, which cuDNN would gather into
-    one chunk anew in each call: the copy is laid out as torch lays out any module on a GPU."""
-    module = copy.deepcopy(task.module)
-    module.flatten_parameters()
-    return module
+def torch_nn(case: Case):
+    return ModuleRun(case.copied(), case)
 
 
-def fused_module(task: Problem) -> torch.nn.Module:
-    module = lstm_fused.replace(copied(task))
-    assert isinstance(module, getattr(lstm_fused, CELLS[task.workload.cell]))
-    return module
+def without_cudnn(case: Case):
+    run = torch_nn(case)
+    run.step = torch.backends.cudnn.flags(enabled=False)(run.step)
+    return run
 
 
-def torch_nn(task: Problem):
-    return ModuleRun(copied(task), task)
-
-
-def fused(task: Problem):
-    return FusedRun(fused_module(task), task)
-
-
-def compiled(task: Problem):
-    return ModuleRun(torch.compile(copied(task)), task)
-
-
-def without_cudnn(task: Problem):
-    def around():
-        return torch.backends.cudnn.flags(enabled=False)
-
-    return ModuleRun(copied(task), task, around)
-
-
-def one_chunk(task: Problem):
+def one_chunk(case: Case):
     """bfloat16 weights laid into one buffer beforehand: flatten_parameters does so for the other
     dtypes alone."""
-    from torch.backends.cudnn import rnn
-
-    module = copied(task)
+    module = case.copied()
     with torch.no_grad():
         torch._cudnn_rnn_flatten_weight(
             module._flat_weights,
-            len(module._flat_weights) // (module.num_layers * task.workload.directions),
+            len(module._flat_weights) // (module.num_layers * case.workload.directions),
             module.input_size,
-            rnn.get_cudnn_mode(module.mode),
+            torch.backends.cudnn.rnn.get_cudnn_mode(module.mode),
             module.hidden_size,
             module.proj_size,
             module.num_layers,
             module.batch_first,
             module.bidirectional,
         )
-    return ModuleRun(module, task)
+    return ModuleRun(module, case)
 
 
-class GraphRun(ModuleRun):
-    """A run whose step was captured in a CUDA graph once, and is replayed since.
+def with_plan(kind: str, case: Case):
+    """Ours by this CUDA plan only, where it fits the device."""
+    run = ModuleRun(case.fused(), case)
+    free = run.step
 
-    Training is captured whole: gradients are None before each backward pass, in the graph as
-    without it, so that the replay writes them where the capture put them and adds to nothing.
-    """
+    def step():
+        cuda.set_plan(kind)
+        try:
+            return free()
+        finally:
+            cuda.set_plan(None)
 
-    def __init__(self, module, task):
-        super().__init__(module, task)
-        eager = self.step
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side), torch.set_grad_enabled(self.training):
-            for _ in range(WARM_UP):
-                eager()
-        torch.cuda.current_stream().wait_stream(side)
-        for leaf in self.leaves.values():
-            leaf.grad = None  # the warm-up's lie outside the graph's own memory
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph), torch.set_grad_enabled(self.training):
-            self.out = eager()
-        self.step = self._replay
-
-    def _replay(self):
-        self.graph.replay()
-        return self.out
+    run.step = step
+    step()
+    if (ran := cuda.last_run()["kernel"]) != kind:
+        raise Unsupported(f"{ran} runs in its place")
+    return run
 
 
-class FusedGraphRun(GraphRun):
-    def __init__(self, module, task):
-        super().__init__(module, task)
-        self.ran = runtime.last_run(task.device)
+class CellRun(ModuleRun):
+    """torch.nn.LSTMCell with the module's weights, what a loop over steps would call."""
 
-    def kernels(self) -> list[dict]:
-        """What was captured last: packed data runs another plan in a graph than without one."""
-        return [self.ran]
+    def __init__(self, case: Case):
+        cell = torch.nn.LSTMCell(case.workload.I, case.workload.H).to(case.module.weight_hh_l0)
+        weights = case.module.named_parameters()
+        cell.load_state_dict({name.removesuffix("_l0"): w for name, w in weights})
+        super().__init__(cell, case)
 
+    def reset(self):
+        self.state = self.case.state and tuple(s[0] for s in self.case.state)
 
-def torch_graph(task: Problem):
-    return GraphRun(copied(task), task)
+    def _forward(self):
+        return self.module(self.x[0], self.state)
 
+    def _carry(self):
+        self.state = self.module(self.x[0], self.state)
+        return self.state
 
-def fused_graph(task: Problem):
-    return FusedGraphRun(fused_module(task), task)
-
-
-def first(*reasons):
-    """The first of several whys that applies."""
-
-    def why_not(work, device):
-        return next((why for reason in reasons if (why := reason(work, device))), None)
-
-    return why_not
-
-
-def no_fused_cell(work, device):
-    return problem.why_absent(work, device)
+    def results(self):
+        self.reset()
+        with torch.no_grad():
+            h, c = (s[None] for s in self.step())
+        return named(h, (h, c))
 
 
-def no_cuda(work, device):
-    return None if device == "cuda" else "needs a CUDA device"
+class OnnxRun:
+    """A graph of one LSTM node with the module's weights, on as many threads as torch's."""
+
+    def __init__(self, case: Case):
+        import onnxruntime
+
+        self.case = case
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(
+            onnx_model(case), options, providers=["CPUExecutionProvider"]
+        )
+        self.reset()
+
+    def reset(self):
+        tensors = (self.case.x, *(self.case.state or ()))
+        self.feed = {n: t.numpy() for n, t in zip(("x", "h0", "c0"), tensors, strict=False)}
+
+    def step(self):
+        out = self.session.run(None, self.feed)
+        if self.case.state:
+            self.feed["h0"], self.feed["c0"] = out[1:]
+        return out
+
+    def results(self):
+        """y from ONNX's (T, D, N, R) to torch's (T, N, D*R)."""
+        self.reset()
+        y, h_n, c_n = (torch.from_numpy(t.copy()) for t in self.step())
+        return named(y.transpose(1, 2).flatten(2), (h_n, c_n))
 
 
-def not_chunked(work, device):
-    return None if work.dtype == "bfloat16" else "torch does so itself in other dtypes"
+def onnx_model(case: Case) -> bytes:
+    """One LSTM node: torch's gates i f g o in ONNX's order i o f c, all directions stacked."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    work, D = case.workload, case.workload.directions
+    weights = [
+        torch.stack([w.detach().unflatten(0, (4, work.H))[[0, 3, 1, 2]].flatten(0, 1) for w in ws])
+        for ws in zip(*case.module.all_weights, strict=True)
+    ]
+    inputs = {"w": weights[0], "r": weights[1], "b": torch.cat(weights[2:], dim=1)}
+    states = ["h0", "c0"] if case.state else []
+
+    def values(names, *shape):
+        return [helper.make_tensor_value_info(n, TensorProto.FLOAT, list(shape)) for n in names]
+
+    node = helper.make_node(
+        "LSTM",
+        ["x", "w", "r", "b", "", *states] if states else ["x", "w", "r", "b"],
+        ["y", "h", "c"],
+        hidden_size=work.H,
+        direction="bidirectional" if D == 2 else "forward",
+    )
+    graph = helper.make_graph(
+        [node],
+        "lstm",
+        values(["x"], work.T, work.N, work.I) + values(states, D, work.N, work.H),
+        values(["y"], work.T, D, work.N, work.H) + values(["h", "c"], D, work.N, work.H),
+        [numpy_helper.from_array(t.numpy(), name) for name, t in inputs.items()],
+    )
+    opsets = [helper.make_opsetid("", OPSET)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+    return model.SerializeToString()
 
 
-def carries_state(work, device):
-    return "a step's state is carried from call to call" if work.mode == "step" else None
+def haste(case: Case):
+    """lmnt-com/haste's layer, which has one bias where torch has two."""
+    import haste_pytorch
+
+    work = case.workload
+    layer = haste_pytorch.LSTM(work.I, work.H).to(device="cuda", dtype=DTYPES[work.dtype])
+    layer.from_native_weights(*case.module.all_weights[0])
+    return ModuleRun(layer.cuda().train(work.training), case, OTHER_WEIGHTS)
 
 
-def with_dropout(work, device):
-    return "dropout masks cannot be compared" if work.dropout else None
+class FlashModule(torch.nn.Module):
+    """NX-AI/flashrnn's fused kernel; the input projection, which it leaves out, is torch's."""
 
+    def __init__(self, module: torch.nn.LSTM):
+        super().__init__()
+        from flashrnn import flashrnn
+
+        self.run = flashrnn
+        H = module.hidden_size
+        w_ih, w_hh, b_ih, b_hh = (w.detach() for w in module.all_weights[0])
+        self.w_ih = torch.nn.Parameter(w_ih.clone())
+        self.R = torch.nn.Parameter(w_hh.unflatten(0, (4, H))[:, None].contiguous())
+        self.b = torch.nn.Parameter((b_ih + b_hh).unflatten(0, (4, 1, H)))
+
+    def forward(self, x, state):
+        """x (T, N, I) -> y (T, N, H) and (h_n, c_n) (1, N, H)."""
+        gates = torch.nn.functional.linear(x, self.w_ih).transpose(0, 1)
+        gates = gates.unflatten(-1, (4, 1, -1))  # (N, T, 4, one head, H)
+        states, last = self.run(gates, self.R, self.b, function="lstm", backend="cuda_fused")
+        h_n, c_n = (last[k].reshape(1, x.shape[1], -1) for k in (0, 1))
+        return states[0].squeeze(2).transpose(0, 1), (h_n, c_n)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """build(case) -> run; needs: by reason against it, a function of (workload, device) that tells
+    whether it does not apply; modules: what must be installed."""
+
+    build: Callable[[Case], object]
+    needs: dict[str, Callable[[Workload, str], bool]] = field(default_factory=dict)
+    modules: tuple[str, ...] = ()
+    default: bool = True  # False: only when named by --providers, or a plan's in the set plans
+    plan: str | None = None
+
+    def unsupported_reason(self, work: Workload, device: str) -> str | None:
+        reasons = [reason for reason, holds in self.needs.items() if not holds(work, device)]
+        missing = [m for m in self.modules if importlib.util.find_spec(m) is None]
+        return next(iter([*reasons, *(f"{m} is not installed" for m in missing)]), None)
+
+
+ON_CUDA = {"needs a CUDA device": lambda work, device: device == "cuda"}
+STATELESS = {"a step's state is carried from call to call": lambda work, _: work.mode != "step"}
+NO_DROPOUT = {"dropout masks cannot be compared": lambda work, _: not work.dropout}
+PLAIN = {"measured for one plain layer only": lambda work, _: work.plain}
+ONE_STEP = {"measured for single steps only": lambda work, _: work.T == 1 and not work.training}
+BFLOAT16 = {"torch does so itself in other dtypes": lambda work, _: work.dtype == "bfloat16"}
+WIDE = {"runs float32 and float64": lambda work, _: work.dtype in ("float32", "float64")}
+NARROW = {"its kernel is for 16-bit dtypes": lambda work, _: work.dtype.endswith("float16")}
+ON_ONNX = {
+    "measured for float32 inference on the CPU only": lambda work, device: (
+        device == "cpu" and not work.training and work.dtype == "float32"
+    ),
+    "measured for one dense LSTM layer only": lambda work, _: replace(work, directions=1).plain,
+    "cannot be held to an instruction set": lambda work, _: not environment.isa(),
+}
+GRAPHED = ON_CUDA | STATELESS | NO_DROPOUT
 
 PROVIDERS = {
-    BASELINE: Provider(torch_nn),
-    OURS: Provider(fused, no_fused_cell),
-    ONNX: Provider(peers.OnnxRun, peers.why_not_onnx),
-    CELL: Provider(peers.CellRun, peers.why_not_cell),
+    TORCH: Provider(torch_nn),
+    OURS: Provider(lambda case: ModuleRun(case.fused(), case)),
+    ONNX: Provider(OnnxRun, ON_ONNX, ("onnx", "onnxruntime")),
+    CELL: Provider(CellRun, PLAIN | ONE_STEP),
     AGAIN: Provider(torch_nn, default=False),
-    "torch.compile": Provider(compiled, with_dropout, default=False),
-    "cuDNN off": Provider(without_cudnn, no_cuda, default=False),
-    CHUNK: Provider(one_chunk, first(no_cuda, not_chunked)),
-    GRAPH: Provider(torch_graph, first(no_cuda, carries_state, with_dropout)),
-    OURS_GRAPH: Provider(fused_graph, first(no_cuda, carries_state, no_fused_cell, with_dropout)),
-    "haste": Provider(peers.HasteRun, peers.why_not_haste),
-    "FlashRNN": Provider(peers.FlashRun, peers.why_not_flash),
+    "torch.compile": Provider(
+        lambda case: ModuleRun(torch.compile(case.copied()), case), NO_DROPOUT, default=False
+    ),
+    "cuDNN off": Provider(without_cudnn, ON_CUDA, default=False),
+    CHUNK: Provider(one_chunk, ON_CUDA | BFLOAT16),
+    GRAPH: Provider(lambda case: GraphRun(case.copied(), case), GRAPHED),
+    OURS_GRAPH: Provider(lambda case: GraphRun(case.fused(), case), GRAPHED),
+    "haste": Provider(haste, ON_CUDA | PLAIN | WIDE | STATELESS, ("haste_pytorch",)),
+    "FlashRNN": Provider(
+        lambda case: ModuleRun(FlashModule(case.module), case, OTHER_WEIGHTS),
+        ON_CUDA | PLAIN | NARROW | STATELESS,
+        ("flashrnn",),
+    ),
+    **{
+        f"{OURS} {plan}": Provider(functools.partial(with_plan, plan), ON_CUDA, (), False, plan)
+        for plan in cuda.KINDS
+    },
 }
+
+
+def unsupported_reason(work: Workload, device: str) -> str | None:
+    """Why a row is not measured at all, None where it is."""
+    name = CELLS[work.cell]
+    if work.dropout and device == "cuda":
+        return "cuDNN's dropout masks are its own, so that nothing can be compared"
+    known = hasattr(lstm_fused, name) and work.cell in reference.CELLS
+    return None if known else f"lstm_fused has no {name} yet"

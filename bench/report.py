@@ -1,71 +1,78 @@
-"""From results files to the tables people read."""
+"""From results files to what people read: tables, one chart a file, a page, README, comparisons."""
 
+import contextlib
+import hashlib
+import html
+import io
 import json
+import math
+import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
-from bench import machine
-from bench.workloads import Workload, regime
+from bench import environment
+from bench.cases import HEADLINE, OURS, TORCH, Workload, regime
+from bench.environment import ROOT
+from bench.providers import AGAIN, OURS_GRAPH
 
-BASELINE, OURS = "torch.nn", "lstm_fused"
-GRAPH = " graph"  # ends the name of whoever is replayed from a CUDA graph
-# What other programs may use during a measurement before the table mentions it.
-QUIET_CPUS = 0.1
+QUIET_CPUS = 0.1  # what other programs may use before a caption mentions it
+README, DOCS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+COLORS = ("#1f6f8b", "#d1603d", "#6b8f3c", "#7b5ea7", "#8a8a8a", "#b08900")
+SWEEP_LINE = re.compile(r"over ([TNH]), ")  # groups that are drawn as lines
+
+
+class NoChart(Exception):
+    """matplotlib is not there."""
 
 
 def load(path: Path) -> dict:
-    result = json.loads(path.read_text())
+    """A results file; ValueError names the one that cannot be read."""
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
     if result.get("schema") != 2:
-        raise ValueError("not a results file of this harness: measure again")
+        raise ValueError(f"{path}: not a results file of this harness: measure again")
     return result
 
 
+def quantity(value: float, units: dict[str, float]) -> str:
+    """Three digits and a unit: 17.6 µs, 12.3 MB. units: their sizes, the largest first."""
+    unit = next((unit for unit, size in units.items() if value >= size), list(units)[-1])
+    return f"{value / units[unit]:.3g} {unit}"
+
+
 def duration(seconds: float) -> str:
-    """Three digits and a unit: 17.6 µs, 1.21 ms."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} µs"
+    return quantity(seconds, {"s": 1.0, "ms": 1e-3, "µs": 1e-6})
 
 
 def amount(size: float) -> str:
-    """Three digits and a unit of bytes: 12.3 MB."""
-    for unit, each in (("GB", 1e9), ("MB", 1e6)):
-        if size >= each:
-            return f"{size / each:.3g} {unit}"
-    return f"{size / 1e3:.3g} kB"
-
-
-def workload_of(row: dict) -> Workload:
-    return Workload(**row["workload"])
-
-
-def timing_of(row: dict, provider: str) -> dict | None:
-    return row["providers"].get(provider, {}).get("timing")
+    return quantity(size, {"GB": 1e9, "MB": 1e6, "kB": 1e3})
 
 
 def median_of(row: dict, provider: str) -> float | None:
-    timing = timing_of(row, provider)
-    return timing and timing["median"]
+    return row["providers"].get(provider, {}).get("timing", {}).get("median")
 
 
-def spread_of(row: dict, provider: str) -> float:
+def spread_of(timing: dict) -> float:
     """Half the span from p10 to p90, as a part of the median."""
-    timing = timing_of(row, provider)
     return (timing["p90"] - timing["p10"]) / 2 / timing["median"]
 
 
-def ours_beside(opponent: str) -> str:
-    """Which of ours an opponent is compared with: graphs are compared with graphs."""
-    return OURS + GRAPH if opponent.endswith(GRAPH) else OURS
+def ours_beside(peer: str) -> str:
+    """Which of ours a peer is compared with: graphs are compared with graphs."""
+    return OURS_GRAPH if peer.endswith(" graph") else OURS
 
 
-def opponents(result: dict) -> list[str]:
+def peers(result: dict) -> list[str]:
     return [name for name in result["providers"] if not name.startswith(OURS)]
 
 
-def speedup(row: dict, opponent: str, provider: str | None = None) -> float | None:
-    """The opponent's median over the provider's, None where either has no time."""
-    theirs, own = median_of(row, opponent), median_of(row, provider or ours_beside(opponent))
+def speedup(row: dict, peer: str, provider: str | None = None) -> float | None:
+    """The peer's median over the provider's, None where either has no time."""
+    theirs, own = median_of(row, peer), median_of(row, provider or ours_beside(peer))
     return theirs / own if theirs and own else None
 
 
@@ -75,32 +82,27 @@ def share(row: dict, provider: str = OURS) -> float | None:
     return limit / median if median and limit else None
 
 
-def missed(row: dict, opponent: str) -> bool:
-    """Whether the row has a goal beside this opponent and did not reach it."""
-    goal, ratio = row["workload"]["goals"].get(opponent), speedup(row, opponent)
-    if goal is None or (ratio is None and median_of(row, ours_beside(opponent))):
-        return False  # the opponent was not measured
-    return ratio is None or ratio < goal
+def step_us(row: dict) -> list[float]:
+    """Our microseconds a time step, without and with a graph, where there is a time."""
+    medians = (median_of(row, provider) for provider in (OURS, OURS_GRAPH))
+    return [median * 1e6 / row["workload"]["T"] for median in medians if median]
 
 
-def step_us(row: dict, provider: str = OURS) -> float | None:
-    """Microseconds a time step."""
-    median = median_of(row, provider)
-    return median and median * 1e6 / row["workload"]["T"]
-
-
-def best_step_us(row: dict) -> float | None:
-    """The lesser of ours with and without a graph."""
-    return min(filter(None, (step_us(row, p) for p in (OURS, OURS + GRAPH))), default=None)
-
-
-def goals_of(row: dict) -> list[bool]:
-    """Whether each goal of a row was reached."""
-    found = [not missed(row, opponent) for opponent in row["workload"]["goals"]]
-    if most := row["workload"].get("step_us"):
-        best = best_step_us(row)
-        found.append(best is not None and best <= most)
-    return found
+def goals_text(result: dict) -> str:
+    """Which goals of its set a result reached; a goal over a peer without a time is left out."""
+    reached, missed = 0, []
+    for row in measured(result):
+        name = row["workload"]["name"]
+        found = [(speedup(row, p), g, f"x over {p}") for p, g in row["workload"]["goals"].items()]
+        if most := row["workload"].get("step_us"):
+            found.append((-min(step_us(row), default=math.inf), -most, " µs a time step"))
+        for value, goal, unit in found:
+            if value is not None and value >= goal:
+                reached += 1
+            elif value is not None or not median_of(row, OURS):
+                missed.append(f"- {name}: {abs(value or 0):.3g} of {abs(goal):g}{unit}")
+    lines = [f"Goals reached: {reached} of {reached + len(missed)}.", *missed]
+    return "\n".join(lines)
 
 
 def is_ours_wrong(row: dict) -> bool:
@@ -109,10 +111,8 @@ def is_ours_wrong(row: dict) -> bool:
     return any(e.keys() & {"wrong", "failed"} for p, e in entries if p.startswith(OURS))
 
 
-def time_cell(entry: dict | None) -> str:
+def time_cell(entry: dict) -> str:
     """Median and half the span from p10 to p90, or what is wrong."""
-    if entry is None or "absent" in entry:
-        return ""
     if "wrong" in entry:
         wrong = entry["wrong"]
         return f"wrong: {wrong['tensor']} off by {wrong['error']:.1e} > {wrong['allowed']:.1e}"
@@ -121,124 +121,370 @@ def time_cell(entry: dict | None) -> str:
     if "timing" not in entry:
         return ""
     timing = entry["timing"]
-    spread = (timing["p90"] - timing["p10"]) / 2 / timing["median"]
     mark = " ~" if timing["noisy"] else ""
-    return f"{duration(timing['median'])} ±{spread:.0%}{mark}"
+    return f"{duration(timing['median'])} ±{spread_of(timing):.0%}{mark}"
 
 
-def ratio_cell(row: dict, opponent: str) -> str:
-    """How much faster, and the goal where there is one."""
-    ratio, goal = speedup(row, opponent), row["workload"]["goals"].get(opponent)
-    text = "" if ratio is None else f"{ratio:.2f}x"
-    if goal is None or (ratio is None and not missed(row, opponent)):
-        return text
-    verdict = ", missed" if missed(row, opponent) else ""
-    return f"{text} (goal {goal:g}x{verdict})".strip()
+def ratio_cell(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}x"
 
 
 def memory_cell(row: dict) -> str:
-    """Peak bytes of a training step, the baseline's and ours."""
+    """Peak bytes of a training step, torch.nn's and ours."""
     found = row.get("memory", {})
-    if BASELINE not in found or OURS not in found:
-        return ""
-    return f"{amount(found[BASELINE])} / {amount(found[OURS])}"
-
-
-def step_cell(row: dict) -> str:
-    """Our time of a time step without and with a graph, where a goal is set to it."""
-    most, best = row["workload"].get("step_us"), best_step_us(row)
-    if not most:
-        return ""
-    each = [step_us(row, p) for p in (OURS, OURS + GRAPH)]
-    text = " / ".join(f"{us:.3g}" for us in each if us) or "none"
-    verdict = "" if best and best <= most else ", missed"
-    return f"{text} µs (goal {most:g} µs{verdict})"
+    both = TORCH in found and OURS in found
+    return f"{amount(found[TORCH])} / {amount(found[OURS])}" if both else ""
 
 
 def share_cell(row: dict) -> str:
     """Our share of the limit, without and with a graph."""
-    shares = [share(row, provider) for provider in (OURS, OURS + GRAPH)]
+    shares = (share(row, provider) for provider in (OURS, OURS_GRAPH))
     return " / ".join(f"{part:.0%}" for part in shares if part is not None)
 
 
-def columns(result: dict) -> list[tuple[str, object]]:
-    """Heading and cell function of each column after the case's name."""
-    shown = result["providers"]
-    made = [(name, lambda row, p=name: time_cell(row["providers"].get(p))) for name in shown]
-    if OURS in shown:
-        for name in opponents(result):
-            made.append((f"over {name}", lambda row, p=name: ratio_cell(row, p)))
+def columns(result: dict) -> dict:
+    """From heading to cell function of each column after the case's name."""
+    made = {p: lambda row, p=p: time_cell(row["providers"].get(p, {})) for p in result["providers"]}
+    if OURS in result["providers"]:
+        for peer in peers(result):
+            made[f"over {peer}"] = lambda row, p=peer: ratio_cell(speedup(row, p))
     if any(row["workload"].get("step_us") for row in result["rows"]):
-        made.append(("a time step", step_cell))
+        made["µs a time step"] = lambda row: " / ".join(f"{us:.3g}" for us in step_us(row))
     if any(row.get("limit") for row in result["rows"]):
-        made.append(("of limit", share_cell))
+        made["of limit"] = share_cell
     if any(row.get("memory") for row in result["rows"]):
-        made.append(("memory", memory_cell))
+        made["memory"] = memory_cell
     return made
+
+
+def measured(result: dict) -> list[dict]:
+    return [row for row in result["rows"] if "absent" not in row]
 
 
 def by_regime(result: dict) -> dict[str, list[dict]]:
     """The rows that were measured, under the heading each belongs to, in order."""
     groups = {}
-    for row in result["rows"]:
-        if "absent" not in row:
-            groups.setdefault(regime(workload_of(row)), []).append(row)
+    for row in measured(result):
+        groups.setdefault(regime(Workload(**row["workload"])), []).append(row)
     return groups
 
 
-def cells(result: dict) -> tuple[list[str], list[tuple[str, list[list[str]]]]]:
+def cells(result: dict) -> tuple[list[str], dict[str, list[list[str]]]]:
     """The table's heading, and per regime the lines below it, as text."""
     made = columns(result)
-    groups = [
-        (name, [[row["workload"]["name"], *(cell(row) for _, cell in made)] for row in rows])
+    groups = {
+        name: [[row["workload"]["name"], *(cell(row) for cell in made.values())] for row in rows]
         for name, rows in by_regime(result).items()
-    ]
-    return ["case", *(name for name, _ in made)], groups
+    }
+    return ["case", *made], groups
 
 
-def caption(result: dict) -> str:
-    m = result["machine"]
-    isa = m["forced_isa"] or m["isa"]
-    where = f"{machine.title(m)}, ISA {isa}" if not m["gpu"] else machine.title(m)
-    sentences = [
-        f"{where}, torch {m['torch']}, revision {m['revision']}, {m['date']}.",
-        "Medians of interleaved samples, ± half the span from p10 to p90.",
-    ]
-    rows = result["rows"]
-    entries = [entry for row in rows for entry in row["providers"].values()]
-    if any(entry.get("timing", {}).get("noisy") for entry in entries):
-        sentences.append("~ marks a span too wide to rely on.")
-    if any(row.get("limit") for row in rows):
-        sentences.append("Of limit: the machine's measured limit for the row over our time.")
-    if any(row.get("memory") for row in rows):
-        sentences.append(f"Memory: peak of a training step, {BASELINE}'s and ours.")
-    if OURS + GRAPH in result["providers"]:
-        sentences.append("Graphs, replayed CUDA graphs, are compared with graphs.")
-    goals = [reached for row in rows if "absent" not in row for reached in goals_of(row)]
-    if goals:
-        sentences.append(f"Goals reached: {sum(goals)} of {len(goals)}.")
-    absent = {row["absent"] for row in rows if "absent" in row}
-    sentences += [f"Left out: {', '.join(sorted(absent))}."] if absent else []
-    if "keep_memory" in result:
-        malloc = ", whose malloc was told to keep what is freed" * result["keep_memory"]
-        sentences.append(f"Each row in a process of its own{malloc}.")
-    if result.get("busy"):
-        sentences.append(f"Measured beside {result['busy']} busy process(es).")
-    elif result["others"] > QUIET_CPUS:
-        sentences.append(f"Other programs used {result['others']:.1f} CPUs meanwhile.")
-    if result["interrupted"]:
-        sentences.append("Interrupted: later rows are missing.")
-    return " ".join(sentences)
+def table_text(lines: list[list[str]]) -> str:
+    """Markdown that is aligned as plain text too; the first line is the heading."""
+    widths = [max(4, *map(len, column)) for column in zip(*lines, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+
+    def text(line):
+        first, *rest = zip(line, widths, strict=True)
+        return " | ".join([first[0].ljust(first[1]), *(cell.rjust(w) for cell, w in rest)])
+
+    return "\n".join(f"| {text(line)} |" for line in (lines[0], rule, *lines[1:]))
 
 
 def table(result: dict) -> str:
     """The rows as a markdown table, a line in bold above each regime."""
     heading, groups = cells(result)
-    lines = [heading, ["---", *["---:"] * (len(heading) - 1)]]
-    for name, rows in groups:
+    lines = [heading]
+    for name, rows in groups.items():
         lines += [[f"**{name}**", *[""] * (len(heading) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return table_text(lines)
+
+
+def caption(result: dict) -> str:
+    m, rows, busy = result["machine"], result["rows"], result.get("busy")
+    isa = "" if m["gpu"] else f", ISA {m['forced_isa'] or m['isa']}"
+    noisy = [e for r in rows for e in r["providers"].values() if e.get("timing", {}).get("noisy")]
+    absent = ", ".join(sorted({row["absent"] for row in rows if "absent" in row}))
+    malloc = ", whose malloc was told to keep what is freed" * result.get("keep_memory", False)
+
+    def some(key):
+        return any(row.get(key) for row in rows)
+
+    sentences = [
+        (f"{environment.title(m)}{isa}, torch {m['torch']}, {m['revision']}, {m['date']}", True),
+        ("Medians of interleaved samples, ± half the span from p10 to p90", True),
+        ("~ marks a span too wide to rely on", noisy),
+        ("Of limit: the machine's measured limit for the row over our time", some("limit")),
+        (f"Memory: peak of a training step, {TORCH}'s and ours", some("memory")),
+        ("Replayed CUDA graphs are compared with each other", OURS_GRAPH in result["providers"]),
+        (f"Left out: {absent}", absent),
+        (f"Each row in a process of its own{malloc}", "keep_memory" in result and not m["gpu"]),
+        (f"Measured beside {busy} busy process(es)", busy),
+        (f"Other programs used {result['others']:.1f} CPUs meanwhile", not busy),
+        ("Interrupted: later rows are missing", result["interrupted"]),
+    ]
+    if result["others"] <= QUIET_CPUS:
+        del sentences[-2]
+    return " ".join(f"{sentence}." for sentence, applies in sentences if applies)
 
 
 def markdown(result: dict) -> str:
     return f"{table(result)}\n\n{caption(result)}"
+
+
+def pyplot():
+    try:
+        import matplotlib
+        from matplotlib import pyplot
+    except ImportError:
+        raise NoChart("matplotlib is not installed: no chart") from None
+    matplotlib.use("Agg")
+    style = {"svg.fonttype": "none", "svg.hashsalt": "lstm_fused", "font.size": 9}
+    matplotlib.rcParams.update(style)
+    return pyplot
+
+
+def digest(result: dict) -> str:
+    """What a chart's file carries, so that a test can tell whether it shows this result."""
+    shown = [
+        (row["workload"]["name"], share(row), *(speedup(row, peer) for peer in peers(result)))
+        for row in measured(result)
+    ]
+    return hashlib.sha256(repr(shown).encode()).hexdigest()[:16]
+
+
+def is_sweep(result: dict) -> bool:
+    return any(SWEEP_LINE.match(group) for group in by_regime(result))
+
+
+def logarithmic(axes, name: str) -> None:
+    """That axis of the axes, "x" or "y", in powers, written as 1x, 2x, 5x; a line at 1x."""
+    getattr(axes, f"set_{name}scale")("log")
+    axis = getattr(axes, f"{name}axis")
+    axis.get_major_locator().set_params(subs=(1, 2, 5))
+    axis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axis.set_minor_formatter(lambda value, _: "")
+    (axes.axvline if name == "x" else axes.axhline)(1.0, color="black", linewidth=1)
+    axes.grid(True, alpha=0.25)
+
+
+def dots(axes, groups: dict, series: dict) -> None:
+    """A row of dots per regime; series: from label to a function of a row, its value or None."""
+    for k, (label, value) in enumerate(series.items()):
+        offset = (k - (len(series) - 1) / 2) * 0.22
+        points = [
+            (value(row), index + offset)
+            for index, rows in enumerate(groups.values())
+            for row in rows
+            if value(row) is not None
+        ]
+        axes.plot(*zip(*points, strict=True), "o", color=COLORS[k], alpha=0.75, label=label)
+    axes.set_yticks(range(len(groups)), list(groups))
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
+
+
+def draw_regimes(result: dict, plot):
+    """Speed-up over each peer on the left, share of the limit on the right, by regime."""
+    groups, rows = by_regime(result), measured(result)
+    over = {f"over {p}": lambda row, p=p: speedup(row, p) for p in peers(result)}
+    limits = {f"{p}'s share": lambda row, p=p: share(row, p) for p in (TORCH, OURS)}
+    panels = [{k: f for k, f in s.items() if any(map(f, rows))} for s in (over, limits)]
+    panels = [series for series in panels if series]
+    size = (3.5 + 3 * len(panels), 1.5 + 0.45 * len(groups))
+    figure, axes = plot.subplots(
+        1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    for panel, series in zip(axes[0], panels, strict=True):
+        dots(panel, groups, series)
+    logarithmic(axes[0][0], "x")
+    axes[0][0].set_title(f"times as fast: {OURS}", fontsize=9)
+    if len(panels) > 1:
+        axes[0][1].set_xlim(0, 1.05)
+        axes[0][1].xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes[0][1].grid(True, alpha=0.25)
+        axes[0][1].set_title("share of the machine's limit", fontsize=9)
+    return figure
+
+
+def draw_sweep(result: dict, plot):
+    """Speed-up over torch.nn along each line of a sweep, a panel a line."""
+    lines = {name: rows for name, rows in by_regime(result).items() if SWEEP_LINE.match(name)}
+    size = (8, 2.1 * len(lines))
+    figure, axes = plot.subplots(len(lines), figsize=size, squeeze=False, layout="constrained")
+    for panel, (name, rows) in zip(axes[:, 0], lines.items(), strict=True):
+        axis = SWEEP_LINE.match(name)[1]
+        for k, mode in enumerate(("forward", "training")):
+            points = [
+                (row["workload"][axis], speedup(row, TORCH))
+                for row in rows
+                if row["workload"]["mode"] == mode and speedup(row, TORCH)
+            ]
+            panel.plot(*zip(*points, strict=True), "o-", color=COLORS[k], label=mode, markersize=3)
+        panel.set_xscale("linear" if axis == "N" else "log")
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        logarithmic(panel, "y")
+        panel.set_title(f"times as fast as {TORCH} {name}", fontsize=9)
+    axes[0][0].legend()
+    return figure
+
+
+def chart(result: dict) -> str:
+    """The SVG picture of a result, the same text each time; NoChart where matplotlib is missing."""
+    plot, text = pyplot(), io.StringIO()
+    figure = draw_sweep(result, plot) if is_sweep(result) else draw_regimes(result, plot)
+    metadata = {"Date": None, "Description": digest(result)}
+    figure.savefig(text, format="svg", metadata=metadata)
+    plot.close(figure)
+    return text.getvalue()
+
+
+def save(result: dict, path: Path) -> None:
+    """The results file, whole or not at all, since the process may be ended meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.replace(path)
+
+
+def page(results: list[dict]) -> str:
+    """One HTML page with nothing to load from elsewhere."""
+    parts = ['<!doctype html><meta charset="utf-8"><title>lstm_fused, measured</title>']
+    for result in results:
+        with contextlib.suppress(NoChart):
+            parts.append(chart(result).partition("?>")[2])
+        facts = json.dumps([result["machine"], result.get("roofline")], indent=1)
+        parts += (f"<pre>{html.escape(text)}</pre>" for text in (markdown(result), facts))
+    return "\n".join(parts)
+
+
+def headline(result: dict) -> str:
+    """README's short table of a result."""
+    heading, groups = cells(result)
+    keep = [heading.index(name) for name in ("case", TORCH, OURS, f"over {TORCH}")]
+    rows = [line for lines in groups.values() for line in lines if line[0] in HEADLINE]
+    return table_text([[line[k] for k in keep] for line in (heading, *rows)])
+
+
+def block(paths: list[Path], target: Path) -> str:
+    """What README shows of the first file, and docs/benchmarks.md of all; of a sweep the chart."""
+    parts = []
+    for path in paths[:1] if target == README else paths:
+        result, name = load(path), os.path.relpath(path.resolve(), target.parent)
+        title = f"{environment.title(result['machine'])}, set {result['set']}"
+        parts.append(f"![{title}: speed-up]({Path(name).with_suffix('.svg')})")
+        if not is_sweep(result):
+            parts.append(headline(result) if target == README else table(result))
+        parts.append(f"{caption(result)} From [{path.name}]({name}).")
+    return "\n\n".join(parts)
+
+
+def paths_in(text: str, target: Path) -> list[Path]:
+    """The results files that a block of the target was made from."""
+    names = re.findall(r"From \[.+?\]\((.+?)\)", text)
+    return [(target.parent / name).resolve() for name in names]
+
+
+def update(target: Path, paths: list[Path]) -> None:
+    """Puts the block between the target's two markers."""
+    before, begin, rest = target.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{target}: the markers {BEGIN} and {END} are not there, in this order")
+    target.write_text(f"{before}{BEGIN}\n{block(paths, target)}\n{END}{after}")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One row in two results: our speed-up over torch.nn before and after, None without a time.
+
+    Speed-ups are compared, not times: what slowed a whole run down, slowed torch.nn down too.
+    spread: of after / before, the four spreads it is made of, in quadrature.
+    """
+
+    name: str
+    before: float | None
+    after: float | None
+    spread: float = 0.0
+
+    @property
+    def factor(self) -> float | None:
+        return self.after / self.before if self.before and self.after else None
+
+    @property
+    def verdict(self) -> str:
+        if self.factor is None:
+            lost = "no time any more" if self.before else ""
+            return "new" if self.after else lost
+        if self.factor < 1 - self.spread:
+            return "slower"
+        return "faster" if self.factor > 1 + self.spread else "same"
+
+    @property
+    def regressed(self) -> bool:
+        return self.verdict in ("slower", "no time any more")
+
+
+def change(a: dict, b: dict) -> Change:
+    """What changed from the row a to the row b of the same name; ValueError if they differ."""
+    said = ("goals", "step_us", "group", "source")
+    name, rows = b["workload"]["name"], (a, b)
+    if any(a["workload"][k] != v for k, v in b["workload"].items() if k not in said):
+        raise ValueError(f"{name!r} is not the same workload in both")
+    before, after = (speedup(row, TORCH) for row in rows)
+    if not (before and after):
+        return Change(name, before, after)
+    timings = [row["providers"][who]["timing"] for row in rows for who in (TORCH, OURS)]
+    return Change(name, before, after, math.hypot(*map(spread_of, timings)))
+
+
+def changes(a: dict, b: dict) -> list[Change]:
+    """Every row that both results have, in b's order; ValueError if there is none."""
+    old = {row["workload"]["name"]: row for row in measured(a)}
+    new = {row["workload"]["name"]: row for row in measured(b)}
+    if not old.keys() & new.keys():
+        raise ValueError("the two results have no row in common")
+    return [change(old[name], new[name]) for name in new if name in old]
+
+
+def comparison(found: list[Change], a: dict, b: dict) -> str:
+    """Markdown of changes(a, b), and what a reader should know before trusting them."""
+    lines = [["case", "before", "after", "change", "spread", ""]]
+    for c in found:
+        percent = ["", ""] if c.factor is None else [f"{c.factor - 1:+.0%}", f"±{c.spread:.0%}"]
+        lines.append([c.name, ratio_cell(c.before), ratio_cell(c.after), *percent, c.verdict])
+    titles = [environment.title(result["machine"]) for result in (a, b)]
+    names = [{row["workload"]["name"] for row in result["rows"]} for result in (a, b)]
+    notes = {
+        f"Different machines: {'; '.join(titles)}.": titles[0] != titles[1],
+        f"Only in the first: {', '.join(sorted(names[0] - names[1]))}.": names[0] - names[1],
+        f"Only in the second: {', '.join(sorted(names[1] - names[0]))}.": names[1] - names[0],
+        f"Slower beyond the spread: {', '.join(c.name for c in found if c.regressed)}.": any(
+            c.regressed for c in found
+        ),
+    }
+    return "\n".join([table_text(lines), *(note for note, applies in notes.items() if applies)])
+
+
+def self_finding(row: dict) -> tuple[float, float]:
+    """How many times as fast torch.nn is as itself, and what its own spread explains."""
+    spreads = (spread_of(row["providers"][name]["timing"]) for name in (TORCH, AGAIN))
+    return speedup(row, TORCH, AGAIN), math.hypot(*spreads)
+
+
+def is_even(row: dict) -> bool:
+    """Whether 1.0x lies within the spread."""
+    ratio, spread = self_finding(row)
+    return 1 / (1 + spread) <= ratio <= 1 + spread
+
+
+def self_table(result: dict) -> str:
+    """torch.nn against itself: what the harness makes of two that are equally fast."""
+    lines = [["case", "times as fast as itself", "spread", ""]]
+    for row in measured(result):
+        ratio, spread = self_finding(row)
+        verdict = "even" if is_even(row) else "UNEVEN"
+        if any(entry["timing"]["noisy"] for entry in row["providers"].values()):
+            verdict += ", too noisy to say much"
+        lines.append([row["workload"]["name"], f"{ratio:.3f}x", f"±{spread:.1%}", verdict])
+    return table_text(lines)

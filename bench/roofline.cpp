@@ -1,12 +1,10 @@
-// What this machine can do at most: multiply-adds, reading memory, meeting of threads.
+// What this machine can do at most: multiply-adds, reading memory, synchronizing threads.
 //
-// Compiled on demand with -march=native and called through ctypes (bench/roofline.py). Every
-// function runs its work on `threads` threads at once for about `seconds` and returns a rate of all
-// of them together, or the seconds one event takes.
+// Compiled on demand for this processor and called through ctypes (bench/roofline.py). Every
+// function runs its work on `threads` threads at once.
 #include <omp.h>
 
 #include <chrono>
-#include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -25,9 +23,9 @@ constexpr int kBytes = 32;
 constexpr int kBytes = 16;
 #endif
 
-// More independent sums than latency times throughput of any multiply-add unit so far, and few
-// enough to stay in 16 registers.
-constexpr int kSums = 12;
+// Independent accumulators: more than latency times throughput of any multiply-add unit so far, and
+// few enough to stay in 16 registers.
+constexpr int kAccumulators = 12;
 
 using Clock = std::chrono::steady_clock;
 
@@ -50,21 +48,16 @@ template <class T>
 struct MultiplyAdd {
   using V = typename VectorOf<T>::type;
   static constexpr double kFlops = 2.0 * kBytes / sizeof(T);
-  V sum[kSums] = {};
   V a = V{} + T(0.999), b = V{} + T(0.001);
-  void step() {
-    for (int k = 0; k < kSums; ++k) sum[k] = sum[k] * a + b;
-  }
+  void step(V& sum) const { sum = sum * a + b; }
 };
 
 #if defined(__AVX512BF16__)
-struct DotBfloat16 {
+struct DotBfloat16 {  // the instruction that multiplies pairs of bfloat16 into float32
+  using V = __m512;
   static constexpr double kFlops = 64;  // 16 sums of 2 products
-  __m512 sum[kSums] = {};
   __m512bh a = _mm512_cvtne2ps_pbh(_mm512_set1_ps(0.9f), _mm512_set1_ps(0.9f));
-  void step() {
-    for (int k = 0; k < kSums; ++k) sum[k] = _mm512_dpbf16_ps(sum[k], a, a);
-  }
+  void step(V& sum) const { sum = _mm512_dpbf16_ps(sum, a, a); }
 };
 #endif
 
@@ -93,9 +86,12 @@ double peak(int threads, double seconds) {
     constexpr int kLoops = 2000;
     Unit unit;
     keep(unit.a);
-    for (int n = 0; n < kLoops; ++n) unit.step();
-    for (int k = 0; k < kSums; ++k) keep(unit.sum[k]);
-    return kLoops * kSums * Unit::kFlops;
+    typename Unit::V sums[kAccumulators] = {};
+    for (auto& sum : sums) keep(sum);
+    for (int n = 0; n < kLoops; ++n)
+      for (auto& sum : sums) unit.step(sum);
+    for (auto& sum : sums) keep(sum);
+    return kLoops * kAccumulators * Unit::kFlops;
   });
 }
 
@@ -103,22 +99,18 @@ double peak(int threads, double seconds) {
 
 extern "C" {
 
-// Floating-point operations a second, a multiply-add being two.
+// Floating-point operations a second, a multiply-add being two; 0 without such an instruction.
 double fma_peak_float32(int threads, double seconds) {
   return peak<MultiplyAdd<float>>(threads, seconds);
 }
-
 double fma_peak_float64(int threads, double seconds) {
   return peak<MultiplyAdd<double>>(threads, seconds);
 }
-
-// Of the instruction that multiplies pairs of bfloat16 into float32; 0 where there is none.
 double fma_peak_bfloat16(int threads, double seconds) {
 #if defined(__AVX512BF16__)
   return peak<DotBfloat16>(threads, seconds);
 #else
-  (void)threads, (void)seconds;
-  return 0;
+  return 0 * threads * seconds;
 #endif
 }
 
@@ -127,21 +119,19 @@ double read_bandwidth(int64_t bytes, int threads, double seconds) {
   using V = VectorOf<int32_t>::type;
   constexpr int64_t kUnroll = 8;
   const int64_t size = (bytes / (kUnroll * kBytes)) * (kUnroll * kBytes);
-  if (size == 0) return 0;
   char* all = static_cast<char*>(std::aligned_alloc(4096, (size * threads + 4095) / 4096 * 4096));
-  if (all == nullptr) return 0;
+  if (size == 0 || all == nullptr) return 0;
 #pragma omp parallel num_threads(threads)
-  std::memset(all + size * omp_get_thread_num(), 1, size);  // each touches its own pages first
+  std::memset(all + size * omp_get_thread_num(), 1, size);  // first touch by the thread that reads
   const double found = rate(threads, seconds, [=](int thread) {
     const V* mine = reinterpret_cast<const V*>(all + size * thread);
-    const int64_t vectors = size / kBytes;
     // A pass over a small buffer is too short beside a look at the clock.
     const int64_t passes = 1 + (int64_t(1) << 20) / size;
     V sum[kUnroll] = {};
     for (int64_t pass = 0; pass < passes; ++pass) {
-      for (int64_t k = 0; k < vectors; k += kUnroll)
+      for (int64_t k = 0; k < size / kBytes; k += kUnroll)
         for (int64_t u = 0; u < kUnroll; ++u) sum[u] += mine[k + u];
-      for (int64_t u = 0; u < kUnroll; ++u) keep(sum[u]);
+      for (auto& each : sum) keep(each);
     }
     return double(size) * passes;
   });
@@ -149,7 +139,7 @@ double read_bandwidth(int64_t bytes, int threads, double seconds) {
   return found;
 }
 
-// Seconds of one barrier among threads that all wait actively.
+// Seconds of one barrier among threads that all spin.
 double barrier_seconds(int threads, int count) {
   double taken = 0;
 #pragma omp parallel num_threads(threads)
@@ -171,9 +161,8 @@ double fork_join_seconds(int threads, int count) {
   const auto begin = Clock::now();
   for (int n = 0; n < count; ++n) {
 #pragma omp parallel num_threads(threads)
-    if (omp_get_thread_num() == 0) sink = n;
+    if (omp_get_thread_num() == 0) sink = sink + 1;
   }
-  (void)sink;
   return since(begin) / count;
 }
 }

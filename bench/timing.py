@@ -5,17 +5,16 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
-# A row whose p10 to p90 span is more than this part of its median is marked as noisy.
-NOISY_SPAN = 0.15
+NOISY_SPAN = 0.15  # a span from p10 to p90 above this part of the median is marked as noisy
 FEWEST_ROUNDS = 5
 
 
 @dataclass(frozen=True)
-class Effort:
+class Sampling:
     """How long a row is measured.
 
     rounds: samples of each provider at most. seconds: what a sample lasts at least. row_seconds:
@@ -30,12 +29,17 @@ class Effort:
     attempts: int = 1
     set_seconds: float = math.inf
 
-    def within(self, seconds: float) -> "Effort":
-        """The effort for a row that has so long. Half of it goes to what is not sampled: the
-        problem, its oracle, captures."""
+    def within(self, seconds: float) -> "Sampling":
+        """For a row that has so long. Half of it goes to what is not sampled: the case, its oracle,
+        captures."""
         sampling = seconds / 2
         attempts = self.attempts if sampling >= self.attempts * self.row_seconds else 1
         return replace(self, row_seconds=min(self.row_seconds, sampling), attempts=attempts)
+
+    def rounds_for(self, seconds_a_round: float) -> int:
+        """As many rounds as the row has time for."""
+        affordable = int(self.row_seconds / max(seconds_a_round, 1e-9))
+        return min(self.rounds, max(FEWEST_ROUNDS, affordable))
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,7 @@ class Timing:
     p90: float
     n: int
     loops: int
-
-    @property
-    def noisy(self) -> bool:
-        return self.p90 - self.p10 > NOISY_SPAN * self.median
+    noisy: bool = False
 
     @property
     def spread(self) -> float:
@@ -58,11 +59,18 @@ class Timing:
         return (self.p90 - self.p10) / 2 / self.median
 
 
+def summary(samples: list[float], loops: int) -> Timing:
+    each = sorted(s / loops for s in samples)
+    tenths = statistics.quantiles(each, n=10, method="inclusive") if len(each) > 1 else each * 9
+    median, p10, p90 = (float(f"{t:.4g}") for t in (statistics.median(each), tenths[0], tenths[-1]))
+    return Timing(median, p10, p90, len(each), loops, p90 - p10 > NOISY_SPAN * median)
+
+
 class WallClock:
     """Times steps that are done when they return."""
 
-    # Workers that wait actively for their next task (OpenMP's, ONNX Runtime's) would take the
-    # processor from whoever is measured next: a sample begins when they have gone to sleep.
+    # Workers that spin for their next task (OpenMP's, ONNX Runtime's) would take the processor from
+    # whoever is measured next: a sample begins when they have gone to sleep.
     poll = 0.002
     longest_wait = 0.25
 
@@ -109,27 +117,33 @@ def clock_for(device: str):
 
 
 def loops_for(step: Callable, seconds: float, clock) -> tuple[int, float]:
-    """How many steps make a sample of that length, and how long the last trial took.
-
-    What this runs also serves as warm-up.
-    """
+    """How many steps make a sample of that length, and how long the last trial, a warm-up, took."""
     loops = 1
     while (taken := clock.sample(step, loops)) < seconds:
         loops = max(2 * loops, int(loops * seconds / max(taken, 1e-9)))
     return loops, taken
 
 
-def rounds_for(effort: Effort, seconds_a_round: float) -> int:
-    """As many rounds as the row has time for."""
-    affordable = int(effort.row_seconds / max(seconds_a_round, 1e-9))
-    return min(effort.rounds, max(FEWEST_ROUNDS, affordable))
-
-
-def summary(samples: list[float], loops: int) -> Timing:
-    each = sorted(s / loops for s in samples)
-    tenths = statistics.quantiles(each, n=10, method="inclusive") if len(each) > 1 else each * 9
-    median, p10, p90 = (float(f"{t:.4g}") for t in (statistics.median(each), tenths[0], tenths[-1]))
-    return Timing(median, p10, p90, len(each), loops)
+def interleaved(steps: dict[str, Callable], sampling: Sampling, clock, trying) -> dict[str, Timing]:
+    """Samples A B A B ...; trying is told whose sample comes next."""
+    loops, a_round = {}, 0.0
+    for name, step in steps.items():
+        trying(name)
+        clock.settle()
+        loops[name], taken = loops_for(step, sampling.seconds, clock)
+        a_round += taken * (1 + 1 / loops[name])
+    samples = {name: [] for name in steps}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(sampling.rounds_for(a_round)):
+            for name, step in steps.items():
+                trying(name)
+                clock.settle()
+                samples[name].append(clock.sample(step, loops[name]))
+    finally:
+        gc.enable()
+    return {name: summary(samples[name], loops[name]) for name in steps}
 
 
 def quietest(attempt: Callable[[], dict[str, Timing]], attempts: int) -> dict[str, Timing]:
@@ -137,46 +151,16 @@ def quietest(attempt: Callable[[], dict[str, Timing]], attempts: int) -> dict[st
 
     All providers' times are of the same attempt, so that the choice favours none of them.
     """
-    best = None
+    found = []
     for _ in range(attempts):
-        found = attempt()
-        if best is None or widest(found) < widest(best):
-            best = found
-        if not any(t.noisy for t in found.values()):
-            break
-    return best
+        found.append(attempt())
+        if not any(t.noisy for t in found[-1].values()):
+            return found[-1]
+    return min(found, key=lambda timings: max(t.spread for t in timings.values()))
 
 
-def widest(found: dict[str, Timing]) -> float:
-    return max((t.spread for t in found.values()), default=0.0)
-
-
-def interleaved(
-    steps: dict[str, Callable],
-    effort: Effort,
-    clock,
-    after_round: Callable[[int, int], None] = lambda done, of: None,
-    before_sample: Callable[[str], None] = lambda name: None,
-) -> dict[str, Timing]:
-    """Samples A B A B ...; after_round is told how many rounds are done, of how many, and
-    before_sample whose sample comes next."""
-    loops, a_round = {}, 0.0
-    for name, step in steps.items():
-        before_sample(name)
-        clock.settle()
-        loops[name], taken = loops_for(step, effort.seconds, clock)
-        a_round += taken * (1 + 1 / loops[name])
-    rounds = rounds_for(effort, a_round)
-    samples = {name: [] for name in steps}
-    gc.collect()
-    gc.disable()
-    try:
-        for done in range(1, rounds + 1):
-            for name, step in steps.items():
-                before_sample(name)
-                clock.settle()
-                samples[name].append(clock.sample(step, loops[name]))
-            after_round(done, rounds)
-    finally:
-        gc.enable()
-    return {name: summary(samples[name], loops[name]) for name in steps}
+def time_steps(steps: dict[str, Callable], sampling, device, trying=lambda name: None, clock=None):
+    """By name the timing of each step, a dict, as results files hold it."""
+    clock = clock or clock_for(device)
+    found = quietest(lambda: interleaved(steps, sampling, clock, trying), sampling.attempts)
+    return {name: asdict(timing) for name, timing in found.items()}

@@ -1,19 +1,12 @@
-"""A user's own model before and after replace, torch.nn against itself, and memory."""
-
-import itertools
-import json
-from types import SimpleNamespace
+"""A user's own model before and after lstm_fused.replace."""
 
 import pytest
 import torch
 
 from bench import __main__ as cli
-from bench import measure, memory, model, progress, selfcheck
-from bench.timing import Effort
-from bench.workloads import Workload
-
-EFFORT = Effort(rounds=2, seconds=0.0)
-SMALL = Workload("small", T=3, N=2, I=3, H=4)
+from bench import model, report
+from bench.timing import Sampling
+from lstm_fused.testing import oracle
 
 TAGGER = """
 import torch
@@ -42,9 +35,6 @@ def layer():
 def frozen():
     return nn.LSTM(3, 4).requires_grad_(False), torch.randn(5, 2, 3)
 
-class Single(nn.LSTM):
-    pass
-
 class Narrow(nn.Module):
     def __init__(self):
         super().__init__()
@@ -69,63 +59,60 @@ def three():
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
-    """The name of a factory -> what --model is given for it; memory is measured elsewhere."""
+    """The name of a factory -> what --model is given for it."""
     path = tmp_path / "tagger.py"
     path.write_text(TAGGER)
-    monkeypatch.setattr(memory, "ask", lambda task: {"model": 2000 + task["fused"]})
-    monkeypatch.setattr(model, "EFFORT", EFFORT)
+    monkeypatch.setattr(model, "SAMPLING", Sampling(rounds=2, seconds=0.0))
     monkeypatch.setattr(model.sys, "path", [*model.sys.path])
     return lambda factory: f"{path}:{factory}"
 
 
-def measured(spec):
-    return model.measure(spec, "cpu", progress.Silent(), EFFORT)
+@pytest.fixture
+def without_memory(monkeypatch):
+    sizes = {"torch.nn": 2000, "lstm_fused": 2001}
+    monkeypatch.setattr(model, "memory_of", lambda spec, device: sizes)
 
 
 @pytest.mark.parametrize("factory", ["make", "keywords", "layer"])
-def test_outputs_and_gradients_are_judged_before_the_clock(made, factory):
-    found = measured(made(factory))
+def test_outputs_and_gradients_are_judged_before_the_clock(made, without_memory, factory):
+    found = model.measure_model(made(factory), "cpu")
     assert found["replaced"] == ["the model" if factory == "layer" else "rnn"]
-    forward, training = found["rows"]["forward"], found["rows"]["training"]
-    assert forward["parity"]["tensors"] == 3  # tags or y, h_n, c_n
+    forward, training = (row["providers"] for row in found["rows"])
+    assert forward["lstm_fused"]["parity"]["tensors"] == 3  # tags or y, h_n, c_n
     # Two layers have 8 parameters, embedding and head 3; one has 4 and the input's gradient.
-    assert training["parity"]["tensors"] == 3 + (5 if factory == "layer" else 11)
-    for row in (forward, training):
-        assert row["timing"].keys() == {"torch.nn", "lstm_fused"}
-    text = "\n".join(model.lines(found))
-    assert "forward: 3 tensors agree" in text
-    assert "| training |" in text
-    assert "2 kB / 2 kB |" in text
+    gradients = 5 if factory == "layer" else 11
+    assert training["lstm_fused"]["parity"]["tensors"] == 3 + gradients
+    assert all("timing" in entry for row in (forward, training) for entry in row.values())
+    assert "forward: 3 tensors agree" in "\n".join(model.lines(found))
+    assert "2 kB / 2 kB |" in report.markdown(found)
 
 
 def test_a_fused_model_that_disagrees_gets_no_time(made, monkeypatch, capsys):
-    def spoil(module):
+    def wrong(module):
         for child in module.modules():
             if type(child) is torch.nn.LSTM:
                 child.weight_hh_l0.data.add_(1e-3)
-                child.__class__ = type("Spoiled", (torch.nn.LSTM,), {})
+                child.__class__ = type("Wrong", (torch.nn.LSTM,), {})
         return module
 
-    monkeypatch.setattr(model.lstm_fused, "replace", spoil)
+    monkeypatch.setattr(model.lstm_fused, "replace", wrong)
     assert cli.main(["--model", made("layer"), "--threads", "1"]) == 1
     printed = capsys.readouterr().out
     assert "forward: 3 tensors DISAGREE" in printed
-    assert "| forward |" not in printed
+    assert "wrong: out" in printed and "±" not in printed.partition("Medians")[0]
 
 
-def test_a_model_of_fixed_dtype_is_said_to_be_unjudged(made):
-    found = measured(made("narrow"))
+def test_a_model_of_fixed_dtype_is_said_to_be_unjudged(made, without_memory):
+    found = model.measure_model(made("narrow"), "cpu")
     text = "\n".join(model.lines(found))
-    assert "NOT JUDGED" in text
-    assert "float64" in text
-    assert found["rows"]["forward"]["apart"] < 1e-6
-    assert "timing" in found["rows"]["forward"]
+    assert "NOT JUDGED, it does not run in float64" in text
+    assert "timing" in found["rows"][0]["providers"]["lstm_fused"]
 
 
 def test_a_model_without_gradients_has_no_training_row(made):
-    found = measured(made("frozen"))
-    assert "no output of the model needs a gradient" in found["rows"]["training"]["skipped"]
-    assert "timing" in found["rows"]["forward"]
+    forward, training = model.measure_model(made("frozen"), "cpu")["rows"]
+    assert training["absent"] == "training: no output of the model needs a gradient"
+    assert "timing" in forward["providers"]["lstm_fused"]
 
 
 @pytest.mark.parametrize(
@@ -134,14 +121,13 @@ def test_a_model_without_gradients_has_no_training_row(made):
         ("nothing", "no module that lstm_fused replaces"),
         ("broken", "KeyError: 'weights.pt'"),
         ("three", "must return (module, inputs), got tuple"),
-        ("missing", "AttributeError"),
+        ("missing", "KeyError: 'missing'"),
     ],
 )
-def test_one_line_says_why_not(made, capsys, factory, words):
+def test_errors_are_one_line(made, capsys, factory, words):
     assert cli.main(["--model", made(factory), "--threads", "1"]) == 2
     message = capsys.readouterr().err
-    assert words in message
-    assert [line for line in message.splitlines() if line.startswith("error: ")]
+    assert words in message and message.startswith("error: ") and message.count("\n") == 1
 
 
 def test_no_such_file(capsys):
@@ -150,10 +136,10 @@ def test_no_such_file(capsys):
         assert "no such file" in capsys.readouterr().err
 
 
-def test_model_json(made, tmp_path):
+def test_memory_and_json(made, tmp_path):
     out = tmp_path / "out.json"
-    assert cli.main(["--model", made("make"), "--threads", "1", "--json", str(out)]) == 0
-    assert json.loads(out.read_text())["rows"]["training"]["memory"]["lstm_fused"] == 2001
+    assert cli.main(["--model", made("layer"), "--threads", "1", "--json", str(out)]) == 0
+    assert report.load(out)["rows"][1]["memory"].keys() == {"torch.nn", "lstm_fused"}
 
 
 def test_nested_values():
@@ -161,75 +147,7 @@ def test_nested_values():
     packed = torch.nn.utils.rnn.pack_sequence([torch.ones(2, 1)])
     found = model.tensors_in({"x": [a, b, (a, None)], "p": packed})
     assert list(found) == ["out['x'][0]", "out['x'][2][0]", "out['p']"]
-    double = model.mapped({"x": [a, b], "p": packed}, model.widened)
+    double = oracle.in_float64({"x": [a, b], "p": packed})
     assert double["x"][0].dtype is torch.float64
     assert double["x"][1].dtype is torch.int64
     assert double["p"].data.dtype is torch.float64
-
-
-def clock(*seconds):
-    """A clock whose samples of each run take these seconds a step in turn, the runs in order."""
-    turns = {}
-
-    def sample(step, loops):
-        run = id(step.__self__)
-        if run not in turns:
-            turns[run] = itertools.cycle(seconds[len(turns)])
-        return next(turns[run]) * loops
-
-    return SimpleNamespace(settle=lambda: None, sample=sample)
-
-
-@pytest.mark.parametrize(
-    ("first", "again", "even"),
-    [
-        ([1.0], [1.0], True),
-        ([1.0], [1.02], False),
-        ([1.0, 1.1], [1.02, 1.12], True),
-        ([1.0, 1.01], [0.8, 0.81], False),
-    ],
-)
-def test_itself_is_even_within_its_spread(first, again, even):
-    providers = selfcheck.providers()
-    effort = Effort(rounds=6, seconds=0.0, row_seconds=100.0)
-    result = measure.measure("quick", [SMALL], effort, providers, clock=clock(first, again))
-    (row,) = result["rows"]
-    assert selfcheck.is_even(row) == even
-    assert ("| even |" in selfcheck.lines(result)[-1]) == even
-    assert row["providers"][selfcheck.AGAIN]["timing"]["n"] == 6
-
-
-def test_self_exits_by_its_finding(monkeypatch, capsys):
-    monkeypatch.setitem(cli.SETS, "quick", (SMALL,))
-    monkeypatch.setitem(cli.EFFORTS, "quick", EFFORT)
-    for even, code in ((True, 0), (False, 1)):
-        monkeypatch.setattr(selfcheck, "is_even", lambda row, even=even: even)
-        assert cli.main(["--set", "quick", "--threads", "1", "--self"]) == code
-    assert "times as fast as itself" in capsys.readouterr().out
-
-
-def test_resident_memory_of_a_step():
-    """100 MB that a step needs for a moment, and returns, are seen."""
-    size = 100_000_000
-    grown = memory.cpu_growth(lambda: torch.ones(size, dtype=torch.uint8).max())
-    assert 0.95 * size < grown < 1.2 * size  # the kernel counts in batches of pages
-    assert memory.cpu_growth(lambda: None) < size / 10
-
-
-def test_memory_of_a_training_row():
-    """A child measures what the clock measured, and only that."""
-    work = Workload("row", T=50, N=64, I=64, H=64, mode="training")
-    providers = measure.chosen(["torch.nn", "lstm_fused"])
-    result = measure.measure("quick", [work, SMALL], EFFORT, providers)
-    memory.add(result, [work, SMALL], ("torch.nn", "lstm_fused"))
-    found = result["rows"][0]["memory"]
-    kept = 50 * 64 * 64 * 4 * 4  # the saved gates alone
-    assert found.keys() == {"torch.nn", "lstm_fused"}
-    assert all(kept < size < 20 * kept for size in found.values())
-    assert "memory" not in result["rows"][1]
-
-
-def test_a_child_that_fails_says_why():
-    with pytest.raises(memory.NotMeasured, match="KeyError: 'nobody'"):
-        task = {"provider": "nobody", "works": [{"name": "w", "T": 1, "N": 1, "I": 1, "H": 1}]}
-        memory.ask(task | {"device": "cpu", "threads": 1})

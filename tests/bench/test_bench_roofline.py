@@ -1,31 +1,32 @@
 """The limit of a workload, on machines made up so that it can be reckoned by hand."""
 
-import json
 import math
-import subprocess
-import sys
 from dataclasses import asdict
-from types import SimpleNamespace
 
 import pytest
-import torch
 
-from bench import compiled, exchange, measure, roofline
-from bench.roofline import Level, Rates, Roof, limit
-from bench.timing import Effort
-from bench.workloads import Workload
+from bench import gpu, roofline, run
+from bench.cases import Workload
+from bench.roofline import limit
 
-FAST = Level("memory", None, None)  # reading costs nothing
+
+def level(name, size, bandwidth):
+    return {"name": name, "bytes": size, "bandwidth": bandwidth}
+
+
+FAST = level("memory", None, None)  # reading costs nothing
 
 
 def machine(threads=1, peak=1e6, levels=(FAST,), barrier=0.0, start=0.0):
     """One thread computes peak operations a second; several compute and read as many times more."""
 
     def rates(n):
-        more = [Level(v.name, v.bytes, v.bandwidth and v.bandwidth * n) for v in levels]
-        return Rates(n, {"float32": peak * n, "float64": peak * n / 2}, tuple(more))
+        more = [v | {"bandwidth": v["bandwidth"] and v["bandwidth"] * n} for v in levels]
+        peaks = {"float32": peak * n, "float64": peak * n / 2}
+        return {"threads": n, "peak": peaks, "levels": more}
 
-    return Roof("cpu", rates(1), rates(threads), barrier, start)
+    times = {"barrier": barrier, "start": start}
+    return {"device": "cpu", "one": rates(1), "team": rates(threads)} | times
 
 
 def layer(**more):
@@ -58,7 +59,7 @@ def test_projection():
     assert limit(layer(proj=2), machine()) == pytest.approx(2 * 20 * (recurrent + inputs) / 1e6)
 
 
-def test_threads_share_rows_without_meeting():
+def test_threads_share_rows_without_a_barrier():
     roof = machine(threads=2, barrier=1.0)
     assert limit(layer(), roof) == pytest.approx(FLOPS / 2e6)
     # Of three rows one thread has two, in the recurrence; a fourth row costs nothing there.
@@ -70,54 +71,49 @@ def test_one_row_is_shared_by_units_with_a_barrier_a_step():
     roof = machine(threads=2, barrier=1e-5, start=1e-4)
     assert limit(layer(N=1), roof) == pytest.approx(FLOPS / 4e6 + 10e-5 + 1e-4)
     slow = machine(threads=2, barrier=1.0)
-    # One thread walks the steps; the product before them still has two.
+    # One thread runs the steps; the product before them still has two.
     assert limit(layer(N=1), slow) == pytest.approx(2 * 10 * 20 * (5 / 1e6 + 3 / 2e6))
 
 
-def test_directions_are_shared_without_meeting():
+def test_directions_are_shared_without_a_barrier():
     roof = machine(threads=2, barrier=1.0)
     assert limit(layer(N=1, directions=2), roof) == pytest.approx(FLOPS / 2e6)
 
 
 def test_weights_are_read_from_the_level_they_lie_in():
     """20 * 5 recurrent weights are 400 bytes, and 640 with the input's."""
-    near, far = Level("near", 400, 1e5), Level("far", None, 1e3)
+    near, far = level("near", 400, 1e5), level("far", None, 1e3)
     quick = machine(peak=1e12, levels=(near, far))
     assert limit(layer(), quick) == pytest.approx(240 / 1e3 + 10 * 400 / 1e5)
     # Two threads keep half of them each, and read twice as fast.
     shared = machine(threads=2, peak=1e12, levels=(near, far))
     assert limit(layer(), shared) == pytest.approx(240 / 2e5 + 10 * 400 / 2e5)
-    # Training walks the steps twice.
+    # Training runs the steps twice.
     training = limit(layer(mode="training"), quick) - limit(layer(), quick)
     assert training == pytest.approx(10 * 400 / 1e5)
 
 
 def test_a_single_step_keeps_all_weights():
-    near, far = Level("near", 400, 1e5), Level("far", None, 1e3)
+    near, far = level("near", 400, 1e5), level("far", None, 1e3)
     quick = machine(peak=1e12, levels=(near, far))
     assert limit(layer(T=1), quick) == pytest.approx(640 / 1e3)
 
 
-def measured(what, ctas, size, ns):
-    return {"what": what, "ctas": ctas, "groups": 1, "apart": 1, "bytes": size, "ns": ns}
+def exchanged(kind, ctas, size, ns):
+    return {"kind": kind, "ctas": ctas, "bytes": size, "ns": ns}
 
 
-EXCHANGE = {
-    "device": "Abacus",
-    "wrong": 0,
-    "measured": [
-        *(measured("grid", n, size, 500 + 10 * n + size / 8) for n in (16, 64) for size in (0, 8)),
-        measured("grid", 16, 8, 900.0) | {"groups": 2},
-        *(measured("cluster", n, size, 100 * n + size) for n in (2, 4) for size in (0, 512)),
-        measured("launch", 48, 0, 2000.0),
-        measured("graph", 48, 0, 1000.0),
-    ],
-}
+EXCHANGE = [
+    *(exchanged("grid", n, size, 500 + 10 * n + size / 8) for n in (16, 64) for size in (0, 8)),
+    *(exchanged("cluster", n, size, 100 * n + size) for n in (2, 4) for size in (0, 512)),
+]
 
 
-def gpu(**more):
-    rates = Rates(1, {"float32": 1e6, "float16": 1e9}, (Level("on chip", None, None),))
-    return Roof("cuda", rates, rates, 0.0, 1e-2, 1e-3, **{"exchange": EXCHANGE} | more)
+def on_gpu(**more):
+    peak = {"float32": 1e6, "float16": 1e9}
+    rates = {"threads": 1, "peak": peak, "levels": [level("on chip", None, None)]}
+    times = {"barrier": 0.0, "start": 1e-6, "launch": 1e-3}
+    return {"device": "cuda", "one": rates, "team": rates, "exchange": EXCHANGE} | times | more
 
 
 def ran(kernel, way="forward", ctas=0, rows=8, dtype="float32"):
@@ -127,89 +123,100 @@ def ran(kernel, way="forward", ctas=0, rows=8, dtype="float32"):
 
 def test_exchange_between_and_beyond_what_was_measured():
     for ctas, size in ((16, 0), (32, 4), (40, 24), (128, 8)):
-        found = exchange.seconds(EXCHANGE, "grid", ctas, size)
+        found = roofline.exchange_seconds(EXCHANGE, "grid", ctas, size)
         assert found == pytest.approx((500 + 10 * ctas + size / 8) * 1e-9)
-    assert exchange.seconds(EXCHANGE, "graph") == pytest.approx(1e-6)
-    with pytest.raises(exchange.NotMeasured, match="no cluster"):
-        exchange.seconds(EXCHANGE | {"measured": EXCHANGE["measured"][:1]}, "cluster", 2)
-    slower = EXCHANGE | {"measured": [m | {"ns": m["ns"] + 1} for m in EXCHANGE["measured"]]}
-    assert exchange.best([slower, EXCHANGE]) == EXCHANGE
+    with pytest.raises(roofline.NotMeasured, match="cluster"):
+        roofline.exchange_seconds(EXCHANGE[:1], "cluster", 2, 0)
 
 
-def test_gpu_is_one_team_that_meets_as_the_plan_does():
-    products, start = FLOPS / 1e6, 1e-2
-    # A row of h is 5 values, padded to 32 bytes, and there are two rows.
-    grid = 10 * (500 + 10 * 32 + 64 / 8) * 1e-9
-    assert limit(layer(), gpu(), [ran("grid", ctas=32)]) == pytest.approx(products + grid + start)
-    half = limit(layer(dtype="float16"), gpu(), [ran("grid", ctas=32, dtype="float16")])
-    assert half == pytest.approx(FLOPS / 1e9 + grid + start)
-    cluster = 10 * (400 + 64 / 4) * 1e-9
-    found = limit(layer(), gpu(), [ran("cluster", ctas=4)])
-    assert found == pytest.approx(products + cluster + start)
-    steps = limit(layer(), gpu(), [ran("step")])
-    assert steps == pytest.approx(products + 10e-6 + start)
-    gemm = limit(layer(), gpu(), [ran("gemm")])
-    assert gemm == pytest.approx(products + 2 * 10e-6 + start)
+@pytest.mark.parametrize(
+    ("kernel", "ctas", "step"),
+    [
+        # A row of h is 5 values, padded to 32 bytes, and there are two rows.
+        ("grid", 32, 500e-9 + 10e-9 * 32 + 64 / 8 * 1e-9),
+        ("cluster", 4, 400e-9 + 64 / 4 * 1e-9),
+        ("step", 0, 1e-6),
+        ("gemm", 0, 2e-6),
+    ],
+)
+def test_a_gpu_is_one_team_with_the_exchange_of_the_plan(kernel, ctas, step):
+    found = limit(layer(), on_gpu(), [ran(kernel, ctas=ctas)])
+    assert found == pytest.approx(FLOPS / 1e6 + 10 * step + 1e-6)
+    half = limit(layer(dtype="float16"), on_gpu(), [ran(kernel, ctas=ctas, dtype="float16")])
+    assert half == pytest.approx(FLOPS / 1e9 + 10 * step + 1e-6)
 
 
-def test_gpu_backward_hands_on_all_gates():
-    work = layer(mode="training")
+def test_gpu_backward_exchanges_all_gates():
     kernels = [ran("step"), ran("cluster", "backward", ctas=4)]
-    meetings = 10 * (1000 + 400 + 4 * 64 / 4) * 1e-9
-    assert limit(work, gpu(), kernels) == pytest.approx(3 * FLOPS / 1e6 + meetings + 1e-2)
+    exchange = 10 * (1000 + 400 + 4 * 64 / 4) * 1e-9
+    found = limit(layer(mode="training"), on_gpu(), kernels)
+    assert found == pytest.approx(3 * FLOPS / 1e6 + exchange + 1e-6)
 
 
 def test_gpu_rows_have_no_limit_without_an_exchange():
     row = {"workload": asdict(layer()), "providers": {"us": {"kernels": [ran("step")]}}}
-    assert roofline.limit_of_row(row, gpu(), "us") == limit(layer(), gpu(), [ran("step")])
-    assert roofline.limit_of_row(row, gpu(), "torch.nn") is None
-    assert roofline.limit_of_row(row, gpu(exchange=None), "us") is None
+    assert roofline.limit_of_row(row, on_gpu(), "us") == limit(layer(), on_gpu(), [ran("step")])
+    assert roofline.limit_of_row(row, on_gpu(), "torch.nn") is None
+    assert roofline.limit_of_row(row, on_gpu(exchange=None), "us") is None
 
 
-def test_a_roof_survives_json():
-    roof = gpu()
-    assert roofline.from_json(json.loads(json.dumps(asdict(roof)))) == roof
-    assert "cluster, 4 CTAs, 512 bytes: 912 ns" in roofline.lines(roof)
+class FakeLibrary:
+    """exchange.cu's functions on a GPU without clusters."""
+
+    def __init__(self):
+        self.grid_ns, self.cluster_ns = (lambda ctas, size: 500.0 + ctas), (lambda *_: -1.0)
+        self.exchange_failure = lambda: b"no clusters"
 
 
 @pytest.mark.parametrize("nvcc", [True, False])
 def test_gpu_limits_are_measured(fake_cuda, monkeypatch, nvcc, capsys):
     """The whole of it on torch.cuda's interface, played by the CPU."""
-    monkeypatch.setattr(roofline, "DEVICE", "cpu")
-    monkeypatch.setattr(roofline, "PRODUCT", 64)
-    program = "import json; print(json.dumps(" + repr(EXCHANGE) + "))"
-    monkeypatch.setattr(exchange, "compiled", lambda *given: given[1][0])
-    monkeypatch.setattr(exchange, "nvcc", lambda: "nvcc" if nvcc else None)
-    real = subprocess.run
-    played = SimpleNamespace(
-        run=lambda command, **more: real([sys.executable, "-c", program], **more),
-        TimeoutExpired=subprocess.TimeoutExpired,
-    )
-    monkeypatch.setattr(exchange, "subprocess", played)
-    roof = roofline.measure("cuda", 1)
-    assert set(roof.team.peak) == {"float16", "bfloat16", "tf32", "float32", "float64"}
-    assert roof.launch > 0 and roof.start > 0
-    assert [level.name for level in roof.team.levels] == ["on chip", "L2", "memory"]
-    assert roof.exchange == (EXCHANGE if nvcc else None)
+
+    class Worker:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def call(self, function):
+            try:
+                return function()
+            except roofline.NotMeasured as error:
+                raise gpu.Lost(str(error), None) from None
+
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "PRODUCT", 64)
+    monkeypatch.setattr(gpu, "Worker", Worker)
+    monkeypatch.setattr(gpu, "compiled", lambda *given: FakeLibrary())
+    monkeypatch.setattr(gpu, "nvcc", lambda: "nvcc" if nvcc else None)
+    roof = gpu.measure_gpu()
+    assert set(roof["team"]["peak"]) == {"float16", "bfloat16", "tf32", "float32", "float64"}
+    assert roof["launch"] > 0 and roof["start"] > 0
+    assert [v["name"] for v in roof["team"]["levels"]] == ["on chip", "L2", "memory"]
     assert ("nvcc is not installed" in capsys.readouterr().err) != nvcc
-    assert "GB/s" in "\n".join(roofline.lines(roof))
+    assert (roof["exchange"] is None) != nvcc
+    lines = "\n".join(roofline.lines(roof))
+    assert "GB/s" in lines and ("grid, 16 CTAs, 0 bytes: 516 ns" in lines) == nvcc
+    assert "cluster" not in lines
 
 
-@pytest.mark.skipif(exchange.nvcc() is None, reason="nvcc is not installed")
+@pytest.mark.skipif(gpu.nvcc() is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
 def test_exchange_compiles(capability):
-    assert exchange.program(capability).exists()
+    library = gpu.exchange_library(capability)
+    assert library.grid_ns and library.cluster_ns and library.exchange_failure
 
 
 def test_best_takes_the_better_of_each_number():
-    low, high = Level("memory", None, 1.0), Level("memory", None, 2.0)
-    a = machine(peak=1.0, levels=(high,), barrier=3.0, start=1.0)
-    b = machine(peak=2.0, levels=(low,), barrier=2.0, start=4.0)
-    found = roofline.best([a, b])
-    assert found.team.peak["float32"] == 2.0
-    assert found.team.levels[0].bandwidth == 2.0
-    assert (found.barrier, found.start) == (2.0, 1.0)
-    assert roofline.best([machine()]).team.levels[0].bandwidth is None
+    a = machine(peak=1.0, levels=(level("memory", None, 2.0),), barrier=3.0, start=1.0)
+    b = machine(peak=2.0, levels=(level("memory", None, 1.0),), barrier=2.0, start=4.0)
+    better = {"barrier": 2.0, "start": 1.0}
+    assert roofline.best([a, b]) == machine(peak=2.0, levels=(level("memory", None, 2.0),)) | better
+    slower = on_gpu(exchange=[m | {"ns": m["ns"] + 1} for m in EXCHANGE])
+    assert roofline.best([slower, on_gpu()]) == on_gpu()
+    assert roofline.best([on_gpu(exchange=None), on_gpu()]) == on_gpu()
+    assert roofline.best([machine()]) == machine()
 
 
 def test_this_machine(monkeypatch):
@@ -217,12 +224,12 @@ def test_this_machine(monkeypatch):
     monkeypatch.setattr(roofline, "SECONDS", 0.002)
     monkeypatch.setattr(roofline, "TRIES", 1)
     monkeypatch.setattr(roofline, "MEMORY_BYTES", 1 << 20)
-    roof = roofline.measure("cpu", 2)
-    for rates in (roof.one, roof.team):
-        assert min(rates.peak["float32"], rates.peak["float64"]) > 1e8
-        assert all(0 < v.bandwidth < math.inf for v in rates.levels)
-        assert rates.levels[-1].bytes is None
-    assert roof.barrier > 0 and roof.start > 0
+    roof = roofline.measure_cpu(2)
+    for rates in (roof["one"], roof["team"]):
+        assert min(rates["peak"]["float32"], rates["peak"]["float64"]) > 1e8
+        assert all(0 < v["bandwidth"] < math.inf for v in rates["levels"])
+        assert rates["levels"][-1]["bytes"] is None
+    assert roof["barrier"] > 0 and roof["start"] > 0
     assert "GFLOP/s" in "\n".join(roofline.lines(roof))
 
 
@@ -246,17 +253,14 @@ def test_caches(tmp_path):
 
 def test_no_compiler_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(compiled, "BUILD", tmp_path)
+    monkeypatch.setattr(roofline, "BUILD", tmp_path)
     with pytest.raises(roofline.NotMeasured, match="does not compile"):
-        roofline.library()
+        roofline.measure_cpu(1)
 
 
 def test_rows_carry_their_limit():
-    work = layer(N=1)
-    roof = machine(peak=1e9)
-    result = measure.measure(
-        "quick", [work], Effort(1, 0.0), measure.chosen(["torch.nn"]), find_roof=lambda: roof
-    )
-    assert result["roofline"]["team"]["peak"]["float32"] == 1e9
+    work, roof = layer(N=1), machine(peak=1e9)
+    row = {"workload": asdict(work), "providers": {"torch.nn": {}}}
+    result = run.finished({"rows": [row], "providers": ["torch.nn"]}, [roof])
+    assert result["roofline"] == roof
     assert result["rows"][0]["limit"] == pytest.approx(limit(work, roof), rel=1e-3)
-    assert torch.get_num_threads() == 1

@@ -73,8 +73,9 @@ def commands(part, out):
         kinds = (["memcheck", "--report-api-errors", "no"], ["racecheck"])
         return [[*run, "--tool", *kind, *inside] for kind in kinds if tool]
     if part == "plans":
-        names = ("exchange", "plans")
-        return [[PYTHON, "-m", f"bench.{n}", "--json", str(out / f"{n}.json")] for n in names]
+        options = {"roofline": ["--roofline", "--device", "cuda"], "plans": ["--set", "plans"]}
+        bench = [PYTHON, "-m", "bench"]
+        return [[*bench, *o, "--json", str(out / f"{name}.json")] for name, o in options.items()]
     return [[PYTHON, "-m", "bench", "--set", "gpu", "--json", str(out / "bench.json")]]
 
 
@@ -191,7 +192,7 @@ def main():
         for part in args.parts or LIMITS:
             words, seconds = run_part(part, args.out, log, environment)
             result["parts"][part] = {"result": words, "seconds": round(seconds, 1)}
-            for name in ("exchange", "plans"):
+            for name in ("roofline", "plans"):
                 written = args.out / f"{name}.json"
                 if part == "plans" and written.exists():
                     result[name] = json.loads(written.read_text())

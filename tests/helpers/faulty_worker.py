@@ -1,39 +1,34 @@
-"""bench.worker with providers that spoil it: what a GPU's would do."""
+"""bench.measure with providers that break their process, as a GPU's would."""
 
 import os
 import time
 
-from bench import providers, worker
+from bench import measure, providers
+from bench.runs import ModuleRun
 
 
-def exits(task):
+def exits(case):
     os._exit(7)
 
 
-class Hangs(providers.ModuleRun):
-    def _forward(self):
-        y = super()._forward()
-        if self.judged:  # so it hangs under the clock
-            time.sleep(1000)
-        return y
-
-    judged = False
+class Hangs(ModuleRun):
+    """Hangs under the clock, after the gate."""
 
     def results(self):
         found = super().results()
-        self.judged = True
+        self.step = lambda: time.sleep(1000)
         return found
 
 
-def refuses(task):
+def refuses(case):
     raise RuntimeError("not captured")
 
 
-providers.PROVIDERS |= {
-    "exits": providers.Provider(exits),
-    "hangs": providers.Provider(lambda task: Hangs(providers.copied(task), task)),
-    "refuses": providers.Provider(refuses),
-}
-if __name__ == "__main__":
-    worker.sound = lambda device: False  # after any failure, as after one in a capture
-    worker.main()
+FAULTY = {"exits": exits, "hangs": lambda case: Hangs(case.copied(), case), "refuses": refuses}
+
+
+def measure_row(*args):
+    """measure.measure_row in a process that no failure leaves usable."""
+    providers.PROVIDERS |= {name: providers.Provider(build) for name, build in FAULTY.items()}
+    measure.is_usable = lambda device: False
+    return measure.measure_row(*args)

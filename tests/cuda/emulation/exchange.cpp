@@ -1,5 +1,5 @@
-// Runs the kernels of bench/exchange.h for the thread sanitizer to watch: that each step's words
-// arrive, whichever of them is waited for.
+// Runs the kernels of bench/exchange.h under the thread sanitizer: each step's words must
+// arrive.
 #include "bench/exchange.h"
 
 #include <cstdio>
@@ -13,7 +13,7 @@ constexpr int kSteps = 5, kThreads = 64;
 
 template <class Kernel>
 int run(const char* what, Kernel kernel, int ctas, int groups, int cluster, int bytes) {
-  std::vector<char> buffer(2 * groups * ctas * gpu::kHandedOn);
+  std::vector<char> buffer(2 * groups * ctas * gpu::kWritten);
   std::vector<unsigned long long> counters(groups);
   std::vector<int> wrong(groups * ctas * kThreads, 1);
   gpu::LaunchConfig config{};
@@ -22,7 +22,7 @@ int run(const char* what, Kernel kernel, int ctas, int groups, int cluster, int 
   config.shared_bytes = cluster ? 2 * ctas * bytes : bytes;
   config.cluster = cluster;
   config.cooperative = !cluster;
-  const gpu::ExchangeParams p{kSteps, bytes, 1, buffer.data(), counters.data(), wrong.data()};
+  const gpu::ExchangeParams p{kSteps, bytes, buffer.data(), counters.data(), wrong.data()};
   gpu::ConfiguredDevices configured;
   if (const char* error = gpu::launch_kernel(kernel, config, p, configured)) {
     std::printf("%s of %d: %s\n", what, ctas, error);

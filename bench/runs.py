@@ -1,0 +1,178 @@
+"""A case, a workload's tensors, and its runs: what is timed, and what is compared before."""
+
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import lstm_fused
+from bench.cases import CELLS, DTYPES, Workload, lengths_of
+from lstm_fused import runtime
+from lstm_fused.testing.oracle import Oracle, in_float64
+
+DROPOUT_SEED = 1
+WARM_UP = 3  # steps before a capture: what is loaded or allocated once, is by then
+
+
+@dataclass(frozen=True)
+class Case:
+    """A workload's tensors, the same for every provider.
+
+    x is (T, N, I), (N, T, I) with batch_first, or a PackedSequence. state is None, or in mode
+    "step" h0 (L*D, N, R) and for an LSTM c0 (L*D, N, H), as a tuple.
+    """
+
+    workload: Workload
+    module: torch.nn.RNNBase
+    x: torch.Tensor | PackedSequence
+    state: tuple[torch.Tensor, ...] | None
+    device: str
+
+    def copied(self) -> torch.nn.Module:
+        """A copy of the module. Copied parameters lie apart, which cuDNN would gather into one
+        chunk anew in each call: the copy is laid out as torch lays out any module on a GPU."""
+        module = copy.deepcopy(self.module)
+        module.flatten_parameters()
+        return module
+
+    def fused(self) -> torch.nn.Module:
+        return lstm_fused.replace(self.copied())
+
+
+def build_case(work: Workload, device: str = "cpu", seed: int = 0) -> Case:
+    """Weights as torch draws them and normal inputs.
+
+    Drawn on the device: the largest rows would take a CPU longer than all their samples.
+    """
+    torch.manual_seed(seed)
+    module = getattr(torch.nn, CELLS[work.cell])(
+        work.I,
+        work.H,
+        num_layers=work.layers,
+        bidirectional=work.directions == 2,
+        bias=work.bias,
+        batch_first=work.batch_first,
+        dropout=work.dropout,
+        device=device,
+        **({"proj_size": work.proj} if work.cell == "lstm" else {}),
+    ).to(DTYPES[work.dtype])
+
+    def draw(*shape):
+        return torch.randn(*shape, device=device).to(DTYPES[work.dtype])
+
+    x = draw(*((work.N, work.T) if work.batch_first else (work.T, work.N)), work.I)
+    state = None
+    if work.mode == "step":
+        widths = (work.R, work.H) if work.cell == "lstm" else (work.R,)
+        state = tuple(draw(work.layers * work.directions, work.N, width) for width in widths)
+    if work.lengths != "full":
+        x = pack_padded_sequence(x, torch.tensor(lengths_of(work)), work.batch_first)
+    return Case(work, module, x, state, device)
+
+
+def data_of(x):
+    return x.data if isinstance(x, PackedSequence) else x
+
+
+def named(y, states, leaves=None) -> dict[str, torch.Tensor]:
+    """Outputs, final states and gradients by the names that the tolerances know."""
+    states = states if isinstance(states, (tuple, list)) else (states,)
+    found = {"y": data_of(y), **dict(zip(("h_n", "c_n"), states, strict=False))}
+    found |= {f"d_{name}": leaf.grad for name, leaf in (leaves or {}).items()}
+    return {name: tensor.detach().clone() for name, tensor in found.items()}
+
+
+class ModuleRun:
+    """A module on a case: `step` is what the clock sees, `results` what the gate compares.
+
+    tensors: the names of the results that are compared, None for all.
+    """
+
+    def __init__(self, module, case: Case, tensors: tuple[str, ...] | None = None):
+        self.module, self.case, self.tensors = module, case, tensors
+        self.training = case.workload.training
+        data = data_of(case.x).clone().requires_grad_(self.training)
+        self.x = PackedSequence(data, *case.x[1:]) if data_of(case.x) is not case.x else data
+        self.leaves = {"x": data, **dict(module.named_parameters())}
+        self.reset()
+        modes = {"forward": self._forward, "training": self._training, "step": self._carry}
+        self.step = modes[case.workload.mode]
+
+    def reset(self):
+        state = self.case.state
+        self.state = state[0] if state and len(state) == 1 else state
+
+    def _forward(self):
+        return self.module(self.x, self.state)
+
+    def _carry(self):
+        y, self.state = self.module(self.x, self.state)
+        return y, self.state
+
+    def _training(self):
+        for leaf in self.leaves.values():
+            leaf.grad = None
+        y, state = self.module(self.x, self.state)
+        data_of(y).sum().backward()
+        return y, state
+
+    def results(self) -> dict[str, torch.Tensor]:
+        """One step from the case's own state, with the dropout masks of one seed."""
+        self.reset()
+        torch.manual_seed(DROPOUT_SEED)
+        with torch.set_grad_enabled(self.training):
+            y, state = self.step()
+        found = named(y, state, self.leaves if self.training else None)
+        return {name: found[name] for name in self.tensors or found if name in found}
+
+    def kernels(self) -> list[dict]:
+        """What forward, then backward if there is one, ran, if they are ours: for the record."""
+        if not type(self.module).__module__.startswith("lstm_fused"):
+            return []
+        with torch.set_grad_enabled(self.training):
+            y, _ = self.module(self.x, self.state)
+            ran = [runtime.last_run(self.case.device)]
+            if self.training:
+                data_of(y).sum().backward()
+                ran.append(runtime.last_run(self.case.device))
+        return ran
+
+
+def exact_results(case: Case) -> dict[str, torch.Tensor]:
+    """The case's results in float64, through the naive reference."""
+    exact = replace(case, x=in_float64(case.x), state=in_float64(case.state))
+    return ModuleRun(Oracle(case.module), exact).results()
+
+
+class GraphRun(ModuleRun):
+    """A run whose step was captured in a CUDA graph once, and is replayed since.
+
+    Training is captured whole: gradients are None before each backward pass, in the graph as
+    without it, so that the replay writes them where the capture put them and adds to nothing.
+    """
+
+    def __init__(self, module, case):
+        super().__init__(module, case)
+        eager = self.step
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side), torch.set_grad_enabled(self.training):
+            for _ in range(WARM_UP):
+                eager()
+        torch.cuda.current_stream().wait_stream(side)
+        for leaf in self.leaves.values():
+            leaf.grad = None  # the warm-up's lie outside the graph's own memory
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph), torch.set_grad_enabled(self.training):
+            self.out = eager()
+        self.ran = runtime.last_run(case.device)
+        self.step = self._replay
+
+    def _replay(self):
+        self.graph.replay()
+        return self.out
+
+    def kernels(self) -> list[dict]:
+        """What was captured last: packed data runs another plan in a graph than without one."""
+        return [self.ran] if type(self.module).__module__.startswith("lstm_fused") else []
