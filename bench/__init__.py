@@ -3,7 +3,7 @@
 cases.py         what is measured: workloads, sets of them, goals
 environment.py   the machine, and conditions set for it on purpose
 runs.py          a workload's tensors, and modules that run on them
-providers.py     who is measured, and what each cannot run
+providers.py     what is compared, and what each cannot run
 isolated.py      processes of their own; timing.py the clock in them
 measure.py       one row: the parity gate, then the clock; memory
 roofline.py      the machine's limits, and a workload's time at them; gpu.py those of a GPU

@@ -36,12 +36,12 @@ def parse(argv):
     add("--threads", type=int, default=2, help="threads of all (default: 2)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda for gpu and plans, else cpu")
     add("--isa", choices=environment.ISA_LIMITS, help="hold us and torch to an instruction set")
-    add("--busy", type=int, default=0, metavar="N", help="measure beside N busy processes")
+    add("--busy", type=int, default=0, metavar="N", help="measure while N processes keep CPUs busy")
     add("--keep-memory", action="store_true", help="malloc keeps all that is freed")
     add("--seconds", type=float, metavar="S", help="rows get fewer samples to end in about S")
     add("--only", default="", metavar="TEXT", help="only rows whose name contains TEXT")
     names = ", ".join(PROVIDERS)
-    add("--providers", metavar="NAMES", help=f"beside {TORCH}, by commas, of: {names}")
+    add("--providers", metavar="NAMES", help=f"to measure with {TORCH}, by commas: {names}")
     add("--roofline", action="store_true", help="only measure the machine's own limits")
     add("--self", action="store_true", help=f"{TORCH} against itself: is 1.0x reported?")
     words = "measure your own model; FACTORY() returns (module, inputs)"
@@ -154,7 +154,7 @@ def run_rows(args, works) -> dict:
     sampling = replace(sampling, set_seconds=args.seconds) if args.seconds else sampling
     saved = time.monotonic()
 
-    def after_row(result):  # for whoever ends this process
+    def after_row(result):  # so that a process that is killed leaves a file
         nonlocal saved
         if (args.json or args.save) and time.monotonic() - saved > SAVED_EVERY:
             report.save(result, args.json or default_path(result))
@@ -191,6 +191,8 @@ def run_set(args) -> int:
             run.add_memory(result, args.device)
     except Lost as error:
         print(f"without memory: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        result["interrupted"] = True
     if result["rows"]:
         keep(args, result)
     rows = report.measured(result)

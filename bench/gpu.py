@@ -98,7 +98,7 @@ def measure_gpu() -> dict:
     cache, tiny = properties.L2_cache_size, torch.zeros(1, device=DEVICE)
     levels = [
         {"name": "on chip", "bytes": on_chip, "bandwidth": None},
-        # A quarter and its copy: half of the cache, and long beside a launch.
+        # A quarter and its copy: half of the cache, and much longer than a launch.
         copies("L2", cache // 2, cache // 4),
         copies("memory", None, 16 * cache),
     ]

@@ -7,14 +7,14 @@ import signal
 
 import torch
 
-SILENCE = 30.0  # seconds without a word after which the process hangs: it says whom it tries
-STARTING = 90.0  # before its first word, in a new process or after a long oracle
+SILENCE = 30.0  # seconds without a message of `trying` after which the process counts as hanging
+STARTING = 90.0  # before its first message, in a new process or after a long oracle
 
-_parent = None  # in such a process: the connection to the one that waits for it
+_parent = None  # in such a process: the connection to its parent
 
 
 class Lost(Exception):
-    """A call without a result; the message says why, `trying` whose fault it is, or None."""
+    """A call without a result; the message says why, `trying` which provider caused it, or None."""
 
     def __init__(self, reason: str, trying: str | None):
         super().__init__(reason)
@@ -22,7 +22,7 @@ class Lost(Exception):
 
 
 def trying(name: str) -> None:
-    """Tells the process that waits for this one, if there is one, who is measured next."""
+    """Tells the parent of such a process which provider runs next; nothing in other processes."""
     if _parent:
         _parent.send(("trying", name))
 
@@ -30,7 +30,7 @@ def trying(name: str) -> None:
 def _serve(connection, threads: int) -> None:
     """Answers calls until the connection ends."""
     global _parent
-    os.setsid()  # Ctrl-C is for the one who waits, and who ends this process
+    os.setsid()  # Ctrl-C reaches the parent, which ends this process
     os.dup2(2, 1)  # what libraries print is no result
     _parent = connection
     torch.set_num_threads(threads)
@@ -45,7 +45,7 @@ def _serve(connection, threads: int) -> None:
 
 
 class Worker:
-    """A process that starts with the first call; variables: of its environment, beside ours."""
+    """A process that starts with the first call; variables: added to its environment."""
 
     def __init__(self, variables: dict[str, str] | None = None, silence: float = SILENCE):
         self.variables, self.silence = variables or {}, silence
@@ -61,17 +61,17 @@ class Worker:
         """function(*args, **kwargs), picklable as the result is. Lost ends the process."""
         if self.process is None:
             self._start()
-        tried, patience = None, STARTING
+        tried, timeout = None, STARTING
         try:
             self.connection.send((function, args, kwargs))
-            while self.connection.poll(patience):
+            while self.connection.poll(timeout):
                 kind, what = self.connection.recv()
                 if kind == "result":
                     return what
                 if kind == "error":
                     raise Lost(what, tried)
-                tried, patience = what, self.silence
-            raise Lost(f"said nothing for {patience:.0f} s", tried)
+                tried, timeout = what, self.silence
+            raise Lost(f"said nothing for {timeout:.0f} s", tried)
         except (EOFError, OSError):
             self.process.join()
             reason = f"its process ended with exit code {self.process.exitcode}"

@@ -1,7 +1,7 @@
-"""One row: the gate, the clock for whoever passed it, and the memory of a training step.
+"""One row: the gate, the clock for the providers that pass it, and the memory of a training step.
 
 These functions run in the processes of isolated.py. The times of a CPU are taken in a fresh one:
-they depend on what malloc did before, which would be the oracle's doing.
+they depend on what malloc did before, and the oracle allocates much.
 """
 
 import ctypes
@@ -24,8 +24,7 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def quiet() -> None:
-    """What torch warns of in each of some rows says nothing new; a row of ours that ran through
-    torch is no row of ours."""
+    """Ignores torch's warnings of some rows; a row of ours that ran through torch is an error."""
     warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
     warnings.filterwarnings("ignore", message="RNN module weights are not part of single contig")
     warnings.filterwarnings("error", message="lstm_fused.* ran through torch")
@@ -70,7 +69,7 @@ def judge(name: str, case: Case, exact: dict, baseline: dict, entry: dict):
     except Unsupported as reason:
         entry["absent"] = str(reason)
         return None
-    except Exception as error:  # whatever a peer raises is a fact about that peer
+    except Exception as error:  # a peer may raise anything
         if not is_usable(case.device):
             raise
         entry["failed"] = f"{type(error).__name__}: {error}".split("\n")[0]
@@ -103,7 +102,9 @@ def measure_row(
     set_precision(work, device)
     case, entries, runs, baseline = build_case(work, device), {name: {} for name in names}, {}, {}
     exact = exact_results(case) if gate else None
-    for name in sorted(names, key=lambda name: name != TORCH):  # its errors judge the others
+    for name in sorted(
+        names, key=lambda name: name != TORCH
+    ):  # its errors are the others' tolerance
         isolated.trying(name)
         if gate:
             runs[name] = judge(name, case, exact, baseline, entries[name])

@@ -5,11 +5,10 @@ import functools
 import runpy
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch.nn.utils.rnn import PackedSequence
 
 import lstm_fused
 from bench import environment, measure, run, timing
@@ -17,70 +16,14 @@ from bench.cases import OURS, TORCH, Workload
 from bench.isolated import Lost, Worker
 from bench.timing import Sampling
 from lstm_fused.testing import parity
+from lstm_fused.testing.models import ModelRun, NoGradient
 from lstm_fused.testing.oracle import in_float64, map_tensors
 
 SAMPLING = Sampling(rounds=31, seconds=0.05, row_seconds=10.0, attempts=3)
-SEED = 1  # of dropout masks, the same for all
 
 
 class ModelError(Exception):
     """The model cannot be measured; the message says why in one line."""
-
-
-def tensors_in(value, name: str = "out") -> dict[str, torch.Tensor]:
-    """Every floating-point tensor of a nested value, by where it was found."""
-    if isinstance(value, PackedSequence):
-        value = value.data
-    if isinstance(value, torch.Tensor):
-        return {name: value} if value.is_floating_point() else {}
-    if isinstance(value, Mapping):
-        parts = [(f"{name}[{key!r}]", part) for key, part in value.items()]
-    elif isinstance(value, (tuple, list)):
-        parts = [(f"{name}[{k}]", part) for k, part in enumerate(value)]
-    elif is_dataclass(value) and not isinstance(value, type):
-        parts = [(f"{name}.{f.name}", getattr(value, f.name)) for f in fields(value)]
-    else:
-        return {}
-    return {key: t for where, part in parts for key, t in tensors_in(part, where).items()}
-
-
-class ModelRun:
-    """A module with inputs of its own: a tuple of arguments, or a dict of keyword arguments."""
-
-    def __init__(self, module, inputs):
-        self.module, self.inputs = module, inputs
-        found = tensors_in(inputs, "input")
-        self.leaves = {name: t for name, t in found.items() if t.requires_grad}
-
-    def call(self):
-        if isinstance(self.inputs, Mapping):
-            return self.module(**self.inputs)
-        return self.module(*self.inputs)
-
-    def step(self, mode: str):
-        """ "forward": a call without gradients; "training": a call, sum and backward."""
-        if mode == "forward":
-            with torch.no_grad():
-                return self.call()
-        for leaf in (*self.module.parameters(), *self.leaves.values()):
-            leaf.grad = None
-        out = self.call()
-        found = [t for t in tensors_in(out).values() if t.requires_grad]
-        if not found:
-            raise ModelError("no output of the model needs a gradient")
-        wide = torch.promote_types(found[0].dtype, torch.float32)
-        torch.stack([t.sum(dtype=wide) for t in found]).sum().backward()
-        return out
-
-    def results(self, mode: str) -> dict[str, torch.Tensor]:
-        """Outputs, and in training every gradient, with the dropout masks of one seed."""
-        self.module.train(mode == "training")
-        torch.manual_seed(SEED)
-        found = tensors_in(self.step(mode))
-        if mode == "training":
-            leaves = self.leaves | dict(self.module.named_parameters())
-            found |= {f"d {n}": t.grad for n, t in leaves.items() if t.grad is not None}
-        return {name: t.detach().clone() for name, t in found.items()}
 
 
 @dataclass(frozen=True)
@@ -193,7 +136,7 @@ def measure_model(spec: str, device: str) -> dict:
         rows.append(row)
         try:
             row["providers"] = measure_mode(model, mode, device)
-        except ModelError as error:
+        except (ModelError, NoGradient) as error:
             row["absent"] = f"{mode}: {error}"
     if "timing" in rows[1]["providers"][OURS]:
         rows[1]["memory"] = memory_of(spec, device)

@@ -1,4 +1,4 @@
-"""Who is measured: a provider builds a run of a case, or says why a workload is unsupported.
+"""What is compared: a provider builds a run of a case, or says why a workload is unsupported.
 
 Libraries beside torch are imported only when a row asks for them.
 """

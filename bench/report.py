@@ -16,6 +16,8 @@ from bench.cases import HEADLINE, OURS, TORCH, Workload, regime
 from bench.environment import ROOT
 from bench.providers import AGAIN, OURS_GRAPH
 
+DURATION = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}
+BYTES = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
 QUIET_CPUS = 0.1  # what other programs may use before a caption mentions it
 README, DOCS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -38,18 +40,10 @@ def load(path: Path) -> dict:
     return result
 
 
-def quantity(value: float, units: dict[str, float]) -> str:
+def quantity(value: float, units: dict[str, float] = DURATION) -> str:
     """Three digits and a unit: 17.6 µs, 12.3 MB. units: their sizes, the largest first."""
     unit = next((unit for unit, size in units.items() if value >= size), list(units)[-1])
     return f"{value / units[unit]:.3g} {unit}"
-
-
-def duration(seconds: float) -> str:
-    return quantity(seconds, {"s": 1.0, "ms": 1e-3, "µs": 1e-6})
-
-
-def amount(size: float) -> str:
-    return quantity(size, {"GB": 1e9, "MB": 1e6, "kB": 1e3})
 
 
 def median_of(row: dict, provider: str) -> float | None:
@@ -61,18 +55,17 @@ def spread_of(timing: dict) -> float:
     return (timing["p90"] - timing["p10"]) / 2 / timing["median"]
 
 
-def ours_beside(peer: str) -> str:
-    """Which of ours a peer is compared with: graphs are compared with graphs."""
-    return OURS_GRAPH if peer.endswith(" graph") else OURS
-
-
 def peers(result: dict) -> list[str]:
     return [name for name in result["providers"] if not name.startswith(OURS)]
 
 
 def speedup(row: dict, peer: str, provider: str | None = None) -> float | None:
-    """The peer's median over the provider's, None where either has no time."""
-    theirs, own = median_of(row, peer), median_of(row, provider or ours_beside(peer))
+    """The peer's median over the provider's, None where either has no time.
+
+    Ours is the default, where a peer is replayed from a CUDA graph ours with a graph.
+    """
+    own = median_of(row, provider or (OURS_GRAPH if peer.endswith(" graph") else OURS))
+    theirs = median_of(row, peer)
     return theirs / own if theirs and own else None
 
 
@@ -122,7 +115,7 @@ def time_cell(entry: dict) -> str:
         return ""
     timing = entry["timing"]
     mark = " ~" if timing["noisy"] else ""
-    return f"{duration(timing['median'])} ±{spread_of(timing):.0%}{mark}"
+    return f"{quantity(timing['median'])} ±{spread_of(timing):.0%}{mark}"
 
 
 def ratio_cell(ratio: float | None) -> str:
@@ -132,8 +125,8 @@ def ratio_cell(ratio: float | None) -> str:
 def memory_cell(row: dict) -> str:
     """Peak bytes of a training step, torch.nn's and ours."""
     found = row.get("memory", {})
-    both = TORCH in found and OURS in found
-    return f"{amount(found[TORCH])} / {amount(found[OURS])}" if both else ""
+    sizes = [quantity(found[name], BYTES) for name in (TORCH, OURS) if name in found]
+    return " / ".join(sizes)
 
 
 def share_cell(row: dict) -> str:

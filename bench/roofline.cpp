@@ -125,7 +125,7 @@ double read_bandwidth(int64_t bytes, int threads, double seconds) {
   std::memset(all + size * omp_get_thread_num(), 1, size);  // first touch by the thread that reads
   const double found = rate(threads, seconds, [=](int thread) {
     const V* mine = reinterpret_cast<const V*>(all + size * thread);
-    // A pass over a small buffer is too short beside a look at the clock.
+    // A single pass over a small buffer is too short for the clock.
     const int64_t passes = 1 + (int64_t(1) << 20) / size;
     V sum[kUnroll] = {};
     for (int64_t pass = 0; pass < passes; ++pass) {

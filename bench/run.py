@@ -1,4 +1,4 @@
-"""A set of rows from the first to the last: who is asked, in which process, and what is kept."""
+"""A whole set of rows: which provider runs in which process, and what is kept."""
 
 import copy
 import sys
@@ -44,7 +44,7 @@ class RowMeasurer:
         return row | {"providers": entries}
 
     def _call(self, worker, work, names, sampling, gate=True) -> dict[str, dict]:
-        """measure_row in the worker, again without whoever broke it; Lost where nobody did."""
+        """measure_row in the worker, repeated without providers that break it."""
         kinds = {name: (name, work.mode, work.lengths, work.dtype) for name in names}
         out = [name for name in names if self.strikes[kinds[name]] >= STRIKES]
         entries = {name: {"failed": "broke its process in rows like this"} for name in out}

@@ -70,7 +70,7 @@ class WallClock:
     """Times steps that are done when they return."""
 
     # Workers that spin for their next task (OpenMP's, ONNX Runtime's) would take the processor from
-    # whoever is measured next: a sample begins when they have gone to sleep.
+    # the next provider: a sample begins when they have gone to sleep.
     poll = 0.002
     longest_wait = 0.25
 
@@ -125,7 +125,7 @@ def loops_for(step: Callable, seconds: float, clock) -> tuple[int, float]:
 
 
 def interleaved(steps: dict[str, Callable], sampling: Sampling, clock, trying) -> dict[str, Timing]:
-    """Samples A B A B ...; trying is told whose sample comes next."""
+    """Samples A B A B ...; trying is told which sample comes next."""
     loops, a_round = {}, 0.0
     for name, step in steps.items():
         trying(name)

@@ -6,7 +6,7 @@ import torch
 from bench import __main__ as cli
 from bench import model, report
 from bench.timing import Sampling
-from lstm_fused.testing import oracle
+from lstm_fused.testing import models, oracle
 
 TAGGER = """
 import torch
@@ -145,7 +145,7 @@ def test_memory_and_json(made, tmp_path):
 def test_nested_values():
     a, b = torch.ones(2), torch.ones(3, dtype=torch.int64)
     packed = torch.nn.utils.rnn.pack_sequence([torch.ones(2, 1)])
-    found = model.tensors_in({"x": [a, b, (a, None)], "p": packed})
+    found = models.tensors_in({"x": [a, b, (a, None)], "p": packed})
     assert list(found) == ["out['x'][0]", "out['x'][2][0]", "out['p']"]
     double = oracle.in_float64({"x": [a, b], "p": packed})
     assert double["x"][0].dtype is torch.float64

@@ -75,8 +75,12 @@ def written(folder, name, found):
 
 
 def test_durations_and_amounts():
-    assert [report.duration(s) for s in (2.5, 0.0123, 1.76e-5)] == ["2.5 s", "12.3 ms", "17.6 µs"]
-    assert [report.amount(b) for b in (2e9, 1.25e7, 900)] == ["2 GB", "12.5 MB", "0.9 kB"]
+    assert [report.quantity(s) for s in (2.5, 0.0123, 1.76e-5)] == ["2.5 s", "12.3 ms", "17.6 µs"]
+    assert [report.quantity(b, report.BYTES) for b in (2e9, 1.25e7, 900)] == [
+        "2 GB",
+        "12.5 MB",
+        "0.9 kB",
+    ]
 
 
 def test_goals_are_not_in_the_table():
