@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 
 from bench import environment, gpu, measure, model, report, roofline, run
-from bench.cases import SETS, TORCH
+from bench.cases import OURS, SETS, TORCH
 from bench.isolated import Lost
 from bench.providers import AGAIN, PROVIDERS
 from bench.timing import Sampling
+from lstm_fused import cuda
 
 RESULTS = Path(__file__).parent / "results"
 SAVED_EVERY = 5.0  # seconds, while rows are measured
@@ -67,7 +68,9 @@ def parse(argv):
     chosen = [name.strip() for name in (args.providers or "").split(",") if name.strip()]
     if unknown := [name for name in chosen if name not in PROVIDERS]:
         parser.error(f"no provider {unknown[0]!r}; there are: {names}")
-    default = [n for n, p in PROVIDERS.items() if p.default or (args.set == "plans" and p.plan)]
+    if not chosen and args.set == "plans":
+        chosen = [OURS, *(f"{OURS} {plan}" for plan in cuda.KINDS)]
+    default = [name for name, provider in PROVIDERS.items() if provider.default]
     args.providers = list(dict.fromkeys([TORCH, *(chosen or default)]))
     return args
 

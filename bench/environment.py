@@ -54,10 +54,9 @@ def restart_with(name: str, arguments: list[str]) -> int:
 @contextlib.contextmanager
 def busy_processes(count: int):
     """So many processes that do nothing but use a processor, while the context lasts."""
-    started = []
+    busy = [sys.executable, "-c", "while True: pass"]
+    started = [subprocess.Popen(busy) for _ in range(count)]
     try:
-        for _ in range(count):
-            started.append(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
         yield
     finally:
         for process in started:
@@ -100,17 +99,12 @@ def output_of(*command: str) -> str:
 
 def gpu() -> dict:
     """The current CUDA device, its driver and libraries."""
-    properties = torch.cuda.get_device_properties(0)
+    p = torch.cuda.get_device_properties(0)
     query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return {
-        "name": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "memory": properties.total_memory,
-        "driver": output_of(*query).split("\n")[0],
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-    }
+    hardware = {"name": p.name, "capability": f"{p.major}.{p.minor}", "memory": p.total_memory}
+    versions = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    driver = output_of(*query).split("\n")[0]
+    return hardware | {"multiprocessors": p.multi_processor_count, "driver": driver} | versions
 
 
 def describe(device: str = "cpu") -> dict:

@@ -55,23 +55,26 @@ def one_chunk(case: Case):
     return ModuleRun(module, case)
 
 
-def with_plan(kind: str, case: Case):
+class PlanRun(ModuleRun):
     """Ours by this CUDA plan only, where it fits the device."""
-    run = ModuleRun(case.fused(), case)
-    free = run.step
 
-    def step():
-        cuda.set_plan(kind)
+    def __init__(self, plan: str, case: Case):
+        super().__init__(case.fused(), case)
+        self.plan, unplanned = plan, self.step
+        self.step = lambda: self._planned(unplanned)
+        self.step()
+        if (ran := cuda.last_run()["kernel"]) != plan:
+            raise Unsupported(f"{ran} runs in its place")
+
+    def _planned(self, function):
+        cuda.set_plan(self.plan)
         try:
-            return free()
+            return function()
         finally:
             cuda.set_plan(None)
 
-    run.step = step
-    step()
-    if (ran := cuda.last_run()["kernel"]) != kind:
-        raise Unsupported(f"{ran} runs in its place")
-    return run
+    def kernels(self) -> list[dict]:
+        return self._planned(super().kernels)
 
 
 class CellRun(ModuleRun):
@@ -208,8 +211,7 @@ class Provider:
     build: Callable[[Case], object]
     needs: dict[str, Callable[[Workload, str], bool]] = field(default_factory=dict)
     modules: tuple[str, ...] = ()
-    default: bool = True  # False: only when named by --providers, or a plan's in the set plans
-    plan: str | None = None
+    default: bool = True  # False: only when named by --providers
 
     def unsupported_reason(self, work: Workload, device: str) -> str | None:
         reasons = [reason for reason, holds in self.needs.items() if not holds(work, device)]
@@ -254,7 +256,7 @@ PROVIDERS = {
         ("flashrnn",),
     ),
     **{
-        f"{OURS} {plan}": Provider(functools.partial(with_plan, plan), ON_CUDA, (), False, plan)
+        f"{OURS} {plan}": Provider(functools.partial(PlanRun, plan), ON_CUDA, default=False)
         for plan in cuda.KINDS
     },
 }

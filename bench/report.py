@@ -8,8 +8,8 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from bench import environment
 from bench.cases import HEADLINE, OURS, TORCH, Workload, regime
@@ -368,6 +368,9 @@ def block(paths: list[Path], target: Path) -> str:
         parts.append(f"![{title}: speed-up]({Path(name).with_suffix('.svg')})")
         if not is_sweep(result):
             parts.append(headline(result) if target == README else table(result))
+        if target == README:  # without these columns
+            shown = ("workload", "providers")
+            result["rows"] = [{key: row[key] for key in shown} for row in measured(result)]
         parts.append(f"{caption(result)} From [{path.name}]({name}).")
     return "\n\n".join(parts)
 
@@ -387,31 +390,19 @@ def update(target: Path, paths: list[Path]) -> None:
     target.write_text(f"{before}{BEGIN}\n{block(paths, target)}\n{END}{after}")
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """One row in two results: our speed-up over torch.nn before and after, None without a time.
 
-    Speed-ups are compared, not times: what slowed a whole run down, slowed torch.nn down too.
-    spread: of after / before, the four spreads it is made of, in quadrature.
+    Speed-ups are compared, not times: what slows a whole run down slows torch.nn down too.
+    factor: after / before; spread: of it, the four spreads it is made of, in quadrature.
     """
 
     name: str
     before: float | None
     after: float | None
+    verdict: str
+    factor: float | None = None
     spread: float = 0.0
-
-    @property
-    def factor(self) -> float | None:
-        return self.after / self.before if self.before and self.after else None
-
-    @property
-    def verdict(self) -> str:
-        if self.factor is None:
-            lost = "no time any more" if self.before else ""
-            return "new" if self.after else lost
-        if self.factor < 1 - self.spread:
-            return "slower"
-        return "faster" if self.factor > 1 + self.spread else "same"
 
     @property
     def regressed(self) -> bool:
@@ -426,9 +417,11 @@ def change(a: dict, b: dict) -> Change:
         raise ValueError(f"{name!r} is not the same workload in both")
     before, after = (speedup(row, TORCH) for row in rows)
     if not (before and after):
-        return Change(name, before, after)
-    timings = [row["providers"][who]["timing"] for row in rows for who in (TORCH, OURS)]
-    return Change(name, before, after, math.hypot(*map(spread_of, timings)))
+        return Change(name, before, after, "no time any more" if before else "new" if after else "")
+    timings = [row["providers"][p]["timing"] for row in rows for p in (TORCH, OURS)]
+    factor, spread = after / before, math.hypot(*map(spread_of, timings))
+    verdict = "slower" if factor < 1 - spread else "faster" if factor > 1 + spread else "same"
+    return Change(name, before, after, verdict, factor, spread)
 
 
 def changes(a: dict, b: dict) -> list[Change]:
@@ -448,13 +441,12 @@ def comparison(found: list[Change], a: dict, b: dict) -> str:
         lines.append([c.name, ratio_cell(c.before), ratio_cell(c.after), *percent, c.verdict])
     titles = [environment.title(result["machine"]) for result in (a, b)]
     names = [{row["workload"]["name"] for row in result["rows"]} for result in (a, b)]
+    slower = [c.name for c in found if c.regressed]
     notes = {
         f"Different machines: {'; '.join(titles)}.": titles[0] != titles[1],
         f"Only in the first: {', '.join(sorted(names[0] - names[1]))}.": names[0] - names[1],
         f"Only in the second: {', '.join(sorted(names[1] - names[0]))}.": names[1] - names[0],
-        f"Slower beyond the spread: {', '.join(c.name for c in found if c.regressed)}.": any(
-            c.regressed for c in found
-        ),
+        f"Slower beyond the spread: {', '.join(slower) or 'no row'}.": True,
     }
     return "\n".join([table_text(lines), *(note for note, applies in notes.items() if applies)])
 

@@ -122,6 +122,19 @@ def test_a_graph_is_the_same_step_each_time(fake_cuda, name, mode):
             torch.testing.assert_close(value.double(), exact[tensor], rtol=1e-5, atol=1e-5)
 
 
+def test_a_plan_is_measured_where_it_fits(monkeypatch):
+    plans = []
+    monkeypatch.setattr(providers.cuda, "set_plan", plans.append)
+    monkeypatch.setattr(providers.cuda, "last_run", lambda: {"kernel": "grid"})
+    case = runs.build_case(SMALL)
+    run = providers.PROVIDERS["lstm_fused grid"].build(case)
+    run.step()
+    assert len(run.kernels()) == 2 and plans == ["grid", None] * 3
+    monkeypatch.setattr(providers.Provider, "unsupported_reason", lambda *_: None)
+    entries = measure.measure_row(SMALL, ["torch.nn", "lstm_fused step"], None)
+    assert entries["lstm_fused step"] == {"absent": "grid runs in its place"}
+
+
 def test_floor_and_factor():
     exact = {"y": torch.tensor([1.0, -2.0], dtype=torch.float64)}
     baseline = {"y": torch.tensor([1.0, -2.0 + 2**-20])}
