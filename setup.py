@@ -91,7 +91,8 @@ CUDA = [
     f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
     "-Xcompiler=-fPIC,-fvisibility=hidden",
 ]
-CUDA_ARCHS = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
+ARCHITECTURES = ROOT / "csrc" / "cuda" / "architectures.h"  # a row for each
+CUDA_ARCHS = ";".join(re.findall(r'^    {"([^"]+)"', ARCHITECTURES.read_text(), re.MULTILINE))
 
 
 def gencode(archs):

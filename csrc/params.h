@@ -15,7 +15,7 @@ namespace lstm_fused {
 
 // Every dtype there is, a row each: its name, the types that kernels store and compute with, and
 // torch's ScalarType. BFloat16 and Half are defined where kernels use them (cpu/simd.h,
-// cuda/types.h).
+// cuda/<dtype>.cu).
 #define LSTM_FUSED_DTYPES(DTYPE)                       \
   DTYPE(Float32, float32, float, float, Float)         \
   DTYPE(Float64, float64, double, double, Double)      \

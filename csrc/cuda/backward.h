@@ -20,18 +20,18 @@ LSTM_FUSED_DEVICE Compute<S> outer_gradient(const RecurrenceParams& p, const Ste
 template <class S>
 LSTM_FUSED_DEVICE void store_h_prev(const RecurrenceParams& p, const StepRows& rows, int d,
                                     int64_t n, int64_t u) {
-  if (!p.before) return;
+  if (!p.h_prev) return;
   S h{};
   if (n < rows.active_next)
     h = as<S>(p.h)[((rows.offset_next + n) * p.D + d) * p.R + u];
   else if (p.h0)
     h = as<S>(p.h0)[(d * p.N + n) * p.R + u];
-  as<S>(p.before)[data_row(p, rows, d, n) * p.R + u] = h;
+  as<S>(p.h_prev)[data_row(p, rows, d, n) * p.R + u] = h;
 }
 
 // Active rows, and those whose backward pass ended with the previous step: the product of that
 // step's d_gates is the gradient of their h0.
-LSTM_FUSED_INLINE int64_t backward_reach(const StepRows& rows) {
+LSTM_FUSED_INLINE int64_t backward_row_count(const StepRows& rows) {
   return rows.active > rows.active_prev ? rows.active : rows.active_prev;
 }
 
@@ -52,7 +52,9 @@ struct BackwardCell {
   };
 
   static LSTM_FUSED_DEVICE int64_t gate(int) { return 0; }
-  static LSTM_FUSED_INLINE int64_t reach(const StepRows& rows) { return backward_reach(rows); }
+  static LSTM_FUSED_INLINE int64_t row_count(const StepRows& rows) {
+    return backward_row_count(rows);
+  }
 
   static LSTM_FUSED_DEVICE void fetch(const RecurrenceParams& p, const StepRows& rows, int d,
                                       int64_t n, int64_t u, Unit& f) {
@@ -70,7 +72,7 @@ struct BackwardCell {
     for (int j = 0; j < Cell::kPreacts; ++j) f.saved[j] = saved[j * p.H];
     f.c = f.c_prev = 0;
     if constexpr (Cell::kCarry != Carry::kNone) {
-      const C* cells = as<C>(p.cells) + u;
+      const C* cells = as<C>(p.saved_states) + u;
       const void* initial = Cell::kCarry == Carry::kCell ? p.c0 : p.h0;
       f.c = cells[data_row(p, rows, d, n) * p.H];
       if (n < rows.active_next)
@@ -115,7 +117,7 @@ struct BackwardCell {
 // With a projection, the product with w_hh^T gives the gradient of the projected h: a unit is one
 // of R. The product with w_hr^T follows, whose epilogue is BackwardCell.
 template <class S>
-struct JoinGradients {
+struct ProjectedGradient {
   using C = Compute<S>;
   static constexpr int kGates = 1;
   static constexpr int kOut = 1;
@@ -126,7 +128,9 @@ struct JoinGradients {
   };
 
   static LSTM_FUSED_DEVICE int64_t gate(int) { return 0; }
-  static LSTM_FUSED_INLINE int64_t reach(const StepRows& rows) { return backward_reach(rows); }
+  static LSTM_FUSED_INLINE int64_t row_count(const StepRows& rows) {
+    return backward_row_count(rows);
+  }
 
   static LSTM_FUSED_DEVICE void fetch(const RecurrenceParams& p, const StepRows& rows, int d,
                                       int64_t n, int64_t u, Unit& f) {

@@ -1,7 +1,31 @@
 #include "launch.h"
+#include "ptx/conversions.h"
 
 namespace lstm_fused::cuda {
 
-Run* const* const run_bfloat16 = kRuns<TensorCores<BFloat16Cores>>;
+struct BFloat16 {
+  uint16_t bits;
+};
+
+LSTM_FUSED_DEVICE float load(const BFloat16& x) {
+  return float_of_bfloat16(x.bits);
+}
+template <>
+LSTM_FUSED_DEVICE BFloat16 round_to<BFloat16>(float x) {
+  return {bfloat16_of_float(x)};
+}
+
+struct BFloat16Mma {
+  using Storage = BFloat16;
+  template <int kCount>
+  static LSTM_FUSED_DEVICE void prepare(uint32_t (&)[kCount]) {}
+  static LSTM_FUSED_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4],
+                                         const uint32_t (&b)[2]) {
+    mma_bfloat16(c, a, b);
+  }
+};
+
+Launcher* const* const launchers_bfloat16 =
+    launchers<Arithmetic::kBFloat16, TensorCores<BFloat16Mma>>();
 
 }  // namespace lstm_fused::cuda

@@ -1,14 +1,13 @@
-// The products that do not recur, and those of the gemm plan, by the cuBLAS that torch has loaded.
-// Torch's own product would take TF32 by the switch of torch.matmul, and not by that of recurrent
-// layers.
+// A matrix product by the cuBLAS that torch has loaded. Torch's own product is not used: it takes
+// TF32 by the switch of torch.matmul, where recurrent layers have a switch of their own.
 #pragma once
 
+#include "arithmetic.h"
 #include "cublas.h"
-#include "plan.h"
 
 namespace lstm_fused::cuda {
 
-// In device memory, its rows `stride` values apart, or its columns if transposed.
+// A matrix in device memory. Its rows start `stride` values apart, or its columns if transposed.
 struct Matrix {
   const void* data;
   int64_t rows, columns, stride;
@@ -20,24 +19,25 @@ struct Matrix {
 // Null, or what went wrong.
 inline const char* multiply(void* handle, DType dtype, bool tf32, const Matrix& a, const Matrix& b,
                             void* out, bool out_in_storage) {
-  // Of cudaDataType, cublasComputeType_t, cublasOperation_t, cublasMath_t and cublasGemmAlgo_t.
-  constexpr int types[kDTypeCount] = {/* R_32F */ 0, /* R_64F */ 1, /* R_16BF */ 14, /* R_16F */ 2};
-  constexpr int in_float64 = 70, in_float32 = 68, in_tf32 = 77;
+  // Values of cublasOperation_t, cublasMath_t and cublasGemmAlgo_t.
   constexpr int not_transposed = 0, transposed = 1, default_math = 0, default_algorithm = -1;
   const double one = 1, zero = 0;
   const float one_float = 1, zero_float = 0;
   const bool wide = dtype == DType::kFloat64;
-  const int type = types[static_cast<int>(dtype)], out_type = out_in_storage ? type : types[wide];
-  const int compute = wide ? in_float64 : tf32 && dtype == DType::kFloat32 ? in_tf32 : in_float32;
-  // Torch left it as the switch of torch.matmul is, and sets it anew for each product of its own.
+  const ArithmeticFacts row = facts(arithmetic_of(dtype, tf32));
+  const DType compute_dtype = wide ? DType::kFloat64 : DType::kFloat32;
+  const int type = row.cublas_type;
+  const int out_type =
+      out_in_storage ? type : facts(arithmetic_of(compute_dtype, false)).cublas_type;
+  // Torch sets the mode by the switch of torch.matmul, before each of its own products.
   if (const char* error = cublas_error(cublasSetMathMode(handle, default_math))) return error;
-  // cuBLAS has columns where we have rows: the transpose of out is that of b times that of a.
+  // cuBLAS is column-major: it computes the transpose of out, b^T a^T.
   return cublas_error(cublasGemmEx_64(handle, b.transposed ? transposed : not_transposed,
                                       a.transposed ? transposed : not_transposed, b.columns, a.rows,
                                       a.columns, wide ? static_cast<const void*>(&one) : &one_float,
                                       b.data, type, b.stride, a.data, type, a.stride,
                                       wide ? static_cast<const void*>(&zero) : &zero_float, out,
-                                      out_type, b.columns, compute, default_algorithm));
+                                      out_type, b.columns, row.cublas_compute, default_algorithm));
 }
 
 }  // namespace lstm_fused::cuda

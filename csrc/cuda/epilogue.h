@@ -3,7 +3,7 @@
 //   kGates     rows of A for each unit: gate(m) * units + unit, m < kGates
 //   kOut       values of a unit that the next product takes
 //   kBackward  whether it belongs to the backward pass
-//   reach      how many rows the product is computed for; the host calls it too
+//   row_count      how many rows the product is computed for; the host calls it too
 //   Unit       the state of one unit of one row, from fetch to store
 //   fetch      loads what does not depend on the product: a prefetch, where the kernel can call it
 //              before the barrier

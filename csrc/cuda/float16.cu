@@ -1,7 +1,31 @@
 #include "launch.h"
+#include "ptx/conversions.h"
 
 namespace lstm_fused::cuda {
 
-Run* const* const run_float16 = kRuns<TensorCores<HalfCores>>;
+struct Half {
+  uint16_t bits;
+};
+
+LSTM_FUSED_DEVICE float load(const Half& x) {
+  return float_of_float16(x.bits);
+}
+template <>
+LSTM_FUSED_DEVICE Half round_to<Half>(float x) {
+  return {float16_of_float(x)};
+}
+
+struct Float16Mma {
+  using Storage = Half;
+  template <int kCount>
+  static LSTM_FUSED_DEVICE void prepare(uint32_t (&)[kCount]) {}
+  static LSTM_FUSED_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4],
+                                         const uint32_t (&b)[2]) {
+    mma_float16(c, a, b);
+  }
+};
+
+Launcher* const* const launchers_float16 =
+    launchers<Arithmetic::kFloat16, TensorCores<Float16Mma>>();
 
 }  // namespace lstm_fused::cuda

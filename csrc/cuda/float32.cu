@@ -2,6 +2,7 @@
 
 namespace lstm_fused::cuda {
 
-Run* const* const run_float32 = kRuns<Plain<float>>;
+Launcher* const* const launchers_float32 =
+    launchers<Arithmetic::kFloat32, FusedMultiplyAdd<float>>();
 
 }  // namespace lstm_fused::cuda

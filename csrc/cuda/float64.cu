@@ -2,6 +2,7 @@
 
 namespace lstm_fused::cuda {
 
-Run* const* const run_float64 = kRuns<Plain<double>>;
+Launcher* const* const launchers_float64 =
+    launchers<Arithmetic::kFloat64, FusedMultiplyAdd<double>>();
 
 }  // namespace lstm_fused::cuda

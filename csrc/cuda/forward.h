@@ -21,7 +21,7 @@ struct ForwardCell {
   };
 
   static LSTM_FUSED_DEVICE int64_t gate(int m) { return Cell::hidden_gate(m); }
-  static LSTM_FUSED_INLINE int64_t reach(const StepRows& rows) { return rows.active; }
+  static LSTM_FUSED_INLINE int64_t row_count(const StepRows& rows) { return rows.active; }
 
   static LSTM_FUSED_DEVICE void fetch(const RecurrenceParams& p, const StepRows& rows, int d,
                                       int64_t n, int64_t u, Unit& f) {
@@ -66,7 +66,7 @@ struct ForwardCell {
     const bool last = n >= rows.active_next;
     if constexpr (Cell::kCarry != Carry::kNone) {
       as<C>(p.carry)[state] = f.c;
-      if (p.cells) as<C>(p.cells)[row * p.H + u] = f.c;
+      if (p.saved_states) as<C>(p.saved_states)[row * p.H + u] = f.c;
     }
     if constexpr (Cell::kCarry == Carry::kCell)
       if (last) as<S>(p.c_n)[state] = round_to<S>(f.c);
@@ -94,7 +94,7 @@ struct Project {
   };
 
   static LSTM_FUSED_DEVICE int64_t gate(int) { return 0; }
-  static LSTM_FUSED_INLINE int64_t reach(const StepRows& rows) { return rows.active; }
+  static LSTM_FUSED_INLINE int64_t row_count(const StepRows& rows) { return rows.active; }
   static LSTM_FUSED_DEVICE void fetch(const RecurrenceParams&, const StepRows&, int, int64_t,
                                       int64_t, Unit&) {}
 

@@ -1,32 +1,45 @@
-// What the files offer, one for each dtype and one for float32 in TF32.
+// The table of kernels: how the rest of the library reaches the .cu files, one of each arithmetic.
 #pragma once
 
 #include "../cells/cells.h"
+#include "arithmetic.h"
 #include "params.h"
 #include "plan.h"
 
 namespace lstm_fused::cuda {
 
-// A library's products, for the gemm plan.
+// The products of the gemm plan.
 class Gemm {
  public:
   virtual ~Gemm() = default;
-  // Of a direction's `rows` rows of B at step s and all of A, of so many gates: (rows, gates *
-  // units) in the compute dtype, there until the direction's next product.
+  // The product of the first `rows` rows of B of direction d at step s with all of A: (rows, gates
+  // * units) in the compute dtype, valid until the next product of that direction.
   virtual const void* multiply(const Product& product, int gates, int64_t s, int d,
                                int64_t rows) = 0;
 };
 
-// Runs a plan on a stream: the recurrence's product and, with a projection, the second of a step.
-// steps: on the host; params.steps: on the device, for a persistent plan. Null, or what went wrong.
-using Run = const char*(const Plan& plan, const RecurrenceParams& params, const Product* second,
-                        const Steps& steps, Gemm& gemm, void* stream);
+// Launches a plan on a stream. second: the second product of a step, with a projection, else null.
+// steps holds host pointers; params.steps holds device pointers, for a persistent plan. Returns
+// null, or the error's text.
+using Launcher = const char*(const Plan& plan, const RecurrenceParams& params,
+                             const Product* second, const Steps& steps, Gemm& gemm, void* stream);
 
-// By cell (CellKind), each in the file of its name.
-extern Run* const* const run_float32;
-extern Run* const* const run_tf32;
-extern Run* const* const run_float64;
-extern Run* const* const run_bfloat16;
-extern Run* const* const run_float16;
+// The launchers of each arithmetic, by cell (CellKind).
+#define LSTM_FUSED_ROW(Name, name, dtype, tf32, tensor_cores, persistent, type, compute) \
+  extern Launcher* const* const launchers_##name;
+LSTM_FUSED_ARITHMETICS(LSTM_FUSED_ROW)
+#undef LSTM_FUSED_ROW
+
+inline Launcher* launcher_of(CellKind cell, Arithmetic arithmetic) {
+  const int kind = static_cast<int>(cell);
+  switch (arithmetic) {
+#define LSTM_FUSED_ROW(Name, name, dtype, tf32, tensor_cores, persistent, type, compute) \
+  case Arithmetic::k##Name: return launchers_##name[kind];
+    LSTM_FUSED_ARITHMETICS(LSTM_FUSED_ROW)
+#undef LSTM_FUSED_ROW
+    case Arithmetic::kCount: break;
+  }
+  return nullptr;
+}
 
 }  // namespace lstm_fused::cuda

@@ -1,6 +1,6 @@
-// From a plan to launches: the body of every file of one arithmetic. `run` picks the kernel that
-// was compiled for the plan and launches it, once for a persistent plan and once a step for the
-// others.
+// From a plan to launches: the body of each arithmetic's .cu file. launch_plan picks the kernel
+// that was compiled for the plan and launches it, once for a persistent plan and once a step for
+// the others.
 #pragma once
 
 #include <algorithm>
@@ -33,7 +33,7 @@ const char* with_tiles(const Plan& plan, Call call) {
   };
   if (plan.kind == PlanKind::kGrid) return with_rows(Constant<PlanKind::kGrid>{}, Constant<1>{});
   constexpr Constant<PlanKind::kCluster> cluster;
-  switch (compiled_tiles(plan.kind, plan.unit_tiles)) {
+  switch (compiled_unit_tiles(plan.kind, plan.unit_tiles)) {
     case 2: return with_rows(cluster, Constant<2>{});
     case 3: return with_rows(cluster, Constant<3>{});
     case 4: return with_rows(cluster, Constant<4>{});
@@ -66,7 +66,7 @@ const char* launch_step(const Plan& plan, RecurrenceParams& p, Gemm& gemm, void*
   using S = typename Math::Storage;
   int64_t count[2] = {}, max_count = 0;
   for (int d = 0; d < p.D; ++d) {
-    count[d] = Epilogue::reach(p.rows[d]);
+    count[d] = Epilogue::row_count(p.rows[d]);
     max_count = std::max(max_count, count[d]);
   }
   if (max_count == 0) return nullptr;
@@ -75,20 +75,21 @@ const char* launch_step(const Plan& plan, RecurrenceParams& p, Gemm& gemm, void*
   };
   const int64_t units = p.product.units;
   if (plan.kind == PlanKind::kStep) {
-    constexpr int kTiles = kStepRows / 8;
+    constexpr int kRowTiles = kStepRows / 8;
     const DType dtype = sizeof(typename Math::Acc) == 8 ? DType::kFloat64 : DType::kFloat32;
     const int64_t shared = shared_bytes(PlanKind::kStep, dtype, false, Epilogue::kGates, 1,
                                         kStepRows, p.product.in.bytes);
     return launch_kernel(
-        recurrence_kernel<Math, Epilogue, kTiles, PlanKind::kStep, 1>,
+        recurrence_kernel<Math, Epilogue, kRowTiles, PlanKind::kStep, 1>,
         configure(plan, p, ceil_div(units, kUnitTile), groups_of(kStepRows), shared, stream), p,
         configured_devices<Math, Epilogue>());
   }
   for (int d = 0; d < p.D; ++d)
-    if (count[d]) p.sums[d] = gemm.multiply(p.product, Epilogue::kGates, p.s_begin, d, count[d]);
+    if (count[d])
+      p.products[d] = gemm.multiply(p.product, Epilogue::kGates, p.s_begin, d, count[d]);
   return launch_kernel(
       pointwise_kernel<Epilogue, S>,
-      configure(plan, p, ceil_div(units, kPointUnits), groups_of(kPointRows), 0, stream), p,
+      configure(plan, p, ceil_div(units, kPointwiseUnits), groups_of(kPointwiseRows), 0, stream), p,
       configured_devices<Epilogue, S>());
 }
 
@@ -110,21 +111,21 @@ const char* launch_steps(const Plan& plan, RecurrenceParams p, const Product* se
   return nullptr;
 }
 
-// See Run in kernels.h.
+// A Launcher (kernels.h).
 template <class Cell, class Math>
-const char* run(const Plan& plan, const RecurrenceParams& p, const Product* second,
-                const Steps& steps, Gemm& gemm, void* stream) {
+const char* launch_plan(const Plan& plan, const RecurrenceParams& p, const Product* second,
+                        const Steps& steps, Gemm& gemm, void* stream) {
   using S = typename Math::Storage;
   using Forward = ForwardCell<Cell, S>;
   using Backward = BackwardCell<Cell, S>;
-  if (in_steps(plan.kind)) {
+  if (is_stepwise(plan.kind)) {
     if (!plan.backward)
       return launch_steps<Math, Forward, Project<S>>(plan, p, second, steps, gemm, stream);
-    return second ? launch_steps<Math, JoinGradients<S>, Backward>(plan, p, second, steps, gemm,
-                                                                   stream)
+    return second ? launch_steps<Math, ProjectedGradient<S>, Backward>(plan, p, second, steps, gemm,
+                                                                       stream)
                   : launch_steps<Math, Backward, Backward>(plan, p, nullptr, steps, gemm, stream);
   }
-  if constexpr (std::is_same_v<S, double>) {
+  if constexpr (!Math::kPersistent) {
     return "no persistent kernel was compiled for this dtype";
   } else {
     const LaunchConfig config =
@@ -142,13 +143,22 @@ const char* run(const Plan& plan, const RecurrenceParams& p, const Product* seco
   }
 }
 
-// The functions of one arithmetic, by cell.
 template <class Math>
-constexpr Run* kRuns[] = {
-#define LSTM_FUSED_RUN(name, Cell) run<Cell, Math>,
-    LSTM_FUSED_CELLS(LSTM_FUSED_RUN)
-#undef LSTM_FUSED_RUN
+constexpr Launcher* kLaunchers[] = {
+#define LSTM_FUSED_LAUNCHER(name, Cell) launch_plan<Cell, Math>,
+    LSTM_FUSED_CELLS(LSTM_FUSED_LAUNCHER)
+#undef LSTM_FUSED_LAUNCHER
 };
+
+// The launchers of one arithmetic, by cell. Math must be what the arithmetic's row says.
+template <Arithmetic kArithmetic, class Math>
+constexpr Launcher* const* launchers() {
+  constexpr ArithmeticFacts row = facts(kArithmetic);
+  static_assert(row.tensor_cores == Math::kTensorCores && row.persistent == Math::kPersistent);
+  static_assert(storage_bytes(row.dtype) == sizeof(typename Math::Storage));
+  static_assert(compute_bytes(row.dtype) == sizeof(typename Math::Acc));
+  return kLaunchers<Math>;
+}
 
 }  // namespace
 }  // namespace lstm_fused::cuda

@@ -7,7 +7,7 @@
 //   Project        w_hr (R, H)           h of the cell (N, H)   h (N, R)
 //   BackwardCell   w_hh^T (R, G, H)      d_gates (N, G * H)     d_gates (N, G * H)
 //   with a projection the last one is two:
-//   JoinGradients  w_hh^T (R, G, H)      d_gates (N, G * H)     d_h (N, R)
+//   ProjectedGradient  w_hh^T (R, G, H)      d_gates (N, G * H)     d_h (N, R)
 //   BackwardCell   w_hr^T (H, R)         d_h (N, R)             d_gates (N, G * H)
 // In the terms of the matrix instructions, rows of A are M and rows of the batch are N.
 #pragma once
@@ -23,7 +23,7 @@ struct StepRows {
   int64_t active;       // rows of the batch at this step
   int64_t active_prev;  // at the previous step, 0 at the first one
   int64_t active_next;  // at the next step, 0 at the last one
-  int64_t offset;       // first row of this step in y, pre, gates, cells
+  int64_t offset;       // first row of this step in y, pre, gates, saved_states
   int64_t offset_next;  // first row of the next step
 };
 
@@ -83,7 +83,7 @@ struct RecurrenceParams {
   char* barrier;
 
   // For a gemm plan: the product of each direction, compute (N, gates * units).
-  const void* sums[2];
+  const void* products[2];
 
   // Forward.
   const void* pre;      // compute (S, D, G, H): x.W_ih, in w_ih's gate order
@@ -96,10 +96,10 @@ struct RecurrenceParams {
   void* c_n;            // storage (D, N, H), or null where the cell has no state of its own
   void* carry;          // compute (D, N, H): what the cell carries; its gradient backward
   void* gates;          // compute (S, D, P, H), P preacts a unit, or null; may alias pre
-  void* cells;          // compute (S, D, H): what the cell carries after each step, or null
+  void* saved_states;   // compute (S, D, H): what the cell carries after each step, or null
   // Backward.
-  const void* h;     // storage (S, D * R): y, where `before` is wanted
-  void* before;      // storage (S, D, R): h of the step before, or null
+  const void* h;     // storage (S, D * R): y, where h_prev is wanted
+  void* h_prev;      // storage (S, D, R): h of the step before, or null
   const void* dy;    // storage (S, D * R) or null
   const void* dh_n;  // storage (D, N, R) or null
   const void* dc_n;  // storage (D, N, H) or null

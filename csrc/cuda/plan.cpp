@@ -2,6 +2,9 @@
 
 #include <algorithm>
 
+#include "architectures.h"
+#include "arithmetic.h"
+
 namespace lstm_fused::cuda {
 namespace {
 
@@ -28,20 +31,20 @@ Plan with_tiles(PlanKind kind, const Problem& p, bool backward, int64_t tile_row
   Plan plan{};
   plan.kind = kind;
   plan.backward = backward;
-  plan.tf32 = p.tf32 && p.dtype == DType::kFloat32;
+  plan.tf32 = facts(arithmetic_of(p.dtype, p.tf32)).tf32;
   plan.tile_rows = static_cast<int>(tile_rows);
   plan.unit_tiles = static_cast<int>(tiles);
   plan.unit_ctas = static_cast<int>(ctas);
   plan.row_groups = static_cast<int>(groups);
   plan.threads = static_cast<int>(32 * split_k(kind) * tiles);
-  const bool tensor_cores = p.dtype != DType::kFloat64 && (p.dtype != DType::kFloat32 || p.tf32);
+  const bool tensor_cores = facts(arithmetic_of(p.dtype, p.tf32)).tensor_cores;
   plan.shared_bytes = shared_bytes(kind, p.dtype, tensor_cores, backward ? 1 : p.gates,
                                    plan.unit_tiles, plan.tile_rows, k_bytes(p, backward));
   return plan;
 }
 
 bool supports_persistence(const Problem& p) {
-  return !p.projection && p.dtype != DType::kFloat64;
+  return !p.projection && facts(arithmetic_of(p.dtype, p.tf32)).persistent;
 }
 
 // As many row groups as there are SMs for, and the smallest tile with which each group then has one
@@ -96,11 +99,12 @@ Plan plan_step(const Problem& p, bool backward) {
 Plan plan_gemm(const Problem& p, bool backward) {
   Plan plan = plan_step(p, backward);
   plan.kind = PlanKind::kGemm;
-  plan.tile_rows = kPointRows;
-  plan.unit_tiles = kPointUnits / kUnitTile;
-  plan.unit_ctas = static_cast<int>(ceil_div(p.H, kPointUnits));
-  plan.row_groups = static_cast<int>(std::clamp<int64_t>(ceil_div(p.N, kPointRows), 1, kMaxGridY));
-  plan.threads = kPointUnits * kPointRows;
+  plan.tile_rows = kPointwiseRows;
+  plan.unit_tiles = kPointwiseUnits / kUnitTile;
+  plan.unit_ctas = static_cast<int>(ceil_div(p.H, kPointwiseUnits));
+  plan.row_groups =
+      static_cast<int>(std::clamp<int64_t>(ceil_div(p.N, kPointwiseRows), 1, kMaxGridY));
+  plan.threads = kPointwiseUnits * kPointwiseRows;
   plan.shared_bytes = 0;
   return plan;
 }
@@ -134,7 +138,7 @@ int64_t shared_bytes(PlanKind kind, DType dtype, bool tensor_cores, int gates, i
 }
 
 bool supported(const Device& device) {
-  return device.major >= 8;
+  return device.major >= kArchitectures[0].device.major;
 }
 
 std::optional<Plan> plan_as(PlanKind kind, const Problem& p, const Device& device, bool backward) {

@@ -19,7 +19,7 @@ inline constexpr int kPlanKinds = 4;
 
 // Whether each step has launches of its own. The other plans are persistent: one launch for the
 // whole sequence.
-constexpr bool in_steps(PlanKind kind) {
+constexpr bool is_stepwise(PlanKind kind) {
   return kind == PlanKind::kStep || kind == PlanKind::kGemm;
 }
 
@@ -31,7 +31,8 @@ struct Device {
   int clusters;      // of that size that are active at once, if each CTA has an SM to itself
 };
 
-// Whether GPUs of this major compute capability have thread-block clusters.
+// Whether GPUs of this major compute capability have thread-block clusters. ptx/cluster.h and
+// architectures.h must agree.
 constexpr bool has_clusters(int major) {
   return major >= 9;
 }
@@ -69,10 +70,10 @@ inline constexpr int kStepSplitK = 8;     // warps that share the k of a unit ti
 inline constexpr int kClusterSplitK = 4;  // the same in a cluster
 inline constexpr int kMaxUnitTiles = 4;   // of a CTA in a cluster
 inline constexpr int kStepRows = 16;      // the one tile_rows that step plans are compiled for
-inline constexpr int kPointUnits = 32;    // of a CTA of a gemm plan,
-inline constexpr int kPointRows = 8;      // which has a thread for each unit of each of its rows
-inline constexpr int kMaxGridY = 65535;   // CTAs of a grid along y
-inline constexpr int kBarrierBytes = 128;  // each counter has a cache line to itself
+inline constexpr int kPointwiseUnits = 32;  // of a CTA of a gemm plan,
+inline constexpr int kPointwiseRows = 8;    // which has a thread for each unit of each of its rows
+inline constexpr int kMaxGridY = 65535;     // CTAs of a grid along y
+inline constexpr int kBarrierBytes = 128;   // each counter has a cache line to itself
 
 // Bytes of k in a stage of a grid plan, which streams B alone. Three stages are in flight, and the
 // more they hold the better they hide the latency of L2. Without tensor cores no weights are
@@ -87,11 +88,11 @@ constexpr int split_k(PlanKind kind) {
 
 // The unit tiles of a CTA that a kernel is compiled for. In a cluster 2, 3 or 4: the fewer, the
 // more registers a thread has.
-constexpr int compiled_tiles(PlanKind kind, int unit_tiles) {
+constexpr int compiled_unit_tiles(PlanKind kind, int unit_tiles) {
   return kind != PlanKind::kCluster ? 1 : unit_tiles < 2 ? 2 : unit_tiles;
 }
 constexpr int max_threads(PlanKind kind, int unit_tiles) {
-  return 32 * split_k(kind) * compiled_tiles(kind, unit_tiles);
+  return 32 * split_k(kind) * compiled_unit_tiles(kind, unit_tiles);
 }
 
 // How many of a warp's k slices have register-resident weights, in the persistent plans: as many as
@@ -100,12 +101,12 @@ constexpr int max_threads(PlanKind kind, int unit_tiles) {
 constexpr int resident_slices(PlanKind kind, bool tensor_cores, int gates, int tile_rows,
                               int unit_tiles) {
   if (!tensor_cores || kind == PlanKind::kStep) return 0;
-  // By compiled_tiles - 2; for tiles of 8 rows and of 16.
+  // By compiled_unit_tiles - 2; for tiles of 8 rows and of 16.
   constexpr int cluster_registers[][2] = {{128, 96}, {80, 48}, {32, 8}};
   const int registers =
       kind == PlanKind::kGrid
           ? (tile_rows < 32 ? 96 : 32)
-          : cluster_registers[compiled_tiles(kind, unit_tiles) - 2][tile_rows > 8];
+          : cluster_registers[compiled_unit_tiles(kind, unit_tiles) - 2][tile_rows > 8];
   return registers / (4 * gates);
 }
 

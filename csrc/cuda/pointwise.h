@@ -9,19 +9,20 @@
 namespace lstm_fused::cuda {
 
 template <class Epilogue, class S>
-LSTM_FUSED_KERNEL(kPointUnits* kPointRows)
+LSTM_FUSED_KERNEL(kPointwiseUnits* kPointwiseRows)
 pointwise_kernel(const LSTM_FUSED_CONSTANT RecurrenceParams p) {
   using C = Compute<S>;
   const int d = block_index().z;
   const StepRows& rows = p.rows[d];
-  const int64_t units = p.product.units, count = Epilogue::reach(rows);
-  const int64_t u = int64_t{block_index().x} * kPointUnits + thread_index() % kPointUnits;
+  const int64_t units = p.product.units, count = Epilogue::row_count(rows);
+  const int64_t u = int64_t{block_index().x} * kPointwiseUnits + thread_index() % kPointwiseUnits;
   if (u >= units) return;
   const Exchange& next = p.product.out;
   const int64_t columns = next.bytes / static_cast<int64_t>(sizeof(S)) / Epilogue::kOut;
-  const int64_t first = int64_t{block_index().y} * kPointRows + thread_index() / kPointUnits;
-  for (int64_t n = first; n < count; n += int64_t{block_count().y} * kPointRows) {
-    const C* products = as<C>(p.sums[d]) + n * Epilogue::kGates * units + u;
+  const int64_t first =
+      int64_t{block_index().y} * kPointwiseRows + thread_index() / kPointwiseUnits;
+  for (int64_t n = first; n < count; n += int64_t{block_count().y} * kPointwiseRows) {
+    const C* products = as<C>(p.products[d]) + n * Epilogue::kGates * units + u;
     C product[Epilogue::kGates];
     LSTM_FUSED_UNROLL
     for (int m = 0; m < Epilogue::kGates; ++m) product[m] = products[Epilogue::gate(m) * units];

@@ -263,7 +263,7 @@ struct Recurrence {
   template <class F>
   LSTM_FUSED_DEVICE void for_each_owned(const StepRows& rows, int64_t n0, F f) const {
     if (first_unit + owned_unit >= p.product.units) return;
-    const int64_t count = Epilogue::reach(rows);
+    const int64_t count = Epilogue::row_count(rows);
     LSTM_FUSED_UNROLL
     for (int i = 0; i < kOwned; ++i) {
       const int row = owned_row + i * kRowStride;
@@ -368,7 +368,7 @@ struct Recurrence {
     StepRows rows = rows_of(p.s_begin);
     if (one_tile) fetch(rows, first, units);
     for (int64_t s = p.s_begin; s < p.s_end; ++s) {
-      const int64_t count = Epilogue::reach(rows);
+      const int64_t count = Epilogue::row_count(rows);
       if (first >= count) arrive(s, counter);
       for (int64_t n0 = first; n0 < count; n0 += stride) {
         if (!one_tile) fetch(rows, n0, units);

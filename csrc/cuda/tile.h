@@ -3,6 +3,7 @@
 
 #include "plan.h"
 #include "ptx/mma.h"
+#include "ptx/threads.h"
 #include "types.h"
 
 namespace lstm_fused::cuda {
@@ -13,12 +14,16 @@ namespace lstm_fused::cuda {
 // the accumulators of m16n8: lane l has rows l / 4 ([0] and [1]) and l / 4 + 8 ([2] and [3]), each
 // in columns 2 (l % 4) and 2 (l % 4) + 1.
 
-// Products by ldmatrix and mma.
+// Products by ldmatrix and mma. Instruction has
+//   Storage    the type of the operands in memory
+//   prepare    rounds loaded operands where the instruction would truncate them
+//   multiply   c += a b
 template <class Instruction>
 struct TensorCores {
   using Storage = typename Instruction::Storage;
   using Acc = float;
   static constexpr bool kTensorCores = true;
+  static constexpr bool kPersistent = true;
 
   template <int kM, int kN>
   static LSTM_FUSED_DEVICE void multiply(Acc (&acc)[kM][kN][4], const char* a, int a_tile,
@@ -85,46 +90,13 @@ struct TensorCores {
   }
 };
 
-struct BFloat16Cores {
-  using Storage = BFloat16;
-  template <int kCount>
-  static LSTM_FUSED_DEVICE void prepare(uint32_t (&)[kCount]) {}
-  static LSTM_FUSED_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4],
-                                         const uint32_t (&b)[2]) {
-    mma_bfloat16(c, a, b);
-  }
-};
-
-struct HalfCores {
-  using Storage = Half;
-  template <int kCount>
-  static LSTM_FUSED_DEVICE void prepare(uint32_t (&)[kCount]) {}
-  static LSTM_FUSED_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4],
-                                         const uint32_t (&b)[2]) {
-    mma_float16(c, a, b);
-  }
-};
-
-// Operands are rounded to TF32: the instruction itself would truncate them.
-struct Tf32Cores {
-  using Storage = float;
-  template <int kCount>
-  static LSTM_FUSED_DEVICE void prepare(uint32_t (&r)[kCount]) {
-    LSTM_FUSED_UNROLL
-    for (int i = 0; i < kCount; ++i) r[i] = round_to_tf32(r[i]);
-  }
-  static LSTM_FUSED_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4],
-                                         const uint32_t (&b)[2]) {
-    mma_tf32(c, a, b);
-  }
-};
-
 // Products by fused multiply-adds, in the full precision of T.
 template <class T>
-struct Plain {
+struct FusedMultiplyAdd {
   using Storage = T;
   using Acc = T;
   static constexpr bool kTensorCores = false;
+  static constexpr bool kPersistent = sizeof(T) == 4;
   static constexpr int kVector = 16 / sizeof(T);
   struct alignas(16) Vector {
     T v[kVector];

@@ -6,7 +6,7 @@
 #include <stdexcept>
 
 #include "../cells/cells.h"
-#include "../cuda/plan.h"
+#include "../cuda/architectures.h"
 
 namespace py = pybind11;
 
@@ -95,6 +95,17 @@ void define_plans(py::module_& m) {
     py::tuple kinds(kPlanKinds);
     for (int i = 0; i < kPlanKinds; ++i) kinds[i] = name(static_cast<PlanKind>(i));
     return kinds;
+  });
+  // [(target, GPU, its properties)].
+  m.def("cuda_architectures", [] {
+    py::list rows;
+    for (const Architecture& a : kArchitectures) {
+      const Device& d = a.device;
+      rows.append(py::make_tuple(
+          a.target, a.gpu,
+          py::make_tuple(d.major, d.minor, d.sms, d.shared_bytes, d.cluster_ctas, d.clusters)));
+    }
+    return rows;
   });
   m.def("cuda_row_bytes", [](const std::string& dtype, int64_t values) {
     return row_bytes(from_name<DType>(dtype, kDTypeCount, "dtype"), values);

@@ -99,7 +99,7 @@ void Cuda::forward(const std::vector<Layer>& layers, const std::vector<ForwardPa
     p.h_n = given.h_n;
     p.c_n = given.c_n;
     p.gates = given.gates;
-    p.cells = given.saved_states;
+    p.saved_states = given.saved_states;
     p.product = {{}, s.H, pass.resolve(h), pass.resolve(hidden)};
     Product second{{}, s.R, p.product.out, p.product.in};
     for (int d = 0; d < s.D; ++d) {
@@ -155,14 +155,14 @@ void Cuda::backward(const std::vector<Layer>& layers, const std::vector<Backward
     p.s_end += given.dh0 || given.dc0;
     // Read only.
     p.gates = const_cast<void*>(given.gates);
-    p.cells = const_cast<void*>(given.saved_states);
+    p.saved_states = const_cast<void*>(given.saved_states);
     p.dy = given.dy;
     p.dh_n = given.dh_n;
     p.dc_n = given.dc_n;
     p.d_gates = d_preacts.data_ptr();
     if (saves_before) {
       p.h = given.y;
-      p.before = before.data_ptr();
+      p.h_prev = before.data_ptr();
     }
     p.dh0 = given.dh0;
     p.dc0 = given.dc0;
@@ -182,7 +182,7 @@ void Cuda::backward(const std::vector<Layer>& layers, const std::vector<Backward
       p.d_hidden = d_hidden.data_ptr();
     }
     pass.launch(p, layer.projection ? &second : nullptr);
-    const Recurred recurred{d_preacts, p.hidden, p.d_hidden, p.before};
+    const Recurred recurred{d_preacts, p.hidden, p.d_hidden, p.h_prev};
     Gradients(pass, layer, given, recurred).compute();
   }
 }

@@ -7,18 +7,6 @@
 
 namespace lstm_fused::cuda {
 
-inline Run* run_of(CellKind cell, DType dtype, bool tf32) {
-  const int kind = static_cast<int>(cell);
-  switch (dtype) {
-    case DType::kFloat32: return tf32 ? run_tf32[kind] : run_float32[kind];
-    case DType::kFloat64: return run_float64[kind];
-    case DType::kBFloat16: return run_bfloat16[kind];
-    case DType::kFloat16: return run_float16[kind];
-    case DType::kCount: break;
-  }
-  return nullptr;
-}
-
 // x as a matrix (S, I); operators.h sees to it that all rows are one stride apart.
 inline Matrix input_of(const Layer& layer) {
   const LayerSizes& s = layer.size;
@@ -138,12 +126,12 @@ class Pass {
 
   void launch(const RecurrenceParams& p, const Product* second) const {
     StepProducts products(layer_.dtype, plan_.tf32, x_);
-    Run* const run = run_of(layer_.cell, layer_.dtype, plan_.tf32);
-    check(run(plan_, p, second, size_.steps, products, stream_), name(plan_.kind));
+    Launcher* const launch = launcher_of(layer_.cell, arithmetic_of(layer_.dtype, plan_.tf32));
+    check(launch(plan_, p, second, size_.steps, products, stream_), name(plan_.kind));
   }
 
  private:
-  bool persistent() const { return !in_steps(plan_.kind); }
+  bool persistent() const { return !is_stepwise(plan_.kind); }
 
   Plan choose_plan(bool backward) const {
     const Device device = device_of(x_.get_device_index());
@@ -157,7 +145,7 @@ class Pass {
     // A CUDA graph cannot copy packed data's sizes to the device, as persistent plans need them.
     const bool stepwise = steps.sizes && is_capturing(stream_);
     const std::optional<PlanKind> kind = forced_kind().get();
-    if (!kind || (stepwise && !in_steps(*kind)))
+    if (!kind || (stepwise && !is_stepwise(*kind)))
       return make_plan(problem, device, backward, stepwise);
     const std::optional<Plan> forced = plan_as(*kind, problem, device, backward);
     return forced ? *forced : *plan_as(PlanKind::kStep, problem, device, backward);

@@ -12,6 +12,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 PYTHON = sys.executable
+ARCHITECTURES = ROOT / "csrc" / "cuda" / "architectures.h"  # what nvcc calls them
 LIMITS = {  # seconds, half an hour in all: a kernel that hangs must not take the others' time
     "build": 180,
     "smoke": 120,
@@ -156,10 +158,10 @@ def emulation():
 def device():
     major, minor = torch.cuda.get_device_capability()
     properties = torch.cuda.get_device_properties(0)
-    suffix = "a" if major == 9 else ""
+    target = re.search(rf'"({major}\.{minor}[af]?)', ARCHITECTURES.read_text())
     return {
         "name": properties.name,
-        "capability": f"{major}.{minor}{suffix}",
+        "capability": target[1] if target else f"{major}.{minor}",
         "sms": properties.multi_processor_count,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,

@@ -1,26 +1,20 @@
 """The CUDA plans, which are pure, over a table of devices: none asks for more than there is."""
 
+import re
 from itertools import product
 
 import pytest
 
 from lstm_fused import _plan, cuda
+from tests.helpers import plan_coverage
 
-# Compute capability, SMs, shared memory a block may opt in to, CTAs of the largest cluster; from
-# the CUDA programming guide's table of compute capabilities and the vendor's data sheets. Last, how
-# many such clusters run at once, of which no sheet speaks: guesses.
-DEVICES = {
-    "A100": (8, 0, 108, 163 << 10, 1, 0),
-    "A10": (8, 6, 72, 99 << 10, 1, 0),
-    "L40S": (8, 9, 142, 99 << 10, 1, 0),
+# As lstm_fused.cuda.device_properties gives them.
+ARCHITECTURES = {gpu: device for _, gpu, device in _plan.cuda_architectures()}
+DEVICES = ARCHITECTURES | {
     "H100 PCIe": (9, 0, 114, 227 << 10, 16, 6),
-    "H100": (9, 0, 132, 227 << 10, 16, 8),
-    "H200": (9, 0, 132, 227 << 10, 16, 8),
-    "B200": (10, 0, 148, 227 << 10, 16, 8),
-    "RTX 5090": (12, 0, 170, 99 << 10, 8, 20),
     "one SM": (9, 0, 1, 227 << 10, 1, 0),
 }
-DTYPES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+DTYPES = {str(d).removeprefix("torch."): d.itemsize for d in plan_coverage.DTYPES}
 ROWS = (1, 8, 9, 16, 33, 64, 128, 300, 4096, 10**6, 10**7)
 UNITS = (1, 7, 16, 64, 100, 256, 512, 640, 768, 800, 1024, 1500, 1900, 2048, 4096, 10**5)
 REGISTERS = 64 << 10  # of every SM since 7.0
@@ -69,6 +63,11 @@ def test_within_the_device():
             assert weights <= p.shared_bytes + HELD * p.threads, (case, p)
             assert T > 1 or kind, case
     assert seen == set(product(cuda.KINDS, (False, True)))
+
+
+def test_targets_are_of_the_devices():
+    for target, gpu, (major, minor, *_) in _plan.cuda_architectures():
+        assert re.fullmatch(rf"{major}\.{minor}[af]?(\+PTX)?", target), gpu
 
 
 def test_old_devices_are_refused():

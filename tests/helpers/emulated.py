@@ -27,11 +27,17 @@ def ninja(*targets):
         f"-I{sysconfig.get_path('include')}\n"
         f"torch_link = -Wl,--no-as-needed -L{torch_folder / 'lib'} -ltorch -ltorch_cpu\n"
     )
-    settings = FOLDER / "torch.ninja"
+    names = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+    objects = "".join(f"build $builddir/{n}.o: kernel $csrc/{n}.cu\n" for n in names)
+    others = ("operators", "plan", "fibers")
+    inputs = " ".join(f"$builddir/{n}.o" for n in (*names, *others))
+    objects += f"build $builddir/emulation.so: library {inputs}\n"
     with (FOLDER / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not settings.exists() or settings.read_text() != text:
-            settings.write_text(text)
+        for name, content in (("torch.ninja", text), ("kernels.ninja", objects)):
+            settings = FOLDER / name
+            if not settings.exists() or settings.read_text() != content:
+                settings.write_text(content)
         command = ["ninja", "-C", str(ROOT / "tests" / "cuda" / "emulation"), *targets]
         done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,5 +1,5 @@
-// Runs every plan forward and backward for the thread sanitizer to watch, for all cells, also those
-// that no module has yet, and compares with a plain loop over time. Arguments: the plans to run.
+// Runs every plan forward and backward, for every cell, under the thread sanitizer, and compares
+// the results with a plain loop over time. Arguments: the plans to run, all without any.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -8,7 +8,7 @@
 
 #include "cuda/launch.h"
 #include "device.h"
-// After cuda/launch.h, which declares what the cells need.
+// After cuda/launch.h, which declares the functions that cells call.
 #include "cells/gru.h"
 #include "cells/rnn.h"
 
@@ -42,7 +42,7 @@ struct Layer {
   int64_t S = 0;
   std::vector<int64_t> sizes, offsets{0};
   std::vector<float> pre, b_ih[2], b_hh[2], w[2], h0, c0, dy, dh_n, dc_n;
-  std::vector<float> y, h_n, c_n, gates, cells, d_gates, dh0, dc0;
+  std::vector<float> y, h_n, c_n, gates, saved_states, d_gates, dh0, dc0;
 
   explicit Layer(const Case& given) : c(given) {
     for (int64_t t = 0; t < c.T; ++t) {
@@ -66,7 +66,7 @@ struct Layer {
     h_n.assign(states, NAN);
     c_n = dh0 = dc0 = h_n;
     gates.assign(S * c.D * preacts * c.H, NAN);
-    cells.assign(S * c.D * c.H, NAN);
+    saved_states.assign(S * c.D * c.H, NAN);
     d_gates = gates;
   }
 
@@ -85,10 +85,10 @@ bool close(float a, float b) {
   return std::fabs(a - b) <= 2e-4f * (1 + std::fabs(b));
 }
 
-// A unit's preacts at one step, from h before it.
+// The pre-activations of a unit at one step, from h of the step before.
 template <class Cell>
-void sum(const Layer<Cell>& l, const std::vector<float>& h, int64_t row, int d, int64_t n,
-         int64_t u, float (&preacts)[Cell::kPreacts]) {
+void compute_preacts(const Layer<Cell>& l, const std::vector<float>& h, int64_t row, int d,
+                     int64_t n, int64_t u, float (&preacts)[Cell::kPreacts]) {
   constexpr int G = Cell::kGates, first = Cell::kPreacts - G;
   const int64_t H = l.c.H;
   for (float& s : preacts) s = 0;
@@ -111,13 +111,13 @@ bool check_forward(const Layer<Cell>& l) {
   bool good = true;
   for (int64_t s = 0; s < c.T; ++s)
     for (int d = 0; d < c.D; ++d) {
-      const std::vector<float> before = h;
+      const std::vector<float> h_prev = h;
       const int64_t active = gpu::rows_at(l.steps(), s, d == 1).active;
       for (int64_t n = 0; n < active; ++n)
         for (int64_t u = 0; u < c.H; ++u) {
           const int64_t row = l.at(s, d, false, n), at = (d * c.N + n) * c.H + u;
           float preacts[Cell::kPreacts], cell = 0;
-          sum(l, before, row, d, n, u, preacts);
+          compute_preacts(l, h_prev, row, d, n, u, preacts);
           h[at] = Cell::forward(preacts, carried[at], cell);
           carried[at] = cell;
           good = good && close(l.y[row * c.H + u], h[at]);
@@ -130,7 +130,7 @@ bool check_forward(const Layer<Cell>& l) {
   return good;
 }
 
-// From what forward saved, which check_forward has judged by its outputs.
+// Starts from what forward saved; check_forward has checked that by its outputs.
 template <class Cell>
 bool check_backward(const Layer<Cell>& l) {
   constexpr int G = Cell::kGates, kPreacts = Cell::kPreacts;
@@ -154,9 +154,9 @@ bool check_backward(const Layer<Cell>& l) {
           for (int j = 0; j < kPreacts; ++j) saved[j] = l.gates[(row * kPreacts + j) * H + u];
           if (Cell::kCarry != Carry::kNone) {
             const std::vector<float>& start = Cell::kCarry == Carry::kCell ? l.c0 : l.h0;
-            cell = l.cells[row * H + u];
+            cell = l.saved_states[row * H + u];
             if (n < rows.active_next)
-              prev = l.cells[((rows.offset_next + n) * c.D + d) * H + u];
+              prev = l.saved_states[((rows.offset_next + n) * c.D + d) * H + u];
             else if (c.state)
               prev = start[(d * c.N + n) * H + u];
           }
@@ -193,8 +193,8 @@ std::vector<float> operand(const Layer<Cell>& l, int d, bool backward, int64_t b
   return a;
 }
 
-// What a library's product is, plainly.
-class Loop final : public gpu::Gemm {
+// The products of the gemm plan, by a plain loop.
+class LoopGemm final : public gpu::Gemm {
  public:
   const void* multiply(const gpu::Product& p, int gates, int64_t s, int d, int64_t rows) override {
     const int64_t columns = p.in.bytes / 4, height = gates * p.units;
@@ -218,15 +218,15 @@ const char* run(Layer<Cell>& l, gpu::PlanKind kind, bool backward) {
   gpu::read_device(0, device);
   const gpu::Problem problem{DType::kFloat32, c.T, c.N, c.H, c.H, c.D, Cell::kGates, false, false};
   const std::optional<gpu::Plan> plan = gpu::plan_as(kind, problem, device, backward);
-  if (!plan) return "no room for the plan";
+  if (!plan) return "the plan does not fit";
   const int64_t bytes =
       gpu::row_bytes(DType::kFloat32, c.H) * (backward ? int64_t{Cell::kGates} : 1);
   const int64_t rows = round_up(c.N, plan->tile_rows);
   std::vector<float> exchange(2 * c.D * rows * bytes / 4, 0.0f), carry(c.D * c.N * c.H, NAN);
   if (!backward && c.state)
-    for (int half = 0; half < 2; ++half)
+    for (int buffer = 0; buffer < 2; ++buffer)
       for (int64_t i = 0; i < c.D * c.N; ++i)
-        std::memcpy(&exchange[((half * c.D + i / c.N) * rows + i % c.N) * bytes / 4],
+        std::memcpy(&exchange[((buffer * c.D + i / c.N) * rows + i % c.N) * bytes / 4],
                     &l.h0[i * c.H], c.H * 4);
   std::vector<char> barrier(c.D * plan->row_groups * gpu::kBarrierBytes, 0);
   std::vector<float> a[2];
@@ -253,7 +253,7 @@ const char* run(Layer<Cell>& l, gpu::PlanKind kind, bool backward) {
   p.c_n = l.c_n.data();
   p.carry = carry.data();
   p.gates = l.gates.data();
-  p.cells = l.cells.data();
+  p.saved_states = l.saved_states.data();
   p.dy = l.dy.data();
   p.dh_n = l.dh_n.data();
   p.dc_n = l.dc_n.data();
@@ -261,16 +261,16 @@ const char* run(Layer<Cell>& l, gpu::PlanKind kind, bool backward) {
   p.dh0 = l.dh0.data();
   p.dc0 = l.dc0.data();
   const Steps steps = l.steps();
-  Loop loop;
-  return gpu::run<Cell, Math>(*plan, p, nullptr, steps, loop, nullptr);
+  LoopGemm loop;
+  return gpu::launch_plan<Cell, Math>(*plan, p, nullptr, steps, loop, nullptr);
 }
 
 template <class Cell>
 bool passes(const Case& c, gpu::PlanKind kind) {
   Layer<Cell> l(c);
-  const char* error = run<Cell, gpu::Plain<float>>(l, kind, false);
+  const char* error = run<Cell, gpu::FusedMultiplyAdd<float>>(l, kind, false);
   bool good = !error && check_forward(l);
-  if (!error) error = run<Cell, gpu::Plain<float>>(l, kind, true);
+  if (!error) error = run<Cell, gpu::FusedMultiplyAdd<float>>(l, kind, true);
   good = good && !error && check_backward(l);
   if (!good)
     std::printf("wrong: %s plan, %d gates, %d preacts, T%ld N%ld H%ld D%d%s%s: %s\n",
