@@ -1,4 +1,4 @@
-// The properties of a device that a plan depends on, asked of the CUDA runtime.
+// The properties of a device that a plan depends on, from the CUDA runtime.
 #pragma once
 
 #if defined(LSTM_FUSED_EMULATION)
@@ -13,7 +13,7 @@ namespace lstm_fused::cuda {
 static __global__ void empty_kernel() {}
 
 // How many clusters of `ctas` CTAs can be active at once, if each CTA takes all shared memory of
-// its SM. A cluster's SMs must lie in one GPC, so there may be room for none of 16 CTAs.
+// its SM. A cluster's SMs must lie in one GPC, so a device may have none of 16 CTAs.
 inline int max_active_clusters(int ctas, int shared_bytes) {
   const void* function = reinterpret_cast<const void*>(empty_kernel);
   cudaLaunchAttribute attribute = {};

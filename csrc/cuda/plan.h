@@ -59,19 +59,18 @@ struct Plan {
 };
 
 // Constants that the kernels are compiled with.
-inline constexpr int kUnitTile = 16;    // units of a tile: M of the matrix instructions
-inline constexpr int kSliceBytes = 32;  // bytes of k that one matrix instruction takes
-inline constexpr int kStages = 4;       // of the cp.async pipeline
-inline constexpr int kStepChunk = 256;  // bytes of k in a stage of a step plan
-inline constexpr int kPadBytes = 16;    // after each row in shared memory, against bank conflicts
-inline constexpr int kPartialStride =
-    20;                                   // between rows of 16 partial sums, against bank conflicts
-inline constexpr int kStepSplitK = 8;     // warps that share the k of a unit tile
-inline constexpr int kClusterSplitK = 4;  // the same in a cluster
-inline constexpr int kMaxUnitTiles = 4;   // of a CTA in a cluster
-inline constexpr int kStepRows = 16;      // the one tile_rows that step plans are compiled for
-inline constexpr int kPointwiseUnits = 32;  // of a CTA of a gemm plan,
-inline constexpr int kPointwiseRows = 8;    // which has a thread for each unit of each of its rows
+inline constexpr int kUnitTile = 16;        // units of a tile: M of the matrix instructions
+inline constexpr int kSliceBytes = 32;      // bytes of k that one matrix instruction takes
+inline constexpr int kStages = 4;           // of the cp.async pipeline
+inline constexpr int kStepChunk = 256;      // bytes of k in a stage of a step plan
+inline constexpr int kPadBytes = 16;        // after each row in shared memory: no bank conflicts
+inline constexpr int kPartialStride = 20;   // between rows of 16 partial sums: no bank conflicts
+inline constexpr int kStepSplitK = 8;       // warps that share the k of a unit tile
+inline constexpr int kClusterSplitK = 4;    // the same in a cluster
+inline constexpr int kMaxUnitTiles = 4;     // of a CTA in a cluster
+inline constexpr int kStepRows = 16;        // the one tile_rows that step plans are compiled for
+inline constexpr int kPointwiseUnits = 32;  // of a CTA of a gemm plan, which has a thread
+inline constexpr int kPointwiseRows = 8;    // for each unit of each of its rows
 inline constexpr int kMaxGridY = 65535;     // CTAs of a grid along y
 inline constexpr int kBarrierBytes = 128;   // each counter has a cache line to itself
 

@@ -16,7 +16,7 @@ inline const char* error_of(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// Takes a handled error back, so that the next call that asks for the last error does not see it.
+// Clears the last error once it is handled, so that later calls do not report it.
 inline void clear_error() {
   cudaGetLastError();
 }
