@@ -14,6 +14,7 @@ from bench import environment, isolated, measure, report, run
 from bench.cases import Workload
 from bench.providers import PROVIDERS
 from bench.timing import Sampling
+from tests.cuda import gpu_check
 from tests.helpers import faulty_worker
 
 SAMPLING = Sampling(rounds=2, seconds=0.0)
@@ -218,3 +219,12 @@ def test_one_line_errors(arguments, capsys):
     assert cli.main(arguments) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ") and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("part", ["plans", "bench"])
+def test_gpu_check_uses_options_that_there_are(part, tmp_path):
+    commands = gpu_check.commands(part, tmp_path)
+    for _, *module, name, out in (command[1:] for command in commands):
+        args = cli.parse([*module[1:], name, out])
+        assert args.device == "cuda" and args.json.parent == tmp_path
+        assert args.roofline or args.providers[:2] == PAIR
