@@ -14,12 +14,12 @@ from lstm_fused import cuda, ops, runtime
 from lstm_fused.testing import tolerance
 from tests.helpers import oracle
 from tests.helpers.cuda_cases import (
-    HELD,
-    IN_STEPS,
     KINDS,
     LARGE,
     PROJECTED,
+    RESIDENT,
     SMALL,
+    STEPWISE,
     cases,
     check_layouts,
     expected,
@@ -49,7 +49,7 @@ def on_device(kind, problem):
 
 
 @pytest.mark.parametrize(
-    ("kind", "problem"), [on_device(*case) for case in cases(SMALL, PROJECTED, HELD)]
+    ("kind", "problem"), [on_device(*case) for case in cases(SMALL, PROJECTED, RESIDENT)]
 )
 def test_agrees(kind, problem):
     cuda.set_plan(kind)
@@ -211,7 +211,7 @@ def test_streams(kind, dtype, hidden):
     module, x = layer(dtype=dtype, hidden=hidden, bidirectional=True)
     with torch.no_grad():
         expected_y = module(x)[0]
-        large_fits = kind in IN_STEPS or kind == "grid" and cuda.device_properties(0)[2] >= 128
+        large_fits = kind in STEPWISE or kind == "grid" and cuda.device_properties(0)[2] >= 128
         assert hidden == 100 or not large_fits or runtime.last_run("cuda")["kernel"] == kind
         torch.cuda.synchronize()
         streams = [torch.cuda.Stream() for _ in range(2)]

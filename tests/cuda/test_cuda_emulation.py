@@ -19,9 +19,9 @@ from lstm_fused.testing import tolerance
 from tests.helpers import emulated, oracle
 from tests.helpers.compare_modules import LAYER_REFUSES, assert_layer_refuses
 from tests.helpers.cuda_cases import (
-    HELD,
     KINDS,
     PROJECTED,
+    RESIDENT,
     SMALL,
     cases,
     check_layouts,
@@ -45,7 +45,7 @@ def assert_ran(kind, problem, outcome):
 
 @pytest.mark.parametrize(
     ("kind", "problem"),
-    [pytest.param(k, p, id=f"{k}-{p}") for k, p in cases(SMALL, PROJECTED, HELD)],
+    [pytest.param(k, p, id=f"{k}-{p}") for k, p in cases(SMALL, PROJECTED, RESIDENT)],
 )
 def test_agrees(kind, problem):
     cuda.set_plan(kind)

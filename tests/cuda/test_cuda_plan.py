@@ -18,8 +18,8 @@ DTYPES = {str(d).removeprefix("torch."): d.itemsize for d in plan_coverage.DTYPE
 ROWS = (1, 8, 9, 16, 33, 64, 128, 300, 4096, 10**6, 10**7)
 UNITS = (1, 7, 16, 64, 100, 256, 512, 640, 768, 800, 1024, 1500, 1900, 2048, 4096, 10**5)
 REGISTERS = 64 << 10  # of every SM since 7.0
-MOST_REGISTERS = 255  # of a thread
-HELD = 128 * 4  # bytes of weights a thread has in registers, at most
+MAX_REGISTERS = 255  # of a thread
+RESIDENT = 128 * 4  # bytes of weights a thread has in registers, at most
 
 
 def plans():
@@ -51,7 +51,7 @@ def test_within_the_device():
         assert p.tf32 == (dtype == "float32"), (case, p)
         if p.kind == "grid":
             assert p.unit_ctas * p.row_groups * D <= sms, (case, p)
-            assert p.threads * MOST_REGISTERS <= REGISTERS, (case, p)
+            assert p.threads * MAX_REGISTERS <= REGISTERS, (case, p)
         if p.kind == "cluster":
             assert DEVICES[name][0] >= 9 and p.unit_ctas <= cluster, (case, p)
             assert p.threads <= 512, (case, p)
@@ -60,7 +60,7 @@ def test_within_the_device():
             assert dtype != "float64", case
             # The weights, a row of A for each gate and unit, are somewhere.
             weights = p.unit_tiles * 16 * gates * H * DTYPES[dtype]
-            assert weights <= p.shared_bytes + HELD * p.threads, (case, p)
+            assert weights <= p.shared_bytes + RESIDENT * p.threads, (case, p)
             assert T > 1 or kind, case
     assert seen == set(product(cuda.KINDS, (False, True)))
 

@@ -11,7 +11,7 @@ from tests.helpers.oracle import Problem
 from tests.helpers.plan_coverage import DTYPES
 
 KINDS = cuda.KINDS
-IN_STEPS = ("step", "gemm")  # plans for every dtype and projections
+STEPWISE = ("step", "gemm")  # plans for every dtype and projections
 SMALL = (
     Problem(5, 19, 6, 40, hx=True),  # ragged tiles of units and rows
     Problem(6, 21, 5, 100, form="unsorted", directions=2, hx=True),
@@ -26,7 +26,7 @@ SMALL = (
     ),
 )
 # Weights of 16 bits both in registers and in shared memory, and several tiles of rows in turn.
-HELD = (Problem(2, 40, 3, 300),)
+RESIDENT = (Problem(2, 40, 3, 300),)
 PROJECTED = (
     Problem(5, 19, 6, 40, proj=11, directions=2, hx=True),
     Problem(6, 19, 6, 33, proj=17, directions=2, form="unsorted", hx=True),
@@ -77,16 +77,16 @@ def tf32(allowed, cudnn=True):
     return torch.backends.cudnn.flags(enabled=cudnn, allow_tf32=allowed)
 
 
-def cases(small, projected=(), held=()):
+def cases(small, projected=(), resident=()):
     """(kind, problem) for every dtype that has the plan; kinds in turn, their judges are one."""
-    some = *product(projected, IN_STEPS), *product(held, ("grid",))
+    some = *product(projected, STEPWISE), *product(resident, ("grid",))
     for dtype in DTYPES:
         for problem, kind in (*product(small, KINDS), *some):
-            if kind in IN_STEPS or dtype is not torch.float64:
+            if kind in STEPWISE or dtype is not torch.float64:
                 yield kind, replace(problem, dtype=dtype)
 
 
 def expected(kind, problem):
     """The plan that runs when `kind` is forced and the device has room for it."""
     any_plan = problem.dtype is not torch.float64 and not problem.proj
-    return kind if any_plan or kind in IN_STEPS else "step"
+    return kind if any_plan or kind in STEPWISE else "step"
