@@ -28,7 +28,7 @@ struct Recurred {
   const Tensor& d_preacts;  // (S, D, P, H)
   const void* hidden;       // (S, D, H): h before a projection, or null
   const void* d_hidden;     // (S, D, R): gradient of h after it, or null
-  const void* before;       // (S, D, R): h of the step before, of packed data; or null
+  const void* h_prev;       // (S, D, R): h of the step before, of packed data; or null
 };
 
 class Gradients {
@@ -134,12 +134,12 @@ class Gradients {
   void of_recurrent_weights(void* out, int d) const {
     const LayerSizes& s = layer_.size;
     const int64_t N = s.steps.N, width = s.R * bytes_;
-    if (recurred_.before) {
-      const Matrix before{part(recurred_.before, d, s.R), S_, s.R, s.D * s.R, false};
-      return by_gate(out, d, P_ - G_, orders_.hidden, before);
+    if (recurred_.h_prev) {
+      const Matrix h_prev{part(recurred_.h_prev, d, s.R), S_, s.R, s.D * s.R, false};
+      return by_gate(out, d, P_ - G_, orders_.hidden, h_prev);
     }
-    const Tensor before = pass_.empty({S_, s.R});
-    char* to = static_cast<char*>(before.data_ptr());
+    const Tensor h_prev = pass_.empty({S_, s.R});
+    char* to = static_cast<char*>(h_prev.data_ptr());
     char* first = d == 0 ? to : to + (S_ - N) * width;  // the direction's first step
     char* later = d == 0 ? to + N * width : to;
     const char* y = static_cast<const char*>(part(p_.y, d, s.R));

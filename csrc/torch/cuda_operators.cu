@@ -140,10 +140,10 @@ void Cuda::backward(const std::vector<Layer>& layers, const std::vector<Backward
     const auto maybe = [&](bool wanted, const Shape& shape) {
       return pass.empty(wanted ? shape : Shape{0});
     };
-    const bool saves_before = s.steps.sizes && hidden_weights;
+    const bool saves_h_prev = s.steps.sizes && hidden_weights;
     const Tensor hidden = maybe(layer.projection, {S, s.D, s.H});
     const Tensor d_hidden = maybe(layer.projection, {S, s.D, s.R});
-    const Tensor before = maybe(saves_before, {S, s.D, s.R});
+    const Tensor h_prev = maybe(saves_h_prev, {S, s.D, s.R});
 
     const int64_t hidden_row = row_bytes(layer.dtype, s.H), width = row_bytes(layer.dtype, s.R);
     const auto of_gates = pass.reserve_exchange(2, pass.gates() * hidden_row);
@@ -160,9 +160,9 @@ void Cuda::backward(const std::vector<Layer>& layers, const std::vector<Backward
     p.dh_n = given.dh_n;
     p.dc_n = given.dc_n;
     p.d_gates = d_preacts.data_ptr();
-    if (saves_before) {
+    if (saves_h_prev) {
       p.h = given.y;
-      p.h_prev = before.data_ptr();
+      p.h_prev = h_prev.data_ptr();
     }
     p.dh0 = given.dh0;
     p.dc0 = given.dc0;
