@@ -2,7 +2,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-# Of the CUDA kernels, where nvcc is: what CI builds. `pip install` by itself builds them all.
+# Architectures of the CUDA kernels, where nvcc is. `pip install` by itself builds them all.
 export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0a
 
 VENV := .venv
@@ -13,11 +13,12 @@ CPP_FILES = $(shell find csrc bench tests -name '*.h' -o -name '*.inc' -o -name 
 
 EXAMPLES := sentiment names tagging digits forecast generate translate gradients distributed
 
-.PHONY: help demo examples test lint format bench build gpu-check clean distclean
+.PHONY: help demo examples test test-full lint format bench build gpu-check clean distclean
 help:
 	@echo "make demo       train a character model with nn.LSTM and with lstm_fused, side by side"
 	@echo "make examples   every system of examples/, small; tables and plots under build/examples"
-	@echo "make test       lint and tests"
+	@echo "make test       lint and tests, at most 8 minutes on two cores; without the CUDA library"
+	@echo "make test-full  the other tests: exhaustive, random, compiled for long; and CUDA's"
 	@echo "make bench      the speed table, kept with its chart under bench/results"
 	@echo "make gpu-check  what needs a CUDA device, with the python that is PYTHON; emulation without one"
 	@echo "make lint       ruff and clang-format, checking only"
@@ -32,8 +33,13 @@ demo: build
 examples: build
 	@for name in $(EXAMPLES); do $(BIN)/python -m examples.$$name --quick $(ARGS) || exit 1; done
 
-test: lint build
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test: lint $(STAMPS)/build-cpu
+	$(PYTEST) $(ARGS)
+
+test-full: build
+	$(PYTEST) -m "full or cuda" $(ARGS)
 
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check .
@@ -55,7 +61,7 @@ gpu-check:
 	$(PYTHON) tests/cuda/gpu_check.py $(ARGS)
 
 clean:
-	rm -rf build *.egg-info lstm_fused/*.so $(STAMPS)/build .pytest_cache .ruff_cache .hypothesis
+	rm -rf build *.egg-info lstm_fused/*.so $(STAMPS)/build* .pytest_cache .ruff_cache .hypothesis
 
 distclean: clean
 	rm -rf $(VENV)
@@ -80,7 +86,15 @@ $(STAMPS)/dev: requirements-dev.txt | $(STAMPS)/venv
 	@touch $@
 
 # Folders are listed too, so that a file added to or taken from csrc/ also rebuilds.
-$(STAMPS)/build: setup.py pyproject.toml $(shell find csrc) $(STAMPS)/dev
-	@echo "building the kernels, a minute or two when all of them are new"
+SOURCES := setup.py pyproject.toml $(shell find csrc)
+$(STAMPS)/build: $(SOURCES) $(STAMPS)/dev
+	@echo "building the kernels; where nvcc is, several minutes when all of them are new"
 	$(PIP) install --quiet --no-build-isolation --no-deps -e .
+	@touch $(STAMPS)/build-cpu $@
+
+# Without the CUDA library, which takes longer than the rest; one of older sources is removed.
+$(STAMPS)/build-cpu: $(SOURCES) $(STAMPS)/dev
+	@echo "building the CPU kernels, two or three minutes when all of them are new"
+	@rm -f lstm_fused/_C_cuda*.so $(STAMPS)/build
+	LSTM_FUSED_CUDA=0 $(PIP) install --quiet --no-build-isolation --no-deps -e .
 	@touch $@

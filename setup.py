@@ -6,6 +6,7 @@
 `lstm_fused._plan`  plans and build information, on pybind11 alone
 `lstm_fused._C_cuda` operators and CUDA kernels, on the stable ABI too, where nvcc is found; also
                     beside a torch without CUDA. TORCH_CUDA_ARCH_LIST chooses the architectures.
+                    LSTM_FUSED_CUDA=0 leaves it out, LSTM_FUSED_CUDA=1 fails without nvcc.
 """
 
 import os
@@ -58,7 +59,18 @@ def find_nvcc():
     )
 
 
-NVCC = find_nvcc()
+def nvcc_to_use(wanted, found):
+    """The nvcc to build CUDA kernels with, or None; wanted: the value of LSTM_FUSED_CUDA."""
+    if wanted not in ("", "0", "1"):
+        fail(f"LSTM_FUSED_CUDA is {wanted!r} but must be 0, 1 or not set.")
+    if wanted == "1" and found is None:
+        fail(
+            "LSTM_FUSED_CUDA is 1 but there is no nvcc. Install the CUDA toolkit or set CUDA_HOME."
+        )
+    return None if wanted == "0" else found
+
+
+NVCC = nvcc_to_use(os.environ.get("LSTM_FUSED_CUDA", ""), find_nvcc())
 
 COMMON = [
     "-std=c++20",
@@ -119,7 +131,7 @@ def sources(*folders, suffix="cpp"):
 def extensions():
     operators = CppExtension(
         "lstm_fused._C",
-        sources("torch", "cpu"),
+        sources("cpu", "torch"),  # the files of an ISA first: they compile longest
         extra_compile_args=[*COMMON, *KERNEL, f"-DTORCH_TARGET_VERSION={STABLE_ABI}"],
         extra_link_args=["-fopenmp"],
         py_limited_api=False,
@@ -190,9 +202,14 @@ def escaped(path):
 class Build(BuildExtension):
     """ninja for compiling in parallel; says what is left out."""
 
+    def finalize_options(self):
+        super().finalize_options()
+        if self.inplace:  # set for an editable install too: object files are kept for the next one
+            self.build_temp = str(ROOT / "build" / "temp")
+
     def build_extensions(self):
         if NVCC is None:
-            print("lstm_fused: nvcc not found, building the CPU part only")
+            print("lstm_fused: without nvcc or with LSTM_FUSED_CUDA=0, building the CPU part only")
         super().build_extensions()
 
     def build_extension(self, ext):

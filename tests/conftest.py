@@ -10,7 +10,7 @@ import torch
 
 import lstm_fused.fallback
 from lstm_fused import cuda, runtime
-from tests.helpers import emulated
+from tests.helpers import emulated, pairwise
 from tests.helpers.cuda_cases import tf32
 from tests.helpers.plan_coverage import DEVICES
 
@@ -37,6 +37,11 @@ def pytest_configure(config):
         cuda.say_never_run()  # said before the tests that count warnings
     # A test that means to run a kernel must not pass because torch stood in.
     config.addinivalue_line("filterwarnings", "error:lstm_fused.* ran through torch")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items):
+    pairwise.mark_full(items)
 
 
 @pytest.fixture

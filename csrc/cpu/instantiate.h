@@ -1,4 +1,4 @@
-// The body of every ISA file: all kernels for all cells and dtypes, compiled for the instructions
+// The body of every ISA file: the kernels for all cells and dtypes, compiled for the instructions
 // the file switched on before including this.
 #pragma once
 
@@ -54,16 +54,21 @@ int64_t scratch_bytes(const Params& params, const Plan& plan) {
   return arena.used();
 }
 
+// The direct kernel multiplies no pairs: where there are pairs, its plan has the ISA without.
 template <class Cell, class S>
 bool forward(const ForwardParams& p, const Plan& plan) {
-  return plan.kernel == KernelKind::kDirect ? run<Direct<Cell, S>>(p, plan)
-                                            : run<Persistent<Cell, S>>(p, plan);
+  if constexpr (!kFacts.bf16_pairs) {
+    if (plan.kernel == KernelKind::kDirect) return run<Direct<Cell, S>>(p, plan);
+  }
+  return run<Persistent<Cell, S>>(p, plan);
 }
 
 template <class Cell, class S>
 int64_t forward_scratch(const ForwardParams& p, const Plan& plan) {
-  return plan.kernel == KernelKind::kDirect ? scratch_bytes<Direct<Cell, S>>(p, plan)
-                                            : scratch_bytes<Persistent<Cell, S>>(p, plan);
+  if constexpr (!kFacts.bf16_pairs) {
+    if (plan.kernel == KernelKind::kDirect) return scratch_bytes<Direct<Cell, S>>(p, plan);
+  }
+  return scratch_bytes<Persistent<Cell, S>>(p, plan);
 }
 
 template <class Cell, class S>
@@ -85,11 +90,21 @@ constexpr Kernel kernel() {
 template <class Cell, class S>
 inline constexpr Kernel kKernel = kernel<Cell, S>();
 
+// Null for the dtypes that are planned for another ISA: all but bfloat16 where it is multiplied in
+// pairs, whose code would be the same.
+template <class Cell, class S>
+const Kernel* kernel_if_planned() {
+  if constexpr (kFacts.bf16_pairs && !Same<S, BFloat16>::value)
+    return nullptr;
+  else
+    return &kKernel<Cell, S>;
+}
+
 template <class Cell>
 const Kernel* kernel_of_dtype(DType dtype) {
   switch (dtype) {
 #define LSTM_FUSED_CASE(Name, name, Storage, Compute, Torch) \
-  case DType::k##Name: return &kKernel<Cell, Storage>;
+  case DType::k##Name: return kernel_if_planned<Cell, Storage>();
     LSTM_FUSED_DTYPES(LSTM_FUSED_CASE)
 #undef LSTM_FUSED_CASE
     default: return nullptr;

@@ -17,7 +17,8 @@ struct Kernel {
   bool (*tangent)(const TangentParams&, const Plan&);
 };
 
-// kernels_<isa>(cell, dtype), each in its ISA file.
+// kernels_<isa>(cell, dtype), each in its ISA file; null for a dtype that is never planned for the
+// ISA.
 #define LSTM_FUSED_ROW(Name, name, bytes, rows, pairs, available) \
   const Kernel* kernels_##name(CellKind cell, DType dtype);
 LSTM_FUSED_ISAS(LSTM_FUSED_ROW)

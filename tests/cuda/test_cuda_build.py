@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -23,11 +24,13 @@ ARCHS = ("80", "90a")
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
+@pytest.mark.full  # `make test` builds with LSTM_FUSED_CUDA=0
 @NEED_NVCC
 def test_is_built_where_nvcc_is():
     assert LIBRARY is not None and runtime.build_info()["cuda"]
 
 
+@pytest.mark.full
 @NEED_LIBRARY
 @NEED_NM
 def test_uses_the_stable_interface_only():
@@ -55,16 +58,31 @@ def report(source, arch, folder):
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory):
-    """Futures of report, by its arguments, as many at a time as there are processors."""
+def reports(request, tmp_path_factory):
+    """Futures of report, by its arguments, for the tests that were selected; as many at a time as
+    there are processors."""
     folder = tmp_path_factory.mktemp("cubins")
+    selected = [item.callspec.params for item in request.session.items if is_report(item)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {(s, a): pool.submit(report, s, a, folder) for a in ARCHS for s in SOURCES}
+        yield {
+            (p["source"], p["arch"]): pool.submit(report, p["source"], p["arch"], folder)
+            for p in selected
+        }
+
+
+def is_report(item):
+    return getattr(item, "originalname", None) == test_no_spills.__name__
+
+
+def compilations():
+    """Each source for each architecture; all but the one that compiles fastest are `full`."""
+    for source, arch in product(SOURCES, ARCHS):
+        marks = () if (source.stem, arch) == ("float64", "80") else pytest.mark.full
+        yield pytest.param(source, arch, id=f"{source.stem}-{arch}", marks=marks)
 
 
 @NEED_NVCC
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
+@pytest.mark.parametrize(("source", "arch"), list(compilations()))
 def test_no_spills(source, arch, reports):
     """No kernel keeps registers in local memory, and each fits its SM as the plan says."""
     done = reports[source, arch].result()
@@ -96,6 +114,16 @@ def test_architectures():
     assert gencode("8.6 8.9") == gencode("8.6;8.9")
     with pytest.raises(SystemExit, match="'Hopper', which is not like 9.0"):
         gencode("Hopper")
+
+
+def test_environment_chooses_nvcc():
+    chosen = functions_of_setup().nvcc_to_use
+    assert chosen("", "nvcc") == chosen("1", "nvcc") == "nvcc"
+    assert chosen("0", "nvcc") is chosen("", None) is None
+    with pytest.raises(SystemExit, match="there is no nvcc"):
+        chosen("1", None)
+    with pytest.raises(SystemExit, match="'yes' but must be 0, 1 or not set"):
+        chosen("yes", "nvcc")
 
 
 def test_kernels_include_no_torch():

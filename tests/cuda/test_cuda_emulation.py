@@ -149,6 +149,7 @@ def sanitized(*arguments, program="driver", **environment):
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
 
 
+@pytest.mark.full
 def test_no_races():
     """Fibers in turns, and twice in a random order; the driver also compares with a plain loop."""
     seeds = ({}, {"LSTM_FUSED_EMULATION_SEED": "1"}, {"LSTM_FUSED_EMULATION_SEED": "2"})
@@ -159,6 +160,7 @@ def test_no_races():
         assert re.search(r"\d\d+ runs, 0 failed", done.stdout)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("kind", "missing"),
     [
@@ -176,12 +178,14 @@ def test_a_missing_barrier_is_noticed(kind, missing):
     assert "data race" in done.stderr or "failed" in done.stdout and ", 0 failed" not in done.stdout
 
 
+@pytest.mark.full
 def test_exchange_has_no_races():
     done = sanitized(program="exchange")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(" 0 wrong") == 9
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("missing", ["counter", "cluster", "copies"])
 def test_exchange_notices_a_missing_barrier(missing):
     assert sanitized(program="exchange", LSTM_FUSED_EMULATION_WITHOUT=missing).returncode != 0

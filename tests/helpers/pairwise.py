@@ -1,7 +1,14 @@
-"""Pairwise covering designs: every two values of every two factors meet in some row."""
+"""Pairwise covering: every two values of every two factors are together in some row.
 
+`pairwise` designs rows from factors. `covering` selects cases from a list, and `mark_full` keeps
+such a selection of a test's cases in `make test`; `make test-full` runs the others.
+"""
+
+import inspect
 import random
 from itertools import combinations, product
+
+import pytest
 
 CANDIDATES = 40
 
@@ -35,3 +42,46 @@ def pairwise(factors, seed=0):
             del missing[pair]
         rows.append(best)
     return rows
+
+
+def covering(goals):
+    """Indices of some cases, such that each goal that a case reaches is reached by one of those.
+
+    goals: for each case a set. Greedy, in passes: a pass takes, in order, each case that adds at
+    least so many goals, first as many as any case has, at last one.
+    """
+    reached, taken = set(), []
+    threshold = max(map(len, goals), default=0)
+    while threshold:
+        for index, found in enumerate(goals):
+            if len(found - reached) >= threshold:
+                reached |= found
+                taken.append(index)
+        threshold = threshold * 2 // 3
+    return sorted(taken)
+
+
+def mark_full(items):
+    """Mark `full` the collected tests that no covering needs, of those functions that are
+    marked `covering(goals=...)`.
+
+    goals: a function of the test's parameters that gives the set of what the test reaches; without
+    it, each pair of two parameters' values.
+    """
+    functions = {}
+    for item in items:
+        if item.get_closest_marker("covering"):
+            functions.setdefault((item.path, item.originalname), []).append(item)
+    for tests in functions.values():
+        needed = set(covering([goals_of(test) for test in tests]))
+        for index, test in enumerate(tests):
+            if index not in needed:
+                test.add_marker(pytest.mark.full)
+
+
+def goals_of(item):
+    goals = item.get_closest_marker("covering").kwargs.get("goals")
+    params = item.callspec.params
+    if not goals:
+        return pairs_of({name: str(value) for name, value in params.items()})
+    return goals(**{name: params[name] for name in inspect.signature(goals).parameters})

@@ -76,7 +76,9 @@ def test_modules_export_their_entry_only():
 
 
 @NEED_NM
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    "isa", [*(pytest.param(i, marks=pytest.mark.full) for i in ISAS[:-1]), ISAS[-1]]
+)
 def test_no_code_of_an_isa_is_shared(isa, tmp_path):
     """The linker keeps one copy of an inline function: one compiled for AVX-512 would be run where
     there is none. So an ISA's object, even one that inlines nothing it need not (-O0), defines its

@@ -94,6 +94,15 @@ def chosen():
 CASES = chosen()
 
 
+def goals_of(problem, threads, isa):
+    """Each path with each ISA, dtype and cell, and each kernel with all three."""
+    p, goals = problem, set()
+    for path in paths_of(problem, isa, threads):
+        goals |= {(path, isa), (path, p.dtype), (path, p.cell), (path[0], isa, p.dtype, p.cell)}
+    return goals
+
+
+@pytest.mark.covering(goals=goals_of)
 @pytest.mark.parametrize(
     ("problem", "threads", "isa"), [pytest.param(*c, id="-".join(map(str, c))) for c in CASES]
 )

@@ -1,4 +1,4 @@
-"""test_layer_parity's question of problems that nobody chose, in any number of threads."""
+"""Random problems on random numbers of threads, judged as in test_layer_parity."""
 
 import pytest
 import torch
@@ -34,8 +34,9 @@ def any_problem(draw):
     )
 
 
+@pytest.mark.full
 @given(problem=any_problem(), data=st.data(), threads=st.integers(1, 5))
-def test_agrees_anywhere(problem, data, threads):
+def test_random_problems(problem, data, threads):
     isa = data.draw(st.sampled_from(isas_for(problem.dtype)))
     torch.set_num_threads(threads)
     runtime.set_isa(isa)

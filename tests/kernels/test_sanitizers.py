@@ -3,9 +3,12 @@
 import os
 import subprocess
 
+import pytest
+
 from tests.kernels.sanitize.build import DRIVER, build
 
 
+@pytest.mark.full
 def test_kernels_under_sanitizers():
     built = build()
     assert built.returncode == 0, built.stdout[-4000:] + built.stderr[-4000:]

@@ -201,6 +201,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.covering
 @each_cell
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
@@ -285,6 +286,7 @@ INPUTS = {
 }
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("on", ("class", "instance"))
 @pytest.mark.parametrize(
     "name, method",

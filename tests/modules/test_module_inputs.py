@@ -57,6 +57,7 @@ FORMS = {
 }
 
 
+@pytest.mark.covering
 @each_option
 @pytest.mark.parametrize("with_state", (False, True), ids=("", "hx"))
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -90,6 +91,7 @@ def test_zero_batch(cell, options, with_state):
     assert found["y"].numel() == 0
 
 
+@pytest.mark.covering
 @each_cell
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
 @pytest.mark.parametrize("form", ("dense", "sorted", "unsorted"))
@@ -162,6 +164,7 @@ class ByRows:
 LENGTHS = ([2, 5, 1], [5, 5, 5], [0, 3, 5], [4, 0, 2], [1, 0, 0], [0, 0, 0], [5, 4, 4])
 
 
+@pytest.mark.covering
 @each_option
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_lengths(cell, options, lengths):

@@ -51,6 +51,7 @@ def gradients(call, module, x, hx, lengths):
     return out, torch.autograd.grad(loss, leaves)
 
 
+@pytest.mark.covering(goals=lambda name, hx: {hx})
 @pytest.mark.parametrize("hx", [True, False])
 @pytest.mark.parametrize("name", MODULES)
 def test_compiles(name, hx):
@@ -65,6 +66,7 @@ def test_compiles(name, hx):
         )
 
 
+@pytest.mark.covering(goals=lambda name: {len(name) > 10})
 @pytest.mark.parametrize("name", MODULES)
 def test_compiles_rows_without_a_step(name):
     module = make(name)
@@ -74,6 +76,7 @@ def test_compiles_rows_without_a_step(name):
         torch.testing.assert_close(compiled(*given), module(*given))
 
 
+@pytest.mark.full
 def test_compiles_with_inductor():
     module = make("gru deep")
     compiled = torch.compile(module, fullgraph=True, dynamic=True)

@@ -97,6 +97,7 @@ def test_repr_and_pickle(training, name):
             torch.testing.assert_close(twin(*args, **kwargs), expected, rtol=0, atol=0)
 
 
+@pytest.mark.covering(goals=lambda name, training: {(name, name.endswith("Cell") and training)})
 @each_name
 @each_mode
 def test_gradients(training, name):

@@ -131,6 +131,7 @@ def result(module, input, state, narrow):
             return error
 
 
+@pytest.mark.covering
 @each_cell
 @each_narrow
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -202,6 +203,7 @@ def trained(module, input, state, dtype, narrow=None):
     return found | dict(zip(leaves, grads, strict=True))
 
 
+@pytest.mark.covering
 @each_cell
 @each_narrow
 @pytest.mark.usefixtures("device")

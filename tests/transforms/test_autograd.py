@@ -55,6 +55,12 @@ def each_of(*problems):
     return pytest.mark.parametrize("problem", each, ids=str)
 
 
+def goals_of(device, problem):
+    """Each problem whatever its cell, and each cell, on each device."""
+    shape = replace(problem, cell="lstm", proj=min(problem.proj, 1))
+    return {shape, (device, problem.cell), (device, problem.packed, problem.directions)}
+
+
 def forget(dtype="float64"):
     """Make last_run() speak of something else, so that what it says afterwards is news."""
     other = torch.float32 if dtype == "float64" else torch.float64
@@ -116,6 +122,7 @@ def assert_close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.covering(goals=goals_of)
 @each_of(*CHECKED)
 def test_gradcheck(problem):
     f, tensors = function_of(problem)
@@ -128,6 +135,7 @@ def test_gradcheck(problem):
     assert_ran("backward")
 
 
+@pytest.mark.covering(goals=goals_of)
 @each_of(*CHECKED)
 def test_gradgradcheck(problem):
     f, tensors = function_of(problem)
@@ -236,6 +244,7 @@ def test_retained_graph(cell):
         torch.autograd.grad(loss, tensors)
 
 
+@pytest.mark.covering
 @each_cell
 @pytest.mark.parametrize("used", [(0, 1, 2), (1,)], ids=str)
 @pytest.mark.parametrize("form", ["dense", "sorted"])
@@ -260,6 +269,7 @@ def test_any_part_frozen(form, used, cell):
 USED = [(0,), (1,), (2,), (0, 2), (1, 2)]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(
     "cell, used",
     [(cell, used) for cell in CELLS for used in USED if has_cell_state(cell) or 2 not in used],
@@ -280,6 +290,7 @@ def test_part_of_the_outputs_used(cell, used, form):
 CHANGED = ["x", "h0", "c0", "y", "h_n", "c_n", "weight_ih_l0", "bias_hh_l0"]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("frozen", [(), ("weight_ih_l0",)], ids=("trained", "w_ih frozen"))
 @pytest.mark.parametrize(
     "cell, changed",
@@ -453,6 +464,7 @@ def recomputed(f, *tensors):
     return checkpoint(f, *tensors, use_reentrant=False)
 
 
+@pytest.mark.covering
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
 @pytest.mark.parametrize("call", [saved_elsewhere, saved_on_cpu, under_anomaly_mode, recomputed])
 @each_of(ALL, replace(ALL, form="unsorted"))

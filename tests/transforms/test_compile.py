@@ -143,6 +143,7 @@ def test_turns_dynamic_by_itself(name):
     assert counter.frame_count <= 3  # sizes as they were, another T, another N
 
 
+@pytest.mark.covering(goals=lambda name, hx: {name, hx})
 @pytest.mark.parametrize("name", [*PLAIN, "proj", *DEEP])
 @pytest.mark.parametrize("hx", [True, False])
 def test_compiles_packed(name, hx):
@@ -168,6 +169,7 @@ def test_compiles_packed(name, hx):
     assert len(graphs.forward) == 1
 
 
+@pytest.mark.covering(goals=lambda real_device: {real_device})
 @pytest.mark.parametrize("name", PLAIN)
 def test_compiles_with_inductor(name, real_device):
     if real_device == "cuda" and not has_triton():
@@ -223,6 +225,7 @@ def test_torch_keeps_its_own_rule():
             theirs(torch.randn(2, 2, 3))
 
 
+@pytest.mark.covering(goals=lambda name, hx: {name, hx})
 @pytest.mark.parametrize("name", [*PLAIN, "nobias-batch_first", *DEEP])
 @pytest.mark.parametrize("hx", [True, False])
 def test_exports(name, hx):
@@ -274,6 +277,10 @@ each_sample = pytest.mark.parametrize(
 )
 
 
+def each_cell_and_sample(cell, name):
+    return {cell, name}
+
+
 def sample(cell, name):
     """x, batch_sizes, state0, weights and the number of directions."""
     shape, D, bias, proj, states, dtype = SAMPLES[name]
@@ -289,6 +296,7 @@ def sample(cell, name):
     return x, batch_sizes, list(state0), [w.detach() for w in module.parameters()], D
 
 
+@pytest.mark.covering(goals=each_cell_and_sample)
 @pytest.mark.parametrize("training", [True, False])
 @each_sample
 def test_opcheck_forward(cell, name, training):
@@ -296,6 +304,7 @@ def test_opcheck_forward(cell, name, training):
     opcheck(FORWARD, (x, batch_sizes, state0, weights, ops.CELLS[cell]["id"], D, training))
 
 
+@pytest.mark.covering(goals=lambda cell, name: {cell, SAMPLES[name][0].__class__})
 @each_sample
 def test_opcheck_backward(cell, name):
     x, batch_sizes, state0, weights, D = sample(cell, name)
@@ -316,6 +325,7 @@ def test_opcheck_backward(cell, name):
             opcheck(BACKWARD, (*given, [*mask, preacts]))
 
 
+@pytest.mark.covering(goals=each_cell_and_sample)
 @each_sample
 def test_opcheck_tangents(cell, name):
     x, batch_sizes, state0, weights, D = sample(cell, name)

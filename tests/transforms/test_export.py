@@ -73,12 +73,14 @@ def from_python(packaged):
     return compare(model, ROWS, torch._inductor.aoti_load_package(str(path)))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ROWS)
 def test_package(from_python, name):
     for found, expected in from_python[name]:
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.full
 def test_package_refuses_lengths(packaged):
     x, h, c, lengths = inputs(*SIZES[0])
     run = torch._inductor.aoti_load_package(str(packaged[1]))
@@ -114,12 +116,14 @@ def from_cpp(packaged, tmp_path_factory):
     return found, program
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ROWS)
 def test_package_in_cpp(from_cpp, name):
     for found, expected in from_cpp[0][name]:
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(shutil.which("ldd") is None, reason="there is no ldd")
 def test_cpp_has_no_python(from_cpp):
     for path in (from_cpp[1], _C.__file__):
@@ -160,6 +164,7 @@ def test_a_dynamic_number_of_steps_has_no_decomposition(form):
         program.run_decompositions(lstm_fused.decompositions())
 
 
+@pytest.mark.full
 def test_openvino(decomposed):
     openvino = pytest.importorskip("openvino")
     model, program = decomposed
@@ -173,6 +178,7 @@ def test_openvino(decomposed):
     assert_agree(model, run)
 
 
+@pytest.mark.full
 def test_executorch():
     """Its own form of programs has no operator that is not torch's."""
     pytest.importorskip("executorch")

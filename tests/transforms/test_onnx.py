@@ -76,7 +76,10 @@ def count(path):
     return {op: n for op, n in operators.items() if op in RECURRENT}
 
 
-@pytest.fixture(scope="module", params=EXPORTERS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(e, marks=pytest.mark.full if e == "program" else ()) for e in EXPORTERS],
+)
 def exported(request, tmp_path_factory):
     """The model of all rows: {row: (results, expected), for each of SIZES}, and the file."""
     torch.manual_seed(0)

@@ -476,6 +476,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.covering(goals=lambda name, form: {form} if name == "grad of all" else set())
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("name, form", COMPILED, ids=lambda case: str(case))
 def test_compiled(name, form):
@@ -501,6 +502,9 @@ def own_parameters(module, x, how):
     return g, through, x.grad, [w.grad for w in weights]
 
 
+@pytest.mark.covering(
+    goals=lambda form, frozen, compiled: {(frozen, compiled), (form, form.step and compiled)}
+)
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("compiled", [False, True], ids=("eager", "compiled"))
 @pytest.mark.parametrize("frozen", ["", "ih", "all"], ids=lambda f: f"{f or 'nothing'} frozen")
@@ -521,6 +525,7 @@ def test_as_torch_over_own_parameters(form, frozen, compiled):
     assert_close(*found)
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("name", ["grad of all", "per sample", "ensemble trained"])
 def test_compiled_by_inductor(name):
