@@ -52,7 +52,7 @@ def fake_cuda(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def same_start():
+def fixed_defaults():
     """Each test starts from one seed, one thread, the ISA that the machine would choose, no TF32.
 
     Small layers are run faster by one thread; tests of sharing work out ask for more. torch lets
@@ -75,7 +75,7 @@ def device(request, monkeypatch):
     emulated there. Files whose every test runs everywhere use it by their pytestmark.
     """
     if request.param != "emulated":
-        yield from placed(request.param, monkeypatch)
+        yield from on_device(request.param, monkeypatch)
         return
     with emulated.kernels():
         yield request.param
@@ -84,10 +84,10 @@ def device(request, monkeypatch):
 @pytest.fixture(params=["cpu", *ON_CUDA])
 def real_device(request, monkeypatch):
     """As `device`, without the emulation: for what lies around the kernels."""
-    yield from placed(request.param, monkeypatch)
+    yield from on_device(request.param, monkeypatch)
 
 
-def placed(device, monkeypatch):
+def on_device(device, monkeypatch):
     """The rest of a fixture that gives a device and has the test's tensors made there.
 
     On CUDA torch.nn does without cuDNN, which draws dropout masks of its own, warns of weights that

@@ -73,11 +73,11 @@ def test_tf32(kind, problem):
     layers."""
     problem = replace(problem, device="cuda")
     cuda.set_plan(kind)
-    oracle.judges.cache_clear()
+    oracle.expected_outcomes.cache_clear()
     with tf32(True):
-        theirs, exact = (outcomes[0].tensors for outcomes in oracle.judges(problem))
+        theirs, exact = (outcomes[0].tensors for outcomes in oracle.expected_outcomes(problem))
         found = run_module(problem, lstm_fused)
-    oracle.judges.cache_clear()  # the others' judges are without TF32
+    oracle.expected_outcomes.cache_clear()  # the others' judges are without TF32
     assert found.forward_run["tf32"] == found.backward_run["tf32"] == 1
     for name, truth in exact.items():
         error, largest = tolerance.error_of(found.tensors[name], truth), truth.abs().max().item()
@@ -91,7 +91,7 @@ def test_layouts_of_x():
 
 @each_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_repeats_to_the_bit(kind, dtype):
+def test_bitwise_reproducible(kind, dtype):
     """Twenty times: a race between SMs does not show each time."""
     problem = Problem(50, 19, 6, 300, dtype, form="unsorted", directions=2, hx=True, device="cuda")
     cuda.set_plan(kind)
@@ -287,7 +287,7 @@ def test_compiles():
     ours.sum().backward()
 
 
-def test_explains():
+def test_explain():
     module, x = layer()
     text = str(lstm_fused.explain(module, x))
     assert "plan" in text and "CTAs" in text

@@ -26,7 +26,7 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 @pytest.mark.full  # `make test` builds with LSTM_FUSED_CUDA=0
 @NEED_NVCC
-def test_is_built_where_nvcc_is():
+def test_built_with_nvcc():
     assert LIBRARY is not None and runtime.build_info()["cuda"]
 
 

@@ -17,7 +17,7 @@ import lstm_fused
 from lstm_fused import cuda, ops
 from lstm_fused.testing import tolerance
 from tests.helpers import emulated, oracle
-from tests.helpers.compare_modules import LAYER_REFUSES, assert_layer_refuses
+from tests.helpers.compare_modules import LAYER_ERRORS, assert_layer_raises
 from tests.helpers.cuda_cases import (
     KINDS,
     PROJECTED,
@@ -28,7 +28,7 @@ from tests.helpers.cuda_cases import (
     expected,
     tf32,
 )
-from tests.helpers.oracle import Problem, check, judges, run_module
+from tests.helpers.oracle import Problem, check, expected_outcomes, run_module
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def test_tf32(kind, problem):
         found = run_module(problem, lstm_fused)
     assert_ran(kind, problem, found)
     assert found.forward_run["tf32"] == found.backward_run["tf32"] == 1
-    exact = judges(problem)[1][0].tensors
+    exact = expected_outcomes(problem)[1][0].tensors
     for name, truth in exact.items():
         error, largest = tolerance.error_of(found.tensors[name], truth), truth.abs().max().item()
         assert error <= torch.finfo(torch.float16).eps * largest, name
@@ -80,7 +80,7 @@ def test_layouts_of_x():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_repeats_to_the_bit(kind, dtype):
+def test_bitwise_reproducible(kind, dtype):
     problem = Problem(4, 19, 6, 40, dtype, form="unsorted", directions=2, hx=True)
     cuda.set_plan(kind)
     once, again = (run_module(problem, lstm_fused).tensors for _ in range(2))
@@ -88,7 +88,7 @@ def test_repeats_to_the_bit(kind, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_of_some(kind):
+def test_gradients_of_a_subset(kind):
     """What is not asked for, or not given, changes nothing of the rest."""
     cuda.set_plan(kind)
     problem = Problem(4, 5, 6, 40, directions=2, hx=True)
@@ -134,9 +134,9 @@ def test_no_rows_and_one_step():
     assert all(not p.grad.any() for p in module.parameters())
 
 
-@pytest.mark.parametrize("change, message", LAYER_REFUSES.values(), ids=LAYER_REFUSES)
-def test_refuses(change, message):
-    assert_layer_refuses(change, message)
+@pytest.mark.parametrize("change, message", LAYER_ERRORS.values(), ids=LAYER_ERRORS)
+def test_error_messages(change, message):
+    assert_layer_raises(change, message)
 
 
 def sanitized(*arguments, program="driver", **environment):
@@ -172,7 +172,7 @@ def test_no_races():
         ("step", "copies"),
     ],
 )
-def test_a_missing_barrier_is_noticed(kind, missing):
+def test_missing_barrier_is_detected(kind, missing):
     done = sanitized(kind, LSTM_FUSED_EMULATION_WITHOUT=missing)
     assert done.returncode != 0
     assert "data race" in done.stderr or "failed" in done.stdout and ", 0 failed" not in done.stdout
@@ -187,5 +187,5 @@ def test_exchange_has_no_races():
 
 @pytest.mark.full
 @pytest.mark.parametrize("missing", ["counter", "cluster", "copies"])
-def test_exchange_notices_a_missing_barrier(missing):
+def test_exchange_detects_missing_barrier(missing):
     assert sanitized(program="exchange", LSTM_FUSED_EMULATION_WITHOUT=missing).returncode != 0

@@ -33,7 +33,7 @@ def plans():
                 yield (name, *sizes, kind), plan
 
 
-def test_within_the_device():
+def test_plan_fits_the_device():
     seen = set()
     for case, p in plans():
         name, dtype, T, N, H, _, D, gates, _, _, _, backward, kind = case
@@ -70,7 +70,7 @@ def test_targets_are_of_the_devices():
         assert re.fullmatch(rf"{major}\.{minor}[af]?(\+PTX)?", target), gpu
 
 
-def test_old_devices_are_refused():
+def test_unsupported_capability():
     with pytest.raises(ValueError, match="compute capability 8.0 or later, this is 7.5"):
         _plan.cuda_plan("float32", 9, 1, 8, 8, 1, 4, False, True, (7, 5, 40, 64 << 10, 1, 0))
 
@@ -108,6 +108,6 @@ def test_a_forced_plan_without_room_is_the_step_plan():
         cuda.set_plan("gird")
 
 
-def test_a_plan_prints():
+def test_plan_text():
     text = str(cuda.plan("float32", 9, 4, 40, 40, 1, 4, False, True, DEVICES["H200"], False))
     assert "plan" in text and "CTAs" in text and "TF32" in text

@@ -28,7 +28,7 @@ sys.exit(pytest.main(["-m", "cuda", "--collect-only", "-p", "no:cacheprovider", 
 """
 
 
-def test_collects_where_little_is_installed():
+def test_collects_without_optional_packages():
     """And every file with a test marked cuda is named; test_upstream is skipped there."""
     done = subprocess.run(
         [sys.executable, "-c", COLLECT],
@@ -47,7 +47,7 @@ def test_parts_fit_in_half_an_hour():
     assert max(LIMITS.values()) <= 560 and sum(LIMITS.values()) <= 1800
 
 
-def test_parts_are_in_the_order_that_is_said():
+def test_documented_order_of_parts():
     assert f"in this order: {', '.join(LIMITS)}." in said
     listed = re.findall(
         r"^\d\. `python tests/cuda/gpu_check.py ([\w ]+)`", DOCS.read_text(), re.MULTILINE

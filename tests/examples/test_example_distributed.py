@@ -46,7 +46,7 @@ def test_two_processes_are_as_one(tmp_path):
         torch.testing.assert_close(shared[name], w, rtol=1e-3, atol=1e-3)
 
 
-def test_resumes_to_the_bit(tmp_path):
+def test_resume_is_bitwise_identical(tmp_path):
     whole = distributed.EXAMPLE.results(["--steps", "12", "--out", str(tmp_path / "whole")])
     rest = distributed.EXAMPLE.results(
         ["--steps", "12", "--out", str(tmp_path / "rest"),

@@ -41,7 +41,7 @@ def test_bad_data_is_one_line(tmp_path, capsys, content):
     assert message.count("\n") == 1
 
 
-def test_numbers_without_a_head_line(tmp_path):
+def test_csv_without_header(tmp_path):
     path = tmp_path / "series.csv"
     path.write_text("1,2\n3,4\n")
     assert common.read_numbers(path).tolist() == [[1, 2], [3, 4]]

@@ -21,7 +21,7 @@ def test_backends_agree(tmp_path, way):
 
 
 @pytest.mark.parametrize("way", generate.WAYS)
-def test_what_each_way_feeds(way):
+def test_input_of_each_method(way):
     model = generate.Captioner(way, "rnn", "fused")
     seen = []
     model.layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))

@@ -24,7 +24,7 @@ def test_backends_agree(tmp_path):
     example_checks.assert_agree(sentiment.EXAMPLE, tmp_path)
 
 
-def test_padding_tells_nothing():
+def test_padding_has_no_effect():
     model = sentiment.Classifier(50, "fused").eval()
     words, lengths = torch.randint(2, 50, (3, 9)), torch.tensor([4, 9, 1])
     together = model.probabilities(words, lengths)

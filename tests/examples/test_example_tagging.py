@@ -50,7 +50,7 @@ def test_form_feed_shifts_nothing():
     assert fed[8:] == plain[7:]
 
 
-def test_what_is_no_python_is_skipped(tmp_path, capsys):
+def test_other_files_are_skipped(tmp_path, capsys):
     (tmp_path / "good.py").write_text("value = 1\n" * 300)
     (tmp_path / "bad.py").write_text("'''\n")
     text, tags = tagging.load(tmp_path)

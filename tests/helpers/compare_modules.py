@@ -142,7 +142,7 @@ def assert_accurate(found, expected, exact, dtype):
 
 
 # Of ops.layer's arguments those that are wrong, and the whole of what it says.
-LAYER_REFUSES = {
+LAYER_ERRORS = {
     "2-D": ({"x": torch.zeros(3, 2)}, "x has shape (3, 2) but must be (T, N, I)"),
     "integers": (
         {"x": torch.zeros(3, 2, 4).int()},
@@ -189,7 +189,7 @@ LAYER_REFUSES = {
 }
 
 
-def assert_layer_refuses(change, message):
+def assert_layer_raises(change, message):
     given = {
         "x": torch.zeros(3, 2, 4),
         "batch_sizes": None,

@@ -133,7 +133,7 @@ class Outcome:
     errors: dict = field(default_factory=dict)
 
 
-def here(problem):
+def on_default_device(problem):
     """The problem on the device of the test that asks, which conftest's `device` chose."""
     return replace(problem, device=torch.get_default_device().type)
 
@@ -275,14 +275,14 @@ def reversed_layer(cell, layer, x, batch_sizes, state0, weights, directions):
 
     gates = ops.CELLS[cell]["gates"]
 
-    def turned(w, is_projection):
+    def reversed_weight(w, is_projection):
         if is_projection:  # (R, H)
             return w.flip(0, 1)
         w = w.unflatten(0, (gates, -1)).flip(1)  # (G, H, K) or (G, H)
         return (w.flip(2) if w.dim() == 3 else w).flatten(0, 1)
 
     each = len(weights) // directions
-    weights = [turned(w, each % 2 and k % each == each - 1) for k, w in enumerate(weights)]
+    weights = [reversed_weight(w, each % 2 and k % each == each - 1) for k, w in enumerate(weights)]
     state0 = tuple(s.flip(-1) for s in state0)
     y, states = layer(x.flip(-1), batch_sizes, state0, weights, directions)
     y = y.unflatten(-1, (directions, -1)).flip(-1).flatten(-2)
@@ -351,7 +351,7 @@ def errors_of(problem, library, draw, tensors, exact):
 
 
 @lru_cache(maxsize=8)
-def judges(problem):
+def expected_outcomes(problem):
     """What torch.nn and what the float64 reference make of each draw of a problem: Outcomes."""
     draws = range(problem.draws)
     threads = torch.get_num_threads()
@@ -366,9 +366,9 @@ def judges(problem):
         torch.set_num_threads(threads)
 
 
-def misses(found, problem):
+def violations(found, problem):
     """A line for each tensor that is further off than its tolerance; found: one dict a draw."""
-    torchs, exact = judges(problem)
+    torchs, exact = expected_outcomes(problem)
     ours = [errors_of(problem, lstm_fused, k, t, exact[k]) for k, t in enumerate(found)]
     lines = []
     for name in ours[0]:
@@ -397,9 +397,11 @@ def check(problem):
         [run_module(problem, lstm_fused, k, gradients) for k in range(problem.draws)]
         for gradients in (False, True)
     )
-    assert full[0].tensors.keys() == judges(problem)[1][0].tensors.keys()
-    lines = [f"without gradients {line}" for line in misses([r.tensors for r in plain], problem)]
-    lines += misses([r.tensors for r in full], problem)
+    assert full[0].tensors.keys() == expected_outcomes(problem)[1][0].tensors.keys()
+    lines = [
+        f"without gradients {line}" for line in violations([r.tensors for r in plain], problem)
+    ]
+    lines += violations([r.tensors for r in full], problem)
     assert not lines, "\n".join([str(problem), *lines])
     assert plain[-1].forward_run["pass"] == "forward"
     return full[-1]

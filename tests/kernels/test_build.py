@@ -59,7 +59,7 @@ def test_operators_use_the_stable_interface_only():
 
 
 @NEED_NM
-def test_plans_know_no_torch():
+def test_plan_module_links_no_torch():
     undefined = [name for _, name in symbols(_plan.__file__, "--dynamic", "--undefined-only")]
     assert any(name.startswith("Py") for name in undefined)
     assert not [name for name in undefined if TORCH.search(name)]
@@ -79,7 +79,7 @@ def test_modules_export_their_entry_only():
 @pytest.mark.parametrize(
     "isa", [*(pytest.param(i, marks=pytest.mark.full) for i in ISAS[:-1]), ISAS[-1]]
 )
-def test_no_code_of_an_isa_is_shared(isa, tmp_path):
+def test_isa_code_has_internal_linkage(isa, tmp_path):
     """The linker keeps one copy of an inline function: one compiled for AVX-512 would be run where
     there is none. So an ISA's object, even one that inlines nothing it need not (-O0), defines its
     own entry and nothing else that others see."""
@@ -181,7 +181,7 @@ def test_plan_of_a_call():
         ({"dtype": torch.int8}, "dtype is 'int8' but must be one of float32"),
     ],
 )
-def test_plan_refuses(change, message):
+def test_plan_errors(change, message):
     sizes = {"T": 1, "N": 1, "I": 1, "H": 1, "R": 1, "directions": 1}
     with pytest.raises(ValueError, match=message):
         runtime.plan(**{"cell": "lstm", "dtype": "float32"} | sizes | change)
@@ -260,6 +260,6 @@ lstm_fused.LSTM(3, 4)(torch.zeros(9, 2, 3))[0].sum().backward()
 """
 
 
-def test_needs_torch_alone():
+def test_torch_is_the_only_dependency():
     found = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr

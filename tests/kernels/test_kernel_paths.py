@@ -106,13 +106,13 @@ def goals_of(problem, threads, isa):
 @pytest.mark.parametrize(
     ("problem", "threads", "isa"), [pytest.param(*c, id="-".join(map(str, c))) for c in CASES]
 )
-def test_path(problem, threads, isa):
+def test_kernel_path(problem, threads, isa):
     torch.set_num_threads(threads)
     runtime.set_isa(isa)
     assert_ran(problem, isa, check(problem))
 
 
-def test_no_path_is_lost():
+def test_every_partition_is_planned():
     """The plan did not stop using a partition without anybody noticing."""
     for cell, dtype in product(CELLS, DTYPES):
         for isa in isas_for(dtype):
@@ -138,7 +138,7 @@ def test_no_path_is_lost():
     ],
     ids=str,
 )
-def test_repeats_to_the_bit(problem, threads):
+def test_bitwise_reproducible(problem, threads):
     torch.set_num_threads(threads)
     once, again = (run_module(problem, lstm_fused).tensors for _ in range(2))
     assert all(torch.equal(once[name], again[name]) for name in once)

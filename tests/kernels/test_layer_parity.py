@@ -12,11 +12,11 @@ from tests.helpers.oracle import (
     CELLS,
     Problem,
     check,
-    judges,
-    misses,
+    expected_outcomes,
     run_module,
     run_reference,
     signs_of,
+    violations,
 )
 from tests.helpers.pairwise import pairs_of, pairwise
 from tests.helpers.plan_coverage import DEVICES, DTYPES, assert_ran, isas_for
@@ -101,17 +101,20 @@ def test_agrees(problem, isa):
     assert_ran(problem, isa, check(problem))
 
 
-def test_a_wrong_branch_of_relu_is_found(monkeypatch):
+def test_wrong_relu_branch_is_detected(monkeypatch):
     """At a sum far from 0: taken by the backward pass alone, and by both."""
     problem = Problem(9, 5, 6, 11, torch.bfloat16, 2, 2, cell="rnn_relu", form="unsorted", hx=True)
     found = [run_module(problem, lstm_fused, k).tensors for k in range(problem.draws)]
-    assert misses(found, problem) == []
-    sums, signs = judges(problem)[1][0].sums, signs_of(problem, lstm_fused, 0, found[0]["y"])
+    assert violations(found, problem) == []
+    sums, signs = (
+        expected_outcomes(problem)[1][0].sums,
+        signs_of(problem, lstm_fused, 0, found[0]["y"]),
+    )
     step = max(range(len(sums[0])), key=lambda k: sums[0][k].max())
     signs[0][step] &= sums[0][step] < sums[0][step].max()
     wrong = run_reference(problem, 0, signs).tensors
     found[0] |= {k: t.to(problem.dtype) for k, t in wrong.items() if k.startswith("d_")}
-    assert [line for line in misses(found, problem) if line.startswith("d_weight_ih_l0: off")]
+    assert [line for line in violations(found, problem) if line.startswith("d_weight_ih_l0: off")]
     monkeypatch.setattr(
         oracle,
         "signs_of",
@@ -119,7 +122,7 @@ def test_a_wrong_branch_of_relu_is_found(monkeypatch):
             signs if library is lstm_fused and k == 0 else signs_of(p, library, k, y)
         ),
     )
-    assert [line.partition(":")[0] for line in misses(found, problem)] == ["relu_sum_l0"]
+    assert [line.partition(":")[0] for line in violations(found, problem)] == ["relu_sum_l0"]
 
 
 def test_design_covers_every_pair():

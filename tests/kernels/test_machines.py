@@ -37,7 +37,7 @@ def lesser():
     return "baseline", "SSE41", "default"
 
 
-def on_a_lesser_machine(*arguments):
+def run_restricted(*arguments):
     """What python prints with these arguments there."""
     names = "LSTM_FUSED_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"
     done = subprocess.run(
@@ -51,15 +51,15 @@ def on_a_lesser_machine(*arguments):
     return done.stdout
 
 
-def test_it_is_a_lesser_machine():
+def test_isa_is_restricted():
     """Our kernels are of the lesser ISA, and oneDNN has float32 alone."""
-    seen = on_a_lesser_machine("-c", SEEN).split()
+    seen = run_restricted("-c", SEEN).split()
     assert seen == [lesser()[0], str(torch.backends.mkldnn.is_available()), "False", "False"]
 
 
 @pytest.mark.parametrize("name", TESTS)
-def test_on_a_lesser_machine(name):
+def test_on_restricted_isa(name):
     file, which = TESTS[name]
     if "layer" in file:  # these name the ISA they run
         which += f" and {lesser()[0]}"
-    on_a_lesser_machine("-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", which)
+    run_restricted("-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", which)

@@ -42,7 +42,7 @@ def test_poison_is_on():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_saved_tensors_are_written_to_the_end(dtype):
+def test_saved_tensors_are_fully_written(dtype):
     """What is saved for backward holds no old memory, not even where a block has no unit."""
     for isa, hidden, cell in product(isas_for(dtype), (1, 5, 16, 21), CELLS):
         runtime.set_isa(isa)
@@ -91,7 +91,7 @@ def each_place():
 
 @pytest.mark.parametrize("problem, place", list(each_place()))
 @pytest.mark.parametrize("value", VALUES)
-def test_goes_where_it_goes_in_torch(problem, place, value, spoiled):
+def test_nan_propagation(problem, place, value, spoiled):
     """Into the rows, units and gradients that torch.nn's goes into, and no further.
 
     An infinite dy of a GRU is inf - inf, NaN, in torch's formula, where ours may keep it infinite.
@@ -114,7 +114,7 @@ def test_goes_where_it_goes_in_torch(problem, place, value, spoiled):
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nan_stays_in_its_row(dtype, cell):
+def test_nan_does_not_spread_between_rows(dtype, cell):
     """In every dtype and ISA: the row that has it, from the step that has it on."""
     for isa, rows in product(isas_for(dtype), (2, 7)):
         runtime.set_isa(isa)

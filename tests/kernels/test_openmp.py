@@ -84,7 +84,7 @@ assert lstm.weight_hh_l0.grad.isfinite().all()
 """
 
 
-def test_fewer_threads_granted():
+def test_openmp_thread_limit():
     """With a limit on OpenMP's threads the team is smaller than asked for, and the result right."""
     run = subprocess.run(
         [sys.executable, "-c", LIMITED],

@@ -32,7 +32,7 @@ PROBLEMS = (
 
 
 @pytest.fixture(autouse=True)
-def two_threads(same_start):
+def two_threads(fixed_defaults):
     torch.set_num_threads(2)
 
 
@@ -156,7 +156,7 @@ def test_inside_torch_parallelism():
 BUSY = "while True: pass"
 
 
-def test_more_threads_than_cores_beside_busy_neighbours():
+def test_oversubscribed_cores():
     """A barrier that only spins would take a time slice a step here."""
     problem = PROBLEMS[0]
     exact = run_reference(problem).tensors

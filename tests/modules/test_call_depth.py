@@ -39,7 +39,7 @@ def depths(monkeypatch):
 
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("layers", [1, 2])
-def test_few_functions_between_module_and_operator(module, layers, depths):
+def test_call_depth(module, layers, depths):
     layer = module(3, 4, layers)
     y, hx = layer(torch.randn(5, 2, 3))
     (y.sum() + sum(s.sum() for s in states_of(hx))).backward()

@@ -16,7 +16,7 @@ import lstm_fused
 from lstm_fused import reference, runtime
 from lstm_fused.testing.tolerance import allowed, error_of
 from tests.helpers.compare_modules import autocast, changed, ones, outcome, states_of
-from tests.helpers.oracle import CELLS, Problem, has_cell_state, here
+from tests.helpers.oracle import CELLS, Problem, has_cell_state, on_default_device
 from tests.helpers.plan_coverage import DTYPES, isas_for
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -131,9 +131,9 @@ def test_is_as_accurate_as_torch(dtype, cell, device):
 
 
 @each_cell
-def test_a_loop_of_steps_is_the_layer(cell):
+def test_cell_loop_equals_layer(cell):
     """Fed with its own states, as a decoder does: outputs, and gradients through all steps."""
-    p = here(Problem(6, N, I, H, torch.float64, cell=cell))
+    p = on_default_device(Problem(6, N, I, H, torch.float64, cell=cell))
     layer, step = p.module(lstm_fused), make(cell, lstm_fused)
     layer.load_state_dict({f"{name}_l0": w for name, w in step.state_dict().items()})
     x, hx, ys = draw(6, N, I), None, []
@@ -195,7 +195,7 @@ ODD_STATES = {
 
 @each_cell
 @pytest.mark.parametrize("given", REFUSED.values(), ids=REFUSED)
-def test_refused_alike(given, cell):
+def test_same_errors_as_torch(given, cell):
     """In torch's words, since its own forward is what refuses."""
     x, state = given(ones(N, I), ones(N, H))
     hx = (state, state) if has_cell_state(cell) and state is not None else state
@@ -262,7 +262,7 @@ def test_zero_sizes(sizes, rows, cell):
 
 @each_cell
 @pytest.mark.parametrize("odd", ODD_STATES.values(), ids=ODD_STATES)
-def test_odd_states(odd, cell):
+def test_unusual_states(odd, cell):
     """Taken or refused as torch.nn does."""
     theirs, ours = pair(cell)
     for rows in ((N,), ()):
@@ -301,7 +301,7 @@ THROUGH_TORCH = {
         for name, row in THROUGH_TORCH.items()
     ],
 )
-def test_through_torch_with_one_warning(cell, call, reason, device):
+def test_fallback_warns_once(cell, call, reason, device):
     theirs, ours = pair(cell)
     x = ones(N, I)
     expected = outcome(call, theirs, x)
@@ -354,7 +354,7 @@ CHANGES = {
 
 @each_cell
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_next_call_sees(change, cell):
+def test_changes_take_effect(change, cell):
     theirs, ours = pair(cell)
     x = ones(N, I)
     before = assert_same(theirs, ours, x, state_for(cell, N))["h_n"]
@@ -416,7 +416,7 @@ def test_compiles_and_exports(cell):
 
 
 @each_cell
-def test_fx_keeps_it_whole(cell):
+def test_fx_keeps_layers_as_leaves(cell):
     """As torch.fx does torch.nn's own."""
     traced = torch.fx.symbolic_trace(nn.Sequential(make(cell, lstm_fused)))
     assert [n.op for n in traced.graph.nodes] == ["placeholder", "call_module", "output"]

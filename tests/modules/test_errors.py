@@ -10,12 +10,12 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import lstm_fused
 from tests.helpers.compare_modules import (
-    LAYER_REFUSES,
+    LAYER_ERRORS,
     H,
     I,
     N,
     T,
-    assert_layer_refuses,
+    assert_layer_raises,
     changed,
     draw,
     each_cell,
@@ -155,7 +155,7 @@ def each_of(common, of_two, of_one):
 
 
 @each_of(REFUSED, OF_TWO_STATES, OF_ONE_STATE)
-def test_refused_alike(cell, call, words):
+def test_same_errors_as_torch(cell, call, words):
     """By an exception of the same type, and in torch's words where they name what is wrong."""
     theirs, ours = pair(cell=cell)
     with pytest.raises(Exception) as expected:  # noqa: B017, PT011
@@ -197,15 +197,15 @@ STRICTER_OF_TWO_STATES = {
 
 
 @each_of(STRICTER, STRICTER_OF_TWO_STATES, {})
-def test_stricter(cell, call, words):
+def test_errors_torch_does_not_raise(cell, call, words):
     with pytest.raises(RuntimeError, match=words):
         call(pair(cell=cell)[1])
 
 
-@pytest.mark.parametrize("change, message", LAYER_REFUSES.values(), ids=LAYER_REFUSES)
-def test_the_op_refuses(change, message):
+@pytest.mark.parametrize("change, message", LAYER_ERRORS.values(), ids=LAYER_ERRORS)
+def test_operator_errors(change, message):
     """In words of the arguments' names, with nothing before them."""
-    assert_layer_refuses(change, message)
+    assert_layer_raises(change, message)
 
 
 @each_cell
@@ -282,7 +282,7 @@ NOT_IN_TORCH = {
         if (cell, name) not in NOT_IN_TORCH
     ],
 )
-def test_through_torch_with_one_warning(cell, call, reason, real_device):
+def test_fallback_warns_once(cell, call, reason, real_device):
     theirs, ours = pair(cell=cell)
     x = ones(*X)
     expected = outcome(call, theirs, x)

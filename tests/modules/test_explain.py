@@ -44,7 +44,7 @@ CALLS = {
 @pytest.mark.parametrize("grad", (True, False), ids=("grad", "no_grad"))
 @pytest.mark.parametrize("isa", runtime.available_isas())
 @pytest.mark.parametrize("options, form, sizes", CALLS.values(), ids=CALLS)
-def test_agrees_with_what_runs(options, form, sizes, isa, grad, cell):
+def test_explained_plan_runs(options, form, sizes, isa, grad, cell):
     runtime.set_isa(isa)
     module = make(cell, **options)
     input = form(torch.randn(T, N, I))
@@ -65,7 +65,7 @@ def test_agrees_with_what_runs(options, form, sizes, isa, grad, cell):
 @pytest.mark.parametrize("grad", (True, False), ids=("grad", "no_grad"))
 @pytest.mark.parametrize("isa", runtime.available_isas())
 @pytest.mark.parametrize("rows", (None, 1, N, 200), ids=str)
-def test_step_agrees_with_what_runs(rows, isa, grad, cell):
+def test_explained_cell_plan_runs(rows, isa, grad, cell):
     runtime.set_isa(isa)
     module = make_step(cell, dtype=torch.bfloat16)
     batch = () if rows is None else (rows,)
@@ -84,7 +84,7 @@ def test_step_agrees_with_what_runs(rows, isa, grad, cell):
     assert str(call).splitlines()[1].startswith(f"  step: T=1 N={rows or 1} I=5 H=12")
 
 
-def test_text_of_an_lstm():
+def test_printed_lstm():
     isa = runtime.available_isas()[0]
     runtime.set_isa(isa)
     lstm = lstm_fused.LSTM(I, H, num_layers=2, bidirectional=True, proj_size=4)
@@ -190,7 +190,7 @@ THROUGH_TORCH = {
 
 @each_cell
 @pytest.mark.parametrize("change, input, reason", THROUGH_TORCH.values(), ids=THROUGH_TORCH)
-def test_through_torch(change, input, reason, cell):
+def test_explains_fallback(change, input, reason, cell):
     module = change(make(cell))
     explanation = lstm_fused.explain(module, input)
     (call,) = explanation.calls
@@ -216,7 +216,7 @@ STEPS_THROUGH_TORCH = {
 @pytest.mark.parametrize(
     "change, input, reason", STEPS_THROUGH_TORCH.values(), ids=STEPS_THROUGH_TORCH
 )
-def test_step_through_torch(change, input, reason, cell):
+def test_explains_cell_fallback(change, input, reason, cell):
     module = change(make_step(cell))
     explanation = lstm_fused.explain(module, input())
     (call,) = explanation.calls
@@ -232,7 +232,7 @@ def test_step_under_autocast(cell):
 
 
 @each_cell
-def test_state_decides_whether_it_trains(cell):
+def test_state_requires_grad_means_training(cell):
     module = make(cell).requires_grad_(False)
     x, state = torch.randn(T, N, I), state_for(module, N, torch.float32)
     for trains in (True, False):
@@ -241,7 +241,7 @@ def test_state_decides_whether_it_trains(cell):
         assert lstm_fused.explain(module, x, state).calls[0].layers[0].training is trains
 
 
-def test_refused():
+def test_error_messages():
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
         lstm_fused.explain("lstm", torch.ones(T, N, I))
     with pytest.raises(TypeError, match="hx goes with a layer or a cell, model is a Linear"):

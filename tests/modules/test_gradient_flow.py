@@ -95,7 +95,7 @@ def flow_of(module, x, hx):
 
 @each_cell
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_agrees_with_cells(options, cell):
+def test_agrees_with_unrolled_cells(options, cell):
     dtype = options.get("dtype", torch.float32)
     theirs, ours = (make(source, cell, **options) for source in (nn, lstm_fused))
     ours.load_state_dict(theirs.state_dict())
@@ -148,7 +148,7 @@ def test_projection():
     torch.testing.assert_close(flow[1], expected)
 
 
-def test_one_sequence_and_what_is_left_untouched(real_device):
+def test_unbatched_and_no_side_effects(real_device):
     states = [torch.get_rng_state, *([torch.cuda.get_rng_state] if real_device == "cuda" else [])]
     module = lstm_fused.GRU(I, H, num_layers=2, bidirectional=True).requires_grad_(False)
     x = torch.randn(T, I)
@@ -163,7 +163,7 @@ def test_one_sequence_and_what_is_left_untouched(real_device):
     assert not x.requires_grad
 
 
-def test_steps_the_loss_does_not_see_have_zeros():
+def test_zero_gradient_at_steps_outside_the_loss():
     flow = lstm_fused.gradient_flow(nn.RNN(I, H), torch.randn(T, N, I), loss=lambda y: y[2].sum())
     assert flow[3:].eq(0).all()
     assert flow[:3].ne(0).any(-1).all()
@@ -192,7 +192,7 @@ def packed():
         (ValueError, nn.GRU, lambda: draw(I), {}),
     ],
 )
-def test_refuses(error, kind, input, options):
+def test_error_messages(error, kind, input, options):
     if "hx" in options:
         options = {"hx": draw(*options["hx"])}
     with pytest.raises(error):

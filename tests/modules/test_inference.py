@@ -45,7 +45,7 @@ def fast_path(monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_same_as_the_operator(problem, dtype, fast_path, monkeypatch):
+def test_equals_the_operator(problem, dtype, fast_path, monkeypatch):
     problem = Problem(**vars(problem) | {"dtype": dtype})
     for isa in isas_for(dtype):
         runtime.set_isa(isa)
@@ -71,7 +71,7 @@ STEPS = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", STEPS)
-def test_steps_are_the_same_as_the_operator(cell, dtype, fast_path, monkeypatch):
+def test_cells_equal_the_operator(cell, dtype, fast_path, monkeypatch):
     for bias, state, rows, threads in (
         (True, True, (3,), 1),
         (False, True, (7,), 2),
@@ -94,7 +94,7 @@ def test_steps_are_the_same_as_the_operator(cell, dtype, fast_path, monkeypatch)
             assert one.untyped_storage().data_ptr() not in [t.data_ptr() for t in (x, h, c)]
 
 
-def test_steps_are_left_to_the_operator(fast_path):
+def test_cells_use_the_operator(fast_path):
     module, x = lstm_fused.LSTMCell(4, 6), torch.randn(3, 4)
     assert module(x)[0].requires_grad
     module.requires_grad_(False)
@@ -112,7 +112,7 @@ def small(**options):
     return lstm_fused.LSTM(4, 6, **options).requires_grad_(False), torch.randn(3, 2, 4)
 
 
-def test_taken_under_no_grad_only(fast_path):
+def test_fast_path_needs_no_grad(fast_path):
     module, x = lstm_fused.LSTM(4, 6), torch.randn(3, 2, 4)
     assert module(x)[0].requires_grad
     assert fast_path.pop() is None
@@ -131,7 +131,7 @@ def test_taken_under_no_grad_only(fast_path):
     assert fast_path.pop() is None
 
 
-def test_results_are_tensors_of_their_own():
+def test_outputs_do_not_alias_inputs():
     module, x = small()
     state = torch.zeros(1, 2, 6), torch.zeros(1, 2, 6)
     y, (h_n, c_n) = module(x, state)
@@ -151,7 +151,7 @@ class Overriding(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_left_to_the_operator_while_torch_watches(fast_path):
+def test_uses_the_operator_under_dispatch_mode(fast_path):
     module, x = small()
     with Watching() as mode:
         module(x)
@@ -170,7 +170,7 @@ def test_left_to_the_operator_while_torch_watches(fast_path):
 
 
 @pytest.mark.filterwarnings("ignore:lstm_fused.* ran through", "ignore::DeprecationWarning")
-def test_left_to_torch(fast_path):
+def test_falls_back_to_torch(fast_path):
     """Tangents go to the operator, what is traced to torch.nn."""
     module, x = lstm_fused.GRU(4, 6).requires_grad_(False), torch.randn(3, 2, 4)
     with forward_ad.dual_level():
@@ -200,7 +200,7 @@ def odd_calls():
 
 
 @pytest.mark.parametrize("case", list(odd_calls()), ids=lambda case: case[0])
-def test_left_to_the_operator(case, fast_path):
+def test_uses_the_operator(case, fast_path):
     _, module, x, hx = case
     torch.manual_seed(0)
     expected = lstm_fused.restore(module)(x, hx)
@@ -210,7 +210,7 @@ def test_left_to_the_operator(case, fast_path):
     torch.testing.assert_close(found, expected)
 
 
-def test_strides_of_x_are_walked(fast_path):
+def test_strided_input(fast_path):
     """Rows may lie anywhere as long as each is whole."""
     module, _ = small()
     for x in (torch.randn(2, 3, 4).transpose(0, 1), torch.randn(6, 2, 9)[::2, :, 3:7]):
@@ -220,7 +220,7 @@ def test_strides_of_x_are_walked(fast_path):
 
 
 @pytest.mark.parametrize("bad", ["width", "dtype", "state", "rows"])
-def test_mistakes_are_refused_in_the_usual_words(bad, fast_path):
+def test_error_messages(bad, fast_path):
     module, x = small()
     state = torch.zeros(1, 2, 6), torch.zeros(1, 2, 6)
     if bad == "width":
@@ -260,7 +260,7 @@ def change(module, how):
     "how", ["in place", "data", "new data", "swapped", "state_dict", "numpy", "optimizer"]
 )
 @pytest.mark.parametrize("T", [1, 9])
-def test_weights_are_seen_as_they_are(how, T, fast_path):
+def test_weight_changes_take_effect(how, T, fast_path):
     """Nothing is kept between calls that a change could leave stale."""
     module, x = lstm_fused.LSTM(4, 6), torch.randn(T, 2, 4)
     with torch.no_grad():

@@ -205,7 +205,7 @@ CHANGES = {
 @each_cell
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_next_call_sees(change, cell):
+def test_changes_take_effect(change, cell):
     theirs, ours = pair(num_layers=2, cell=cell)
     x, state = draw(T, N, I), state_for(ours, N)
     before = assert_same(theirs, ours, x, state)
@@ -315,7 +315,7 @@ def test_overridden_methods(batch_first, form, rows, name, method, on):
 
 
 @each_cell
-def test_a_method_of_an_instance_comes_and_goes(cell):
+def test_instance_method_override(cell):
     theirs, ours = pair(cell=cell)
     x, calls = ones(T, N, I), []
     with torch.no_grad():

@@ -180,7 +180,7 @@ def plain(results):
 
 @pytest.mark.parametrize("name", ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"))
 @pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
-def test_what_is_around_modules(around, name):
+def test_module_interop(around, name):
     """As with torch.nn's module of the same weights, and fused."""
     x = ones(T, N, I) if not name.endswith("Cell") else ones(N, I)
     results = []

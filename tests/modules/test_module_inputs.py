@@ -187,7 +187,7 @@ def test_lengths(cell, options, lengths):
 
 
 @each_cell
-def test_lengths_of_no_rows(cell):
+def test_lengths_of_empty_batch(cell):
     found = tensors_of(pair(cell=cell)[1](draw(T, 0, I), lengths=[]))
     assert found.pop("y").shape == (T, 0, H)
     assert {t.shape for t in found.values()} == {(1, 0, H)}

@@ -95,14 +95,14 @@ def test_compiles_a_list():
 
 
 @pytest.mark.parametrize("wrong", [[3, 8], [-1, 2]])
-def test_compiled_refuses_lengths(wrong):
+def test_compiled_checks_lengths(wrong):
     module = make("lstm")
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     with pytest.raises(RuntimeError, match="lengths must be from 0 to the input's length"):
         compiled(torch.randn(7, 2, I, dtype=torch.float64), lengths=torch.tensor(wrong))
 
 
-def test_compiled_refuses_what_has_no_fused_path():
+def test_compiled_lengths_need_the_fused_path():
     module = make("lstm")
     module.check_hidden_size = lambda *_: None
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
@@ -165,14 +165,14 @@ def test_gradient_of_padding_is_zero(cell):
         ([3, -2, 2], "must be positive"),
     ],
 )
-def test_refuses_batch_sizes(sizes, words):
+def test_batch_sizes_errors(sizes, words):
     weights = [w.detach() for w in nn.LSTM(I, H).parameters()]
     with pytest.raises(RuntimeError, match=words):
         forward_op(torch.randn(5, I), torch.tensor(sizes), [], weights, 0, 1, False)
 
 
 @each_cell
-def test_operator_is_what_the_module_does(cell):
+def test_operator_equals_module(cell):
     kind, more = CELLS[cell]
     module = getattr(lstm_fused, kind)(I, H, dtype=torch.float64, **more)
     lengths = LENGTHS[0]

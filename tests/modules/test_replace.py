@@ -61,7 +61,7 @@ def outcome(model, x):
     return {"y": y.detach()} | {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def test_there_and_back():
+def test_replace_restore_roundtrip():
     model, x = Model().double(), torch.randn(5, 3, 4, dtype=torch.float64)
     before, text, names = outcome(model, x), repr(model), list(model.state_dict())
     objects, parameters = recurrent(model), list(model.parameters())
@@ -130,7 +130,7 @@ WRAPPED = {
 }
 
 
-def test_optimizer_goes_on():
+def test_optimizer_state_survives_replace():
     """An optimizer made before trains the replaced model as it would have trained the other."""
     x = torch.randn(5, 3, 4, dtype=torch.float64)
     trained = []
@@ -186,7 +186,7 @@ LEFT = {
 @each_name
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
 @pytest.mark.parametrize("make, words", LEFT.values(), ids=LEFT)
-def test_left_alone_with_a_warning(make, words, name):
+def test_unsupported_module_is_kept_with_warning(make, words, name):
     theirs, ours = getattr(nn, name), getattr(lstm_fused, name)
     model = nn.ModuleList([make(theirs), theirs(4, 6)])
     kind = type(model[0])
@@ -222,7 +222,7 @@ def test_methods_that_only_torch_calls(method, name):
 
 
 @each_name
-def test_restore_leaves_subclasses_of_ours(name):
+def test_restore_keeps_user_subclasses(name):
     model = nn.ModuleList([type("Mine", (getattr(lstm_fused, name),), {})(4, 6)])
     kind = type(model[0])
     words = "restore left alone: 0, a Mine, which is derived from lstm_fused's own class"

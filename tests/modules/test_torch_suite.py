@@ -207,7 +207,7 @@ def test_projection_sizes(proj, words):
 
 
 @pytest.mark.parametrize("p", (0.0, 1.0))
-def test_dropout_of_none_and_of_all(p):
+def test_dropout_probability_zero_and_one(p):
     """Ones for weights: the second layer sees either what the first gave, or nothing."""
     lstm = lstm_fused.LSTM(10, 100, 2, bias=False, dropout=p)
     with torch.no_grad():
@@ -272,7 +272,7 @@ def test_batch_first_is_a_transpose(bidirectional):
     torch.testing.assert_close(first(packed)[0].data, second(packed)[0].data)
 
 
-def test_constant_weights_both_ways():
+def test_directions_mirror_each_other():
     """With weights and input constant, a palindrome, the two directions mirror each other."""
     lstm = lstm_fused.LSTM(2, 3, bidirectional=True)
     for p in lstm.parameters():
@@ -281,7 +281,7 @@ def test_constant_weights_both_ways():
     torch.testing.assert_close(forward, backward.flip(0))
 
 
-def test_no_weight_format_is_kept():
+def test_parameters_may_share_or_change_storage():
     """Other than cuDNN's flat buffer: parameters that share or change storage are no matter."""
     lstm = lstm_fused.LSTM(10, 20)
     x = torch.randn(4, 2, 10)
@@ -297,7 +297,7 @@ def test_no_weight_format_is_kept():
 
 @each_name
 @pytest.mark.filterwarnings("ignore:lstm_fused.* ran through torch")
-def test_no_device_has_a_say_in_shape(name):
+def test_meta_shapes(name):
     """On meta, where no kernel runs, shapes come out as they do on the CPU."""
     for module, args, _, _ in samples(name, torch.float64):
         expected = tensors(module(*args))

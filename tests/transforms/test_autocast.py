@@ -82,7 +82,7 @@ def test_decisions(call, narrow, machines, expected):
         assert dtypes(call, narrow, MACHINES[machine]) == expected, machine
 
 
-def test_machine_is_the_one_torch_sees():
+def test_onednn_support_matches_torch():
     has, ask = torch.backends.mkldnn.is_available(), torch.ops.mkldnn
     narrow = (ask._is_mkldnn_bf16_supported(), ask._is_mkldnn_fp16_supported()) if has else (0, 0)
     assert onednn() == (has, *narrow)
@@ -90,7 +90,7 @@ def test_machine_is_the_one_torch_sees():
         assert onednn() == (False, *narrow)
 
 
-def test_asking_is_no_part_of_a_graph():
+def test_onednn_query_is_not_recorded():
     """Whoever asks first: Dynamo, which has to have the answer, or an export, which records."""
 
     class Model(torch.nn.Module):

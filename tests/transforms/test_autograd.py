@@ -19,7 +19,7 @@ import lstm_fused
 from lstm_fused import runtime
 from lstm_fused.testing.tolerance import allowed, error_of
 from tests.helpers.cuda_cases import tf32
-from tests.helpers.oracle import CELLS, Problem, has_cell_state, here, values_of
+from tests.helpers.oracle import CELLS, Problem, has_cell_state, on_default_device, values_of
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -79,7 +79,7 @@ def function_of(problem, library=lstm_fused, exact=False):
 
     exact: the same numbers, in float64.
     """
-    p = here(problem)
+    p = on_default_device(problem)
     values, module = values_of(p), p.module(library)
 
     def f(x, *tensors):
@@ -227,7 +227,7 @@ def test_third_order_agrees(cell):
 
 
 @each_of(ALL, replace(ALL, form="unsorted"))
-def test_runs_repeat_bit_for_bit(problem):
+def test_bitwise_reproducible(problem):
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         first, second = (gradients(replace(problem, dtype=dtype, N=9, H=40)) for _ in range(2))
         assert all(map(torch.equal, first, second))
@@ -248,7 +248,7 @@ def test_retained_graph(cell):
 @each_cell
 @pytest.mark.parametrize("used", [(0, 1, 2), (1,)], ids=str)
 @pytest.mark.parametrize("form", ["dense", "sorted"])
-def test_any_part_frozen(form, used, cell):
+def test_frozen_subsets(form, used, cell):
     """Each subset of one layer's tensors that may need a gradient: 2^8 if it is projected."""
     f, tensors = function_of(of(cell, replace(ALL, layers=1, directions=1, form=form)))
     used = used[: len(f(*tensors))]
@@ -297,7 +297,7 @@ CHANGED = ["x", "h0", "c0", "y", "h_n", "c_n", "weight_ih_l0", "bias_hh_l0"]
     [(cell, name) for cell in CELLS for name in CHANGED if has_cell_state(cell) or name[0] != "c"],
 )
 @pytest.mark.parametrize("proj", [0, 2], ids=("", "projected"))
-def test_change_in_place_before_backward(cell, changed, frozen, proj, device):
+def test_in_place_change_before_backward(cell, changed, frozen, proj, device):
     """Allowed, with the same gradient, wherever torch.nn allows it in float32 or in float64.
 
     CUDA's kernels read y again, as cuDNN's do: there it may be refused.
@@ -338,7 +338,7 @@ def test_change_in_place_before_backward(cell, changed, frozen, proj, device):
 
 @each_cell
 @pytest.mark.parametrize("changed", ["x", "bias_ih_l0"])
-def test_change_in_place_before_a_second_derivative(cell, changed):
+def test_in_place_change_before_second_derivative(cell, changed):
     """What the first derivative does without, the second needs."""
     f, tensors = function_of(replace(SMALL, cell=cell))
     named = dict(zip(names_of(replace(SMALL, cell=cell)), tensors, strict=True))
@@ -420,7 +420,9 @@ def test_any_strides(layout, cell):
         f, tensors = function_of(problem, library)
         given = [laid_out(LAYOUTS[layout](t)) for t in tensors]
         out = f(*given)
-        d_out = [laid_out(LAYOUTS[layout](g)) for g in values_of(here(problem)).cotangents]
+        d_out = [
+            laid_out(LAYOUTS[layout](g)) for g in values_of(on_default_device(problem)).cotangents
+        ]
         return torch.autograd.grad(out, tensors, d_out)
 
     expected = run(torch.nn, torch.Tensor.contiguous)
@@ -433,7 +435,7 @@ def test_any_strides(layout, cell):
 def test_eval_mode_has_gradients(cell):
     for dropout in (0.0, 0.5):
         torch.manual_seed(0)
-        problem = here(replace(SMALL, layers=2, cell=cell))
+        problem = on_default_device(replace(SMALL, layers=2, cell=cell))
         ours, theirs = (problem.module(library).eval() for library in (lstm_fused, torch.nn))
         ours.dropout = theirs.dropout = dropout
         theirs.load_state_dict(ours.state_dict())
@@ -468,7 +470,7 @@ def recomputed(f, *tensors):
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
 @pytest.mark.parametrize("call", [saved_elsewhere, saved_on_cpu, under_anomaly_mode, recomputed])
 @each_of(ALL, replace(ALL, form="unsorted"))
-def test_ways_to_save(call, problem):
+def test_saved_tensor_hooks(call, problem):
     expected = gradients(problem)
     forget()
     found = gradients(problem, call=call)

@@ -13,7 +13,7 @@ from torch.utils._triton import has_triton
 import lstm_fused
 from lstm_fused import ops
 from tests.helpers.compare_modules import state_for, states_of
-from tests.helpers.oracle import CELLS, Problem, has_cell_state, here
+from tests.helpers.oracle import CELLS, Problem, has_cell_state, on_default_device
 
 pytestmark = pytest.mark.usefixtures("real_device")
 
@@ -131,7 +131,7 @@ def test_compiles_without_gradients(name):
 
 
 @pytest.mark.parametrize("name", ["both", *OTHERS])
-def test_turns_dynamic_by_itself(name):
+def test_automatic_dynamic_shapes(name):
     """Without dynamic=True torch compiles once for the first size and once for all others."""
     module = make(name)
     counter = CompileCounterWithBackend("aot_eager")
@@ -214,7 +214,7 @@ def test_compiles_a_replaced_model():
     assert graphs.forward[0].count(FORWARD) == 7
 
 
-def test_torch_keeps_its_own_rule():
+def test_torch_modules_still_refuse_compile():
     """Compiling ours leaves Dynamo's treatment of torch.nn's own alone."""
     for name in PLAIN:
         module = make(name)
@@ -285,7 +285,7 @@ def sample(cell, name):
     """x, batch_sizes, state0, weights and the number of directions."""
     shape, D, bias, proj, states, dtype = SAMPLES[name]
     p = Problem(1, 1, 3, 17, dtype, directions=D, bias=bias, proj=proj, cell=cell)
-    module = here(p).module(lstm_fused)
+    module = on_default_device(p).module(lstm_fused)
     if isinstance(shape, list):
         padded = torch.randn(shape[0], len(shape), 3, dtype=dtype)
         x, batch_sizes, *_ = pack_padded_sequence(padded, shape)

@@ -22,7 +22,7 @@ def package(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_called_once_and_in_any_order(package):
+def test_called_once_per_callback(package):
     seen = []
     when_imported("late_package.part", lambda module: seen.append(("first", module.value)))
     when_imported("late_package.part", lambda module: seen.append(("second", module.value)))
@@ -33,13 +33,13 @@ def test_called_once_and_in_any_order(package):
     assert len(seen) == 2
 
 
-def test_called_now_if_it_is_there():
+def test_called_at_once_if_imported():
     seen = []
     when_imported("sys", seen.append)
     assert seen == [sys]
 
 
-def test_an_import_that_fails_is_not_the_hooks_fault(package):
+def test_import_error_propagates(package):
     seen, before = [], len(sys.meta_path)
     when_imported("late_package.missing", seen.append)
     with pytest.raises(ModuleNotFoundError):

@@ -128,7 +128,7 @@ def test_quantize_fx():
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
-def test_opacus_judges_ours_as_torchs(kind):
+def test_opacus_validation_matches_torch(kind):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         validators = pytest.importorskip("opacus.validators")

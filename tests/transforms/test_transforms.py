@@ -440,7 +440,7 @@ def test_dropout_under_vmap(randomness):
 
 
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if cell != "lstm"])
-def test_as_torch_under_vmap(cell):
+def test_matches_torch_under_vmap(cell):
     """Where torch.nn has a batching rule at all: of single steps."""
     form = Form(cell, step=True)
     expected = run("per sample", form, torch.nn)
@@ -509,7 +509,7 @@ def own_parameters(module, x, how):
 @pytest.mark.parametrize("compiled", [False, True], ids=("eager", "compiled"))
 @pytest.mark.parametrize("frozen", ["", "ih", "all"], ids=lambda f: f"{f or 'nothing'} frozen")
 @pytest.mark.parametrize("form", FORMS[:8], ids=str)
-def test_as_torch_over_own_parameters(form, frozen, compiled):
+def test_matches_torch_with_module_parameters(form, frozen, compiled):
     found = []
     for library in (lstm_fused, torch.nn):
         module = form.module(library)
