@@ -1,4 +1,4 @@
-"""Poison is on in every test: what a kernel should write and does not comes out as NaN."""
+"""Fixtures and settings of all tests. Poison is on: memory that a kernel fails to write is NaN."""
 
 import os
 import warnings
@@ -16,10 +16,10 @@ from tests.helpers.plan_coverage import DEVICES
 
 try:
     from hypothesis import settings
-except ImportError:  # `make gpu-check` does without
+except ImportError:  # not needed by `make gpu-check`
     settings = None
 
-# `--hypothesis-profile=search` looks further than the examples that everybody runs.
+# The default examples are the same on every run; `--hypothesis-profile=search` draws new ones.
 if settings:
     settings.register_profile(
         "repeatable", derandomize=True, deadline=None, database=None, max_examples=150
@@ -34,8 +34,8 @@ def pytest_configure(config):
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        cuda.say_never_run()  # said before the tests that count warnings
-    # A test that means to run a kernel must not pass because torch stood in.
+        cuda.say_never_run()  # once, before the tests that count warnings
+    # A test of a kernel must not pass because the layer fell back to torch.
     config.addinivalue_line("filterwarnings", "error:lstm_fused.* ran through torch")
 
 
@@ -53,10 +53,10 @@ def fake_cuda(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def fixed_defaults():
-    """Each test starts from one seed, one thread, the ISA that the machine would choose, no TF32.
+    """Each test starts with the same seed, one thread, the default ISA and no TF32.
 
-    Small layers are run faster by one thread; tests of sharing work out ask for more. torch lets
-    recurrent layers have TF32 unless told otherwise, which no tolerance of float32 allows for.
+    Small layers are faster on one thread; tests of threads set more. torch allows TF32 in recurrent
+    layers by default, whose errors exceed the tolerances of float32.
     """
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -71,8 +71,8 @@ ON_CUDA = [pytest.param(d, marks=pytest.mark.cuda) for d in DEVICES if d != "cpu
 
 @pytest.fixture(params=["cpu", *ON_CUDA, "emulated"])
 def device(request, monkeypatch):
-    """Where the test runs: what it makes lies on that device, or on the CPU for CUDA's kernels
-    emulated there. Files whose every test runs everywhere use it by their pytestmark.
+    """The default device of the test: the CPU, a CUDA device, or the CPU with CUDA's kernels
+    emulated. Files whose tests all run on every device use it by their pytestmark.
     """
     if request.param != "emulated":
         yield from on_device(request.param, monkeypatch)
@@ -83,15 +83,15 @@ def device(request, monkeypatch):
 
 @pytest.fixture(params=["cpu", *ON_CUDA])
 def real_device(request, monkeypatch):
-    """As `device`, without the emulation: for what lies around the kernels."""
+    """As `device`, without the emulation: for tests of the code around the kernels."""
     yield from on_device(request.param, monkeypatch)
 
 
 def on_device(device, monkeypatch):
-    """The rest of a fixture that gives a device and has the test's tensors made there.
+    """The body of a fixture that makes `device` the default device.
 
-    On CUDA torch.nn does without cuDNN, which draws dropout masks of its own, warns of weights that
-    were exchanged, and has no backward pass in evaluation mode, nor a second one in any.
+    On CUDA torch.nn runs without cuDNN, which draws its own dropout masks, warns of replaced
+    weights, and has neither a backward pass in evaluation mode nor second derivatives.
     """
     if device == "cpu":
         yield device

@@ -1,4 +1,4 @@
-"""`make gpu-check`: all that a CUDA device is needed for, each part in a process with a time limit.
+"""`make gpu-check`: every check that needs a CUDA device, each in a process with a time limit.
 
     python tests/cuda/gpu_check.py [--out FOLDER] [PART ...]
 
@@ -31,7 +31,7 @@ LIMITS = {  # seconds, half an hour in all: a kernel that hangs must not take th
     "parity": 360,
     "sanitizer": 200,
     "plans": 180,
-    "bench": 530,  # of which the rows are told to take 420
+    "bench": 530,  # of which the benchmark's rows take up to 420
 }
 
 
@@ -40,9 +40,9 @@ def test_files(folder, *names):
 
 
 KERNELS = test_files("cuda", "cuda")
-PARITY = (  # each group a process: an error of CUDA's stays until its process ends
+PARITY = (  # one process per group: a CUDA error persists until its process ends
     test_files("kernels", "layer_parity"),
-    test_files("modules", "module", "module_inputs", "module_around"),
+    test_files("modules", "module", "module_inputs", "module_interop"),
     test_files("modules", "cells", "gradient_flow")
     + test_files("transforms", "autograd", "autocast"),
     test_files("modules", "errors", "replace", "torch_suite") + test_files("transforms", "compile"),
@@ -54,7 +54,7 @@ def has(module):
 
 
 def commands(part, out):
-    """What a part runs; none if something it needs is missing."""
+    """The commands of a part; none if a tool it needs is missing."""
     check = [PYTHON, "tests/cuda/gpu_check.py"]
     if part == "build":
         return [[PYTHON, "setup.py", "build_ext", "--inplace"]]
@@ -62,14 +62,14 @@ def commands(part, out):
         return [[*check, "--inside", "smoke"]]
     pytest = [PYTHON, "-m", "pytest", "-m", "cuda", "--maxfail=20", "-o", "faulthandler_timeout=60"]
     if part == "kernels":
-        return [[*pytest, "-vv", *KERNELS]]  # by name, should one hang
+        return [[*pytest, "-vv", *KERNELS]]  # prints each name, to identify a test that hangs
     if part == "parity":
         parallel = ["-n", "8"] if has("xdist") else []
         return [[*pytest, *parallel, *files] for files in PARITY]
     if part == "sanitizer":
         name = "compute-sanitizer"
         tool = shutil.which(name) or shutil.which(f"/usr/local/cuda/bin/{name}")
-        # Each allocation by itself, so that what lies beside one is nobody's.
+        # Each allocation by itself, so that an access beyond one is an error.
         run = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", tool, "--error-exitcode", "9"]
         inside = [*check, "--inside", "tiny"]
         kinds = (["memcheck", "--report-api-errors", "no"], ["racecheck"])
@@ -82,7 +82,7 @@ def commands(part, out):
 
 
 def run_part(part, out, log, environment):
-    """How the part ended, in words, and seconds."""
+    """Run the part; returns a description of how it ended, and the seconds it took."""
     started = time.monotonic()
     words = "passed"
     found = commands(part, out)
@@ -91,7 +91,7 @@ def run_part(part, out, log, environment):
         print(line, flush=True)
         log.write(line + "\n")
         left = LIMITS[part] - (time.monotonic() - started)
-        signal = "INT" if "pytest" in command else "TERM"  # pytest then says what failed so far
+        signal = "INT" if "pytest" in command else "TERM"  # pytest then reports the failures so far
         process = subprocess.Popen(
             ["timeout", "-s", signal, "-k", "10", str(max(1, int(left))), *map(str, command)],
             cwd=ROOT,
@@ -110,7 +110,7 @@ def run_part(part, out, log, environment):
 
 
 def smoke():
-    """Each plan and dtype on one small problem: whether anything runs at all, one line each."""
+    """Each plan and dtype on one small problem, one line of output each."""
     from dataclasses import replace
 
     from lstm_fused import cuda
@@ -133,7 +133,7 @@ def smoke():
 
 
 def tiny():
-    """For the sanitizer, which slows kernels down a hundredfold."""
+    """Very small problems for the sanitizer, which slows kernels down a hundredfold."""
     import lstm_fused
     from lstm_fused import cuda
 

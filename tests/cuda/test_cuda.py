@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: every plan on it, and torch's streams, graphs and switches."""
+"""Tests that need a CUDA device: parity of every plan, streams, graphs, TF32, autocast, DDP."""
 
 import copy
 from dataclasses import replace
@@ -77,7 +77,7 @@ def test_tf32(kind, problem):
     with tf32(True):
         theirs, exact = (outcomes[0].tensors for outcomes in oracle.expected_outcomes(problem))
         found = run_module(problem, lstm_fused)
-    oracle.expected_outcomes.cache_clear()  # the others' judges are without TF32
+    oracle.expected_outcomes.cache_clear()  # other tests expect outcomes without TF32
     assert found.forward_run["tf32"] == found.backward_run["tf32"] == 1
     for name, truth in exact.items():
         error, largest = tolerance.error_of(found.tensors[name], truth), truth.abs().max().item()
@@ -92,7 +92,7 @@ def test_layouts_of_x():
 @each_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bitwise_reproducible(kind, dtype):
-    """Twenty times: a race between SMs does not show each time."""
+    """Twenty runs: a race between SMs does not occur in every one."""
     problem = Problem(50, 19, 6, 300, dtype, form="unsorted", directions=2, hx=True, device="cuda")
     cuda.set_plan(kind)
     first, *others = (run_module(problem, lstm_fused).tensors for _ in range(20))
@@ -202,7 +202,7 @@ def test_graphed_callable(cell):
     torch.testing.assert_close(found, wanted)
 
 
-# The second takes 128 CTAs each, which no device has room for twice.
+# The second takes 128 CTAs, which no device runs twice at once.
 @pytest.mark.parametrize(("dtype", "hidden"), [(torch.float32, 100), (torch.bfloat16, 1024)])
 @each_kind
 def test_streams(kind, dtype, hidden):

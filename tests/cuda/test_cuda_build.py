@@ -38,7 +38,7 @@ def test_uses_the_stable_interface_only():
     assert not [name for name in undefined if UNSTABLE.search(name)]
     torchs = [name for name in undefined if TORCH.search(name)]
     assert torchs and all(SHIM.match(name) for name in torchs)
-    # The runtime is inside: which one torch has does not matter.
+    # The CUDA runtime is linked statically: the library depends on no version of it.
     assert not [name for name in undefined if name.startswith("cuda")]
 
 
@@ -50,7 +50,7 @@ def test_stays_unloaded_without_cuda():
 
 
 def report(source, arch, folder):
-    """What nvcc says of the kernels of one file."""
+    """The finished nvcc process for one file, whose stderr lists the registers of each kernel."""
     options = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-cubin", "-Xptxas", "-v"]
     cubin = folder / f"{source.stem}-{arch}"
     target = [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-o", str(cubin)]
@@ -95,7 +95,7 @@ def test_no_spills(source, arch, reports):
 
 
 def functions_of_setup():
-    """setup.py's functions, without its setup()."""
+    """The module setup.py without its call of setup()."""
     text = (ROOT / "setup.py").read_text().rpartition("setup(version")[0]
     spec = importlib.util.spec_from_loader("lstm_fused_setup", loader=None)
     module = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""The CUDA kernels' own source on the host, by every plan, against nn.LSTM and the reference.
+"""The CUDA kernels' source compiled for the host: every plan against nn.LSTM and the reference.
 
 The emulated device is small, so that little problems are already shared out: 32 SMs, clusters of 4.
 What it cannot show stands in tests/cuda/emulation/fibers.h.
@@ -61,7 +61,7 @@ def test_agrees(kind, problem):
     ids=str,
 )
 def test_tf32(kind, problem):
-    """Off by no more than its ten bits of mantissa, float16's, and by more than float32's."""
+    """The error is at most that of TF32's ten bits of mantissa, and larger than float32's."""
     cuda.set_plan(kind)
     with tf32(True):
         found = run_module(problem, lstm_fused)
@@ -89,7 +89,7 @@ def test_bitwise_reproducible(kind, dtype):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_a_subset(kind):
-    """What is not asked for, or not given, changes nothing of the rest."""
+    """Frozen tensors and unused outputs do not change the other gradients."""
     cuda.set_plan(kind)
     problem = Problem(4, 5, 6, 40, directions=2, hx=True)
     values = oracle.values_of(problem)
@@ -115,7 +115,7 @@ def test_gradients_of_a_subset(kind):
 
 
 def test_double_backward():
-    """Through the reference, which follows the fused forward."""
+    """Second derivatives come from the reference, recorded on the fused forward pass."""
     module = lstm_fused.LSTM(3, 5, dtype=torch.float64)
     x = torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True)
     weights = tuple(module.parameters())
@@ -144,14 +144,14 @@ def sanitized(*arguments, program="driver", **environment):
     emulated.ninja(program)
     command = [str(emulated.FOLDER / program), *arguments]
     env = dict(os.environ, TSAN_OPTIONS="halt_on_error=1 exitcode=66", **environment)
-    if shutil.which("setarch"):  # the sanitizer needs its own place in memory
+    if shutil.which("setarch"):  # the thread sanitizer does not work with address randomization
         command = ["setarch", os.uname().machine, "-R", *command]
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
 
 
 @pytest.mark.full
 def test_no_races():
-    """Fibers in turns, and twice in a random order; the driver also compares with a plain loop."""
+    """Fibers in order, then twice in random order; the driver also compares with a plain loop."""
     seeds = ({}, {"LSTM_FUSED_EMULATION_SEED": "1"}, {"LSTM_FUSED_EMULATION_SEED": "2"})
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         runs = list(pool.map(lambda seed: sanitized(**seed), seeds))

@@ -1,4 +1,4 @@
-"""The CUDA plans, which are pure, over a table of devices: none asks for more than there is."""
+"""CUDA plans over a table of devices: none exceeds the resources of its device."""
 
 import re
 from itertools import product
@@ -98,7 +98,7 @@ def test_plans_of_known_problems():
     assert kind_on("H200", "bfloat16", 1, 64, 256) == "step"
     assert kind_on("H200", "bfloat16", 1, 512, 1024) == "gemm"
     assert kind_on("H200", "float64", 100, 512, 1024, projection=True) == "gemm"
-    assert kind_on("H200", "bfloat16", 100, 16, 8192) == "step"  # once through all weights
+    assert kind_on("H200", "bfloat16", 100, 16, 8192) == "step"  # the weights are read once a step
 
 
 def test_a_forced_plan_without_room_is_the_step_plan():

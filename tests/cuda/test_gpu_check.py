@@ -1,4 +1,4 @@
-"""gpu_check.py: what it names is there, and fits the time that somebody has a GPU for."""
+"""gpu_check.py names files that exist, documents its parts, and ends within half an hour."""
 
 import os
 import re
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs" / "cuda.md"
 NAMED = [*KERNELS, *(file for group in PARITY for file in group)]
 
-# Collects as where there is a CUDA device, but nothing beyond torch, ninja, pybind11 and pytest.
+# Collection on a machine with a CUDA device and only torch, ninja, pybind11 and pytest.
 COLLECT = """
 import sys
 sys.path[:0] = ["."]

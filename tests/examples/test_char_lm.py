@@ -1,4 +1,4 @@
-"""The demonstration: ends well on good text, in one line on anything else."""
+"""The character model: trains on text, and reports bad input in one line."""
 
 import pytest
 import torch

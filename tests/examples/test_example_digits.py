@@ -1,4 +1,4 @@
-"""Digits read row by row: learned, alike with both backends, bad data in one line."""
+"""Digits read row by row: the model learns, both backends agree, bad data is one line."""
 
 import pytest
 

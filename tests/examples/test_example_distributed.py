@@ -1,4 +1,4 @@
-"""Two processes make the steps of one on the joined batch; a checkpoint goes on bit for bit."""
+"""Two processes train as one does on the joined batch; resuming is bitwise identical."""
 
 import csv
 import os

@@ -1,4 +1,4 @@
-"""The forecast of sunspots: better than an untrained layer's, alike with both backends."""
+"""The forecast of sunspots: better than with an untrained layer; both backends agree."""
 
 import pytest
 import torch

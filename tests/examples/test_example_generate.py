@@ -1,4 +1,4 @@
-"""Captions from one scan: learned whether it is fed once or always, alike with both backends."""
+"""Captions of an image: learned with the image fed once or at every step; both backends agree."""
 
 import pytest
 import torch

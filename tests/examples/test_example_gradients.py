@@ -1,4 +1,4 @@
-"""The copying task: who learns over how many steps, and what the gradients look like."""
+"""The copying task: which cell learns over how many steps, and its gradients over time."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The classifier of names: learned by the RNN's own gradients, alike with both backends."""
+"""The classifier of names: the RNN's own weights learn; both backends agree."""
 
 import pytest
 import torch

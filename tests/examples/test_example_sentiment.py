@@ -1,4 +1,4 @@
-"""The sentiment classifier: learned, alike with both backends, both forms of data, the gates."""
+"""The sentiment classifier: it learns, both backends agree, both forms of data are read."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Tagging: both directions beat one, alike with both backends, tags as the tokenizer has."""
+"""Tagging: two directions beat one, both backends agree, tags are the tokenizer's."""
 
 import pytest
 import torch

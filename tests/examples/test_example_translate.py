@@ -1,4 +1,4 @@
-"""Encoder and decoder: attention beats one vector, alike with both backends; what each sees."""
+"""Encoder and decoder: attention beats one vector on long words; both backends agree."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""torch.nn's recurrent modules and ours made alike, called alike and compared.
+"""Builds a torch.nn module and the fused one from the same seed, calls both and compares them.
 
 Sizes are T, N, I, H; L layers, D directions, R proj_size or else H. A cell is named as in
 oracle.CELLS; where no cell is named, it is "lstm". hx is what a module takes, (h_0, c_0) or h_0.
@@ -52,17 +52,17 @@ def pair(*sizes, cell="lstm", **options):
 
 
 def ones(*shape):
-    """In float64, where the test runs: nothing that a test computes with is made before it."""
+    """float64 ones on the default device; to be called inside of a test, which sets that device."""
     return torch.ones(*shape, dtype=torch.float64)
 
 
 def autocast(dtype):
-    """Autocast of the device that the test runs on."""
+    """Autocast of the default device."""
     return torch.autocast(torch.get_default_device().type, dtype)
 
 
 def outcome(call, *args):
-    """What a call gives, or the kind of its exception and the words."""
+    """The result of a call, or the type and message of its exception."""
     try:
         return call(*args)
     except Exception as error:
@@ -120,7 +120,7 @@ def run(module, input, hx=None, **more):
 
 
 def assert_same(theirs, ours, *args, **more):
-    """Both give the same outputs and gradients; returns ours."""
+    """Assert that both give the same outputs and gradients; returns those of ours."""
     expected, found = run(theirs, *args, **more), run(ours, *args, **more)
     torch.testing.assert_close(found, expected)
     for name in expected.keys() & {"y", "h_n", "c_n"}:
@@ -130,7 +130,7 @@ def assert_same(theirs, ours, *args, **more):
 
 
 def assert_accurate(found, expected, exact, dtype):
-    """The project's rule: at most twice torch's own error, and a floor."""
+    """Assert the project's tolerance: at most twice torch's own error, plus a floor."""
     assert found.keys() == expected.keys()
     for name, truth in exact.items():
         assert found[name].dtype == expected[name].dtype, name
@@ -141,7 +141,7 @@ def assert_accurate(found, expected, exact, dtype):
         assert error <= limit, name
 
 
-# Of ops.layer's arguments those that are wrong, and the whole of what it says.
+# Wrong arguments of ops.layer, and the whole message of the error.
 LAYER_ERRORS = {
     "2-D": ({"x": torch.zeros(3, 2)}, "x has shape (3, 2) but must be (T, N, I)"),
     "integers": (

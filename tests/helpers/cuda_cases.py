@@ -1,4 +1,4 @@
-"""Problems for the CUDA kernels: small ones for emulation too, large ones for a device alone."""
+"""Problems for the CUDA kernels: small ones for emulation and devices, large ones for devices."""
 
 from dataclasses import replace
 from itertools import product
@@ -42,7 +42,7 @@ LARGE = (
 )
 
 
-# How x (T, N, I) may lie in memory.
+# Memory layouts of x (T, N, I).
 LAYOUTS = {
     "batch first": lambda T, N, I: torch.randn(N, T, I).transpose(0, 1),  # noqa: E741
     "every other row": lambda T, N, I: torch.randn(T, 2 * N, I)[:, ::2],  # noqa: E741
@@ -55,7 +55,7 @@ LAYOUTS = {
 
 
 def check_layouts(device):
-    """x gives the same bits however it lies in memory; some layouts are copied, others are not."""
+    """Results are bitwise the same for every memory layout of x, copied by the operator or not."""
     for name, draw in LAYOUTS.items():
         for T, N in ((3, 5), (1, 5), (3, 1)):
             with torch.device(device):
@@ -78,7 +78,10 @@ def tf32(allowed, cudnn=True):
 
 
 def cases(small, projected=(), resident=()):
-    """(kind, problem) for every dtype that has the plan; kinds in turn, their judges are one."""
+    """(kind, problem) for every dtype that has the plan.
+
+    Kinds are innermost, so that the expected outcomes of a problem are computed once.
+    """
     some = *product(projected, STEPWISE), *product(resident, ("grid",))
     for dtype in DTYPES:
         for problem, kind in (*product(small, KINDS), *some):

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the host: builds tests/cuda/emulation and puts it in the kernels' place."""
+"""Builds the CUDA kernels for the host (tests/cuda/emulation) and makes the operators call them."""
 
 import fcntl
 import subprocess
@@ -52,7 +52,7 @@ def library():
 
 @contextmanager
 def kernels():
-    """Meanwhile the operators on the CPU run the CUDA kernels, emulated."""
+    """A context in which the operators on the CPU run the emulated CUDA kernels."""
     with pytest.MonkeyPatch.context() as patch:
         emulation = library()
         patch.setattr(cuda, "operators", emulation)

@@ -1,4 +1,4 @@
-"""An example run with either backend, and what must then agree."""
+"""Checks that an example gives the same with both backends, and that its small run succeeds."""
 
 import copy
 

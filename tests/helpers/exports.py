@@ -1,4 +1,4 @@
-"""A model that holds our modules with every option, for the tests that export it.
+"""A model that contains our modules with every option, for the tests of exports.
 
 One export of all of them takes as long as one of each, so that a test is of one row of the result.
 Sizes are T, N, I, H; L layers, D directions.
@@ -28,7 +28,7 @@ STEP = {"cell": tuple(CELLS), "form": ("step", "step and hx"), "bias": (True, Fa
 
 
 def rows(layer=LAYER, step=STEP, seed=0):
-    """Layers and single-step cells by a name that says what they are."""
+    """Layers and single-step cells: {description: options}."""
     found = {}
     for row in (*pairwise(layer, seed), *pairwise(step, seed)):
         if not has_cell_state(row["cell"]):
@@ -70,7 +70,7 @@ class Row(nn.Module):
 
 
 class Model(nn.Module):
-    """All rows, beside each other."""
+    """All rows, each applied to the same arguments."""
 
     def __init__(self, rows):
         super().__init__()

@@ -1,4 +1,4 @@
-"""torch.cuda's interface played by the CPU: events, streams, and graphs that do replay."""
+"""A fake torch.cuda on the CPU: events, streams, and graphs that replay operators."""
 
 import contextlib
 import time
@@ -28,7 +28,7 @@ class Stream:
 
 
 class CUDAGraph:
-    """Operators as they were called, repeated into the very tensors that they gave."""
+    """Records operator calls; replay repeats them and writes to the recorded output tensors."""
 
     def __init__(self):
         self.calls = []

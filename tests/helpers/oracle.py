@@ -1,4 +1,4 @@
-"""One problem computed three ways: by us, by torch.nn in its dtype, by the reference in float64.
+"""One problem computed by lstm_fused, by torch.nn in its dtype and by the reference in float64.
 
 The reference is driven from here, layer by layer, so that nothing of lstm_fused.nn is taken for
 granted. It sees features and hidden units in reverse order: its sums then round differently from
@@ -21,7 +21,7 @@ import lstm_fused
 from lstm_fused import ops, reference, runtime
 from lstm_fused.testing import tolerance
 
-# By the name the op knows it by: the module, in torch.nn as in lstm_fused, and what it takes more.
+# {name of the operator's cell: (module of torch.nn and of lstm_fused, further arguments)}.
 CELLS = {
     "lstm": ("LSTM", {}),
     "gru": ("GRU", {}),
@@ -33,7 +33,7 @@ MOST_DRAWS = 16
 
 
 def has_cell_state(cell):
-    """Whether there is a c beside h; such cells have projections too."""
+    """Whether the cell has a state c besides h; only such cells have projections."""
     return ops.CELLS[cell]["carry"] == "cell"
 
 
@@ -134,7 +134,7 @@ class Outcome:
 
 
 def on_default_device(problem):
-    """The problem on the device of the test that asks, which conftest's `device` chose."""
+    """The problem on torch's default device, which conftest's `device` fixture sets."""
     return replace(problem, device=torch.get_default_device().type)
 
 
@@ -193,7 +193,8 @@ def rows_of(problem, y):
 
 
 def run_module(problem, library, draw=0, gradients=True):
-    """The problem through the module of torch.nn or lstm_fused, backward only with gradients."""
+    """Outcome of the problem by the module of torch.nn or lstm_fused; no backward pass without
+    gradients."""
     p, values = problem, values_of(problem, draw)
     module = p.module(library).requires_grad_(gradients)
     module.load_state_dict(values.weights)
@@ -334,7 +335,7 @@ def named(y, ends, leaves):
 
 
 def errors_of(problem, library, draw, tensors, exact):
-    """How far off the tensors are that library made of a draw; exact: the reference's Outcome.
+    """Errors of the tensors that library computed for a draw; exact: the reference's Outcome.
 
     Gradients of relu are held to those of the branches that the library's forward pass took, and
     relu_sum is the sum furthest from 0 whose branch is not the reference's.
@@ -352,7 +353,7 @@ def errors_of(problem, library, draw, tensors, exact):
 
 @lru_cache(maxsize=8)
 def expected_outcomes(problem):
-    """What torch.nn and what the float64 reference make of each draw of a problem: Outcomes."""
+    """Outcomes of torch.nn and of the float64 reference, for each draw of a problem."""
     draws = range(problem.draws)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # torch's own threads are no gain at these sizes
@@ -367,7 +368,7 @@ def expected_outcomes(problem):
 
 
 def violations(found, problem):
-    """A line for each tensor that is further off than its tolerance; found: one dict a draw."""
+    """A line for each tensor whose error exceeds its tolerance; found: a dict for each draw."""
     torchs, exact = expected_outcomes(problem)
     ours = [errors_of(problem, lstm_fused, k, t, exact[k]) for k, t in enumerate(found)]
     lines = []
@@ -389,7 +390,7 @@ def largest(name, exact):
 
 
 def check(problem):
-    """Run the problem by us, with and without gradients, and return what ran with them.
+    """Run the problem by lstm_fused with and without gradients; returns the Outcome with them.
 
     Fails naming every tensor that is off.
     """

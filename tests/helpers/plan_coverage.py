@@ -1,4 +1,4 @@
-"""Which kernels there are to test, and whether the one that should have run did."""
+"""The kernels to test, and assertions that the planned one ran."""
 
 import torch
 
@@ -20,7 +20,7 @@ def isas_for(dtype, device="cpu"):
 
 
 def planned(problem, isa, threads, backward):
-    """The plan of the layer that runs last: the top one forward, the lowest one backward."""
+    """The plan of the layer that runs last: the top one in the forward pass, else the lowest."""
     p = problem
     first = backward or p.layers == 1
     return _plan.plan(

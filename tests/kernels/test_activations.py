@@ -28,7 +28,7 @@ def activations(values):
 
 
 def sample(dtype):
-    """Every magnitude from the least subnormal to past saturation, both signs, and dense near 1."""
+    """Magnitudes from the smallest subnormal to saturation, both signs, densest near 1."""
     generator = torch.Generator().manual_seed(0)
     tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     exponents = torch.linspace(math.log2(tiny), 10, 100_000, dtype=torch.float64)

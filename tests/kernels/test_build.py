@@ -1,4 +1,4 @@
-"""What was built: symbols, plans, how an ISA is chosen, and what includes what."""
+"""The build: symbols of the libraries, plans of the CPU, the choice of an ISA, include rules."""
 
 import os
 import re
@@ -67,7 +67,7 @@ def test_plan_module_links_no_torch():
 
 @NEED_NM
 def test_modules_export_their_entry_only():
-    """Nothing else: another extension's symbols of the same name would be taken for these."""
+    """Other exported symbols could clash with those of another extension."""
     for module, entry in ((_C, "PyInit__C"), (_plan, "PyInit__plan")):
         exported = symbols(module.__file__, "--dynamic", "--defined-only")
         ours = [name for _, name in exported if not re.match(r"std::|typeinfo|vtable|VTT", name)]

@@ -1,4 +1,4 @@
-"""Every way a plan can turn out is run and judged: found by asking the plan, which is pure."""
+"""Every path of the CPU kernels runs and agrees: cases are chosen by what the plan says of them."""
 
 from itertools import product
 
@@ -14,7 +14,7 @@ THREADS = (
     1,
     2,
     5,
-)  # 5 are more than the rows, directions or blocks of units of some, and no divisor
+)  # 5: no divisor, and more than the rows, directions or unit blocks of some problems
 SHAPES = tuple(
     product((1, 2, 5, 33, 70), (1, 3, 5, 20, 40), ((25, 20), (20, 40), (33, 100), (24, 260)))
 )
@@ -48,18 +48,18 @@ def candidates(cell, dtype):
 
 
 def form_of(T, N):
-    """Packed for some, so that both walks are taken in every partition."""
+    """Packed for some, so that every partition runs dense and packed data."""
     return "unsorted" if N > 1 and (T + N) % 2 else "dense"
 
 
 def sharing(plan):
-    """What is shared out to threads."""
+    """The dimensions that the plan splits among threads."""
     groups = ("direction_groups", "directions"), ("row_groups", "rows"), ("unit_groups", "units")
     return "+".join(word for key, word in groups if getattr(plan, key) > 1) or "alone"
 
 
 def path_of(problem, plan, way):
-    """What the kernel's code branches on."""
+    """The properties of a plan and problem on which the kernel branches."""
     ahead = "none" if not plan.hoist_steps else "some" if plan.hoist_steps < problem.T else "all"
     return (
         f"{way} {plan.kernel}",
@@ -78,7 +78,7 @@ def paths_of(problem, isa, threads):
 
 
 def chosen():
-    """The smallest problems that take every path, for each ISA and dtype; alike ones together."""
+    """The smallest problems that take every path, for each cell, dtype and ISA."""
     cases = []
     for cell, dtype in product(CELLS, DTYPES):
         for isa in isas_for(dtype):
@@ -113,7 +113,7 @@ def test_kernel_path(problem, threads, isa):
 
 
 def test_every_partition_is_planned():
-    """The plan did not stop using a partition without anybody noticing."""
+    """The cases reach every kind of partition, for each cell, dtype and ISA."""
     for cell, dtype in product(CELLS, DTYPES):
         for isa in isas_for(dtype):
             reached = set()

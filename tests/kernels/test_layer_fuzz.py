@@ -1,4 +1,4 @@
-"""Random problems on random numbers of threads, judged as in test_layer_parity."""
+"""Random problems on random numbers of threads, checked as in test_layer_parity."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The modules against torch.nn's and the float64 reference: outputs, states, every gradient."""
+"""Parity of outputs, states and gradients with torch.nn and the float64 reference."""
 
 from dataclasses import replace
 
@@ -102,7 +102,7 @@ def test_agrees(problem, isa):
 
 
 def test_wrong_relu_branch_is_detected(monkeypatch):
-    """At a sum far from 0: taken by the backward pass alone, and by both."""
+    """A wrong branch of relu far from 0 is an error: of the backward pass alone, and of both."""
     problem = Problem(9, 5, 6, 11, torch.bfloat16, 2, 2, cell="rnn_relu", form="unsorted", hx=True)
     found = [run_module(problem, lstm_fused, k).tensors for k in range(problem.draws)]
     assert violations(found, problem) == []

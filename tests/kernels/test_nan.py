@@ -1,4 +1,4 @@
-"""NaN: none from memory that a kernel forgot to write, and all that torch.nn would return."""
+"""NaN and infinity: kernels propagate them as torch.nn does, and read no uninitialised memory."""
 
 from dataclasses import replace
 from itertools import product
@@ -20,8 +20,8 @@ PROBLEMS = {
     "projection": Problem(5, 4, 6, 21, hx=True, proj=9),
     "rows": Problem(5, 20, 6, 21, hx=True),
 }
-# Of the tensor at the first name, the element at the index becomes one of the values below; rows
-# of weights are counted around.
+# {name of a tensor: index of the element that is set to one of the values below}; rows of weights
+# are taken modulo their number.
 PLACES = {
     "x first step": ("x", (0, 1, 2)),
     "x later step": ("x", (1, 0, 0)),
@@ -37,13 +37,13 @@ VALUES = {"nan": float("nan"), "inf": float("inf"), "-inf": -float("inf")}
 
 
 def test_poison_is_on():
-    """Whatever any test of this suite compares was NaN before a kernel wrote it."""
+    """Output memory is NaN before a kernel writes it."""
     assert torch.ops.lstm_fused.poisoning()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_saved_tensors_are_fully_written(dtype):
-    """What is saved for backward holds no old memory, not even where a block has no unit."""
+    """Tensors saved for backward are written completely, padding of the last block included."""
     for isa, hidden, cell in product(isas_for(dtype), (1, 5, 16, 21), CELLS):
         runtime.set_isa(isa)
         x = torch.ones(3, 2, 6, dtype=dtype)
@@ -92,7 +92,7 @@ def each_place():
 @pytest.mark.parametrize("problem, place", list(each_place()))
 @pytest.mark.parametrize("value", VALUES)
 def test_nan_propagation(problem, place, value, spoiled):
-    """Into the rows, units and gradients that torch.nn's goes into, and no further.
+    """A NaN reaches the same rows, units and gradients as in torch.nn, and no others.
 
     An infinite dy of a GRU is inf - inf, NaN, in torch's formula, where ours may keep it infinite.
     """

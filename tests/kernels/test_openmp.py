@@ -1,4 +1,4 @@
-"""The OpenMP runtime underneath: one for torch and us, nested regions, fewer threads granted."""
+"""OpenMP: one runtime for torch and lstm_fused, nested regions, thread limits."""
 
 import ctypes
 import os
@@ -46,7 +46,7 @@ def test_threads_follow_torch():
 
 
 def test_inside_a_parallel_region():
-    """Called by the threads of somebody else's region, a layer uses the one thread it is on."""
+    """Called inside of another OpenMP region, a layer uses the calling thread alone."""
     lstm = lstm_fused.LSTM(20, 100).requires_grad_(False)
     x = torch.randn(33, 30, 20)
     expected = lstm(x)[0]
@@ -85,7 +85,7 @@ assert lstm.weight_hh_l0.grad.isfinite().all()
 
 
 def test_openmp_thread_limit():
-    """With a limit on OpenMP's threads the team is smaller than asked for, and the result right."""
+    """Results are right where OpenMP grants fewer threads than the plan has."""
     run = subprocess.run(
         [sys.executable, "-c", LIMITED],
         env=dict(os.environ, OMP_THREAD_LIMIT="1"),

@@ -61,7 +61,7 @@ def test_thread_counts(problem):
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_are_those_of_the_plan(threads):
-    """Enough work for every thread there is, though never one of its own for half a tile."""
+    """A large enough problem uses all threads, and the plan says how many."""
     torch.set_num_threads(threads)
     module, x = lstm_fused.LSTM(64, 256), torch.randn(30, 16, 64)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_threads_are_those_of_the_plan(threads):
 
 
 def outcome(problem):
-    """Every output and gradient, by us."""
+    """Every output and gradient of lstm_fused."""
     return run_module(problem, lstm_fused).tensors
 
 

@@ -1,4 +1,4 @@
-"""How many Python functions lie between a module's call and the operator, there and back."""
+"""How many Python functions lie between a module's call and the operator, forward and backward."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""LSTMCell, GRUCell and RNNCell beside torch.nn's: one step, in every form a caller may give it."""
+"""LSTMCell, GRUCell and RNNCell against torch.nn's: parity, forms of input, errors, fallback."""
 
 import copy
 import io
@@ -132,7 +132,7 @@ def test_is_as_accurate_as_torch(dtype, cell, device):
 
 @each_cell
 def test_cell_loop_equals_layer(cell):
-    """Fed with its own states, as a decoder does: outputs, and gradients through all steps."""
+    """Called on its own states step by step: outputs, and gradients through all steps."""
     p = on_default_device(Problem(6, N, I, H, torch.float64, cell=cell))
     layer, step = p.module(lstm_fused), make(cell, lstm_fused)
     layer.load_state_dict({f"{name}_l0": w for name, w in step.state_dict().items()})
@@ -196,7 +196,7 @@ ODD_STATES = {
 @each_cell
 @pytest.mark.parametrize("given", REFUSED.values(), ids=REFUSED)
 def test_same_errors_as_torch(given, cell):
-    """In torch's words, since its own forward is what refuses."""
+    """The error is torch's, because torch's forward raises it."""
     x, state = given(ones(N, I), ones(N, H))
     hx = (state, state) if has_cell_state(cell) and state is not None else state
     theirs, ours = pair(cell)
@@ -223,7 +223,7 @@ RANKS = {
 @pytest.mark.parametrize("grad", (True, False), ids=("grad", "no_grad"))
 @pytest.mark.parametrize("shapes", RANKS.values(), ids=RANKS)
 def test_ranks(shapes, grad, cell):
-    """Refused; of torch.nn the first of these gets a wrong shape or ends the process."""
+    """An error here; torch.nn gives a wrong shape or crashes for the first of these."""
     x, *states = (draw(*shape, grad=grad) for shape in shapes)
     name, forms = r"hx\[[01]\]", (tuple(states), states)
     if not has_cell_state(cell):
@@ -263,7 +263,7 @@ def test_zero_sizes(sizes, rows, cell):
 @each_cell
 @pytest.mark.parametrize("odd", ODD_STATES.values(), ids=ODD_STATES)
 def test_unusual_states(odd, cell):
-    """Taken or refused as torch.nn does."""
+    """Accepted or an error as in torch.nn."""
     theirs, ours = pair(cell)
     for rows in ((N,), ()):
         x, hx = ones(*rows, I), odd(ones(*rows, H))
@@ -425,7 +425,7 @@ def test_fx_keeps_layers_as_leaves(cell):
 
 
 def test_unknown_nonlinearity():
-    """torch.nn.RNNCell takes any word, and refuses it when called."""
+    """torch.nn.RNNCell accepts any nonlinearity and raises when called."""
     for library in (nn, lstm_fused):
         with pytest.raises(RuntimeError, match="Unknown nonlinearity: sin"):
             library.RNNCell(I, H, nonlinearity="sin", dtype=torch.float64)(ones(N, I))

@@ -1,4 +1,4 @@
-"""What torch.nn refuses is refused alike, and what has no fused path runs through torch."""
+"""Errors are those of torch.nn, and calls without a fused path fall back to torch."""
 
 import re
 import warnings
@@ -73,7 +73,7 @@ def with_weight(name, change):
 
 
 X = (T, N, I)
-# What is called, and what the message must say.
+# A call, and what the message must contain.
 REFUSED = {
     "1-D": (called(I), "Expected input to be 2D or 3D, got 1D"),
     "4-D": (called(1, *X), "Expected input to be 2D or 3D, got 4D"),
@@ -204,13 +204,13 @@ def test_errors_torch_does_not_raise(cell, call, words):
 
 @pytest.mark.parametrize("change, message", LAYER_ERRORS.values(), ids=LAYER_ERRORS)
 def test_operator_errors(change, message):
-    """In words of the arguments' names, with nothing before them."""
+    """The whole message, which names the arguments."""
     assert_layer_raises(change, message)
 
 
 @each_cell
 def test_out_of_memory(cell):
-    """Of more than any machine addresses, expanded from one row."""
+    """An input larger than any address space, expanded from one row."""
     x = ones(1, 1, I).expand(10**8, 10**7, I)
     with pytest.raises(RuntimeError, match="^out of memory for a tensor of shape"):
         pair(cell=cell)[1](x)
@@ -314,7 +314,7 @@ def test_jit_script(cell):
 @pytest.mark.parametrize("method", ("forward", "check_input"))
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
 def test_jit_script_of_a_subclass(method, cell):
-    """What torch.nn's own module would not do is not left out."""
+    """The fallback keeps what torch.nn's own module does not do."""
     base = type(pair(cell=cell)[1])
     mine = type("Mine", (base,), {method: getattr(base, method).__get__})(I, H)
     words = f"cannot compile Mine, derived from .*{base.__name__}, which overrides {method}"

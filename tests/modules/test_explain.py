@@ -1,4 +1,4 @@
-"""explain says what would run; runtime.last_run says what ran."""
+"""explain describes the kernels that then run, as runtime.last_run reports them."""
 
 import pytest
 import torch

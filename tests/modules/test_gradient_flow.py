@@ -1,4 +1,4 @@
-"""gradient_flow against autograd through torch.nn's own cells, step by step, and its errors."""
+"""gradient_flow agrees with autograd through torch.nn's cells called step by step; its errors."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The short way of inference past torch's dispatcher: when it is taken, and what it must see."""
+"""The fast path for inference: when it is taken, and that its results are the operator's."""
 
 import multiprocessing
 
@@ -171,7 +171,7 @@ def test_uses_the_operator_under_dispatch_mode(fast_path):
 
 @pytest.mark.filterwarnings("ignore:lstm_fused.* ran through", "ignore::DeprecationWarning")
 def test_falls_back_to_torch(fast_path):
-    """Tangents go to the operator, what is traced to torch.nn."""
+    """Forward-mode tangents use the operator; tracing uses torch.nn."""
     module, x = lstm_fused.GRU(4, 6).requires_grad_(False), torch.randn(3, 2, 4)
     with forward_ad.dual_level():
         y, _ = module(forward_ad.make_dual(x, torch.ones_like(x)))
@@ -211,7 +211,7 @@ def test_uses_the_operator(case, fast_path):
 
 
 def test_strided_input(fast_path):
-    """Rows may lie anywhere as long as each is whole."""
+    """Any strides between rows are accepted as long as each row is contiguous."""
     module, _ = small()
     for x in (torch.randn(2, 3, 4).transpose(0, 1), torch.randn(6, 2, 9)[::2, :, 3:7]):
         y, _ = module(x)
@@ -261,7 +261,7 @@ def change(module, how):
 )
 @pytest.mark.parametrize("T", [1, 9])
 def test_weight_changes_take_effect(how, T, fast_path):
-    """Nothing is kept between calls that a change could leave stale."""
+    """No cached value is stale after a change of the weights."""
     module, x = lstm_fused.LSTM(4, 6), torch.randn(T, 2, 4)
     with torch.no_grad():
         hx = torch.randn(1, 2, 6), torch.randn(1, 2, 6)
@@ -293,7 +293,7 @@ def test_weights_in_shared_memory(fast_path):
 
 
 def test_threads_share_a_module():
-    """The lock of the interpreter is let go of while a kernel runs."""
+    """The GIL is released while a kernel runs."""
     from concurrent.futures import ThreadPoolExecutor
 
     module, x = small()

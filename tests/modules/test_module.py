@@ -1,4 +1,4 @@
-"""The module as an object: built, copied, changed and moved as torch.nn's are."""
+"""Modules are constructed, copied, changed, moved and subclassed as torch.nn's are."""
 
 import copy
 import io
@@ -294,7 +294,7 @@ INPUTS = {
 )
 @pytest.mark.parametrize("batch_first, form, rows", INPUTS.values(), ids=INPUTS)
 def test_overridden_methods(batch_first, form, rows, name, method, on):
-    """Are called as torch.nn calls them; where only torch.nn's forward does, that one runs."""
+    """Overridden methods are called as by torch.nn, through torch.nn's forward where need be."""
     noted, results = ([], []), []
     input = form()
     for calls, library in zip(noted, (nn, lstm_fused), strict=True):

@@ -1,4 +1,4 @@
-"""Every form an input may take, and every mode it may be given in, as torch.nn takes it."""
+"""Every form of input, lengths, dropout and autograd mode gives what torch.nn gives."""
 
 import copy
 from contextlib import nullcontext

@@ -1,4 +1,4 @@
-"""lengths= where a graph is made of the call, and the operator's padding behind packed data."""
+"""lengths= under torch.compile, and the operator's padding behind packed data."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def make(name):
 
 
 def input_of(module, lengths):
-    """Of one step more than there need be. Its padding is NaN: nothing may come of it."""
+    """An input one step longer than the longest row. Padding is NaN and must have no effect."""
     x = torch.randn(max(lengths) + 1, len(lengths), I, dtype=torch.float64)
     for n, length in enumerate(lengths):
         x[length:, n] = float("nan")
@@ -129,7 +129,7 @@ def with_padding(x, batch_sizes, rows):
 @pytest.mark.parametrize("D", [1, 2])
 @each_cell
 def test_padding_behind_packed_data(cell, D):
-    """Zeros in the results, and nothing else is changed by it, in any derivative."""
+    """Padding gives zeros and changes no other result or derivative."""
     x, batch_sizes, state0, weights = packed(cell, D)
     found = {}
     for rows in (0, 5):

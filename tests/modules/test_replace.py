@@ -1,4 +1,4 @@
-"""replace and restore: the same model with another class under it, and back."""
+"""replace and restore change the classes of a model's layers and nothing else."""
 
 import copy
 import pickle
@@ -131,7 +131,7 @@ WRAPPED = {
 
 
 def test_optimizer_state_survives_replace():
-    """An optimizer made before trains the replaced model as it would have trained the other."""
+    """An optimizer made before replace trains the replaced model as it would the original."""
     x = torch.randn(5, 3, 4, dtype=torch.float64)
     trained = []
     for change in (lambda m: m, lstm_fused.replace):
@@ -206,7 +206,7 @@ CALLED = [name for name in CALLED_BY_TORCH if name != "check_input"]
 @pytest.mark.parametrize("name", ("LSTM", "GRU", "RNN"))
 @pytest.mark.parametrize("method", CALLED)
 def test_methods_that_only_torch_calls(method, name):
-    """Left alone if a class or an instance has one of its own."""
+    """A class or instance that overrides one of these methods is not replaced."""
     theirs, ours = getattr(nn, name), getattr(lstm_fused, name)
 
     def own(*args):
@@ -235,7 +235,7 @@ def test_restore_keeps_user_subclasses(name):
 @each_name
 @pytest.mark.parametrize("make", ("fully_shard", "replicate"))
 def test_classes_made_by_torch_distributed(make, name):
-    """They are kept account of by their class, so that replace and restore keep out of it."""
+    """torch.distributed identifies modules by class, so replace and restore do not change it."""
     change = distributed_changes()[make]
     theirs, ours = getattr(nn, name), getattr(lstm_fused, name)
     with one_process(), torch.device("cpu"):

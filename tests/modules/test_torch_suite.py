@@ -1,4 +1,4 @@
-"""PyTorch's own checks of nn.LSTM, nn.GRU, nn.RNN and their cells, with ours in their place.
+"""PyTorch's own tests of nn.LSTM, nn.GRU, nn.RNN and their cells, applied to ours.
 
 The inputs are those of torch.testing._internal.common_modules; what is done with them is what
 upstream's test_modules.py does, and after it what upstream's test_nn.py asks of LSTMs.
@@ -145,7 +145,7 @@ def test_non_contiguous(name):
 
 @each_name
 def test_moves_and_state_dict(name):
-    """Casting there and back, and a state_dict into a fresh module, leave the results alone."""
+    """A cast and back, and loading a state_dict into a new module, keep the results."""
     for module, args, kwargs, _ in samples(name, torch.float64):
         expected = module(*args, **kwargs)
         twin = copy.deepcopy(module)
@@ -282,7 +282,7 @@ def test_directions_mirror_each_other():
 
 
 def test_parameters_may_share_or_change_storage():
-    """Other than cuDNN's flat buffer: parameters that share or change storage are no matter."""
+    """Unlike cuDNN, nothing depends on a flat weight buffer."""
     lstm = lstm_fused.LSTM(10, 20)
     x = torch.randn(4, 2, 10)
     expected = lstm(x)
@@ -298,7 +298,7 @@ def test_parameters_may_share_or_change_storage():
 @each_name
 @pytest.mark.filterwarnings("ignore:lstm_fused.* ran through torch")
 def test_meta_shapes(name):
-    """On meta, where no kernel runs, shapes come out as they do on the CPU."""
+    """Shapes on the meta device are those on the CPU."""
     for module, args, _, _ in samples(name, torch.float64):
         expected = tensors(module(*args))
         on_meta = [changed(lambda t: t.to("meta"), a) for a in args]

@@ -1,7 +1,7 @@
-"""Dtypes and values under autocast: torch.nn's on every machine, and its where it has none.
+"""Dtypes and values under autocast: those of torch.nn, or its error, on every machine.
 
 torch.nn.LSTM runs in oneDNN for dtypes that depend on the machine, and raises where oneDNN has no
-layer in autocast's dtype. test_machines runs this file for a second machine.
+layer in autocast's dtype. test_restricted_isa runs this file for a second machine.
 """
 
 import copy
@@ -91,7 +91,7 @@ def test_onednn_support_matches_torch():
 
 
 def test_onednn_query_is_not_recorded():
-    """Whoever asks first: Dynamo, which has to have the answer, or an export, which records."""
+    """The query of oneDNN's dtypes works first under Dynamo, and is not recorded by an export."""
 
     class Model(torch.nn.Module):
         def __init__(self):
@@ -171,7 +171,7 @@ MIXED = [kinds for kinds in product((F32, F64), repeat=3) if F64 in kinds]
 @each_cell
 @pytest.mark.parametrize("of_x, of_weights, of_state", MIXED, ids=str)
 def test_float64_is_left_alone(of_x, of_weights, of_state, cell):
-    """All of it, or refused as torch.nn does."""
+    """Runs, or raises torch.nn's error."""
     theirs, ours = pair(cell=cell, dtype=of_weights)
     input, state = draw(T, N, I, dtype=of_x), state_for(ours, N, of_state)
     expected, found = (result(m, input, state, BF16) for m in (theirs, ours))

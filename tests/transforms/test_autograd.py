@@ -1,5 +1,5 @@
-"""What autograd asks of the layer beyond one backward pass: higher orders, parts of the gradients,
-torch.func, and the ways of saving, checking and repeating that torch offers.
+"""Autograd beyond one backward pass: higher orders, subsets of the gradients, torch.func, saved
+tensor hooks, checkpointing, anomaly mode and in-place changes.
 """
 
 import pickle
@@ -62,7 +62,7 @@ def goals_of(device, problem):
 
 
 def forget(dtype="float64"):
-    """Make last_run() speak of something else, so that what it says afterwards is news."""
+    """Run another layer, so that last_run() changes with the next call."""
     other = torch.float32 if dtype == "float64" else torch.float64
     with torch.no_grad():
         lstm_fused.LSTM(1, 1, dtype=other)(torch.zeros(1, 1, 1, dtype=other))
@@ -106,7 +106,7 @@ def names_of(problem):
 
 
 def total(outputs):
-    """A scalar that every element of every output has its own part in."""
+    """A scalar to which every element of every output contributes with its own weight."""
     return sum(
         (out * torch.arange(1, out.numel() + 1).view(out.shape).sin()).sum() for out in outputs
     )
@@ -339,7 +339,7 @@ def test_in_place_change_before_backward(cell, changed, frozen, proj, device):
 @each_cell
 @pytest.mark.parametrize("changed", ["x", "bias_ih_l0"])
 def test_in_place_change_before_second_derivative(cell, changed):
-    """What the first derivative does without, the second needs."""
+    """A second derivative needs tensors that the first does not."""
     f, tensors = function_of(replace(SMALL, cell=cell))
     named = dict(zip(names_of(replace(SMALL, cell=cell)), tensors, strict=True))
     named["weight_ih_l0"].requires_grad_(False)

@@ -1,4 +1,4 @@
-"""torch.compile and torch.export: one opaque operator a layer, for any batch and length."""
+"""torch.compile and torch.export: one operator for each layer, for any batch and length."""
 
 import pytest
 import torch
@@ -215,7 +215,7 @@ def test_compiles_a_replaced_model():
 
 
 def test_torch_modules_still_refuse_compile():
-    """Compiling ours leaves Dynamo's treatment of torch.nn's own alone."""
+    """Compiling ours does not change how Dynamo treats torch.nn's modules."""
     for name in PLAIN:
         module = make(name)
         torch.compile(module, backend="eager", fullgraph=True)(torch.randn(2, 2, 3))

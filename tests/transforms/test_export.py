@@ -1,4 +1,4 @@
-"""What takes an exported program: AOTInductor, from Python and from C++, OpenVINO, ExecuTorch."""
+"""Exported programs run in AOTInductor (Python and C++), OpenVINO and ExecuTorch."""
 
 import os
 import shutil
@@ -180,7 +180,7 @@ def test_openvino(decomposed):
 
 @pytest.mark.full
 def test_executorch():
-    """Its own form of programs has no operator that is not torch's."""
+    """A program for ExecuTorch contains torch's operators alone."""
     pytest.importorskip("executorch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""Functions run when a module is imported."""
+"""when_imported runs functions once the named module is imported."""
 
 import importlib
 import importlib.util
@@ -26,7 +26,7 @@ def test_called_once_per_callback(package):
     seen = []
     when_imported("late_package.part", lambda module: seen.append(("first", module.value)))
     when_imported("late_package.part", lambda module: seen.append(("second", module.value)))
-    assert importlib.util.find_spec("late_package.part") and not seen  # to look is not to import
+    assert importlib.util.find_spec("late_package.part") and not seen  # finding is not importing
     importlib.import_module("late_package.part")
     assert sorted(seen) == [("first", 1), ("second", 1)]
     importlib.reload(sys.modules["late_package.part"])

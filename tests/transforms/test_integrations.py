@@ -1,4 +1,4 @@
-"""Other libraries, and parts of torch, that know a module or an operator by its name."""
+"""Integrations that look up modules or operators by name: FLOPs, quantization, Opacus, profiler."""
 
 import copy
 import warnings
@@ -82,7 +82,7 @@ QUANTIZED = {
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_quantize_dynamic(models, name):
-    """It converts what it would of torch.nn's, and what it leaves is ours still."""
+    """Quantizes the modules that it would of torch.nn's; the others stay ours."""
     theirs, ours = models
     before = kinds(ours)
     for_theirs, for_ours = QUANTIZED[name]

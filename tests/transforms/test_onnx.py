@@ -1,4 +1,4 @@
-"""ONNX: one node a layer by both of torch's exporters, and what ONNX Runtime makes of it."""
+"""ONNX: one node for each layer by both of torch's exporters, run by ONNX Runtime and OpenVINO."""
 
 import logging
 import warnings
@@ -24,7 +24,7 @@ EXPORTERS = ("dynamo", "traced", "program")
 
 @contextmanager
 def quiet():
-    """Without what the exporters have to say of themselves."""
+    """Without the exporters' log messages and warnings."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():

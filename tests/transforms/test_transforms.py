@@ -3,7 +3,7 @@
 A row of TRANSFORMS is a program of one function's derivatives or examples. It is run with our
 module in the function, and with the pure-torch reference in its place: the values must agree,
 whatever is differentiated and whatever is frozen, in eager mode and compiled. torch.nn's own
-modules and finite differences are the second judges where they can be.
+modules and finite differences are further references where they apply.
 
 Sizes are T, N, I, H; B examples.
 """
@@ -146,7 +146,7 @@ each_form = pytest.mark.parametrize("form", FORMS, ids=str)
 
 
 def total(outputs):
-    """A scalar that every element of every output has its own part in."""
+    """A scalar to which every element of every output contributes with its own weight."""
     return sum(
         (o * torch.arange(1, o.numel() + 1).to(o).view(o.shape).sin()).sum() for o in outputs
     )
@@ -386,7 +386,7 @@ def test_transform(name, form):
 @pytest.mark.parametrize("form", [FORMS[0], FORMS[1], FORMS[-2]], ids=str)
 @each_transform
 def test_on_cuda_kernels(name, form):
-    """Emulated: the operators' rules lay tensors out as CUDA's kernels save them."""
+    """The rules of the operators also read tensors as the CUDA kernels save them (emulated)."""
     with emulated.kernels():
         found = run(name, form, lstm_fused)
     assert_close(found, run(name, form, "reference"))
@@ -394,7 +394,7 @@ def test_on_cuda_kernels(name, form):
 
 @each_form
 def test_finite_differences(form):
-    """The second judge, of a gradient and of a tangent."""
+    """A gradient and a tangent agree with finite differences."""
     f = form.call(lstm_fused)
     weights = {k: w.detach() for k, w in form.module().named_parameters()}
     x, *states = form.inputs()

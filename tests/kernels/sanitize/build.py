@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "build" / "sanitize"
 DRIVER = FOLDER / "driver"
 
-# Unoptimised: the compiler is what takes long here. The checks left out are the address sanitizer's
+# Unoptimised, because compiling takes longest. The checks left out are the address sanitizer's
 # too, or of classes, of which there are none.
 RULES = """\
 cxx = g++
@@ -25,7 +25,7 @@ rule link
 
 
 def ninja_file():
-    """Every source of csrc/cpu, so that a new ISA is no line here."""
+    """Every source of csrc/cpu, so that a new ISA needs no change of this file."""
     sources = [*sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), Path(__file__).parent / "driver.cpp"]
     lines = [f"build {source.stem}.o: compile {source}" for source in sources]
     objects = " ".join(f"{source.stem}.o" for source in sources)

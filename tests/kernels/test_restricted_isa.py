@@ -1,7 +1,7 @@
-"""Tests of what depends on the processor, as another processor would run them.
+"""Tests whose results depend on the processor, run with fewer instruction sets than it has.
 
-oneDNN and our kernels choose their instructions when they are loaded: a process of its own holds
-both to those of a lesser machine, AVX2 where there is AVX-512, and less where there is not.
+oneDNN and our kernels choose their instructions when they are loaded. The tests therefore run in a
+process whose environment restricts both: to AVX2 where there is AVX-512, else to the baseline.
 """
 
 import os
@@ -30,20 +30,20 @@ print(runtime.plan("lstm", "float32", 9, 2, 3, 4, 4, 1).isa, *autocast.onednn())
 """
 
 
-def lesser():
-    """The instruction sets of a lesser machine: ours, oneDNN's and torch's."""
+def restricted():
+    """Environment values for fewer instruction sets: of lstm_fused, oneDNN and torch."""
     if "avx512" in runtime.available_isas():
         return "avx2", "AVX2", "avx2"
     return "baseline", "SSE41", "default"
 
 
 def run_restricted(*arguments):
-    """What python prints with these arguments there."""
+    """The output of python with these arguments and fewer instruction sets."""
     names = "LSTM_FUSED_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env=os.environ | dict(zip(names, lesser(), strict=True)),
+        env=os.environ | dict(zip(names, restricted(), strict=True)),
         capture_output=True,
         text=True,
     )
@@ -52,14 +52,14 @@ def run_restricted(*arguments):
 
 
 def test_isa_is_restricted():
-    """Our kernels are of the lesser ISA, and oneDNN has float32 alone."""
+    """The kernels use the restricted ISA, and oneDNN supports float32 alone."""
     seen = run_restricted("-c", SEEN).split()
-    assert seen == [lesser()[0], str(torch.backends.mkldnn.is_available()), "False", "False"]
+    assert seen == [restricted()[0], str(torch.backends.mkldnn.is_available()), "False", "False"]
 
 
 @pytest.mark.parametrize("name", TESTS)
 def test_on_restricted_isa(name):
     file, which = TESTS[name]
     if "layer" in file:  # these name the ISA they run
-        which += f" and {lesser()[0]}"
+        which += f" and {restricted()[0]}"
     run_restricted("-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", which)

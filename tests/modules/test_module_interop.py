@@ -1,4 +1,4 @@
-"""What torch.nn's own tools do with a module: it is as with torch.nn's, and fused."""
+"""torch.nn's tools (parametrizations, functional_call, copies ...) work, and calls stay fused."""
 
 import copy
 
@@ -181,7 +181,7 @@ def plain(results):
 @pytest.mark.parametrize("name", ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"))
 @pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
 def test_module_interop(around, name):
-    """As with torch.nn's module of the same weights, and fused."""
+    """The result is that of torch.nn's module with the same weights, and the call is fused."""
     x = ones(T, N, I) if not name.endswith("Cell") else ones(N, I)
     results = []
     for library in (nn, lstm_fused):
