@@ -95,10 +95,11 @@ CASES = chosen()
 
 
 def goals_of(problem, threads, isa):
-    """Each path with each ISA, dtype and cell, and each kernel with all three."""
-    p, goals = problem, set()
+    """Each path on each ISA, each partition with each dtype and cell, each kernel with all."""
+    dtype, cell, goals = problem.dtype, problem.cell, set()
     for path in paths_of(problem, isa, threads):
-        goals |= {(path, isa), (path, p.dtype), (path, p.cell), (path[0], isa, p.dtype, p.cell)}
+        kernel, partition = path[0], path[:2]
+        goals |= {(path, isa), (partition, dtype), (partition, cell), (kernel, isa, dtype, cell)}
     return goals
 
 
