@@ -124,8 +124,8 @@ def run(args, report):
     code = {character: k for k, character in enumerate(kinds)}
     characters = windows_of(torch.tensor([code.get(c, len(kinds)) for c in text]))
     tags = windows_of(torch.tensor(tags))
-    held = torch.arange(len(tags)) % 10 == 9
-    learn, test = (characters[~held], tags[~held]), (characters[held], tags[held])
+    is_test = torch.arange(len(tags)) % 10 == 9
+    learn, test = (characters[~is_test], tags[~is_test]), (characters[is_test], tags[is_test])
     wanted = list(HIDDEN)
     if args.bidirectional is not None:
         wanted = wanted[args.bidirectional : args.bidirectional + 1]

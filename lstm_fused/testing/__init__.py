@@ -1,1 +1,1 @@
-"""What a result is held to: tolerances, and the float64 oracle and the comparison with it."""
+"""How a result is judged: tolerances, the float64 oracle, and the comparison with it."""
