@@ -29,7 +29,7 @@ sys.exit(pytest.main(["-m", "cuda", "--collect-only", "-p", "no:cacheprovider", 
 
 
 def test_collects_without_optional_packages():
-    """And every file with a test marked cuda is named; test_upstream is skipped there."""
+    """Collection works without them, and every file with a test marked cuda is named."""
     done = subprocess.run(
         [sys.executable, "-c", COLLECT],
         cwd=ROOT,

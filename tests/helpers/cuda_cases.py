@@ -90,6 +90,6 @@ def cases(small, projected=(), resident=()):
 
 
 def expected(kind, problem):
-    """The plan that runs when `kind` is forced and the device has room for it."""
+    """The plan that runs when `kind` is forced and fits the device."""
     any_plan = problem.dtype is not torch.float64 and not problem.proj
     return kind if any_plan or kind in STEPWISE else "step"

@@ -29,7 +29,7 @@ CELLS = {
     "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
 }
 ELEMENTS_JUDGED = 64
-MOST_DRAWS = 16
+MAX_DRAWS = 16
 
 
 def has_cell_state(cell):
@@ -79,7 +79,7 @@ class Problem:
     @property
     def draws(self):
         smallest = min(self.H, self.T * self.N * self.I, self.directions * self.N * self.R)
-        return min(MOST_DRAWS, -(-ELEMENTS_JUDGED // smallest))
+        return min(MAX_DRAWS, -(-ELEMENTS_JUDGED // smallest))
 
     @property
     def R(self):
@@ -138,7 +138,7 @@ def on_default_device(problem):
     return replace(problem, device=torch.get_default_device().type)
 
 
-@lru_cache(maxsize=MOST_DRAWS)
+@lru_cache(maxsize=MAX_DRAWS)
 def values_of(problem, draw=0):
     """Drawn on the CPU, then in the problem's dtype: uniform weights, the rest normal.
 

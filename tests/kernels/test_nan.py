@@ -72,7 +72,7 @@ def kinds(t):
 
 
 @pytest.fixture
-def spoiled():
+def put_value():
     yield with_value
     values_of.cache_clear()
 
@@ -91,12 +91,12 @@ def each_place():
 
 @pytest.mark.parametrize("problem, place", list(each_place()))
 @pytest.mark.parametrize("value", VALUES)
-def test_nan_propagation(problem, place, value, spoiled):
+def test_nan_propagation(problem, place, value, put_value):
     """A NaN reaches the same rows, units and gradients as in torch.nn, and no others.
 
     An infinite dy of a GRU is inf - inf, NaN, in torch's formula, where ours may keep it infinite.
     """
-    spoiled(problem, *PLACES[place], VALUES[value])
+    put_value(problem, *PLACES[place], VALUES[value])
     expected = {k: kinds(t) for k, t in run_module(problem, torch.nn).tensors.items()}
     kept = problem.cell == "gru" and place == "dy"
     if value == "nan":

@@ -162,7 +162,7 @@ def test_oversubscribed_cores():
     exact = run_reference(problem).tensors
     torchs = run_module(problem, torch.nn).tensors
     cores = len(os.sched_getaffinity(0))
-    neighbours = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(cores)]
+    background_load = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(cores)]
     try:
         torch.set_num_threads(3 * cores)
         for _ in range(3):
@@ -170,7 +170,7 @@ def test_oversubscribed_cores():
         long = replace(problem, T=300)
         assert run_module(long, lstm_fused).tensors["y"].isfinite().all()
     finally:
-        for process in neighbours:
+        for process in background_load:
             process.kill()
             process.wait()
 

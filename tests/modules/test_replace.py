@@ -107,11 +107,11 @@ def test_mode_hooks_and_attributes_are_kept(name):
     module.register_forward_pre_hook(lambda m, args: seen.append("before"))
     module.register_forward_hook(lambda m, args, out: seen.append("after"))
     weights = dict(module.named_parameters())
-    frozen, watched = (
+    frozen, observed = (
         next(w for k, w in weights.items() if k.startswith(kind))
         for kind in ("bias_ih", "weight_hh")
     )
-    watched.register_hook(lambda grad: seen.append("gradient"))
+    observed.register_hook(lambda grad: seen.append("gradient"))
     frozen.requires_grad_(False)
     for change in (lstm_fused.replace, lstm_fused.restore):
         seen.clear()

@@ -1,7 +1,7 @@
 """PyTorch's own tests of nn.LSTM, nn.GRU, nn.RNN and their cells, applied to ours.
 
-The inputs are those of torch.testing._internal.common_modules; what is done with them is what
-upstream's test_modules.py does, and after it what upstream's test_nn.py asks of LSTMs.
+The inputs are those of torch.testing._internal.common_modules. The checks are those of PyTorch's
+test_modules.py and, for LSTMs, test_nn.py.
 """
 
 import copy
@@ -41,7 +41,7 @@ each_dtype = pytest.mark.parametrize("dtype", INFOS["LSTM"].dtypes, ids=str)
 
 
 def samples(name, dtype, training=True, requires_grad=False):
-    """A module, its inputs and upstream's reference, for each of upstream's samples."""
+    """A module, its inputs and torch's reference, for each of torch's samples."""
     info, device = INFOS[name], torch.get_default_device()
     for sample in info.module_inputs_func(
         info, device=device, dtype=dtype, requires_grad=requires_grad, training=training

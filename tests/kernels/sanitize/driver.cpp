@@ -1,5 +1,5 @@
-// Runs every kernel this machine can on buffers of exactly the size each needs, for the address and
-// undefined-behaviour sanitizers to watch. Outputs start as NaN and must end finite.
+// Runs every kernel that this machine can run, on buffers of exactly the size that each needs,
+// under the address and undefined-behaviour sanitizers. Outputs start as NaN and must end finite.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
