@@ -23,7 +23,7 @@ WIDE = {
     "d_weight": 12,
     "d_bias": 12,
     # A sum before relu, no function yet: a rounding error may make it change sides of 0.
-    "relu_sum": 8,
+    "relu_preact": 8,
 }
 
 # The kernel computes in float32, so that only the last rounding is left: half an ulp, which is up

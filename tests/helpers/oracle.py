@@ -123,13 +123,13 @@ class Values:
 
 @dataclass
 class Outcome:
-    """Outputs, states and gradients by name; what ran (ours only); relu's sums (reference only),
-    for each layer those of each step in the order the steps run; see errors_of."""
+    """Outputs, states and gradients by name; what ran (ours only); the pre-activations given to relu
+    (reference only), for each layer those of each step in the order of the steps; see errors_of."""
 
     tensors: dict
     forward_run: dict = field(default_factory=dict)
     backward_run: dict = field(default_factory=dict)
-    sums: list = field(default_factory=list)
+    preacts: list = field(default_factory=list)
     errors: dict = field(default_factory=dict)
 
 
@@ -257,18 +257,18 @@ def in_order(rows, batch_sizes, directions):
 
 
 class Relu:
-    """relu as the reference calls it, once a step; keeps the sums it was given, in that order.
+    """relu as the reference calls it, once a step; keeps the pre-activations in that order.
 
     Its slope jumps at 0, so that a rounding error may decide it. With signs, of every step, it
     takes their branches in place of its own.
     """
 
     def __init__(self, signs=None):
-        self.signs, self.sums = signs and iter(signs), []
+        self.signs, self.preacts = signs and iter(signs), []
 
-    def __call__(self, sums):  # (n, H), units in reverse order
-        self.sums.append(sums.detach().flip(-1))
-        return torch.relu(sums) if self.signs is None else sums * next(self.signs).flip(-1)
+    def __call__(self, preacts):  # (n, H), units in reverse order
+        self.preacts.append(preacts.detach().flip(-1))
+        return torch.relu(preacts) if self.signs is None else preacts * next(self.signs).flip(-1)
 
 
 def reversed_layer(cell, layer, x, batch_sizes, state0, weights, directions):
@@ -308,12 +308,12 @@ def run_reference(problem, draw=0, signs=None):
         rows, sizes, order, back = pack_padded_sequence(x, values.lengths, enforce_sorted=False)
     each = len(weights) // p.layers
     flat = list(weights.values())
-    ends, sums = [], []
+    ends, preacts = [], []
     for k in range(p.layers):
         layer = reference.CELLS[p.cell]
         if p.cell == "rnn_relu":
             relu = Relu(signs and signs[k])
-            sums.append(relu.sums)
+            preacts.append(relu.preacts)
             layer = reference.rnn(relu)
         state0 = ()
         if state:
@@ -324,7 +324,7 @@ def run_reference(problem, draw=0, signs=None):
         ends.append(tuple(s if back is None else s[:, back] for s in end))
     ends = tuple(torch.cat(s) for s in zip(*ends, strict=True))
     torch.autograd.backward([rows, *ends], [g.cpu().double() for g in values.cotangents])
-    return Outcome(named(rows, ends, {"x": x, **weights, **initial(state)}), sums=sums)
+    return Outcome(named(rows, ends, {"x": x, **weights, **initial(state)}), preacts=preacts)
 
 
 def named(y, ends, leaves):
@@ -338,16 +338,18 @@ def errors_of(problem, library, draw, tensors, exact):
     """Errors of the tensors that library computed for a draw; exact: the reference's Outcome.
 
     Gradients of relu are held to those of the branches that the library's forward pass took, and
-    relu_sum is the sum furthest from 0 whose branch is not the reference's.
+    relu_preact is the pre-activation furthest from 0 whose branch is not the reference's.
     """
     truth, errors = exact.tensors, {}
     if problem.cell == "rnn_relu" and "d_x" in tensors:
         signs = signs_of(problem, library, draw, tensors["y"])
         along = run_reference(problem, draw, signs).tensors
         truth = {name: (along if name.startswith("d_") else truth)[name] for name in truth}
-        for k, steps in enumerate(zip(exact.sums, signs, strict=True)):
+        for k, steps in enumerate(zip(exact.preacts, signs, strict=True)):
             flipped = [s[(s > 0) != taken].abs() for s, taken in zip(*steps, strict=True)]
-            errors[f"relu_sum_l{k}"] = max((s.max().item() for s in flipped if len(s)), default=0.0)
+            errors[f"relu_preact_l{k}"] = max(
+                (s.max().item() for s in flipped if len(s)), default=0.0
+            )
     return errors | {name: tolerance.error_of(t, truth[name]) for name, t in tensors.items()}
 
 
@@ -383,9 +385,9 @@ def violations(found, problem):
 
 
 def largest(name, exact):
-    """The largest absolute value of a tensor in the reference's Outcomes, or of a layer's sums."""
-    layer = name.removeprefix("relu_sum_l")
-    given = [e.sums[int(layer)] if layer != name else [e.tensors[name]] for e in exact]
+    """The largest absolute value of a tensor, or of a layer's pre-activations, in the Outcomes."""
+    layer = name.removeprefix("relu_preact_l")
+    given = [e.preacts[int(layer)] if layer != name else [e.tensors[name]] for e in exact]
     return max(t.abs().max().item() if t.numel() else 0.0 for ts in given for t in ts)
 
 

@@ -106,12 +106,12 @@ def test_wrong_relu_branch_is_detected(monkeypatch):
     problem = Problem(9, 5, 6, 11, torch.bfloat16, 2, 2, cell="rnn_relu", form="unsorted", hx=True)
     found = [run_module(problem, lstm_fused, k).tensors for k in range(problem.draws)]
     assert violations(found, problem) == []
-    sums, signs = (
-        expected_outcomes(problem)[1][0].sums,
+    preacts, signs = (
+        expected_outcomes(problem)[1][0].preacts,
         signs_of(problem, lstm_fused, 0, found[0]["y"]),
     )
-    step = max(range(len(sums[0])), key=lambda k: sums[0][k].max())
-    signs[0][step] &= sums[0][step] < sums[0][step].max()
+    step = max(range(len(preacts[0])), key=lambda k: preacts[0][k].max())
+    signs[0][step] &= preacts[0][step] < preacts[0][step].max()
     wrong = run_reference(problem, 0, signs).tensors
     found[0] |= {k: t.to(problem.dtype) for k, t in wrong.items() if k.startswith("d_")}
     assert [line for line in violations(found, problem) if line.startswith("d_weight_ih_l0: off")]
@@ -122,7 +122,7 @@ def test_wrong_relu_branch_is_detected(monkeypatch):
             signs if library is lstm_fused and k == 0 else signs_of(p, library, k, y)
         ),
     )
-    assert [line.partition(":")[0] for line in violations(found, problem)] == ["relu_sum_l0"]
+    assert [line.partition(":")[0] for line in violations(found, problem)] == ["relu_preact_l0"]
 
 
 def test_design_covers_every_pair():
