@@ -123,7 +123,7 @@ class Values:
 
 @dataclass
 class Outcome:
-    """Outputs, states and gradients by name; what ran (ours only); the pre-activations given to relu
+    """Outputs, states and gradients by name; what ran (ours only); the arguments of relu
     (reference only), for each layer those of each step in the order of the steps; see errors_of."""
 
     tensors: dict
