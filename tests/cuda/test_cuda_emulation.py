@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,6 +44,13 @@ def assert_ran(kind, problem, outcome):
         assert (run["pass"], run["dtype"], run["kernel"]) == wanted
 
 
+def goals_of(kind, problem):
+    """Each plan with each dtype and cell, and with each problem in some dtype."""
+    shape = replace(problem, dtype=torch.float32)
+    return {(kind, problem.dtype), (kind, problem.cell), (kind, shape)}
+
+
+@pytest.mark.covering(goals=goals_of)
 @pytest.mark.parametrize(
     ("kind", "problem"),
     [pytest.param(k, p, id=f"{k}-{p}") for k, p in cases(SMALL, PROJECTED, RESIDENT)],

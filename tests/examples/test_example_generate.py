@@ -7,6 +7,7 @@ from examples import generate
 from tests.helpers import example_checks
 
 
+@pytest.mark.full
 def test_learns_both_ways(tmp_path):
     found = example_checks.learn(generate.EXAMPLE, tmp_path)
     for way in generate.WAYS:

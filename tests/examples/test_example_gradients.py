@@ -7,6 +7,7 @@ from examples import gradients
 from tests.helpers import example_checks
 
 
+@pytest.mark.full
 def test_learns(tmp_path):
     found = example_checks.learn(gradients.EXAMPLE, tmp_path)
     # By chance 0.25, and so it is over 100 steps with the layers left as they began.

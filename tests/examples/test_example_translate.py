@@ -7,6 +7,7 @@ from examples import translate
 from tests.helpers import example_checks
 
 
+@pytest.mark.full
 def test_learns_and_attention_holds_long_words(tmp_path):
     found = example_checks.learn(translate.EXAMPLE, tmp_path)
     accuracy, by_length = found["accuracy"], found["by length"]

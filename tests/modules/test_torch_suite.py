@@ -97,7 +97,12 @@ def test_repr_and_pickle(training, name):
             torch.testing.assert_close(twin(*args, **kwargs), expected, rtol=0, atol=0)
 
 
-@pytest.mark.covering(goals=lambda name, training: {(name, name.endswith("Cell") and training)})
+def goals_of(name, training):
+    """gradgradcheck of a layer in training mode takes long, and is a test of test_autograd too."""
+    return set() if training and not name.endswith("Cell") else {name}
+
+
+@pytest.mark.covering(goals=goals_of)
 @each_name
 @each_mode
 def test_gradients(training, name):
