@@ -44,7 +44,13 @@ def candidates(cell, dtype):
             cell=cell,
         )
         found += [(problem, threads) for threads in THREADS]
-    return sorted(found, key=lambda c: c[0].T * c[0].N * (c[0].H + c[0].I) ** 2 * c[1])
+    return sorted(found, key=lambda case: cost(case[0]) * case[1])
+
+
+def cost(problem):
+    """Proportional to the multiplications of a problem."""
+    p = problem
+    return p.T * p.N * (p.H + p.I) ** 2
 
 
 def form_of(T, N):
@@ -88,7 +94,7 @@ def chosen():
                 if paths - seen:
                     seen |= paths
                     cases.append((problem, threads, isa))
-    return sorted(cases, key=str)
+    return sorted(cases, key=lambda case: (cost(case[0]), str(case)))
 
 
 CASES = chosen()
