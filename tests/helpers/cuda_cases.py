@@ -72,7 +72,7 @@ def check_layouts(device):
 def tf32(allowed, cudnn=True):
     """A context in which recurrent layers may use TF32 or not, and torch.nn's cuDNN or not.
 
-    A plain assignment is refused once any test has imported torch.testing._internal.
+    A plain assignment raises once any test has imported torch.testing._internal.
     """
     return torch.backends.cudnn.flags(enabled=cudnn, allow_tf32=allowed)
 

@@ -19,7 +19,7 @@ def loss_and_gradients(model, loss_of, batch):
     return found | {f"d {name}": p.grad.clone() for name, p in model.named_parameters()}
 
 
-def judge(fused, original, loss_of, batch):
+def assert_accurate(fused, original, loss_of, batch):
     """Loss and every gradient of the fused model, by the rule of all parity tests."""
     fused, original = copy.deepcopy(fused), copy.deepcopy(original)
     fused.load_state_dict(original.state_dict())
@@ -44,7 +44,7 @@ def assert_agree(example, folder, *arguments):
         assert found.shape == expected.shape
         apart = (found.double() - expected.double()).abs().max().item()
         assert apart <= tolerance.TRAINED * expected.abs().max().item()
-    judge(fused["problem"][0], *theirs["problem"])
+    assert_accurate(fused["problem"][0], *theirs["problem"])
 
 
 def learn(example, folder, *arguments):

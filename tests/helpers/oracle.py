@@ -5,7 +5,7 @@ granted. It sees features and hidden units in reverse order: its sums then round
 torch.nn's, whose own error would otherwise come out as zero in float64.
 
 The largest of four numbers is a matter of luck, so that small problems are drawn several times and
-all their draws are judged as one.
+all their draws are compared together.
 
 Sizes are T, N, I, H; R is proj or else H, D directions, L layers, S rows of packed data.
 """

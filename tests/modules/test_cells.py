@@ -166,7 +166,7 @@ def test_gradients_of_every_order(cell):
 
 
 # Of an input (N, I) and a state (N, H) those that are given, the state twice to an LSTMCell.
-REFUSED = {
+ERRORS = {
     "0-D": lambda x, s: (x[0, 0], None),
     "3-D": lambda x, s: (x[None], None),
     "width": lambda x, s: (x[:, 1:], None),
@@ -194,14 +194,14 @@ ODD_STATES = {
 
 
 @each_cell
-@pytest.mark.parametrize("given", REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("given", ERRORS.values(), ids=ERRORS)
 def test_same_errors_as_torch(given, cell):
     """The error is torch's, because torch's forward raises it."""
     x, state = given(ones(N, I), ones(N, H))
     hx = (state, state) if has_cell_state(cell) and state is not None else state
     theirs, ours = pair(cell)
     expected = outcome(theirs, x, hx)
-    assert isinstance(expected[0], type), "torch refuses it"
+    assert isinstance(expected[0], type), "torch raises"
     assert outcome(ours, x, hx) == expected
 
 

@@ -74,7 +74,7 @@ def with_weight(name, change):
 
 X = (T, N, I)
 # A call, and what the message must contain.
-REFUSED = {
+ERRORS = {
     "1-D": (called(I), "Expected input to be 2D or 3D, got 1D"),
     "4-D": (called(1, *X), "Expected input to be 2D or 3D, got 4D"),
     "width": (called(T, N, 5), "input.size.* Expected 4, got 5"),
@@ -154,7 +154,7 @@ def each_of(common, of_two, of_one):
     return pytest.mark.parametrize("cell, call, words", rows)
 
 
-@each_of(REFUSED, OF_TWO_STATES, OF_ONE_STATE)
+@each_of(ERRORS, OF_TWO_STATES, OF_ONE_STATE)
 def test_same_errors_as_torch(cell, call, words):
     """By an exception of the same type, and in torch's words where they name what is wrong."""
     theirs, ours = pair(cell=cell)

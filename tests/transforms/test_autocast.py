@@ -214,7 +214,7 @@ def test_values(form, proj, dtype, narrow, cell):
     """Outputs and gradients, at most twice as far off as torch.nn's own.
 
     Where torch.nn raises, its module made narrow stands in for it. Which branch relu takes at a sum
-    near 0 is the rounding's to decide, and with it whole gradients: test_layer_parity judges those.
+    near 0 depends on rounding, and with it whole gradients: test_layer_parity compares those.
     """
     options = fitting(cell, {"num_layers": 2, "proj_size": proj, "dtype": dtype})
     theirs, ours = pair(cell=cell, **options)

@@ -300,7 +300,7 @@ CHANGED = ["x", "h0", "c0", "y", "h_n", "c_n", "weight_ih_l0", "bias_hh_l0"]
 def test_in_place_change_before_backward(cell, changed, frozen, proj, device):
     """Allowed, with the same gradient, wherever torch.nn allows it in float32 or in float64.
 
-    CUDA's kernels read y again, as cuDNN's do: there it may be refused.
+    CUDA's kernels read y again, as cuDNN's do: there it may raise.
     """
     if proj and not has_cell_state(cell):
         return
@@ -325,11 +325,11 @@ def test_in_place_change_before_backward(cell, changed, frozen, proj, device):
             return str(error).split(":")[0]
 
     with tf32(False):
-        found, judges = (
+        found, torchs = (
             outcome(lstm_fused),
             [outcome(torch.nn, d) for d in (torch.float64, torch.float32)],
         )
-    values = [judge for judge in judges if not isinstance(judge, str)]
+    values = [each for each in torchs if not isinstance(each, str)]
     if values and not (device != "cpu" and changed == "y" and isinstance(found, str)):
         torch.testing.assert_close(found, values[0], check_dtype=False)
     else:
