@@ -34,7 +34,7 @@ class Model:
     inputs: tuple | dict
 
     def run(self, provider: str) -> ModelRun:
-        """A copy as it is (TORCH), with our modules (OURS) or in float64 ("float64")."""
+        """An unchanged copy (TORCH), with our modules (OURS) or in float64 ("float64")."""
         if provider == "float64":
             return ModelRun(in_float64(self.module), in_float64(self.inputs))
         module = copy.deepcopy(self.module)

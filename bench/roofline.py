@@ -79,7 +79,7 @@ def exchange_seconds(measured: list[dict], kind: str, ctas: int, size: float) ->
     return max(0.0, on_lines(at_size, ctas)) * 1e-9
 
 
-def step_exchange(work: Workload, roof: dict, ran: dict) -> float:
+def step_exchange(work: Workload, limits: dict, ran: dict) -> float:
     """Seconds on a GPU from a step's results to the next one's operands, in the plan that ran, as
     cuda.last_run() tells it."""
     row = _plan.cuda_row_bytes(ran["dtype"], work.R)
@@ -88,19 +88,19 @@ def step_exchange(work: Workload, roof: dict, ran: dict) -> float:
     operand, ctas = row * min(work.N, ran["tile_rows"]), ran["unit_ctas"]
     if ran["kernel"] in ("grid", "cluster"):
         size = operand if ran["kernel"] == "grid" else operand / ctas
-        return exchange_seconds(roof["exchange"], ran["kernel"], ctas, size)
+        return exchange_seconds(limits["exchange"], ran["kernel"], ctas, size)
     of_product = 1 + work.directions if ran["kernel"] == "gemm" else 1
-    return of_product * (2 if work.proj else 1) * roof["start"]
+    return of_product * (2 if work.proj else 1) * limits["start"]
 
 
-def partitions(work: Workload, roof: dict, kernels: list[dict]) -> list[Partition]:
+def partitions(work: Workload, limits: dict, kernels: list[dict]) -> list[Partition]:
     """Every partition that limit() considers; the best one counts."""
-    team, barrier, start = roof["team"], roof["barrier"], roof["start"]
-    if roof["device"] == "cuda":
-        seconds = {ran["pass"]: step_exchange(work, roof, ran) for ran in kernels}
+    team, barrier, start = limits["team"], limits["barrier"], limits["start"]
+    if limits["device"] == "cuda":
+        seconds = {ran["pass"]: step_exchange(work, limits, ran) for ran in kernels}
         back = seconds.get("backward", 0.0)
         return [Partition(team, 1, 1, work.directions, seconds["forward"], back, start)]
-    found, threads = [Partition(roof["one"], 1, 1, 1)], team["threads"]
+    found, threads = [Partition(limits["one"], 1, 1, 1)], team["threads"]
     if threads > 1:
         found.append(Partition(team, threads, 1, 1, barrier, barrier, start))
         found.append(Partition(team, 1, threads, 1, start=start))
@@ -140,7 +140,7 @@ def layer_seconds(work: Workload, inputs: int, p: Partition) -> float:
     return seconds * work.directions / p.together + p.start
 
 
-def limit(work: Workload, roof: dict, kernels: list[dict] = ()) -> float:
+def limit(work: Workload, limits: dict, kernels: list[dict] = ()) -> float:
     """Seconds that a workload takes at least on a machine with these rates.
 
     The input part of the gates is one product over all steps, at the peak of multiply-adds, but no
@@ -159,17 +159,17 @@ def limit(work: Workload, roof: dict, kernels: list[dict] = ()) -> float:
     counts as it follows another in a graph.
     """
     inputs = [work.I] + [work.R * work.directions] * (work.layers - 1)
-    found = partitions(work, roof, kernels)
+    found = partitions(work, limits, kernels)
     return sum(min(layer_seconds(work, k, partition) for partition in found) for k in inputs)
 
 
-def limit_of_row(row: dict, roof: dict, provider: str) -> float | None:
+def limit_of_row(row: dict, limits: dict, provider: str) -> float | None:
     """limit() of a row of results and of what the provider ran there; None if that is not known."""
     kernels = row["providers"].get(provider, {}).get("kernels", [])
-    if roof["device"] == "cuda" and not (roof["exchange"] and kernels and all(kernels)):
+    if limits["device"] == "cuda" and not (limits["exchange"] and kernels and all(kernels)):
         return None
     try:
-        return limit(Workload(**row["workload"]), roof, kernels)
+        return limit(Workload(**row["workload"]), limits, kernels)
     except NotMeasured:  # an exchange of this plan's kind
         return None
 
@@ -179,7 +179,7 @@ def best(roofs: list, key: str = ""):
 
     What disturbed a measurement does not lower the limit.
     """
-    known = [roof for roof in roofs if roof is not None]
+    known = [limits for limits in roofs if limits is not None]
     if known and isinstance(known[0], dict):
         return {k: best([r[k] for r in known], key if key == "peak" else k) for k in known[0]}
     if known and isinstance(known[0], list):
@@ -259,19 +259,21 @@ def measure_cpu(threads: int) -> dict:
     return found
 
 
-def lines(roof: dict) -> list[str]:
+def lines(limits: dict) -> list[str]:
     """What was measured, for people."""
     found = []
-    for rates in (roof["one"], roof["team"]) if roof["team"] != roof["one"] else (roof["team"],):
+    for rates in (
+        (limits["one"], limits["team"]) if limits["team"] != limits["one"] else (limits["team"],)
+    ):
         peaks = ", ".join(f"{name} {peak / 1e9:.4g}" for name, peak in rates["peak"].items())
         levels = [v for v in rates["levels"] if v["bandwidth"]]
         reads = ", ".join(f"{v['name']} {v['bandwidth'] / 1e9:.4g}" for v in levels)
-        who = "device" if roof["device"] == "cuda" else f"{rates['threads']} thread(s)"
+        who = "device" if limits["device"] == "cuda" else f"{rates['threads']} thread(s)"
         found += [f"{who}: peak {peaks} GFLOP/s", f"{who}: reads {reads} GB/s"]
     times = ", ".join(
-        f"{k} {roof[k] * 1e6:.2f} µs" for k in ("barrier", "start", "launch") if roof.get(k)
+        f"{k} {limits[k] * 1e6:.2f} µs" for k in ("barrier", "start", "launch") if limits.get(k)
     )
     found += [times] if times else []
-    for m in roof.get("exchange") or []:
+    for m in limits.get("exchange") or []:
         found.append(f"{m['kind']}, {m['ctas']} CTAs, {m['bytes']} bytes: {m['ns']:.0f} ns")
     return found

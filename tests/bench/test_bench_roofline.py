@@ -60,24 +60,24 @@ def test_projection():
 
 
 def test_threads_share_rows_without_a_barrier():
-    roof = machine(threads=2, barrier=1.0)
-    assert limit(layer(), roof) == pytest.approx(FLOPS / 2e6)
+    limits = machine(threads=2, barrier=1.0)
+    assert limit(layer(), limits) == pytest.approx(FLOPS / 2e6)
     # Of three rows one thread has two, in the recurrence; a fourth row costs nothing there.
-    three, four = limit(layer(N=3, I=1), roof), limit(layer(N=4, I=1), roof)
+    three, four = limit(layer(N=3, I=1), limits), limit(layer(N=4, I=1), limits)
     assert four - three == pytest.approx(2 * 10 * 1 * 20 / 2e6)
 
 
 def test_one_row_is_shared_by_units_with_a_barrier_a_step():
-    roof = machine(threads=2, barrier=1e-5, start=1e-4)
-    assert limit(layer(N=1), roof) == pytest.approx(FLOPS / 4e6 + 10e-5 + 1e-4)
+    limits = machine(threads=2, barrier=1e-5, start=1e-4)
+    assert limit(layer(N=1), limits) == pytest.approx(FLOPS / 4e6 + 10e-5 + 1e-4)
     slow = machine(threads=2, barrier=1.0)
     # One thread runs the steps; the product before them still has two.
     assert limit(layer(N=1), slow) == pytest.approx(2 * 10 * 20 * (5 / 1e6 + 3 / 2e6))
 
 
 def test_directions_are_shared_without_a_barrier():
-    roof = machine(threads=2, barrier=1.0)
-    assert limit(layer(N=1, directions=2), roof) == pytest.approx(FLOPS / 2e6)
+    limits = machine(threads=2, barrier=1.0)
+    assert limit(layer(N=1, directions=2), limits) == pytest.approx(FLOPS / 2e6)
 
 
 def test_weights_are_read_from_the_level_they_lie_in():
@@ -116,9 +116,9 @@ def on_gpu(**more):
     return {"device": "cuda", "one": rates, "team": rates, "exchange": EXCHANGE} | times | more
 
 
-def ran(kernel, way="forward", ctas=0, rows=8, dtype="float32"):
+def ran(kernel, pass_name="forward", ctas=0, rows=8, dtype="float32"):
     sizes = {"unit_ctas": ctas, "tile_rows": rows, "row_groups": 1}
-    return {"pass": way, "kernel": kernel, "dtype": dtype} | sizes
+    return {"pass": pass_name, "kernel": kernel, "dtype": dtype} | sizes
 
 
 def test_exchange_between_and_beyond_what_was_measured():
@@ -190,13 +190,13 @@ def test_gpu_limits_are_measured(fake_cuda, monkeypatch, nvcc, capsys):
     monkeypatch.setattr(gpu, "Worker", Worker)
     monkeypatch.setattr(gpu, "compiled", lambda *given: FakeLibrary())
     monkeypatch.setattr(gpu, "nvcc", lambda: "nvcc" if nvcc else None)
-    roof = gpu.measure_gpu()
-    assert set(roof["team"]["peak"]) == {"float16", "bfloat16", "tf32", "float32", "float64"}
-    assert roof["launch"] > 0 and roof["start"] > 0
-    assert [v["name"] for v in roof["team"]["levels"]] == ["on chip", "L2", "memory"]
+    limits = gpu.measure_gpu()
+    assert set(limits["team"]["peak"]) == {"float16", "bfloat16", "tf32", "float32", "float64"}
+    assert limits["launch"] > 0 and limits["start"] > 0
+    assert [v["name"] for v in limits["team"]["levels"]] == ["on chip", "L2", "memory"]
     assert ("nvcc is not installed" in capsys.readouterr().err) != nvcc
-    assert (roof["exchange"] is None) != nvcc
-    lines = "\n".join(roofline.lines(roof))
+    assert (limits["exchange"] is None) != nvcc
+    lines = "\n".join(roofline.lines(limits))
     assert "GB/s" in lines and ("grid, 16 CTAs, 0 bytes: 516 ns" in lines) == nvcc
     assert "cluster" not in lines
 
@@ -224,13 +224,13 @@ def test_this_machine(monkeypatch):
     monkeypatch.setattr(roofline, "SECONDS", 0.002)
     monkeypatch.setattr(roofline, "TRIES", 1)
     monkeypatch.setattr(roofline, "MEMORY_BYTES", 1 << 20)
-    roof = roofline.measure_cpu(2)
-    for rates in (roof["one"], roof["team"]):
+    limits = roofline.measure_cpu(2)
+    for rates in (limits["one"], limits["team"]):
         assert min(rates["peak"]["float32"], rates["peak"]["float64"]) > 1e8
         assert all(0 < v["bandwidth"] < math.inf for v in rates["levels"])
         assert rates["levels"][-1]["bytes"] is None
-    assert roof["barrier"] > 0 and roof["start"] > 0
-    assert "GFLOP/s" in "\n".join(roofline.lines(roof))
+    assert limits["barrier"] > 0 and limits["start"] > 0
+    assert "GFLOP/s" in "\n".join(roofline.lines(limits))
 
 
 def test_caches(tmp_path):
@@ -259,8 +259,8 @@ def test_no_compiler_is_one_line(monkeypatch, tmp_path):
 
 
 def test_rows_carry_their_limit():
-    work, roof = layer(N=1), machine(peak=1e9)
+    work, limits = layer(N=1), machine(peak=1e9)
     row = {"workload": asdict(work), "providers": {"torch.nn": {}}}
-    result = run.finished({"rows": [row], "providers": ["torch.nn"]}, [roof])
-    assert result["roofline"] == roof
-    assert result["rows"][0]["limit"] == pytest.approx(limit(work, roof), rel=1e-3)
+    result = run.finished({"rows": [row], "providers": ["torch.nn"]}, [limits])
+    assert result["roofline"] == limits
+    assert result["rows"][0]["limit"] == pytest.approx(limit(work, limits), rel=1e-3)

@@ -39,8 +39,8 @@ def emulation():
 
 
 def assert_ran(kind, problem, outcome):
-    for way, run in (("forward", outcome.forward_run), ("backward", outcome.backward_run)):
-        wanted = (way, str(problem.dtype).removeprefix("torch."), expected(kind, problem))
+    for pass_name, run in (("forward", outcome.forward_run), ("backward", outcome.backward_run)):
+        wanted = (pass_name, str(problem.dtype).removeprefix("torch."), expected(kind, problem))
         assert (run["pass"], run["dtype"], run["kernel"]) == wanted
 
 

@@ -42,14 +42,14 @@ def planned(problem, isa, threads, backward):
 
 def assert_ran(problem, isa, outcome):
     """The kernels of this ISA and dtype ran, forward and backward, as planned for this machine."""
-    for way, run in (("forward", outcome.forward_run), ("backward", outcome.backward_run)):
-        assert (run["pass"], run["dtype"]) == (way, str(problem.dtype).removeprefix("torch."))
+    for pass_name, run in (("forward", outcome.forward_run), ("backward", outcome.backward_run)):
+        assert (run["pass"], run["dtype"]) == (pass_name, str(problem.dtype).removeprefix("torch."))
         if problem.device != "cpu":
             continue
-        plan = planned(problem, isa, torch.get_num_threads(), way == "backward")
+        plan = planned(problem, isa, torch.get_num_threads(), pass_name == "backward")
         for key in run.keys() - {"pass"}:
-            assert run[key] == getattr(plan, key), (way, key, run, str(plan))
+            assert run[key] == getattr(plan, key), (pass_name, key, run, str(plan))
         # The direct kernel multiplies no pairs of bfloat16.
         paired = run["kernel"] == "persistent"
         expected = "avx512" if isa == "avx512_bf16" and not paired else isa
-        assert run["isa"] == expected, (way, run)
+        assert run["isa"] == expected, (pass_name, run)

@@ -64,11 +64,11 @@ def sharing(plan):
     return "+".join(word for key, word in groups if getattr(plan, key) > 1) or "alone"
 
 
-def path_of(problem, plan, way):
+def path_of(problem, plan, pass_name):
     """The properties of a plan and problem on which the kernel branches."""
     ahead = "none" if not plan.hoist_steps else "some" if plan.hoist_steps < problem.T else "all"
     return (
-        f"{way} {plan.kernel}",
+        f"{pass_name} {plan.kernel}",
         sharing(plan),
         ahead,
         problem.packed,
@@ -78,8 +78,8 @@ def path_of(problem, plan, way):
 
 def paths_of(problem, isa, threads):
     return {
-        path_of(problem, planned(problem, isa, threads, way == "backward"), way)
-        for way in ("forward", "backward")
+        path_of(problem, planned(problem, isa, threads, pass_name == "backward"), pass_name)
+        for pass_name in ("forward", "backward")
     }
 
 

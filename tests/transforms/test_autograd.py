@@ -69,9 +69,9 @@ def forget(dtype="float64"):
     assert runtime.last_run()["dtype"] != dtype
 
 
-def assert_ran(way, dtype="float64"):
+def assert_ran(pass_name, dtype="float64"):
     run = runtime.last_run()
-    assert (run["pass"], run["dtype"]) == (way, dtype), run
+    assert (run["pass"], run["dtype"]) == (pass_name, dtype), run
 
 
 def function_of(problem, library=lstm_fused, exact=False):
