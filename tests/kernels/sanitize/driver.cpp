@@ -7,7 +7,7 @@
 #include <memory>
 #include <vector>
 
-#include "../../csrc/cpu/kernels.h"
+#include "../../../csrc/cpu/kernels.h"
 
 using namespace lstm_fused;
 
