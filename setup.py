@@ -140,7 +140,11 @@ def extensions():
     operators.libraries = ["torch", "torch_cpu"]
     plan = CppExtension(
         "lstm_fused._plan",
-        [*sources("plan_module"), "csrc/cpu/plan.cpp", "csrc/cuda/plan.cpp"],
+        [
+            *sources("plan_module"),
+            *(f"csrc/cpu/{name}.cpp" for name in ("plan", "topology", "load")),
+            "csrc/cuda/plan.cpp",
+        ],
         extra_compile_args=[
             *COMMON,
             f'-DLSTM_FUSED_VERSION="{VERSION}"',

@@ -51,10 +51,12 @@ def plan(
     """
     if device is not None and device.type == "cuda":
         return cuda.plan_on(device, _plan.cells()[cell]["id"], dtype, T, N, H, R, directions)
+    threads = torch.get_num_threads() if threads is None else threads
+    undisturbed, *topology = torch.ops.lstm_fused.machine(threads)
     return _plan.plan(
         str(dtype).removeprefix("torch."),
         torch.ops.lstm_fused.active_isa(),
-        torch.get_num_threads() if threads is None else threads,
+        threads,
         T,
         N,
         I,
@@ -64,6 +66,8 @@ def plan(
         projection=R != H,
         training=training,
         cell=cell,
+        undisturbed=undisturbed,
+        topology=_plan.Topology(*topology),
     )
 
 

@@ -8,7 +8,9 @@
 #include <new>
 #include <stdexcept>
 
+#include "load.h"
 #include "team.h"
+#include "topology.h"
 
 namespace lstm_fused {
 namespace {
@@ -73,16 +75,54 @@ Isa isa_of_environment() {
 
 std::atomic<int> forced_isa{-1};
 
+bool fixed_plans() {
+  static const bool fixed = [] {
+    const char* set = std::getenv("LSTM_FUSED_FIXED_PLANS");
+    return set && std::strcmp(set, "1") == 0;
+  }();
+  return fixed;
+}
+
+LoadEstimate load;
+
+// Tells the estimate what a call lost to other programs.
+class CallWatch {
+ public:
+  explicit CallWatch(const Plan& plan)
+      : threads_(fixed_plans() ? 0 : plan.threads), clocked_(plan.nanoseconds > kClocked) {
+    observe_team(threads_ > 1 && clocked_);
+    if (threads_ > 1) begin_ = nanoseconds_now();
+  }
+  void note() const {
+    if (threads_ == 0) return;
+    if (threads_ == 1) return load.note(1, 0, {}, 0);
+    const int64_t now = nanoseconds_now(), taken = now - begin_;
+    const TeamLoss short_loss = taken > 2 * kLateness ? TeamLoss{taken, 1} : TeamLoss{};
+    load.note(threads_, taken, clocked_ ? observed_loss() : short_loss, now);
+  }
+
+ private:
+  // Reading the CPU time of a thread twice costs nearly a microsecond. A shorter call that lost a
+  // time slice is known by its length.
+  static constexpr int64_t kClocked = 100'000;
+
+  const int threads_;
+  const bool clocked_;
+  int64_t begin_ = 0;
+};
+
 template <class Params, class MakePlan, class Bytes, class Call>
 void launch_pass(const Problem& problem, Params& params, Pass pass, MakePlan make_plan, Bytes bytes,
                  Call call) {
   for (int threads = usable_threads();; threads = 1) {
-    const Plan plan = make_plan(problem, Machine{current_isa(), threads});
+    const Plan plan = make_plan(problem, machine_for(threads));
     const Kernel& kernel = kernel_for(plan.isa, problem.cell, problem.dtype);
     params.scratch = scratch.of(static_cast<size_t>((kernel.*bytes)(params, plan)) + 64);
+    const CallWatch watch(plan);
     const bool ran = (kernel.*call)(params, plan);
     scratch.done();
     if (!ran) continue;
+    watch.note();
     last = {pass, plan};
     return;
   }
@@ -93,7 +133,9 @@ void launch_pass(const Problem& problem, Params& params, Pass pass, MakePlan mak
 Problem problem_of(CellKind cell, DType dtype, const LayerSizes& size, bool projection,
                    bool training) {
   const Steps& steps = size.steps;
-  return {cell, dtype, steps.T, steps.N, size.I, size.H, size.R, size.D, projection, training};
+  const bool packed = steps.sizes != nullptr;
+  return {cell,   dtype,  steps.T,    steps.N,  size.I, size.H,
+          size.R, size.D, projection, training, false,  packed};
 }
 
 void launch(const Problem& problem, ForwardParams& params) {
@@ -155,6 +197,17 @@ void launch_each(const Problem& problem, std::vector<BackwardParams>& calls) {
 
 void launch_each(const Problem& problem, std::vector<TangentParams>& calls) {
   launch_all(problem, calls);
+}
+
+Machine machine_for(int threads) {
+  Machine machine{current_isa(), threads};
+  if (fixed_plans()) return machine;
+  machine.topology = topology();
+  if (load.limits(threads)) {
+    const int undisturbed = load.undisturbed(threads, nanoseconds_now());
+    machine.undisturbed = undisturbed < threads ? undisturbed : 0;
+  }
+  return machine;
 }
 
 const Run& last_run() {

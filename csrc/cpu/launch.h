@@ -36,6 +36,10 @@ struct Run {
 };
 const Run& last_run();
 
+// What a call on at most so many threads would be planned for now. Where LSTM_FUSED_FIXED_PLANS is
+// 1, every thread is taken to have a core of its own, so that plans depend on the call alone.
+Machine machine_for(int threads);
+
 // The ISA of coming calls: the forced one, or the best this machine has. Both throw
 // std::runtime_error for a name that is unknown or that this machine cannot run, which
 // LSTM_FUSED_ISA may hold too.

@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <sstream>
 #include <stdexcept>
 
@@ -10,6 +11,7 @@ namespace {
 // Costs in core cycles, rough on purpose: they rank partitions, they predict nothing.
 constexpr double kBarrierCycles = 700;
 constexpr double kForkCycles = 8000;
+constexpr double kSharedSlowdown = 2;
 constexpr double kCellCyclesPerVector = 60;
 // A tile step's 4 vectors of weights from the second-level cache, and from beyond it.
 constexpr int kTileCols = 4;
@@ -70,6 +72,13 @@ double cost(const Problem& p, const Machine& m, KernelKind kernel, const Partiti
   return directions * (p.T * step + pack) + (part.threads() > 1 ? kForkCycles : 0);
 }
 
+// Of a team that shares a core with another program, beside one that does not. Its slowest thread
+// gets half a core; threads that wait for each other at every step advance only while all run.
+double slowdown(const Machine& m, const Partition& part) {
+  if (!m.undisturbed || part.threads() <= m.undisturbed) return 1;
+  return part.unit_groups > 1 ? kSharedSlowdown * kSharedSlowdown : kSharedSlowdown;
+}
+
 Partition best_partition(const Problem& p, const Machine& m, KernelKind kernel) {
   const int64_t blocks = ceil_div(p.H, kBlock);
   Partition best{1, 1, 1};
@@ -92,6 +101,46 @@ Partition best_partition(const Problem& p, const Machine& m, KernelKind kernel) 
   return best;
 }
 
+// Whether the forward pass adds in the same order on both partitions. The order of a sum depends on
+// the shape of its register tile: only those of fewer than 8 vectors have several sums at a time.
+bool same_sums(const Problem& p, const Machine& m, const Partition& a, const Partition& b) {
+  if (p.projection) return false;
+  // The rows of all tiles are two or more, if they are so many.
+  const bool full_tiles = info(p.cell).gates == kTileCols && !p.packed &&
+                          p.N / std::max(a.row_groups, b.row_groups) >= 2;
+  if (a.row_groups != b.row_groups && !full_tiles) return false;
+  // The columns are the gates of one vector of units, or several vectors of units of one gate, of
+  // which a slice may end with fewer.
+  if (info(p.cell).preacts > 1) return true;
+  const int64_t vectors = kBlock / std::min(kBlock, lanes(m, p.dtype));
+  const auto whole_tiles = [&](int unit_groups) {
+    for (int64_t i = 1; i < unit_groups; ++i)
+      if (ceil_div(p.H, kBlock) * i / unit_groups * vectors % kTileCols != 0) return false;
+    return true;
+  };
+  return whole_tiles(a.unit_groups) && whole_tiles(b.unit_groups);
+}
+
+// The partition beside other programs: the best one that gives the same bits, so that no result
+// depends on what else runs.
+Partition shared_partition(const Problem& p, const Machine& m, KernelKind kernel,
+                           const Partition& own) {
+  if (!m.undisturbed || own.threads() <= m.undisturbed) return own;
+  const auto shared_cost = [&](const Partition& part) {
+    return cost(p, m, kernel, part) * slowdown(m, part);
+  };
+  const auto part_of = [&](int threads, int most) { return std::clamp(threads, 1, most); };
+  Partition best = own;
+  for (const int d : {own.direction_groups, 1})
+    for (const int r : {own.row_groups, part_of(m.undisturbed / d, own.row_groups), 1})
+      for (const int u : {1, part_of(m.undisturbed / (d * r), own.unit_groups)}) {
+        const Partition candidate{d, r, u};
+        if (same_sums(p, m, own, candidate) && shared_cost(candidate) < shared_cost(best))
+          best = candidate;
+      }
+  return best;
+}
+
 Plan with_partition(const Problem& p, const Machine& m, KernelKind kernel, const Partition& part) {
   Plan plan{};
   plan.kernel = kernel;
@@ -101,6 +150,8 @@ Plan with_partition(const Problem& p, const Machine& m, KernelKind kernel, const
   plan.direction_groups = part.direction_groups;
   plan.row_groups = part.row_groups;
   plan.unit_groups = part.unit_groups;
+  plan.undisturbed = m.undisturbed < m.threads ? m.undisturbed : 0;
+  plan.nanoseconds = std::llround(cost(p, m, kernel, part) * 1000 / m.topology.mhz);
   return plan;
 }
 
@@ -110,7 +161,7 @@ Plan plan_forward(const Problem& p, const Machine& m) {
   const bool direct =
       p.T <= kDirectMaxSteps && p.N <= kDirectMaxRows && !p.projection && !p.tangents;
   const KernelKind kernel = direct ? KernelKind::kDirect : KernelKind::kPersistent;
-  const Partition part = best_partition(p, m, kernel);
+  const Partition part = shared_partition(p, m, kernel, best_partition(p, m, kernel));
   Plan plan = with_partition(p, m, kernel, part);
   if (direct) {
     plan.isa = without_pairs(plan.isa);
@@ -125,7 +176,9 @@ Plan plan_forward(const Problem& p, const Machine& m) {
 
 Plan plan_backward(const Problem& p, const Machine& m) {
   constexpr KernelKind kernel = KernelKind::kPersistent;
-  return with_partition(p, m, kernel, best_partition(p, m, kernel));
+  // Beside other programs too: with fewer threads its sums would be taken in another order.
+  const Partition part = best_partition(p, m, kernel);
+  return with_partition(p, m, kernel, part);
 }
 
 const char* name(KernelKind kernel) {
@@ -139,6 +192,8 @@ std::string describe(const Plan& p) {
   if (p.threads > 1)
     s << " (" << p.direction_groups << " direction x " << p.row_groups << " row x " << p.unit_groups
       << " unit groups)";
+  if (p.undisturbed)
+    s << ", other programs leave " << p.undisturbed << (p.undisturbed == 1 ? " core" : " cores");
   if (p.kernel == KernelKind::kDirect) {
     s << ", weights read in place";
   } else {
@@ -162,11 +217,13 @@ std::vector<int64_t> encode(const Plan& p) {
           p.direction_groups,
           p.row_groups,
           p.unit_groups,
-          p.hoist_steps};
+          p.hoist_steps,
+          p.undisturbed,
+          p.nanoseconds};
 }
 
 Plan decode(const std::vector<int64_t>& v) {
-  if (v.size() != 8) throw std::invalid_argument("a plan is encoded by 8 integers");
+  if (v.size() != 10) throw std::invalid_argument("a plan is encoded by 10 integers");
   const auto at = [&](int i) { return static_cast<int>(v[i]); };
   return {static_cast<KernelKind>(at(0)),
           static_cast<DType>(at(1)),
@@ -175,7 +232,9 @@ Plan decode(const std::vector<int64_t>& v) {
           at(4),
           at(5),
           at(6),
-          v[7]};
+          v[7],
+          at(8),
+          v[9]};
 }
 
 }  // namespace lstm_fused

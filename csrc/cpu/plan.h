@@ -24,11 +24,24 @@ struct Problem {
   bool projection;
   bool training;
   bool tangents = false;  // the forward pass of tangents
+  bool packed = false;    // sequences of several lengths
+};
+
+// The cores this process may use. The defaults are a guess where nothing is known.
+struct Topology {
+  int cores = 0;          // physical ones, within a quota of the cgroup; 0: one a thread
+  int cache_cores = 8;    // of them share a last-level cache
+  int socket_cores = 64;  // of them are on a socket
+  int64_t l2 = 1 << 20;   // bytes, of one core
+  int64_t l3 = 32 << 20;  // bytes, of cache_cores
+  int64_t mhz = 4000;     // at full speed
 };
 
 struct Machine {
   Isa isa;
-  int threads;
+  int threads;          // at most
+  int undisturbed = 0;  // of them find a core that no other program uses; 0: all
+  Topology topology = {};
 };
 
 // Threads are direction_groups x row_groups x unit_groups. Row groups are independent of each
@@ -43,6 +56,8 @@ struct Plan {
   int unit_groups;
   // Steps whose input projection is computed in advance; 0: with the hidden one, step by step.
   int64_t hoist_steps;
+  int undisturbed;      // Machine::undisturbed where that is less than the threads allowed, else 0
+  int64_t nanoseconds;  // the call's predicted time
 };
 
 Plan plan_forward(const Problem& problem, const Machine& machine);

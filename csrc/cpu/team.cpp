@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <strings.h>
+#include <time.h>
 
 #include <atomic>
 #include <chrono>
@@ -43,6 +44,23 @@ int allowed_cores() {
   return omp_get_num_procs();
 }
 
+// Whether the threads of a team spin when they wait for each other.
+bool spins(int threads) {
+  static const int cores = allowed_cores();
+  static const bool passive_waiting = passive();
+  return threads <= cores && !passive_waiting;
+}
+
+// CPU time of the calling thread: a system call.
+int64_t thread_nanoseconds() {
+  timespec time;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+  return int64_t{time.tv_sec} * 1'000'000'000 + time.tv_nsec;
+}
+
+thread_local bool observing = false;
+thread_local TeamLoss loss;
+
 inline void pause_cpu() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -64,24 +82,47 @@ bool run_team(int threads, void (*work)(void*, int), void* context) {
     return true;
   }
   bool granted = true;
+  const bool observed = observing && spins(threads);
+  const int64_t begin = observed ? nanoseconds_now() : 0;
+  std::atomic<int64_t> longest{0};
+  std::atomic<int> late{0};
 #pragma omp parallel num_threads(threads)
   {
     if (omp_get_num_threads() == threads) {
+      const int64_t used = observed ? thread_nanoseconds() : 0;
       work(context, omp_get_thread_num());
+      if (observed) {
+        const int64_t lost = nanoseconds_now() - begin - (thread_nanoseconds() - used);
+        if (lost >= kLateness) late.fetch_add(1, std::memory_order_relaxed);
+        int64_t most = longest.load(std::memory_order_relaxed);
+        while (lost > most && !longest.compare_exchange_weak(most, lost)) {
+        }
+      }
     } else if (omp_get_thread_num() == 0) {
       granted = false;
     }
   }
+  loss = {longest, late};
   return granted;
 }
 
+void observe_team(bool wanted) {
+  observing = wanted;
+}
+
+TeamLoss observed_loss() {
+  return loss;
+}
+
+int64_t nanoseconds_now() {
+  return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
 void Barrier::init(int size) {
-  static const int cores = allowed_cores();
-  static const bool passive_waiting = passive();
   arrived_ = 0;
   generation_ = 0;
   size_ = size;
-  spins_ = size <= cores && !passive_waiting;
+  spins_ = spins(size);
 }
 
 void Barrier::wait() {

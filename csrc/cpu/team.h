@@ -14,6 +14,21 @@ int usable_threads();
 // when the OpenMP runtime grants fewer threads than that.
 bool run_team(int threads, void (*work)(void*, int), void* context);
 
+// What the threads of a team lost to other programs: the time between its begin and their own end
+// in which they did not run.
+struct TeamLoss {
+  int64_t longest = 0;  // nanoseconds, of one thread
+  int threads = 0;      // that lost kLateness or more
+};
+inline constexpr int64_t kLateness = 500'000;  // nanoseconds: less than a time slice
+
+// Whether the calling thread's next teams measure their loss, and that of the last one. There is
+// none where threads sleep as they wait.
+void observe_team(bool wanted);
+TeamLoss observed_loss();
+
+int64_t nanoseconds_now();
+
 // A barrier for `size` threads that spins for some milliseconds and then sleeps. It is part of a
 // kernel's scratch memory and needs init(). The words are plain and made atomic in team.cpp,
 // because the ISA files include this header and must not emit shared inline functions.

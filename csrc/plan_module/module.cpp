@@ -6,7 +6,8 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "../cpu/plan.h"
+#include "../cpu/load.h"
+#include "../cpu/topology.h"
 #include "../saved.h"
 #include "cuda.h"
 
@@ -33,7 +34,7 @@ Enum from_name(const std::string& wanted, int count, const char* what) {
 
 Plan make_plan(const std::string& dtype, const std::string& isa, int threads, int64_t T, int64_t N,
                int64_t I, int64_t H, int64_t R, int directions, bool projection, bool training,
-               bool backward, const std::string& cell) {
+               bool backward, const std::string& cell, int undisturbed, const Topology& topology) {
   const Problem problem{from_name<CellKind>(cell, kCellCount, "cell"),
                         from_name<DType>(dtype, kDTypeCount, "dtype"),
                         T,
@@ -44,7 +45,7 @@ Plan make_plan(const std::string& dtype, const std::string& isa, int threads, in
                         directions,
                         projection,
                         training};
-  const Machine machine{from_name<Isa>(isa, kIsaCount, "isa"), threads};
+  const Machine machine{from_name<Isa>(isa, kIsaCount, "isa"), threads, undisturbed, topology};
   return backward ? plan_backward(problem, machine) : plan_forward(problem, machine);
 }
 
@@ -64,6 +65,8 @@ py::dict run_of(std::vector<int64_t> numbers) {
   run["row_groups"] = p.row_groups;
   run["unit_groups"] = p.unit_groups;
   run["hoist_steps"] = p.hoist_steps;
+  run["undisturbed"] = p.undisturbed;
+  run["nanoseconds"] = p.nanoseconds;
   return run;
 }
 
@@ -127,6 +130,29 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_plan, m) {
+  const Topology guess;
+  py::class_<Topology>(m, "Topology")
+      .def(py::init(
+               [](int cores, int cache_cores, int socket_cores, int64_t l2, int64_t l3,
+                  int64_t mhz) { return Topology{cores, cache_cores, socket_cores, l2, l3, mhz}; }),
+           py::arg("cores") = guess.cores, py::arg("cache_cores") = guess.cache_cores,
+           py::arg("socket_cores") = guess.socket_cores, py::arg("l2") = guess.l2,
+           py::arg("l3") = guess.l3, py::arg("mhz") = guess.mhz)
+      .def_readonly("cores", &Topology::cores)
+      .def_readonly("cache_cores", &Topology::cache_cores)
+      .def_readonly("socket_cores", &Topology::socket_cores)
+      .def_readonly("l2", &Topology::l2)
+      .def_readonly("l3", &Topology::l3)
+      .def_readonly("mhz", &Topology::mhz);
+  py::class_<LoadEstimate>(m, "LoadEstimate")
+      .def(py::init<>())
+      .def("undisturbed", &LoadEstimate::undisturbed, py::arg("threads"), py::arg("now"))
+      .def(
+          "note",
+          [](LoadEstimate& load, int threads, int64_t taken, int64_t longest, int late,
+             int64_t now) { load.note(threads, taken, {longest, late}, now); },
+          py::arg("threads"), py::arg("taken"), py::arg("longest"), py::arg("late"),
+          py::arg("now"));
   py::class_<Plan>(m, "Plan")
       .def_property_readonly("kernel", [](const Plan& p) { return name(p.kernel); })
       .def_property_readonly("isa", [](const Plan& p) { return name(p.isa); })
@@ -136,12 +162,15 @@ PYBIND11_MODULE(_plan, m) {
       .def_readonly("row_groups", &Plan::row_groups)
       .def_readonly("unit_groups", &Plan::unit_groups)
       .def_readonly("hoist_steps", &Plan::hoist_steps)
+      .def_readonly("undisturbed", &Plan::undisturbed)
+      .def_readonly("nanoseconds", &Plan::nanoseconds)
       .def("__str__", [](const Plan& p) { return describe(p); })
       .def("__repr__", [](const Plan& p) { return "<Plan: " + describe(p) + ">"; });
   m.def("plan", &make_plan, py::arg("dtype"), py::arg("isa"), py::arg("threads"), py::arg("T"),
         py::arg("N"), py::arg("I"), py::arg("H"), py::arg("R"), py::arg("directions") = 1,
         py::arg("projection") = false, py::arg("training") = false, py::arg("backward") = false,
-        py::arg("cell") = "lstm");
+        py::arg("cell") = "lstm", py::arg("undisturbed") = 0, py::arg("topology") = Topology{});
+  m.def("read_topology", &read_topology, py::arg("root"), py::arg("cpus"));
   m.def("run_of", &run_of);
   m.def("cells", &cells);
   m.def("saved_layouts", &saved_layouts);

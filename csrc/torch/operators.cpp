@@ -99,6 +99,13 @@ std::vector<int64_t> available_isas() {
   return found;
 }
 
+// Machine::undisturbed, then the fields of Topology.
+std::vector<int64_t> machine_numbers(int64_t threads) {
+  const Machine machine = machine_for(static_cast<int>(threads));
+  const Topology& t = machine.topology;
+  return {machine.undisturbed, t.cores, t.cache_cores, t.socket_cores, t.l2, t.l3, t.mhz};
+}
+
 std::string active_isa() {
   return name(current_isa());
 }
@@ -116,6 +123,7 @@ STABLE_TORCH_LIBRARY(lstm_fused, m) {
       "-> (Tensor y, Tensor h_n, Tensor c_n)");
   m.def("force_isa(str isa) -> ()");
   m.def("active_isa() -> str");
+  m.def("machine(int threads) -> int[]");
   m.def("available_isas() -> int[]");
   m.def("last_run() -> int[]");
   m.def("poisoning() -> bool");
@@ -130,6 +138,7 @@ STABLE_TORCH_LIBRARY_IMPL(lstm_fused, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(lstm_fused, CompositeExplicitAutograd, m) {
   m.impl("force_isa", TORCH_BOX(&lstm_fused::force_isa_by_name));
   m.impl("active_isa", TORCH_BOX(&lstm_fused::active_isa));
+  m.impl("machine", TORCH_BOX(&lstm_fused::machine_numbers));
   m.impl("available_isas", TORCH_BOX(&lstm_fused::available_isas));
   m.impl("last_run", TORCH_BOX(&lstm_fused::last_run_numbers));
   m.impl("poisoning", TORCH_BOX(&lstm_fused::poisoning));

@@ -1,0 +1,39 @@
+#include "load.h"
+
+#include <algorithm>
+
+namespace lstm_fused {
+
+bool LoadEstimate::is_trial(int64_t now) const {
+  const int64_t since = now - limited_at_;
+  return since > kLongestPause || (since > pause_ && calls_ > kCallsBetween);
+}
+
+int LoadEstimate::undisturbed(int threads, int64_t now) const {
+  const int limit = limit_.load(std::memory_order_relaxed);
+  if (limit >= threads) return threads;
+  return is_trial(now) ? std::min(threads, 2 * limit) : limit;
+}
+
+void LoadEstimate::note(int threads, int64_t taken, const TeamLoss& loss, int64_t now) {
+  calls_.fetch_add(1, std::memory_order_relaxed);
+  if (threads == 1) return;
+  const int limit = limit_;
+  const bool trial = threads > limit;
+  const int64_t tolerated = taken / kToleratedPart;
+  const int64_t debt = std::max<int64_t>(0, debt_ + loss.longest - tolerated);
+  if (debt != debt_) debt_ = debt;
+  if (debt == 0 && trial && is_trial(now)) {
+    limit_ = threads;
+    freed_at_ = now;
+  }
+  if (debt < kTolerated) return;
+  const bool in_vain = trial || (freed_at_ > 0 && now - freed_at_ < 2 * pause_);
+  pause_ = in_vain ? std::min<int64_t>(2 * pause_, kLongestPause) : kFirstPause;
+  limit_ = std::max(1, std::min(threads, limit) - (trial ? 0 : std::max(1, loss.threads)));
+  limited_at_ = now;
+  calls_ = 0;
+  debt_ = 0;
+}
+
+}  // namespace lstm_fused

@@ -1,0 +1,42 @@
+// How many cores other programs leave to this process, estimated from the time that its teams lost.
+#pragma once
+
+#include <atomic>
+#include <climits>
+
+#include "team.h"
+
+namespace lstm_fused {
+
+// One estimate for all calls of the process. Times are in nanoseconds. Threads that write at the
+// same time cost it accuracy only.
+class LoadEstimate {
+ public:
+  bool limits(int threads) const { return limit_.load(std::memory_order_relaxed) < threads; }
+
+  // Of `threads` threads of a call that begins now, how many find a core of their own.
+  int undisturbed(int threads, int64_t now) const;
+
+  // A call on so many threads has ended now: what it took and lost.
+  void note(int threads, int64_t taken, const TeamLoss& loss, int64_t now);
+
+ private:
+  static constexpr int64_t kMillisecond = 1'000'000;
+  // One loss may be chance. Losses are not that exceed this part of the time by kTolerated in sum.
+  static constexpr int64_t kToleratedPart = 10;
+  static constexpr int64_t kTolerated = 4 * kMillisecond;
+  // More threads are tried again after a pause, which doubles while that is in vain. A trial may
+  // lose many time slices: in between are so many calls that few of them are trials.
+  static constexpr int64_t kFirstPause = 250 * kMillisecond, kLongestPause = 8000 * kMillisecond;
+  static constexpr int kCallsBetween = 128;
+
+  bool is_trial(int64_t now) const;
+
+  std::atomic<int> limit_{INT_MAX};
+  std::atomic<int> calls_{0};  // since the limit
+  std::atomic<int64_t> debt_{0};
+  std::atomic<int64_t> limited_at_{0}, freed_at_{0};
+  std::atomic<int64_t> pause_{kFirstPause};
+};
+
+}  // namespace lstm_fused
