@@ -16,7 +16,7 @@ NAMES = ("float32", "float64", "bfloat16", "float16")
 DTYPES = {name: getattr(torch, name) for name in NAMES} | {"tf32": torch.float32}
 CELLS = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN"}  # and torch.nn's name of each
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1}
-MODES = ("forward", "training", "step")
+MODES = ("forward", "training", "step", "loop")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Workload:
     """One row: T, N, I, H are time, batch, input and hidden size; proj is 0 for no projection.
 
     mode: "forward" without gradients; "training", forward, sum and backward, the gradient of the
-    input included; "step", a call a time step (T = 1) with the state carried from call to call.
+    input included; "step", a call a time step (T = 1) with the state carried from call to call;
+    "loop", T calls of a single-step cell, then sum and backward as in training.
     """
 
     name: str
@@ -50,7 +51,7 @@ class Workload:
 
     @property
     def training(self) -> bool:
-        return self.mode == "training"
+        return self.mode in ("training", "loop")
 
     @property
     def R(self) -> int:
@@ -81,6 +82,7 @@ def regime(work: Workload) -> str:
     """The heading a row belongs under: what decides its speed more than its exact size does."""
     rules = {
         work.group: work.group,
+        "few steps with gradients": work.mode == "loop" or (work.training and work.T <= 8),
         "GRU and RNN": work.cell != "lstm",
         "one step": work.T == 1,
         "variable length": work.lengths != "full",
@@ -170,6 +172,12 @@ OTHER_CELLS = tuple(
         torch=(1.5, 1.3, 2.0, 3.0, 5.0),
     )
 )
+FEW_STEPS = tuple(  # with gradients
+    row
+    for pattern in ("T{1,8} B{1,8} H128 training", "T10 B{1,8} H{32,128} loop", "T10 B4 H512 loop")
+    for cell in ("", "GRU ", "RNN ")
+    for row in rows(cell + pattern, torch=1.5)
+)
 HEADLINE = (  # rows of the set cpu that README shows
     *("T1 B1 H256 step", "B1 H256 forward", "B4 H256 forward", "B32 H256 forward"),
     *("B32 H256 training", "packed B32 H256 training", "bfloat16 B32 H256 training"),
@@ -249,6 +257,7 @@ RL = (
     *rows(f"IMPALA T20 B32 I256 H256 {BOTH}", source="Espeholt et al. 2018"),
     *rows("R2D2 T80 B64 H512 training", source="Kapturowski et al. 2019"),
     *rows("T1 B{1,16,64,256} H256 step"),
+    *rows("{,GRU }T1 B{1,8,16,64} H256 training", "{,GRU }T16 B{1,8,32} H256 loop"),
 )
 STREAMING = (
     *rows("T1 B1 H{64,128,256,512,1024} step", "T1 B{2,4,8} H256 step"),
@@ -308,7 +317,7 @@ PLANS = rows(  # for choosing between CUDA plans and their tilings
 
 SETS = {
     "quick": QUICK,
-    "cpu": (*CPU, *OTHER_CELLS),
+    "cpu": (*CPU, *OTHER_CELLS, *FEW_STEPS),
     "gpu": GPU,
     "deepbench": DEEPBENCH,
     "rl": RL,

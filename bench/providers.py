@@ -13,7 +13,7 @@ import torch
 import lstm_fused
 from bench import environment
 from bench.cases import CELL, CELLS, CHUNK, DTYPES, GRAPH, ONNX, OURS, TORCH, Workload
-from bench.runs import Case, GraphRun, ModuleRun, named
+from bench.runs import Case, GraphRun, LoopRun, ModuleRun, named
 from lstm_fused import cuda, reference
 
 OURS_GRAPH, AGAIN = f"{OURS} graph", f"{TORCH} again"
@@ -27,7 +27,15 @@ class Unsupported(Exception):
 
 
 def torch_nn(case: Case):
+    if case.workload.mode == "loop":
+        return LoopRun(torch.nn, case)
     return ModuleRun(case.copied(), case)
+
+
+def ours(case: Case):
+    if case.workload.mode == "loop":
+        return LoopRun(lstm_fused, case)
+    return ModuleRun(case.fused(), case)
 
 
 def without_cudnn(case: Case):
@@ -238,7 +246,7 @@ GRAPHED = ON_CUDA | STATELESS | NO_DROPOUT
 
 PROVIDERS = {
     TORCH: Provider(torch_nn),
-    OURS: Provider(lambda case: ModuleRun(case.fused(), case)),
+    OURS: Provider(ours),
     ONNX: Provider(OnnxRun, ON_ONNX, ("onnx", "onnxruntime")),
     CELL: Provider(CellRun, PLAIN | ONE_STEP),
     AGAIN: Provider(torch_nn, default=False),

@@ -96,8 +96,8 @@ class ModuleRun:
         self.x = PackedSequence(data, *case.x[1:]) if data_of(case.x) is not case.x else data
         self.leaves = {"x": data, **dict(module.named_parameters())}
         self.reset()
-        modes = {"forward": self._forward, "training": self._training, "step": self._carry}
-        self.step = modes[case.workload.mode]
+        modes = {"forward": self._forward, "step": self._carry}
+        self.step = modes.get(case.workload.mode, self._training)
 
     def reset(self):
         state = self.case.state
@@ -137,6 +137,38 @@ class ModuleRun:
                 data_of(y).sum().backward()
                 ran.append(runtime.last_run(self.case.device))
         return ran
+
+
+class LoopRun(ModuleRun):
+    """A loop over the steps that calls `library`'s single-step cell with the module's weights."""
+
+    def __init__(self, library, case: Case):
+        work = case.workload
+        cell = getattr(library, f"{CELLS[work.cell]}Cell")(work.I, work.H, work.bias)
+        cell = cell.to(case.module.weight_hh_l0)
+        weights = case.module.named_parameters()
+        cell.load_state_dict({name.removesuffix("_l0"): w for name, w in weights})
+        super().__init__(cell, case)
+        weights = {f"{name}_l0": w for name, w in cell.named_parameters()}
+        self.leaves = {"x": self.x, **weights}
+
+    def _training(self):
+        for leaf in self.leaves.values():
+            leaf.grad = None
+        state, outputs = None, []
+        for x in self.x:
+            state = self.module(x, state)
+            outputs.append(state[0] if isinstance(state, tuple) else state)
+        y = torch.stack(outputs)
+        y.sum().backward()
+        ends = state if isinstance(state, tuple) else (state,)
+        return y, tuple(s[None] for s in ends)
+
+    def kernels(self) -> list[dict]:
+        if not type(self.module).__module__.startswith("lstm_fused"):
+            return []
+        self.step()
+        return [runtime.last_run(self.case.device)]
 
 
 def exact_results(case: Case) -> dict[str, torch.Tensor]:

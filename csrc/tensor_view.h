@@ -23,6 +23,12 @@ struct TensorView {
 
   int64_t size(int64_t i) const { return sizes[i]; }
 
+  bool is_empty() const {
+    for (int64_t i = 0; i < dim; ++i)
+      if (sizes[i] == 0) return true;
+    return false;
+  }
+
   bool is_contiguous() const {
     int64_t pitch = 1;
     for (int64_t i = dim; i-- > 0;) {

@@ -10,19 +10,21 @@ Sizes as in `ops`: T steps, N rows, I inputs, H hidden units, R recurrent width,
 rows of all steps.
 """
 
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
 from torch.autograd import Function, forward_ad
 
-from lstm_fused import cuda
+from lstm_fused import _C, cuda, operators
 from lstm_fused.batched_grads import each_example, level_of
 from lstm_fused.operators import (
     backward_op,
     forward_op,
     jvp_op,
     library,
+    lifted,
+    lowered,
     run_directly,
     samples_op,
 )
@@ -50,65 +52,49 @@ def _primal(t):
 
 
 class LayerForward(Function):
-    """The forward pass. Its derivatives are LayerBackward, and the reference's in forward mode."""
+    """The forward pass. Its derivatives are LayerBackward, and the reference's in forward mode.
+
+    Returns what the operator does below torch's dispatcher, and in eager mode (y, h_n[, c_n]).
+    """
 
     @staticmethod
     def forward(ctx, redispatch, layer, x, batch_sizes, *tensors):
         """redispatch: the operator for the level below, None in eager mode."""
         state0, weights = layer.split(tensors)
-        args = x, batch_sizes, state0, weights, layer.cell, layer.directions, True
-        if redispatch:
-            out = redispatch(*args)
-        else:
-            with torch._C._AutoDispatchBelowAutograd():
-                out = forward_op(*args)
-        y, _, c_n, gates, saved_states = out
-        dispatched = redispatch is not None
-        ctx.layer, ctx.dispatched = layer, dispatched
-        ctx.mark_non_differentiable(gates, saved_states, *([] if layer.has_cell_state else [c_n]))
+        ctx.layer, ctx.dispatched = layer, redispatch is not None
         ctx.set_materialize_grads(False)
-        projection = (len(weights) // layer.directions) % 2 == 1
-        if not (dispatched or cuda.serves(x)):
-            # The CPU's kernels recompute h from what else is saved, except after a projection. A
-            # copy lets the caller change y in place before backward.
-            y = y.clone() if projection else None
-        kept = (x, batch_sizes, y, gates, saved_states, *tensors)
-        if not dispatched and torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
-            kept, ctx.unread = _save_unread_apart(kept, layer, ctx.needs_input_grad[2:])
+        call = x, batch_sizes, state0, weights, layer.cell, layer.directions
+        if redispatch:
+            out = y, _, c_n, gates, saved_states = redispatch(*call, True)
+            unused = () if layer.has_cell_state else (c_n,)
+            ctx.mark_non_differentiable(gates, saved_states, *unused)
         else:
-            ctx.unread = {}
-        ctx.save_for_backward(*kept)
+            y, h_n, c_n, gates, saved_states = operators.forward(*call)
+            out = (y, h_n, c_n) if layer.has_cell_state else (y, h_n)
+            if not cuda.serves(x):
+                # The CPU's kernels recompute h from what else is saved, except after a projection.
+                # A copy lets the caller change y in place before backward.
+                y = y.clone() if (len(weights) // layer.directions) % 2 == 1 else None
+        _save(ctx, ctx.needs_input_grad[4:], (x, batch_sizes, y, gates, saved_states, *tensors))
         if _follows_tangents():
             ctx.save_for_forward(x, batch_sizes, out[0], gates, saved_states, *tensors)
         return out
 
     @staticmethod
-    def backward(ctx, dy, dh_n, dc_n, _gates, _saved_states):
-        layer = ctx.layer
-        if not layer.has_cell_state:
-            dc_n = None
-        needs = ctx.needs_input_grad
-        if dy is None and dh_n is None and dc_n is None:
+    def backward(ctx, dy, dh_n, dc_n=None, *_):
+        layer, needs = ctx.layer, ctx.needs_input_grad
+        grads = (dy, dh_n, dc_n if layer.has_cell_state else None)
+        if all(g is None for g in grads):
             return (None,) * len(needs)
-        kept = _with_unread(ctx.saved_tensors, ctx.unread)
-        x, batch_sizes, y, gates, saved_states, *tensors = kept
-        needs_states, needs_weights = layer.split(needs[4:])
-        mask = [needs[2], *(*needs_states, False, False)[:2], *needs_weights, False]
-        rest = (batch_sizes, y, gates, saved_states, dy, dh_n, dc_n, x, *tensors)
+        mask = layer.mask(needs[2], needs[4:])
+        kept = _saved(ctx)
         if ctx.dispatched:
+            x, batch_sizes, y, gates, saved_states, *tensors = kept
+            rest = (batch_sizes, y, gates, saved_states, *grads, x, *tensors)
             dx, dh0, dc0, dweights, _ = backward_op(*_arguments(layer, mask, rest))
-        elif torch.is_grad_enabled():  # there are to be derivatives of the gradients
-            run = partial(_record_gradients, layer, mask)
-            dx, dh0, dc0, *dweights, _ = each_example(run, level_of(dy, dh_n, dc_n), *rest)
-        elif level := level_of(dy, dh_n, dc_n):
-            run = partial(_gradients, layer, mask)
-            dx, dh0, dc0, *dweights, _ = each_example(run, level, *rest)
+            found = _wanted(layer, mask, (dx, dh0, dc0, *dweights))
         else:
-            with torch._C._AutoDispatchBelowAutograd():
-                dx, dh0, dc0, dweights, _ = backward_op(*_arguments(layer, mask, rest))
-        found = (dx, *(dh0, dc0)[: layer.states], *dweights)
-        wanted = (needs[2], *needs[4:])
-        found = [g if want else None for g, want in zip(found, wanted, strict=True)]
+            found = _gradients_in_eager_mode(layer, mask, kept, grads)
         return None, None, found[0], None, *found[1:]
 
     @staticmethod
@@ -133,28 +119,79 @@ class LayerForward(Function):
 record = _apply_of(LayerForward)
 
 
-def _save_unread_apart(kept, layer, needs):
-    """Tensors to save for backward without those that it does not read, and these by place.
+class StepForward(Function):
+    """LayerForward of a single-step cell in eager mode: x (N, I) or (I,), states (N, H) or (H,)."""
 
-    It reads no bias, and x only for the gradient of w_ih. Not saved, they may be changed in place
-    before backward, as torch.nn allows. A second derivative does read them: see _with_unread.
-    needs: of (x, batch_sizes, *state0, *weights).
+    @staticmethod
+    def forward(ctx, layer, x, *tensors):
+        h, c, gates, saved_states = operators.forward_step(x, *layer.split(tensors), layer.cell)
+        ctx.layer, ctx.dispatched = layer, False
+        ctx.set_materialize_grads(False)
+        _save(ctx, ctx.needs_input_grad[2:], (x, None, None, gates, saved_states, *tensors))
+        return (h, c) if layer.has_cell_state else h
+
+    @staticmethod
+    def backward(ctx, dh, dc=None):
+        layer, needs = ctx.layer, ctx.needs_input_grad
+        if dh is None and dc is None:
+            return (None,) * len(needs)
+        mask = layer.mask(needs[1], needs[2:])
+        x, _, _, gates, saved_states, *tensors = kept = _saved(ctx)
+        if not _differentiates_gradients() and not level_of(dh, dc):
+            rest = (None, gates, saved_states, None, dh, dc, layer.cell, 0, mask)
+            found = _C.backward(x, None, *layer.split(tensors), *rest)
+            if found is not None:
+                return None, *_wanted(layer, mask, found)
+        missing, states = 3 - x.dim(), 1 + layer.states
+        moved = [lifted(t, missing) for t in (x, *tensors[: layer.states])]
+        kept = (moved[0], None, None, gates, saved_states, *moved[1:], *tensors[layer.states :])
+        grads = (None, lifted(dh, missing), lifted(dc, missing))
+        found = _gradients_in_eager_mode(layer, mask, kept, grads)
+        found[:states] = [None if g is None else lowered(g, missing) for g in found[:states]]
+        return None, *found
+
+
+record_step = _apply_of(StepForward)
+
+
+def _save(ctx, needs, kept):
+    """Save kept, (x, batch_sizes, y, gates, saved_states, *state0, *weights), for backward.
+
+    Except for what backward does not read: the biases, and x without a gradient of w_ih. Not saved,
+    they may be changed in place before backward, as torch.nn allows. A second derivative does read
+    them, see _saved. needs: of the states and weights.
     """
-    first = len(kept) - len(needs) + 2 + layer.states  # of the weights
-    each = (len(kept) - first) // layer.directions
-    places = []
-    for d in range(layer.directions):
-        if each >= 4:
-            places += [first + d * each + 2, first + d * each + 3]
-    if not any(needs[2 + layer.states + d * each] for d in range(layer.directions)):
-        places.append(0)
-    unread = {k: (kept[k], _version(kept[k])) for k in places}
-    return [None if k in unread else t for k, t in enumerate(kept)], unread
+    layer = ctx.layer
+    if ctx.dispatched or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        ctx.unread = ()
+        return ctx.save_for_backward(*kept)
+    each = (len(needs) - layer.states) // layer.directions
+    reads_x = any(needs[layer.states :: each])
+    kept = list(kept)
+    ctx.unread = []
+    for k in _unread(len(kept) - len(needs) + layer.states, each, layer.directions, reads_x):
+        t = kept[k]
+        ctx.unread.append((k, t, _version(t)))
+        kept[k] = None
+    ctx.save_for_backward(*kept)
 
 
-def _with_unread(kept, unread):
-    kept = list(unwrap_dead_wrappers(kept))
-    for k, (t, version) in unread.items():
+@cache
+def _unread(first, each, directions, reads_x):
+    """The places that backward does not read; `each` weights of a direction begin at `first`."""
+    places = [] if reads_x else [0]
+    if each >= 4:
+        places += [first + d * each + k for d in range(directions) for k in (2, 3)]
+    return places
+
+
+def _saved(ctx):
+    """What _save was given."""
+    kept = ctx.saved_tensors
+    if ctx.dispatched:
+        return unwrap_dead_wrappers(kept)
+    kept = list(kept)
+    for k, t, version in ctx.unread:
         if torch.is_grad_enabled() and _version(t) != version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an "
@@ -168,6 +205,37 @@ def _with_unread(kept, unread):
 
 def _version(t):
     return 0 if t.is_inference() else t._version
+
+
+def _differentiates_gradients():
+    """Whether derivatives of the gradients are wanted: create_graph, or tangents of them."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
+def _gradients_in_eager_mode(layer, mask, kept, grads):
+    """The gradients that mask asks for, else None, of (x, *state0, *weights).
+
+    kept: as _save was given; grads: dy, dh_n, dc_n.
+    """
+    x, batch_sizes, y, gates, saved_states, *tensors = kept
+    level, recorded = level_of(*grads), _differentiates_gradients()
+    if not level and not recorded:
+        call = (x, batch_sizes, *layer.split(tensors), y, gates, saved_states, *grads)
+        if found := _C.backward(*call, layer.cell, layer.directions, mask):
+            return _wanted(layer, mask, found)
+    if saved_states is None:
+        saved_states = gates.new_empty(0)
+    rest = (batch_sizes, y, gates, saved_states, *grads, x, *tensors)
+    run = partial(_record_gradients if recorded else _gradients, layer, mask)
+    found = each_example(run, level, *rest)
+    return _wanted(layer, mask, found[:-1])
+
+
+def _wanted(layer, mask, found):
+    """Of (dx, dh0, dc0, *dweights), those of (x, *state0, *weights); None where mask is not set."""
+    found = [g if want else None for g, want in zip(found, mask, strict=False)]
+    del found[1 + layer.states : 3]
+    return found
 
 
 def _gradients(layer, mask, *tensors):

@@ -1,4 +1,4 @@
-"""The fast path for inference: a module's layers in one call of C++, past torch's dispatcher."""
+"""A module's call in one call of C++, past torch's dispatcher: all of it, or its checks alone."""
 
 import torch
 
@@ -11,9 +11,10 @@ _STEP_WEIGHTS_WITHOUT_BIAS = _STEP_WEIGHTS[:2]
 
 
 def infer(module, input, hx):
-    """The result of a recurrent module without gradients, past torch's dispatcher, or None.
+    """The result of a recurrent module, past torch's dispatcher, or a list, or None.
 
-    None leaves the call to the operator: gradients are recorded, a mode, hook or transform of
+    The list is [x, *states, *weights] where a gradient is to be recorded: nothing has run, and the
+    tensors have been found fit. None leaves the call to the operator: a mode, hook or transform of
     torch's observes the call, weights are parametrized, or a tensor is not a contiguous CPU tensor
     of the expected shape and one of the four dtypes. All of that is checked at each call. Errors
     are raised by the operator.
@@ -34,7 +35,9 @@ def infer(module, input, hx):
         2 if module.bidirectional else 1,
         layers,
     )
-    return (found[0].transpose(0, 1), found[1]) if first and found is not None else found
+    if first and type(found) is tuple:
+        return found[0].transpose(0, 1), found[1]
+    return found
 
 
 def infer_step(module, input, hx):

@@ -7,7 +7,7 @@ CUDA's in cuda.py, derivatives in autograd.py, vmap in batching.py, shapes in fa
 
 import torch
 
-from lstm_fused import _C  # noqa: F401  loads the operators
+from lstm_fused import _C
 
 library = torch.library.Library("lstm_fused", "FRAGMENT")
 # recurrent_backward with a gradient of each weight for every sample, see samples.py.
@@ -44,3 +44,36 @@ def run_directly(op, *args):
     """The operator itself, past its Autograd kernel."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
+
+
+def forward(x, batch_sizes, state0, weights, cell, directions):
+    """(y, h_n, c_n, gates, saved_states) of recurrent_forward for training, in eager mode.
+
+    None for what the cell does not have, or an empty tensor.
+    """
+    args = x, batch_sizes, state0, weights, cell, directions
+    return _C.forward(*args) or run_directly(forward_op, *args, True)
+
+
+def forward_step(x, state0, weights, cell):
+    """(h_1, c_1, gates, saved_states) of a single-step cell: `forward` for x (N, I) or (I,)."""
+    if found := _C.forward(x, None, state0, weights, cell, 0):
+        return found[1:]
+    missing = 3 - x.dim()
+    state0 = [lifted(s, missing) for s in state0]
+    _, h, c, *saved = forward(lifted(x, missing), None, state0, weights, cell, 1)
+    return lowered(h, missing), c if c is None else lowered(c, missing), *saved
+
+
+def lifted(t, missing):
+    """t with so many dimensions of size 1 before its own; None stays None."""
+    for _ in range(missing if t is not None else 0):
+        t = t.unsqueeze(0)
+    return t
+
+
+def lowered(t, missing):
+    """t without so many leading dimensions of size 1."""
+    for _ in range(missing):
+        t = t.squeeze(0)
+    return t

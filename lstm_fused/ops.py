@@ -5,6 +5,8 @@ Sizes: T steps, N rows, I inputs, H hidden units, R recurrent width (the project
 D directions, S rows of packed data.
 """
 
+from functools import cache
+
 import torch
 from torch.autograd import forward_ad
 
@@ -50,13 +52,29 @@ def layer(x, batch_sizes, state0, weights, cell="lstm", directions=1):
     args = x, batch_sizes, state0, weights, _IDS[cell], directions
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_transformed():
         y, h_n, c_n, _, _ = forward_op(*args, False)
-    elif torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights, *state0)):
+    elif torch.is_grad_enabled() and any([t.requires_grad for t in (*weights, x, *state0)]):
         call = Layer(_IDS[cell], directions, len(state0))
-        y, h_n, c_n, _, _ = autograd.record(None, call, x, batch_sizes, *state0, *weights)
+        y, *ends = autograd.record(None, call, x, batch_sizes, *state0, *weights)
+        return y, tuple(ends)
     else:
         with torch._C._AutoDispatchBelowAutograd():
             y, h_n, c_n, _, _ = forward_op(*args, False)
     return y, ((h_n, c_n) if CELLS[cell]["carry"] == "cell" else (h_n,))
+
+
+def step(x, state0, weights, cell):
+    """One step of a single-step cell whose gradient is recorded, in eager mode.
+
+    x (N, I) or (I,); state0: () for zeros, or each state (N, H) or (H,); weights: w_ih, w_hh, then
+    b_ih and b_hh if there are biases; as `inference.infer_step` found them fit. Returns the states
+    after the step, a tensor if the cell has one state, else a tuple.
+    """
+    return autograd.record_step(_step(_IDS[cell], len(state0)), x, *state0, *weights)
+
+
+@cache
+def _step(cell, states):
+    return Layer(cell, 1, states)
 
 
 def _is_transformed():

@@ -98,9 +98,11 @@ class Recurrent(Fused):
         if lengths is not None:
             return self._forward_padded(input, hx, lengths)
         if not self._overridden and not torch.compiler.is_compiling():
-            result = inference.infer(self, input, hx)
-            if result is not None:
-                return result
+            found = inference.infer(self, input, hx)
+            if type(found) is list:
+                return self._forward_recorded(*found)
+            if found is not None:
+                return found
         if type(input) is not Tensor:
             if isinstance(input, PackedSequence):
                 return self._forward_packed(input, hx)
@@ -125,6 +127,12 @@ class Recurrent(Fused):
         y, state = self._run(x, None, state, weights)
         if dim == 2:
             return y.squeeze(1), self._as_given(tuple([s.squeeze(1) for s in state]))
+        return (y.transpose(0, 1) if self.batch_first else y), self._as_given(state)
+
+    def _forward_recorded(self, x, *tensors):
+        """With gradients: x (T, N, I), the states if any, the weights, as inference.infer found."""
+        count = len(tensors) - len(self._flat_weights_names)
+        y, state = self._run(x, None, tensors[:count], tensors[count:])
         return (y.transpose(0, 1) if self.batch_first else y), self._as_given(state)
 
     def _forward_packed(self, packed, hx):

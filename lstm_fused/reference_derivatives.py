@@ -37,6 +37,11 @@ class Layer:
         """(state0, weights) of the tensors after x."""
         return list(tensors[: self.states]), list(tensors[self.states :])
 
+    def mask(self, x, needs):
+        """recurrent_backward's mask; x, needs: whether those of x, of states and weights are."""
+        absent = (False,) * (2 - self.states)
+        return [x, *needs[: self.states], *absent, *needs[self.states :], False]
+
 
 def replaced(tensors, places, others):
     found = list(tensors)

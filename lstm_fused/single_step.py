@@ -40,9 +40,12 @@ class Cell(Fused):
             What torch.nn's cell raises, and RuntimeError for a state of another rank than input.
         """
         if not torch.compiler.is_compiling():
-            ends = inference.infer_step(self, input, hx)
-            if ends is not None:
-                return ends
+            found = inference.infer_step(self, input, hx)
+            if type(found) is list:
+                first = 1 if hx is None else 1 + self._states  # of the weights
+                return ops.step(found[0], found[1:first], found[first:], self._cell())
+            if found is not None:
+                return found
         if type(input) is not Tensor and isinstance(input, torch.fx.Proxy):
             return self._fx_leaf(input, hx)
         state = () if hx is None else self._state(input, hx)

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "forward.h"
+#include "in_place.h"
 
 namespace lstm_fused {
 namespace {
@@ -28,6 +29,8 @@ struct BackwardState {
   const Plan& plan;
   const int64_t T, N, I, H, R, S_rows, Hb, Rb, Hp, Rp;
   const bool projection;
+  const bool in_place;  // weights are read in place; E is A then
+  const bool recurs;    // a step's product with W_hh is wanted
 
   E* d_preacts;  // (D, Hb, S, P, 16) in the type the tiles read
   A* dc;         // (D, N, Hp) gradients of the carried state, if any
@@ -39,6 +42,7 @@ struct BackwardState {
   E* packed_hh;  // (D, Rp, G * Hp) in panels: columns of W_hh
   E* packed_hr;  // (D, Hp, R) in panels: columns of W_hr, projection only
   E* packed_ih;  // (D, Ip, G * Hp) in panels, dx only
+  A* row_sums;   // (threads, InPlaceSums of a state or of dx), in place only
   Barrier* barriers;
 
   static int64_t steps_of(int64_t elements) { return ceil_div(elements, M::kPair); }
@@ -58,7 +62,9 @@ struct BackwardState {
         Rb(ceil_div(R, kBlock)),
         Hp(Hb * kBlock),
         Rp(Rb * kBlock),
-        projection(p.weights[0].w_hr != nullptr) {
+        projection(p.weights[0].w_hr != nullptr),
+        in_place(plan.kernel == KernelKind::kDirect),
+        recurs(T > 1 || p.dh0) {
     const int D = p.size.D;
     d_preacts = arena.take<E>(D * Hb * S_rows * P * kBlock);
     dc = kCarries ? arena.take<A>(D * N * Hp) : nullptr;
@@ -68,15 +74,21 @@ struct BackwardState {
     const bool wanted = p.dweights[0].w_hh || p.dweights[1].w_hh;
     hidden = wanted && !projection ? arena.take<S>(D * S_rows * H) : nullptr;
     db = arena.take<A>(plan.threads * 2 * D * Hb * P * kBlock);
-    packed_hh = arena.take<E>(D * Rp * G * Hp);
+    packed_hh = recurs && !in_place ? arena.take<E>(D * Rp * G * Hp) : nullptr;
     packed_hr = projection ? arena.take<E>(D * Hp * Rp) : nullptr;
-    packed_ih = p.dx ? arena.take<E>(D * Ip() * G * Hp) : nullptr;
+    packed_ih = p.dx && !in_place ? arena.take<E>(D * Ip() * G * Hp) : nullptr;
+    row_sums = in_place ? arena.take<A>(plan.threads * row_sums_size()) : nullptr;
     barriers = arena.take<Barrier>(groups() + 1);
   }
 
   void init_barriers() {
     for (int i = 0; i < groups(); ++i) barriers[i].init(plan.unit_groups);
     barriers[groups()].init(plan.threads);
+  }
+
+  int64_t row_sums_size() const { return InPlaceSums<A>::size(max64(Rp, Ip())); }
+  InPlaceSums<A> row_sums_of(int worker) const {
+    return {row_sums + worker * row_sums_size(), max64(Rp, Ip())};
   }
 
   E* preact_gradients(int d, int64_t block, int64_t s) const {
@@ -154,16 +166,18 @@ struct BackwardSteps {
         recent += active;
         if (recent >= kRecentRows || step == k.T - 1) keep_bias_sums();
       }
-      run_step(k.T, carried, 0);
+      if (k.p.dh0) run_step(k.T, carried, 0);
       finish_states();
     }
   }
 
   void prepare() const {
     const Weights& w = k.p.weights[d];
-    const Panels<M> hh = k.hidden_panels(d, place.unit_group);
-    pack_gate_rows<G>(hh, split(hh.depth, k.plan.row_groups, place.row_group), Cell::hidden_gate,
-                      static_cast<const S*>(w.w_hh), k.H, k.R);
+    if (k.packed_hh) {
+      const Panels<M> hh = k.hidden_panels(d, place.unit_group);
+      pack_gate_rows<G>(hh, split(hh.depth, k.plan.row_groups, place.row_group), Cell::hidden_gate,
+                        static_cast<const S*>(w.w_hh), k.H, k.R);
+    }
     if (k.projection && place.row_group == 0) {
       const Panels<M> hr = k.projection_panels(d, place.unit_group);
       for (int64_t step = 0; step < hr.depth; ++step)
@@ -216,6 +230,7 @@ struct BackwardSteps {
   // [carried, active) start here, from dh_n.
   void run_step(int64_t step, int64_t carried, int64_t active) const {
     const Panels<M> panels = k.hidden_panels(d, place.unit_group);
+    if (k.in_place && carried > 0) multiply_rows_in_place(step, carried);
     for (int64_t i = 0; i < panels.count(); ++i) {
       // Boustrophedon traversal of the weights, as in forward.
       const int64_t panel = step % 2 ? panels.count() - 1 - i : i;
@@ -229,7 +244,7 @@ struct BackwardSteps {
         });
       };
       each(0, min64(carried, active), true);
-      each(active, carried, true);
+      if (k.p.dh0) each(active, carried, true);
       each(carried, active, false);
     }
     if (k.projection && active > 0) {
@@ -239,8 +254,36 @@ struct BackwardSteps {
     barrier.wait();
   }
 
+  // All rows of a step with this thread's columns of W_hh, into the row sums.
+  void multiply_rows_in_place(int64_t step, int64_t count) const {
+    if constexpr (Same<E, A>::value) {
+      const int64_t offset = k.p.size.steps.offset(k.time(d, step - 1));
+      const Range columns{hiddens.begin * lanes, min64(hiddens.end * lanes, k.R)};
+      for (int64_t first = 0; first < count; first += kInPlaceRows) {
+        const int here = static_cast<int>(min64(kInPlaceRows, count - first));
+        const A* rows[kInPlaceRows];
+        for (int r = 0; r < here; ++r)
+          rows[r] = k.hidden_preact_gradients(d, 0, offset + group.row(first + r));
+        with_constant<kInPlaceRows>(here, [&](auto n) {
+          multiply_in_place<G, decltype(n)::value>(rows, k.S_rows * P * kBlock, Cell::hidden_gate,
+                                                   static_cast<const S*>(k.p.weights[d].w_hh), k.H,
+                                                   k.R, columns, k.row_sums_of(worker), first,
+                                                   false);
+        });
+      }
+    }
+  }
+
   void product(const Panels<M>& panels, int64_t panel, int64_t step, int64_t first, int n,
                bool ended, A* out) const {
+    if (k.in_place) {
+      const InPlaceSums<A> sums = k.row_sums_of(worker);
+      for (int r = 0; r < n; ++r)
+        for (int c = 0; c < panels.cols(panel); ++c)
+          store(out + (r * kMaxCols + c) * lanes,
+                load<V>(sums.all[first + r] + (panels.first_vector(panel) + c) * lanes));
+      return;
+    }
     const int64_t offset = k.p.size.steps.offset(k.time(d, step - 1));
     TileProduct<M> tile{{}, M::kPair, G * kBlock / M::kPair, k.Hb, k.S_rows * P * kBlock};
     Lines lines;

@@ -47,7 +47,7 @@ struct Gradients : BackwardState<Cell, S, M> {
   }
 
   void pack_input_weights(int worker) const {
-    if (!p.dx) return;
+    if (!this->packed_ih) return;
     for (int d = 0; d < p.size.D; ++d) {
       const Panels<M> panels = input_panels(d);
       pack_gate_rows<G>(panels, split(panels.depth, plan.threads, worker), Cell::input_gate,
@@ -57,12 +57,38 @@ struct Gradients : BackwardState<Cell, S, M> {
 
   void input_gradient(int worker) const {
     if (!p.dx) return;
+    if (this->in_place) return input_gradient_in_place(worker);
     const Range own = split(S_rows, plan.threads, worker);
     for (int64_t begin = own.begin; begin < own.end; begin += kRowsPerPass) {
       const int64_t end = min64(begin + kRowsPerPass, own.end);
       const Panels<M> shape = input_panels(0);
       for (int64_t panel = 0; panel < shape.count(); ++panel)
         input_gradient_panel(worker, shape, panel, begin, end);
+    }
+  }
+
+  // All rows of the thread's columns.
+  void input_gradient_in_place(int worker) const {
+    if constexpr (Same<E, A>::value) {
+      const Range vectors = split(ceil_div(I, lanes), plan.threads, worker);
+      const Range columns{vectors.begin * lanes, min64(vectors.end * lanes, I)};
+      const InPlaceSums<A> sums = this->row_sums_of(worker);
+      for (int64_t first = 0; first < S_rows; first += kInPlaceRows) {
+        const int count = static_cast<int>(min64(kInPlaceRows, S_rows - first));
+        for (int d = 0; d < p.size.D; ++d) {
+          const A* rows[kInPlaceRows];
+          for (int r = 0; r < count; ++r) rows[r] = this->preact_gradients(d, 0, first + r);
+          with_constant<kInPlaceRows>(count, [&](auto n) {
+            multiply_in_place<G, decltype(n)::value>(rows, S_rows * P * kBlock, Cell::input_gate,
+                                                     static_cast<const S*>(p.weights[d].w_ih), H, I,
+                                                     columns, sums, 0, d > 0);
+          });
+        }
+        for (int r = 0; r < count; ++r)
+          for (int64_t i = columns.begin; i < columns.end; i += lanes)
+            store_first(static_cast<S*>(p.dx) + (first + r) * I + i, load<V>(sums.all[r] + i),
+                        I - i);
+      }
     }
   }
 
@@ -154,10 +180,39 @@ struct Gradients : BackwardState<Cell, S, M> {
 
   template <class B, class RowOf>
   void weight_gradient(int worker, const Product& w, const RowOf& row_of) const {
+    if constexpr (Same<E, A>::value) {
+      if (this->in_place) return gradient_in_place<B>(worker, w, row_of);
+    }
     const Split shares(plan, w.blocks, w.columns);
     if (worker < shares.threads()) own_gradient<B>(worker, w, row_of, shares);
     // The next matrix uses `sums` with another partition.
     this->barriers[this->groups()].wait();
+  }
+
+  // Few rows: each row of the gradient is written once, from all of them.
+  template <class B, class RowOf>
+  void gradient_in_place(int worker, const Product& w, const RowOf& row_of) const {
+    const B* rows[kDirectMaxAllRows];
+    int64_t places[kDirectMaxAllRows], count = 0;  // of rows that there are: h_0 may be left out
+    for (int64_t s = 0, t = 0; s < S_rows; ++s) {
+      while (p.size.steps.offset(t + 1) <= s) ++t;
+      rows[count] = row_of(s, t, s - p.size.steps.offset(t));
+      if (rows[count]) places[count++] = s;
+    }
+    const Range blocks = split(w.blocks, plan.threads, worker);
+    for (int64_t j = blocks.begin; j < blocks.end; ++j)
+      for (int64_t m = 0; m < w.width; m += kInPlaceDepth) {
+        const int64_t unit = j * kBlock + m % kBlock;
+        if (unit >= w.units) continue;
+        const A* factors[kDirectMaxAllRows];
+        for (int64_t i = 0; i < count; ++i)
+          factors[i] = w.a + (j * S_rows + places[i]) * w.pitch + m;
+        S* to = static_cast<S*>(w.to) + (w.gate_of(m / kBlock) * w.units + unit) * w.columns;
+        with_constant<kInPlaceDepth>(
+            static_cast<int>(min64(kInPlaceDepth, w.units - unit)), [&](auto units) {
+              outer_products<decltype(units)::value, A>(factors, rows, count, to, w.columns);
+            });
+      }
   }
 
   template <class B, class RowOf>

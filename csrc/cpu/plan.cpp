@@ -20,11 +20,6 @@ constexpr double kFarCyclesPerStep = 11;
 constexpr double kNearBytes = 768 << 10;
 constexpr double kPackCyclesPerVector = 1.5;
 
-// The direct kernel reads every weight once a step, a row of it as one dot product; packing reads
-// and writes them all once before the first step.
-constexpr int64_t kDirectMaxSteps = 4;
-constexpr int64_t kDirectMaxRows = 4;
-
 // Rows of the hoisted input projection computed at once: enough for full tiles, few enough that the
 // pre-activations stay in the second-level cache.
 constexpr int64_t kHoistRows = 64;
@@ -141,11 +136,18 @@ Partition shared_partition(const Problem& p, const Machine& m, KernelKind kernel
   return best;
 }
 
+KernelKind kernel_of(const Problem& p) {
+  const bool few =
+      p.T <= kDirectMaxSteps && p.N <= kDirectMaxRows && p.T * p.N <= kDirectMaxAllRows;
+  return few && !p.projection && !p.tangents ? KernelKind::kDirect : KernelKind::kPersistent;
+}
+
 Plan with_partition(const Problem& p, const Machine& m, KernelKind kernel, const Partition& part) {
   Plan plan{};
   plan.kernel = kernel;
   plan.dtype = p.dtype;
-  plan.isa = multiplies_pairs(m.isa, p.dtype) ? m.isa : without_pairs(m.isa);
+  const bool pairs = multiplies_pairs(m.isa, p.dtype) && kernel != KernelKind::kDirect;
+  plan.isa = pairs ? m.isa : without_pairs(m.isa);
   plan.threads = part.threads();
   plan.direction_groups = part.direction_groups;
   plan.row_groups = part.row_groups;
@@ -158,15 +160,10 @@ Plan with_partition(const Problem& p, const Machine& m, KernelKind kernel, const
 }  // namespace
 
 Plan plan_forward(const Problem& p, const Machine& m) {
-  const bool direct =
-      p.T <= kDirectMaxSteps && p.N <= kDirectMaxRows && !p.projection && !p.tangents;
-  const KernelKind kernel = direct ? KernelKind::kDirect : KernelKind::kPersistent;
+  const KernelKind kernel = kernel_of(p);
   const Partition part = shared_partition(p, m, kernel, best_partition(p, m, kernel));
   Plan plan = with_partition(p, m, kernel, part);
-  if (direct) {
-    plan.isa = without_pairs(plan.isa);
-    return plan;
-  }
+  if (kernel == KernelKind::kDirect) return plan;
   const int64_t rows = std::max<int64_t>(1, ceil_div(p.N, part.row_groups));
   if (hoists(p, m)) {
     plan.hoist_steps = std::clamp<int64_t>(kHoistRows / rows, 1, std::max<int64_t>(p.T, 1));
@@ -175,10 +172,9 @@ Plan plan_forward(const Problem& p, const Machine& m) {
 }
 
 Plan plan_backward(const Problem& p, const Machine& m) {
-  constexpr KernelKind kernel = KernelKind::kPersistent;
+  const KernelKind kernel = kernel_of(p);
   // Beside other programs too: with fewer threads its sums would be taken in another order.
-  const Partition part = best_partition(p, m, kernel);
-  return with_partition(p, m, kernel, part);
+  return with_partition(p, m, kernel, best_partition(p, m, kernel));
 }
 
 const char* name(KernelKind kernel) {

@@ -11,6 +11,13 @@
 
 namespace lstm_fused {
 
+// The direct kernels take calls of so few steps and rows, and so many rows of all steps. They read
+// every weight once a step and four rows; packing reads and writes them all once before the first
+// step.
+inline constexpr int64_t kDirectMaxSteps = 4;
+inline constexpr int64_t kDirectMaxRows = 8;
+inline constexpr int64_t kDirectMaxAllRows = 16;
+
 enum class KernelKind : int {
   kPersistent = 0,  // weights packed once, one thread team for the whole sequence
   kDirect = 1,      // weights read in place: packing does not pay for a few steps

@@ -1,7 +1,8 @@
 // The fast path for inference: `infer` reads tensors through DLPack and skips torch's dispatcher,
 // which costs a call at T = 1 several times the kernel's time. It refuses nothing and copies
-// nothing: a call that something observes (a mode, a gradient) or that does not fit is left to the
-// operator by returning None.
+// nothing: a call that something observes (a mode, a transform) or that does not fit is left to the
+// operator by returning None. Where a gradient is to be recorded it returns the tensors it has
+// found fit, for the autograd.Function.
 #include "inference.h"
 
 #include <array>
@@ -27,22 +28,22 @@ int dtype_of(const dlpack::Tensor& t) {
 }
 
 // Reads and makes tensors of one call.
-struct Tensors {
+struct TensorObjects {
   const Torch& torch;
-  const bool grad;  // grad mode is on
+  const bool grad;        // grad mode is on
+  bool recorded = false;  // a tensor that has been read requires a gradient
 
-  // A view of a plain tensor on the CPU without a gradient to record; false for any other object.
-  bool view(PyObject* object, TensorView& to) const {
-    const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-    if (type != torch.tensor && type != torch.parameter) return false;
-    if (grad) {
+  // A view of a plain tensor on the CPU; false for any other object.
+  bool view(PyObject* object, TensorView& to) {
+    if (!torch.is_plain(object)) return false;
+    if (grad && !recorded) {
       const Owned wanted(PyObject_GetAttr(object, torch.requires_grad));
-      if (wanted.p != Py_False) return false;
+      recorded = wanted.p != Py_False;
     }
     dlpack::Tensor t;
     if (torch.dlpack->dltensor_from_py_object_no_sync(object, &t) != 0) return false;
     to = {static_cast<char*>(t.data) + t.byte_offset, t.ndim, t.shape, t.strides, dtype_of(t)};
-    return t.device_type == dlpack::kCpu;
+    return t.device_type == dlpack::kCpu && (t.data || to.is_empty());  // zeros may have no memory
   }
 
   // A new tensor of x's dtype; like: one of the same shape and contiguous, or null. empty_like is
@@ -110,27 +111,11 @@ struct State {
   int64_t width = 0;
 };
 
-// Layers whose products number less run in less time than the interpreter's lock takes to hand
-// over.
-constexpr int64_t kFewProducts = 100'000;
-
-// The interpreter's lock is released.
-class Unlocked {
- public:
-  Unlocked() : state_(PyEval_SaveThread()) {}
-  ~Unlocked() { PyEval_RestoreThread(state_); }
-  Unlocked(const Unlocked&) = delete;
-
- private:
-  PyThreadState* state_;
-};
-
 void run_layer(const Layer& layer, ForwardParams& p) {
   const LayerSizes& s = layer.size;
   const Problem problem = problem_of(layer.cell, layer.dtype, s, layer.projection, false);
   const int64_t products = s.steps.T * s.steps.N * s.D * info(layer.cell).gates * s.H * (s.I + s.R);
-  if (products <= kFewProducts) return launch(problem, p);
-  const Unlocked released;
+  const MaybeUnlocked lock(products);
   launch(problem, p);
 }
 
@@ -168,6 +153,22 @@ class Inference {
     state_[0].width = s.R;
     state_[1].width = s.H;
     return true;
+  }
+
+  // A gradient is to be recorded: an autograd.Function is to make the call, not run().
+  bool recorded() const { return tensors_.recorded; }
+
+  // The tensors of the call: x, the states, the weights.
+  PyObject* tensors() const {
+    const Py_ssize_t states = hx_ == Py_None ? 0 : states_, count = PyList_GET_SIZE(names_);
+    PyObject* all = PyList_New(1 + states + count);
+    if (!all) return nullptr;
+    const auto put = [&](Py_ssize_t i, PyObject* t) { PyList_SET_ITEM(all, i, Py_NewRef(t)); };
+    put(0, x_object_);
+    for (Py_ssize_t i = 0; i < states; ++i) put(1 + i, state_object(i));
+    for (Py_ssize_t i = 0; i < count; ++i)
+      put(1 + states + i, PyDict_GetItemWithError(params_, PyList_GET_ITEM(names_, i)));
+    return all;
   }
 
   // The result as the module returns it, or null with a Python error. A single step returns its
@@ -215,11 +216,13 @@ class Inference {
     return static_cast<char*>(base) + elements * storage_bytes(static_cast<DType>(x_.dtype));
   }
 
+  PyObject* state_object(int i) const { return states_ == 2 ? PyTuple_GET_ITEM(hx_, i) : hx_; }
+
   bool read_states() {
     if (hx_ == Py_None) return true;
     if (states_ == 2 && (!PyTuple_CheckExact(hx_) || PyTuple_GET_SIZE(hx_) != 2)) return false;
     for (int i = 0; i < states_; ++i) {
-      PyObject* given = states_ == 2 ? PyTuple_GET_ITEM(hx_, i) : hx_;
+      PyObject* given = state_object(i);
       TensorView t;
       if (!tensors_.view(given, t) || !t.is_contiguous() || t.dim != dims_) return false;
       if (dims_ == 3 && t.size(0) != L_ * D_) return false;
@@ -260,7 +263,7 @@ class Inference {
     return true;
   }
 
-  const Tensors tensors_;
+  TensorObjects tensors_;
   PyObject *const names_, *const params_;  // list of names, and the dict they are in
   PyObject *const x_object_, *const hx_;
   const long cell_, D_, L_;
@@ -288,7 +291,8 @@ PyObject* infer_checked(PyObject* const* args, bool step) {
                     PyList_GET_SIZE(args[0]) >= L * D;
   if (!fits) return leave();
   Inference call(*torch, args[0], args[1], args[2], args[3], cell, D, L, step);
-  return call.describe() ? call.run() : leave();
+  if (!call.describe()) return leave();
+  return call.recorded() ? call.tensors() : call.run();
 }
 
 }  // namespace

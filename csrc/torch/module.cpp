@@ -1,12 +1,27 @@
-// `import lstm_fused._C` loads the operators. The module itself holds the fast path for
-// inference.
+// `import lstm_fused._C` loads the operators. The module itself holds what is called past torch's
+// dispatcher.
+#include "eager.h"
 #include "inference.h"
+
+namespace {
+
+template <class F>
+PyMethodDef method(const char* name, F function, const char* doc) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)),
+          METH_FASTCALL, doc};
+}
+
+}  // namespace
 
 extern "C" PyMODINIT_FUNC PyInit__C(void) {
   static PyMethodDef methods[] = {
-      {"infer", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&lstm_fused::infer)),
-       METH_FASTCALL,
-       "infer(names, params, x, hx, cell[, directions, layers]): inference past the dispatcher"},
+      method("infer", lstm_fused::infer,
+             "infer(names, params, x, hx, cell[, directions, layers]): inference"),
+      method("forward", lstm_fused::forward,
+             "forward(x, batch_sizes, state0, weights, cell, directions): recurrent_forward"),
+      method("backward", lstm_fused::backward,
+             "backward(x, batch_sizes, state0, weights, y, gates, saved_states, dy, dh_n, dc_n, "
+             "cell, directions, mask): recurrent_backward"),
       {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

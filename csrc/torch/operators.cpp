@@ -1,37 +1,9 @@
 // The operators: their schemas, and the CPU's kernels behind them. Bodies are in operators.h,
 // arithmetic below (cpu/), autograd, vmap and fakes above (lstm_fused/).
-#include "operators.h"
-
-#include <cstring>
-
-#include "../cpu/launch.h"
+#include "cpu_device.h"
 
 namespace lstm_fused {
 namespace {
-
-Problem problem_of(const Layer& layer, bool training) {
-  return problem_of(layer.cell, layer.dtype, layer.size, layer.projection, training);
-}
-
-struct Cpu {
-  static constexpr SavedLayouts kSaved = kCpuSaved;
-  static constexpr bool kNeedsOutput = false, kNeedsUniformRows = false;
-
-  static void forward(std::vector<Layer>& layers, std::vector<ForwardParams>& params, const Tensor&,
-                      bool training) {
-    launch_each(problem_of(layers[0], training), params);
-  }
-  static void backward(std::vector<Layer>& layers, std::vector<BackwardParams>& params,
-                       const Tensor&) {
-    launch_each(problem_of(layers[0], true), params);
-  }
-  static void fill(void* data, int byte, int64_t bytes, const Tensor&) {
-    std::memset(data, byte, bytes);
-  }
-  static void move(void* to, const void* from, int64_t bytes, const Tensor&) {
-    std::memmove(to, from, bytes);
-  }
-};
 
 using Tangents = std::tuple<Tensor, Tensor, Tensor>;
 
@@ -45,17 +17,16 @@ Tangents recurrent_tangent(Tensor x, MaybeTensor batch_sizes, Tensors state0, Te
   const Layer& layer = call.layer();
   LSTM_FUSED_CHECK(storage_bytes(layer.dtype) >= 4 && !layer.projection,
                    "tangents are of float32 or float64, without a projection");
-  const Forward out = allocate_forward<Cpu>(call, x, false);
-  const auto& [y, h_n, c_n, no_gates, no_states] = out;
+  const Outputs out = allocate_forward<Cpu>(call, x, false);
   const bool carries = info(layer.cell).carry != Carry::kNone;
   const LayerSizes& s = layer.size;
   Tensors kept;
   std::vector<TangentParams> params;
   for (int64_t m = 0; m < call.models(); ++m) {
     TangentParams& p = params.emplace_back(params_of<TangentParams>(call.layers()[m]));
-    p.y = call.part(y, m);
-    p.h_n = call.part(h_n, m);
-    p.c_n = call.part(c_n, m, layer.has_cell_state());
+    p.y = call.part(out.y, m);
+    p.h_n = call.part(out.h_n, m);
+    p.c_n = call.part(out.c_n, m);
     p.primal_gates = read_saved<Cpu>(call, m, gates, x, kCpuSaved.gates, false, "gates", kept);
     p.primal_states = read_saved<Cpu>(call, m, saved_states, x, kCpuSaved.saved_states, !carries,
                                       "saved_states", kept);
@@ -74,8 +45,8 @@ Tangents recurrent_tangent(Tensor x, MaybeTensor batch_sizes, Tensors state0, Te
   Problem problem = problem_of(layer, false);
   problem.tangents = true;
   if (s.steps.N > 0) launch_each(problem, params);
-  clear_padding<Cpu>(call, layer, y, x);
-  return {y, h_n, c_n};
+  clear_padding<Cpu>(call, layer, out.y, x);
+  return {*out.y, *out.h_n, or_empty(out.c_n, x, x.scalar_type())};
 }
 
 // What ran last on this thread, for _plan.run_of: the pass, then its plan; empty before any call.

@@ -7,6 +7,8 @@
 //   fill(pointer, byte, bytes, x), move(to, from, bytes, x)              of memory where x is
 #pragma once
 
+#include <deque>
+
 #include "../layer.h"
 #include "../poison.h"
 #include "stable.h"
@@ -26,21 +28,29 @@ inline constexpr const char* kBackwardSchema =
 using Tensors = std::vector<Tensor>;
 using MaybeTensor = std::optional<Tensor>;
 
+// Whether x and the states have all dimensions of a layer's, or those of a single-step cell's: (N,
+// I) and (N, H), or (I,) and (H,).
+enum class Form { kLayer, kStep };
+
 // The tensors of a call: of one model, or of several with as many sets of weights, which every
 // tensor but batch_sizes then has a first dimension for.
 class Call {
  public:
   Call(const Tensor& x, const MaybeTensor& batch_sizes, const Tensors& state0,
-       const Tensors& weights, int64_t cell, int64_t directions, bool uniform_rows)
+       const Tensors& weights, int64_t cell, int64_t directions, bool uniform_rows,
+       Form form = Form::kLayer)
       : several_(weights.size() > 1 && weights[1].dim() == 3 && x.dim() > 0),
-        models_(several_ ? x.size(0) : 1) {
+        models_(several_ ? x.size(0) : 1),
+        missing_(form == Form::kStep ? 3 - x.dim() : 0) {
     LSTM_FUSED_CHECK(models_ > 0, "there must be at least one model");
+    LSTM_FUSED_CHECK(form == Form::kLayer || (!several_ && (missing_ == 1 || missing_ == 2)),
+                     "a step's x must be (N, I) or (I,)");
     const std::optional<std::span<const int64_t>> sizes = read_batch_sizes(batch_sizes);
     layers_.reserve(models_);
     for (int64_t m = 0; m < models_; ++m) {
       x_.push_back(with_usable_rows(x, m, uniform_rows));
       std::vector<TensorView> states, given;
-      for (const Tensor& t : state0) states.push_back(contiguous(t, m, "state0"));
+      for (const Tensor& t : state0) states.push_back(contiguous_state(t, m, "state0"));
       for (const Tensor& t : weights) given.push_back(contiguous(t, m, "every weight"));
       layers_.push_back(describe_layer({x_[m], sizes, states, given, cell, directions}));
     }
@@ -48,7 +58,7 @@ class Call {
 
   int64_t models() const { return models_; }
   std::vector<Layer>& layers() { return layers_; }
-  Layer& layer() { return layers_[0]; }
+  const Layer& layer() const { return layers_[0]; }
   const TensorView& x(int64_t m) const { return x_[m]; }
 
   // Model m's part of t, copied if that is not contiguous.
@@ -56,6 +66,12 @@ class Call {
     const TensorView view = of_model(t, m, name);
     return view.is_contiguous() ? view : keep_copy(t, m);
   }
+
+  TensorView contiguous_state(const Tensor& t, int64_t m, const char* name) {
+    return with_all_dims(contiguous(t, m, name));
+  }
+
+  bool is_step() const { return missing_ > 0; }
 
   // Shapes of results: x's with D * R for I; a state's; with a dimension of models if there are
   // several.
@@ -66,16 +82,18 @@ class Call {
     return of_all(shape);
   }
   Shape state_shape(int64_t width) const {
-    return of_all({layers_[0].size.D, layers_[0].size.steps.N, width});
+    Shape shape = {layers_[0].size.D, layers_[0].size.steps.N, width};
+    shape.erase(shape.begin(), shape.begin() + missing_);
+    return of_all(shape);
   }
   Shape of_all(Shape one) const {
     if (several_) one.insert(one.begin(), models_);
     return one;
   }
 
-  // Model m's part of a result, or null where the caller does not want it.
-  void* part(const Tensor& t, int64_t m, bool wanted = true) const {
-    return wanted ? static_cast<char*>(t.data_ptr()) + m * part_bytes(t) : nullptr;
+  // Model m's part of a result, or null where there is none.
+  void* part(const MaybeTensor& t, int64_t m) const {
+    return t ? static_cast<char*>(t->data_ptr()) + m * part_bytes(*t) : nullptr;
   }
   int64_t part_bytes(const Tensor& t) const { return t.numel() / models_ * t.element_size(); }
 
@@ -93,8 +111,22 @@ class Call {
     return view_of(kept_.back());
   }
 
+  // A step's view with the dimensions that it lacks.
+  TensorView with_all_dims(TensorView view) {
+    if (!is_step() || view.dim + missing_ != 3) return view;
+    auto& [sizes, strides] = dims_.emplace_back();
+    for (int64_t i = 0; i < 3; ++i) {
+      sizes[i] = i < missing_ ? 1 : view.sizes[i - missing_];
+      strides[i] = i < missing_ ? 0 : view.strides[i - missing_];
+    }
+    view.dim = 3;
+    view.sizes = sizes;
+    view.strides = strides;
+    return view;
+  }
+
   TensorView with_usable_rows(const Tensor& x, int64_t m, bool uniform) {
-    const TensorView view = of_model(x, m, "x");
+    const TensorView view = with_all_dims(of_model(x, m, "x"));
     const int64_t last = view.dim - 1;
     if (last < 1) return view;  // describe_layer refuses it
     const int64_t I = view.size(last), row = view.strides[last - 1];
@@ -104,7 +136,7 @@ class Call {
       if (last == 2 && view.size(0) > 1)
         usable = usable && view.strides[0] == view.size(1) * (view.size(1) > 1 ? row : I);
     }
-    return usable ? view : keep_copy(x, m);
+    return usable ? view : with_all_dims(keep_copy(x, m));
   }
 
   std::optional<std::span<const int64_t>> read_batch_sizes(const MaybeTensor& batch_sizes) {
@@ -117,17 +149,24 @@ class Call {
                      static_cast<size_t>(batch_sizes->numel()));
   }
 
+  struct Dims {
+    int64_t sizes[3], strides[3];
+  };
+
   const bool several_;
   const int64_t models_;
+  const int64_t missing_;  // leading dimensions that a step's tensors lack
+  std::deque<Dims> dims_;  // what views of a step point into
   std::vector<TensorView> x_;
   std::vector<Layer> layers_;
   Tensors kept_;  // copies that layers point into
 };
 
-// A result of this shape, or an empty tensor if it is not wanted.
+// A result of this shape, if it is wanted.
 template <class Device>
-Tensor result(bool wanted, const Shape& shape, const Tensor& like, ScalarType dtype) {
-  Tensor t = allocate(wanted ? shape : Shape{0}, dtype, like);
+MaybeTensor result(bool wanted, const Shape& shape, const Tensor& like, ScalarType dtype) {
+  if (!wanted) return std::nullopt;
+  Tensor t = allocate(shape, dtype, like);
   if (poisoning() && t.numel() > 0)
     Device::fill(t.data_ptr(), 0xff, t.numel() * t.element_size(), like);
   return t;
@@ -145,11 +184,16 @@ struct SavedRows {
   }
 };
 
+// What an operator returns for a result: an empty tensor for none.
+inline Tensor or_empty(const MaybeTensor& t, const Tensor& like, ScalarType dtype) {
+  return t ? *t : allocate({0}, dtype, like);
+}
+
 // Zeros for the rows of y, dx or d_preacts that belong to no step.
 template <class Device>
-void clear_padding(const Call& call, const Layer& layer, const Tensor& t, const Tensor& x) {
-  const int64_t bytes = call.part_bytes(t);
-  if (layer.padding() == 0 || bytes == 0) return;
+void clear_padding(const Call& call, const Layer& layer, const MaybeTensor& t, const Tensor& x) {
+  if (layer.padding() == 0 || !t || t->numel() == 0) return;
+  const int64_t bytes = call.part_bytes(*t);
   const int64_t used = bytes / layer.rows * layer.size.steps.rows();
   for (int64_t m = 0; m < call.models(); ++m)
     Device::fill(static_cast<char*>(call.part(t, m)) + used, 0, bytes - used, x);
@@ -159,9 +203,9 @@ void clear_padding(const Call& call, const Layer& layer, const Tensor& t, const 
 // where the tensor's shape says it begins.
 template <class Device>
 void insert_padding(const Call& call, const Layer& layer, const SavedLayout& layout,
-                    const Tensor& t, const Tensor& x) {
-  const int64_t total = call.part_bytes(t);
-  if (layer.padding() == 0 || total == 0) return;
+                    const MaybeTensor& t, const Tensor& x) {
+  if (layer.padding() == 0 || !t || t->numel() == 0) return;
+  const int64_t total = call.part_bytes(*t);
   const SavedRows saved(layout, layer, total);
   const int64_t used = layer.size.steps.rows() * saved.bytes, whole = saved.rows * saved.bytes;
   for (int64_t m = 0; m < call.models(); ++m) {
@@ -198,17 +242,22 @@ const void* read_saved(Call& call, int64_t m, const Tensor& t, const Tensor& x,
   return packed;
 }
 
-using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+// The results of a forward pass that there are: y not of a step, where it is h_n; what is saved
+// only for training; c_n and saved_states only of cells that have them.
+struct Outputs {
+  MaybeTensor y, h_n, c_n, gates, saved_states;
+};
 
 template <class Device>
-Forward allocate_forward(Call& call, const Tensor& x, bool training) {
+Outputs allocate_forward(const Call& call, const Tensor& x, bool training) {
   const Layer& layer = call.layer();
   const ScalarType dtype = x.scalar_type(), compute = compute_dtype(layer.dtype);
   const auto make = [&](bool wanted, const Shape& shape, ScalarType type) {
     return result<Device>(wanted, shape, x, type);
   };
   const bool carries = info(layer.cell).carry != Carry::kNone;
-  return {make(true, call.output_shape(), dtype), make(true, call.state_shape(layer.size.R), dtype),
+  return {make(!call.is_step(), call.output_shape(), dtype),
+          make(true, call.state_shape(layer.size.R), dtype),
           make(layer.has_cell_state(), call.state_shape(layer.size.H), dtype),
           make(training, call.of_all(layer.saved_shape(Device::kSaved.gates)), compute),
           make(training && carries, call.of_all(layer.saved_shape(Device::kSaved.saved_states)),
@@ -216,32 +265,38 @@ Forward allocate_forward(Call& call, const Tensor& x, bool training) {
 }
 
 template <class Device>
-Forward recurrent_forward(Tensor x, MaybeTensor batch_sizes, Tensors state0, Tensors weights,
-                          int64_t cell, int64_t directions, bool training) {
-  Call call(x, batch_sizes, state0, weights, cell, directions, Device::kNeedsUniformRows);
+Outputs run_forward(Call& call, const Tensor& x, bool training) {
   const Layer& layer = call.layer();
-  const Steps& steps = layer.size.steps;
-  LSTM_FUSED_CHECK(steps.T > 0 || batch_sizes, "x must have at least one time step");
-  const Forward out = allocate_forward<Device>(call, x, training);
-  const auto& [y, h_n, c_n, gates, saved_states] = out;
-  const bool carries = info(layer.cell).carry != Carry::kNone;
+  const Outputs out = allocate_forward<Device>(call, x, training);
   std::vector<ForwardParams> params;
   for (int64_t m = 0; m < call.models(); ++m) {
     ForwardParams& p = params.emplace_back(params_of<ForwardParams>(call.layers()[m]));
-    p.y = call.part(y, m);
-    p.h_n = call.part(h_n, m);
-    p.c_n = call.part(c_n, m, layer.has_cell_state());
-    p.gates = call.part(gates, m, training);
-    p.saved_states = call.part(saved_states, m, training && carries);
+    p.h_n = call.part(out.h_n, m);
+    p.y = call.is_step() ? p.h_n : call.part(out.y, m);
+    p.c_n = call.part(out.c_n, m);
+    p.gates = call.part(out.gates, m);
+    p.saved_states = call.part(out.saved_states, m);
   }
-  if (steps.N > 0) Device::forward(call.layers(), params, x, training);
-  clear_padding<Device>(call, layer, y, x);
-  insert_padding<Device>(call, layer, Device::kSaved.gates, gates, x);
-  insert_padding<Device>(call, layer, Device::kSaved.saved_states, saved_states, x);
+  if (layer.size.steps.N > 0) Device::forward(call.layers(), params, x, training);
+  clear_padding<Device>(call, layer, out.y, x);
+  insert_padding<Device>(call, layer, Device::kSaved.gates, out.gates, x);
+  insert_padding<Device>(call, layer, Device::kSaved.saved_states, out.saved_states, x);
   return out;
 }
 
-using Backward = std::tuple<Tensor, Tensor, Tensor, Tensors, Tensor>;
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class Device>
+Forward recurrent_forward(Tensor x, MaybeTensor batch_sizes, Tensors state0, Tensors weights,
+                          int64_t cell, int64_t directions, bool training) {
+  Call call(x, batch_sizes, state0, weights, cell, directions, Device::kNeedsUniformRows);
+  LSTM_FUSED_CHECK(call.layer().size.steps.T > 0 || batch_sizes,
+                   "x must have at least one time step");
+  const Outputs out = run_forward<Device>(call, x, training);
+  const ScalarType dtype = x.scalar_type(), compute = compute_dtype(call.layer().dtype);
+  return {*out.y, *out.h_n, or_empty(out.c_n, x, dtype), or_empty(out.gates, x, compute),
+          or_empty(out.saved_states, x, compute)};
+}
 
 // Which gradients a backward pass is to compute: one entry each for x, h0, c0, every weight and the
 // pre-activations.
@@ -269,21 +324,28 @@ struct Wanted {
   }
 };
 
+// The gradients that are wanted.
+struct GradientTensors {
+  MaybeTensor dx, dh0, dc0;
+  std::vector<MaybeTensor> dweights;
+  MaybeTensor d_preacts;
+};
+
 template <class Device>
-Backward allocate_backward(Call& call, const Tensor& x, const Tensors& weights,
-                           const Wanted& wanted) {
+GradientTensors allocate_backward(const Call& call, const Tensor& x, const Tensors& weights,
+                                  const Wanted& wanted) {
   const Layer& layer = call.layer();
   const LayerSizes& s = layer.size;
   const ScalarType dtype = x.scalar_type();
   const auto make = [&](bool want, const Shape& shape, ScalarType type) {
     return result<Device>(want, shape, x, type);
   };
-  Tensors dweights;
+  std::vector<MaybeTensor> dweights;
   for (size_t i = 0; i < weights.size(); ++i)
     dweights.push_back(make(wanted.weights[i], shape_of(weights[i]), dtype));
   const Shape preacts = call.of_all({layer.rows, s.D, info(layer.cell).preacts, s.H});
   return {make(wanted.x, shape_of(x), dtype), make(wanted.h0, call.state_shape(s.R), dtype),
-          make(wanted.c0, call.state_shape(s.H), dtype), dweights,
+          make(wanted.c0, call.state_shape(s.H), dtype), std::move(dweights),
           make(wanted.preacts, preacts, compute_dtype(layer.dtype))};
 }
 
@@ -312,7 +374,7 @@ void read_outputs(Call& call, int64_t m, const Wanted& wanted, const MaybeTensor
     return view.data;
   };
   const auto read_state = [&](const Tensor& t, int64_t width, const char* name) -> const void* {
-    const TensorView view = call.contiguous(t, m, name);
+    const TensorView view = call.contiguous_state(t, m, name);
     check_state(view, x, layer, width, name);
     return view.data;
   };
@@ -328,47 +390,64 @@ void read_outputs(Call& call, int64_t m, const Wanted& wanted, const MaybeTensor
 }
 
 template <class Device>
-Backward recurrent_backward(Tensor x, MaybeTensor batch_sizes, Tensors state0, Tensors weights,
-                            MaybeTensor y, Tensor gates, Tensor saved_states, MaybeTensor dy,
-                            MaybeTensor dh_n, MaybeTensor dc_n, int64_t cell, int64_t directions,
-                            std::vector<bool> mask) {
-  Call call(x, batch_sizes, state0, weights, cell, directions, Device::kNeedsUniformRows);
+GradientTensors run_backward(Call& call, const Tensor& x, const Tensors& weights,
+                             const MaybeTensor& y, const Tensor& gates,
+                             const MaybeTensor& saved_states, const MaybeTensor& dy,
+                             const MaybeTensor& dh_n, const MaybeTensor& dc_n,
+                             const std::vector<bool>& mask) {
   const Layer& layer = call.layer();
   const Wanted wanted(mask, weights.size());
   LSTM_FUSED_CHECK(layer.has_cell_state() || (!wanted.c0 && !dc_n), "cell ", info(layer.cell).name,
                    " has no c0 or c_n to have a gradient");
   const bool carries = info(layer.cell).carry != Carry::kNone;
+  LSTM_FUSED_CHECK(!carries || saved_states, "saved_states must be as the forward pass saved it");
   Tensors kept;
   std::vector<BackwardParams> params;
   for (int64_t m = 0; m < call.models(); ++m) {
     BackwardParams& p = params.emplace_back(params_of<BackwardParams>(call.layers()[m]));
     p.gates = read_saved<Device>(call, m, gates, x, Device::kSaved.gates, false, "gates", kept);
-    p.saved_states = read_saved<Device>(call, m, saved_states, x, Device::kSaved.saved_states,
-                                        !carries, "saved_states", kept);
+    if (saved_states)
+      p.saved_states = read_saved<Device>(call, m, *saved_states, x, Device::kSaved.saved_states,
+                                          !carries, "saved_states", kept);
     read_outputs<Device>(call, m, wanted, y, dy, dh_n, dc_n, p);
   }
-  Backward out = allocate_backward<Device>(call, x, weights, wanted);
-  auto& [dx, dh0, dc0, dweights, d_preacts] = out;
+  GradientTensors out = allocate_backward<Device>(call, x, weights, wanted);
   const int each = layer.weights_per_direction;
   for (int64_t m = 0; m < call.models(); ++m) {
     BackwardParams& p = params[m];
-    p.dx = call.part(dx, m, wanted.x);
-    p.dh0 = call.part(dh0, m, wanted.h0);
-    p.dc0 = call.part(dc0, m, wanted.c0);
+    p.dx = call.part(out.dx, m);
+    p.dh0 = call.part(out.dh0, m);
+    p.dc0 = call.part(out.dc0, m);
     for (size_t i = 0; i < weights.size(); ++i)
-      gradient_of(p.dweights[i / each], layer, i % each) =
-          call.part(dweights[i], m, wanted.weights[i]);
-    p.d_preacts = call.part(d_preacts, m, wanted.preacts);
+      gradient_of(p.dweights[i / each], layer, i % each) = call.part(out.dweights[i], m);
+    p.d_preacts = call.part(out.d_preacts, m);
   }
   if (layer.size.steps.N > 0) {
     Device::backward(call.layers(), params, x);
   } else {
-    for (size_t i = 0; i < dweights.size(); ++i)
-      if (wanted.weights[i]) torch::stable::zero_(dweights[i]);
+    for (MaybeTensor& t : out.dweights)
+      if (t) torch::stable::zero_(*t);
   }
-  if (wanted.x) clear_padding<Device>(call, layer, dx, x);
-  if (wanted.preacts) clear_padding<Device>(call, layer, d_preacts, x);
+  clear_padding<Device>(call, layer, out.dx, x);
+  clear_padding<Device>(call, layer, out.d_preacts, x);
   return out;
+}
+
+using Backward = std::tuple<Tensor, Tensor, Tensor, Tensors, Tensor>;
+
+template <class Device>
+Backward recurrent_backward(Tensor x, MaybeTensor batch_sizes, Tensors state0, Tensors weights,
+                            MaybeTensor y, Tensor gates, Tensor saved_states, MaybeTensor dy,
+                            MaybeTensor dh_n, MaybeTensor dc_n, int64_t cell, int64_t directions,
+                            std::vector<bool> mask) {
+  Call call(x, batch_sizes, state0, weights, cell, directions, Device::kNeedsUniformRows);
+  const GradientTensors out =
+      run_backward<Device>(call, x, weights, y, gates, saved_states, dy, dh_n, dc_n, mask);
+  const ScalarType dtype = x.scalar_type();
+  Tensors dweights;
+  for (const MaybeTensor& t : out.dweights) dweights.push_back(or_empty(t, x, dtype));
+  return {or_empty(out.dx, x, dtype), or_empty(out.dh0, x, dtype), or_empty(out.dc0, x, dtype),
+          dweights, or_empty(out.d_preacts, x, compute_dtype(call.layer().dtype))};
 }
 
 }  // namespace lstm_fused

@@ -1,12 +1,13 @@
 // Python's interface as weak symbols: a C++ program without Python loads the module, too, for the
-// operators it registers. Only what runs under Python uses these: `infer`, and the CUDA operators'
-// question for TF32.
+// operators it registers. Only what runs under Python uses these: `infer`, `forward` and
+// `backward`, and the CUDA operators' question for TF32.
 #pragma once
 
 #include <Python.h>
 
 #pragma weak Py_IsInitialized
 #pragma weak PyCapsule_GetPointer
+#pragma weak PyCapsule_New
 #pragma weak PyDict_GetItemWithError
 #pragma weak PyDict_Type
 #pragma weak PyErr_Clear
@@ -19,6 +20,8 @@
 #pragma weak PyGILState_Ensure
 #pragma weak PyGILState_Release
 #pragma weak PyImport_ImportModule
+#pragma weak PyList_Append
+#pragma weak PyList_New
 #pragma weak PyList_Type
 #pragma weak PyLong_AsLong
 #pragma weak PyLong_FromLong
@@ -37,3 +40,4 @@
 #pragma weak _Py_Dealloc
 #pragma weak _Py_FalseStruct
 #pragma weak _Py_NoneStruct
+#pragma weak _Py_TrueStruct

@@ -1,4 +1,4 @@
-// What the fast path for inference asks of torch's Python side: classes, modes and transforms.
+// What calls past torch's dispatcher ask of torch's Python side: classes, modes and transforms.
 #pragma once
 
 #include <string>
@@ -22,6 +22,22 @@ struct Owned {
   }
 };
 
+// The interpreter's lock is released for a call of so many products, unless they are few: such a
+// call takes less time than the lock takes to hand over.
+class MaybeUnlocked {
+ public:
+  explicit MaybeUnlocked(int64_t products)
+      : state_(products > kFewProducts ? PyEval_SaveThread() : nullptr) {}
+  ~MaybeUnlocked() {
+    if (state_) PyEval_RestoreThread(state_);
+  }
+  MaybeUnlocked(const MaybeUnlocked&) = delete;
+
+ private:
+  static constexpr int64_t kFewProducts = 100'000;
+  PyThreadState* state_;
+};
+
 // Borrowed for the life of the process.
 struct Torch {
   PyObject *tensor, *parameter;  // classes
@@ -29,6 +45,8 @@ struct Torch {
   PyObject *empty_like, *grad_enabled, *autocast_enabled, *tracing, *dispatch_modes,
       *function_modes, *functorch, *profiling;
   PyObject* forward_ad;
+  PyObject* is_neg;                     // of a tensor, without a lookup
+  PyObject *to_handles, *from_handles;  // between lists of tensors and of the stable ABI's handles
   PyObject *cpu, *new_empty, *requires_grad, *current_level;  // strings
 
   // Null where this torch lacks one of them: then there is no fast path.
@@ -50,6 +68,13 @@ struct Torch {
       return false;
     const Owned level(PyObject_GetAttr(forward_ad, current_level));
     return level.p == none;
+  }
+
+  // Whether the object is a tensor whose memory holds its values: no subclass, and no view whose
+  // values are the negative of what lies there (z.conj().imag).
+  bool is_plain(PyObject* object) const {
+    const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+    return (type == tensor || type == parameter) && answers(is_neg, Py_False, object);
   }
 
   // Whether function(argument) is `expected`.
@@ -86,7 +111,10 @@ struct Torch {
         !get(function_modes, "torch", "_C._len_torch_function_stack") ||
         !get(functorch, "torch", "_C._functorch.peek_interpreter_stack") ||
         !get(profiling, "torch", "_C._autograd._profiler_enabled") ||
-        !get(forward_ad, "torch.autograd.forward_ad", ""))
+        !get(forward_ad, "torch.autograd.forward_ad", "") ||
+        !get(is_neg, "torch", "_C.TensorBase.is_neg") ||
+        !get(to_handles, "torch", "_C._aoti.unsafe_alloc_void_ptrs_from_tensors") ||
+        !get(from_handles, "torch", "_C._aoti.alloc_tensors_by_stealing_from_void_ptrs"))
       return false;
     dlpack =
         static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, dlpack::kCapsule));

@@ -1,4 +1,4 @@
-"""How many Python functions lie between a module's call and the operator, forward and backward."""
+"""How many Python functions lie between a module's call and C++, forward and backward."""
 
 import sys
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lstm_fused
-from lstm_fused import _C, autograd, inference, ops
+from lstm_fused import _C, ops
 from tests.helpers.compare_modules import states_of
 
 MODULES = [lstm_fused.LSTM, lstm_fused.GRU, lstm_fused.RNN]
@@ -14,10 +14,10 @@ MODULES = [lstm_fused.LSTM, lstm_fused.GRU, lstm_fused.RNN]
 
 @pytest.fixture
 def depths(monkeypatch):
-    """The Python functions from which each operator was called, outermost first, by operator."""
+    """The Python functions from which each function of C++ was called, outermost first, by name."""
     found = {}
 
-    def observed(name, operator):
+    def observed(name, function):
         def call(*args):
             frame, names = sys._getframe(1), []
             while "lstm_fused" in frame.f_code.co_filename:
@@ -26,14 +26,13 @@ def depths(monkeypatch):
                 if frame.f_code.co_filename == __file__:
                     break
             found[name] = names[::-1]
-            return operator(*args)
+            return function(*args)
 
         return call
 
-    monkeypatch.setattr(autograd, "forward_op", observed("forward", autograd.forward_op))
-    monkeypatch.setattr(autograd, "backward_op", observed("backward", autograd.backward_op))
+    for name in ("infer", "forward", "backward"):
+        monkeypatch.setattr(_C, name, observed(name, getattr(_C, name)))
     monkeypatch.setattr(ops, "forward_op", observed("no gradient", ops.forward_op))
-    monkeypatch.setattr(inference, "_C", type("", (), {"infer": observed("infer", _C.infer)}))
     return found
 
 
@@ -43,11 +42,21 @@ def test_call_depth(module, layers, depths):
     layer = module(3, 4, layers)
     y, hx = layer(torch.randn(5, 2, 3))
     (y.sum() + sum(s.sum() for s in states_of(hx))).backward()
-    assert depths["forward"] == ["forward", "_run", "layer", "forward"]
-    assert depths["backward"] == ["backward"]
+    assert depths["infer"] == ["forward", "infer"]
+    recorded = ["forward", "_forward_recorded", "_run", "layer", "forward", "forward"]
+    assert depths["forward"] == recorded
+    assert depths["backward"] == ["backward", "_gradients_in_eager_mode"]
     with torch.no_grad():
         layer(torch.randn(5, 2, 3))
     assert depths["infer"] == ["forward", "infer"]
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         layer(torch.randn(5, 2, 3))
     assert depths["no gradient"] == ["forward", "_run", "_run_autocast", "_run", "layer"]
+
+
+@pytest.mark.parametrize("cell", [lstm_fused.LSTMCell, lstm_fused.GRUCell, lstm_fused.RNNCell])
+def test_call_depth_of_a_cell(cell, depths):
+    states_of(cell(3, 4)(torch.randn(2, 3)))[0].sum().backward()
+    assert depths["infer"] == ["forward", "infer_step"]
+    assert depths["forward"] == ["forward", "step", "forward", "forward_step"]
+    assert depths["backward"] == ["backward"]
