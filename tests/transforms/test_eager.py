@@ -1,5 +1,7 @@
 """Calls with gradients in eager mode: past torch's dispatcher, and equal to the operators."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -46,23 +48,17 @@ def direct(monkeypatch):
     return taken
 
 
-@pytest.fixture
-def without_direct(monkeypatch):
-    """A context in which every call goes through torch's dispatcher."""
-
-    def context():
-        patch = monkeypatch.context()
-        inner = patch.__enter__()
+@contextmanager
+def through_the_dispatcher():
+    with pytest.MonkeyPatch.context() as patch:
         for name in ("forward", "backward"):
-            inner.setattr(_C, name, lambda *_: None)
-        return patch
-
-    return context
+            patch.setattr(_C, name, lambda *_: None)
+        yield
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_layers_equal_the_operator(problem, dtype, direct, without_direct):
+def test_layers_equal_the_operator(problem, dtype, direct):
     problem = Problem(**vars(problem) | {"dtype": dtype})
     for isa in isas_for(dtype):
         runtime.set_isa(isa)
@@ -71,9 +67,8 @@ def test_layers_equal_the_operator(problem, dtype, direct, without_direct):
             direct == [("forward", True)] * problem.layers + [("backward", True)] * problem.layers
         )
         direct.clear()
-        patch = without_direct()
-        usual = run_module(problem, lstm_fused)
-        patch.__exit__(None, None, None)
+        with through_the_dispatcher():
+            usual = run_module(problem, lstm_fused)
         assert quick.backward_run == usual.backward_run
         assert quick.tensors.keys() == usual.tensors.keys()
         for name, t in usual.tensors.items():
@@ -97,7 +92,7 @@ def loss_of(states):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("rows", [(), (1,), (3,), (7,), (9,)], ids=str)
-def test_cells_equal_the_operator(rows, cell, dtype, direct, without_direct):
+def test_cells_equal_the_operator(rows, cell, dtype, direct):
     for isa in isas_for(dtype):
         runtime.set_isa(isa)
         for state, bias in ((True, True), (False, True), (True, False)):
@@ -110,10 +105,9 @@ def test_cells_equal_the_operator(rows, cell, dtype, direct, without_direct):
                 "direct" if sum(rows) < 9 else "persistent",
             )
             direct.clear()
-            patch = without_direct()
             module, x, hx, wanted = step(cell, rows, state, bias, dtype)
-            usual = torch.autograd.grad(loss_of(module(x, hx)), wanted)
-            patch.__exit__(None, None, None)
+            with through_the_dispatcher():
+                usual = torch.autograd.grad(loss_of(module(x, hx)), wanted)
             for one, other in zip(quick, usual, strict=True):
                 assert torch.equal(one, other), isa
 
