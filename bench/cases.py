@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-TORCH, OURS, CELL, ONNX = "torch.nn", "lstm_fused", "torch.nn cell", "ONNX Runtime"
+TORCH, OURS, CELL = "torch.nn", "lstm_fused", "torch.nn cell"
+ONNX, OPENVINO = "ONNX Runtime", "OpenVINO"
 GRAPH, CHUNK = "torch.nn graph", "torch.nn one chunk"
 GOALS = {"torch": TORCH, "onnx": ONNX, "cell": CELL, "graph": GRAPH, "chunk": CHUNK}
 
@@ -178,6 +179,7 @@ FEW_STEPS = tuple(  # with gradients
     for cell in ("", "GRU ", "RNN ")
     for row in rows(cell + pattern, torch=1.5)
 )
+GRID = rows("B{1,2,4,8,16,32,128} H{128,256,512,1024} forward", torch=1.0, onnx=1.05)
 HEADLINE = (  # rows of the set cpu that README shows
     *("T1 B1 H256 step", "B1 H256 forward", "B4 H256 forward", "B32 H256 forward"),
     *("B32 H256 training", "packed B32 H256 training", "bfloat16 B32 H256 training"),
@@ -324,5 +326,6 @@ SETS = {
     "streaming": STREAMING,
     "real": REAL,
     "sweep": SWEEP,
+    "grid": GRID,
     "plans": PLANS,
 }

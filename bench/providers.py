@@ -6,13 +6,26 @@ Libraries beside torch are imported only when a row asks for them.
 import functools
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import lstm_fused
 from bench import environment
-from bench.cases import CELL, CELLS, CHUNK, DTYPES, GRAPH, ONNX, OURS, TORCH, Workload
+from bench.cases import (
+    CELL,
+    CELLS,
+    CHUNK,
+    DTYPES,
+    GRAPH,
+    ONNX,
+    OPENVINO,
+    OURS,
+    TORCH,
+    Workload,
+    lengths_of,
+)
 from bench.runs import Case, GraphRun, LoopRun, ModuleRun, named
 from lstm_fused import cuda, reference
 
@@ -112,66 +125,129 @@ class CellRun(ModuleRun):
 
 
 class OnnxRun:
-    """A graph of one LSTM node with the module's weights, on as many threads as torch's."""
+    """A graph of one recurrent node with the module's weights, on as many threads as torch's.
+
+    A subclass makes self.infer, a function of the feed, arrays by name, that returns y and the
+    final states.
+    """
 
     def __init__(self, case: Case):
+        self.case = case
+        self.infer = self.load(onnx_model(case))
+        self.reset()
+
+    def load(self, model: bytes):
+        raise NotImplementedError
+
+    def reset(self):
+        work, x = self.case.workload, self.case.x
+        if work.lengths != "full":
+            x = pad_packed_sequence(x)[0]
+        elif work.batch_first:
+            x = x.transpose(0, 1).contiguous()
+        tensors = (x, *(self.case.state or ()))
+        self.feed = {n: t.numpy() for n, t in zip(("x", "h0", "c0"), tensors, strict=False)}
+
+    def step(self):
+        out = self.infer(self.feed)
+        if self.case.state:
+            self.feed |= dict(zip(("h0", "c0"), out[1:], strict=False))
+        return out
+
+    def results(self):
+        """y from ONNX's (T, D, N, R) to torch's (T, N, D*R), or its packed data."""
+        self.reset()
+        y, *ends = (torch.from_numpy(t.copy()) for t in self.step())
+        y = y.transpose(1, 2).flatten(2)
+        if self.case.workload.lengths != "full":
+            y = pack_padded_sequence(y, torch.tensor(lengths_of(self.case.workload)))
+        elif self.case.workload.batch_first:
+            y = y.transpose(0, 1)
+        return named(y, ends)
+
+
+class OnnxRuntimeRun(OnnxRun):
+    def load(self, model):
         import onnxruntime
 
-        self.case = case
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(
-            onnx_model(case), options, providers=["CPUExecutionProvider"]
-        )
-        self.reset()
+        cpu = ["CPUExecutionProvider"]
+        session = onnxruntime.InferenceSession(model, options, providers=cpu)
+        return lambda feed: session.run(None, feed)
 
-    def reset(self):
-        tensors = (self.case.x, *(self.case.state or ()))
-        self.feed = {n: t.numpy() for n, t in zip(("x", "h0", "c0"), tensors, strict=False)}
 
-    def step(self):
-        out = self.session.run(None, self.feed)
-        if self.case.state:
-            self.feed["h0"], self.feed["c0"] = out[1:]
-        return out
+class OpenVinoRun(OnnxRun):
+    """In float32: without the hint, OpenVINO computes in bfloat16 where the processor can."""
 
-    def results(self):
-        """y from ONNX's (T, D, N, R) to torch's (T, N, D*R)."""
-        self.reset()
-        y, h_n, c_n = (torch.from_numpy(t.copy()) for t in self.step())
-        return named(y.transpose(1, 2).flatten(2), (h_n, c_n))
+    def load(self, model):
+        import openvino
+
+        properties = {
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "INFERENCE_PRECISION_HINT": "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        core = openvino.Core()
+        compiled = core.compile_model(core.read_model(model), "CPU", properties)
+        request = compiled.create_infer_request()
+        names = [port.any_name for port in compiled.outputs]
+
+        def infer(feed):
+            out = request.infer(feed, share_inputs=True)
+            return [out[name] for name in names]
+
+        return infer
+
+
+# For each cell torch's gates in ONNX's order, and the attributes of ONNX's node.
+ONNX_CELLS = {
+    "lstm": ([0, 3, 1, 2], {}),
+    "gru": ([1, 0, 2], {"linear_before_reset": 1}),
+    "rnn_tanh": ([0], {}),
+}
 
 
 def onnx_model(case: Case) -> bytes:
-    """One LSTM node: torch's gates i f g o in ONNX's order i o f c, all directions stacked."""
+    """One node of all directions: weights (D, gates * H, ...), biases (D, 2 * gates * H)."""
     from onnx import TensorProto, helper, numpy_helper
 
     work, D = case.workload, case.workload.directions
+    order, attributes = ONNX_CELLS[work.cell]
     weights = [
-        torch.stack([w.detach().unflatten(0, (4, work.H))[[0, 3, 1, 2]].flatten(0, 1) for w in ws])
+        torch.stack([w.detach().unflatten(0, (-1, work.H))[order].flatten(0, 1) for w in ws])
         for ws in zip(*case.module.all_weights, strict=True)
     ]
-    inputs = {"w": weights[0], "r": weights[1], "b": torch.cat(weights[2:], dim=1)}
-    states = ["h0", "c0"] if case.state else []
+    constants = {"w": weights[0].numpy(), "r": weights[1].numpy()}
+    if work.bias:
+        constants["b"] = torch.cat(weights[2:], dim=1).numpy()
+    if work.lengths != "full":
+        constants["lengths"] = torch.tensor(lengths_of(work), dtype=torch.int32).numpy()
+    cell_state = work.cell == "lstm"
+    states = (["h0", "c0"] if cell_state else ["h0"]) if case.state else []
+    given = {"x", *constants, *states}
 
     def values(names, *shape):
         return [helper.make_tensor_value_info(n, TensorProto.FLOAT, list(shape)) for n in names]
 
+    inputs = ("x", "w", "r", "b", "lengths", "h0", "c0")[: 7 if cell_state else 6]
+    ends = ["h", "c"] if cell_state else ["h"]
     node = helper.make_node(
-        "LSTM",
-        ["x", "w", "r", "b", "", *states] if states else ["x", "w", "r", "b"],
-        ["y", "h", "c"],
+        CELLS[work.cell],
+        [name if name in given else "" for name in inputs],
+        ["y", *ends],
         hidden_size=work.H,
         direction="bidirectional" if D == 2 else "forward",
+        **attributes,
     )
     graph = helper.make_graph(
         [node],
-        "lstm",
+        "layer",
         values(["x"], work.T, work.N, work.I) + values(states, D, work.N, work.H),
-        values(["y"], work.T, D, work.N, work.H) + values(["h", "c"], D, work.N, work.H),
-        [numpy_helper.from_array(t.numpy(), name) for name, t in inputs.items()],
+        values(["y"], work.T, D, work.N, work.H) + values(ends, D, work.N, work.H),
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
     opsets = [helper.make_opsetid("", OPSET)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
@@ -239,7 +315,8 @@ ON_ONNX = {
     "measured for float32 inference on the CPU only": lambda work, device: (
         device == "cpu" and not work.training and work.dtype == "float32"
     ),
-    "measured for one dense LSTM layer only": lambda work, _: replace(work, directions=1).plain,
+    "measured for one layer only": lambda work, _: work.layers == 1,
+    "ONNX has no projection": lambda work, _: not work.proj,
     "cannot be held to an instruction set": lambda work, _: not environment.isa(),
 }
 GRAPHED = ON_CUDA | STATELESS | NO_DROPOUT
@@ -247,7 +324,8 @@ GRAPHED = ON_CUDA | STATELESS | NO_DROPOUT
 PROVIDERS = {
     TORCH: Provider(torch_nn),
     OURS: Provider(ours),
-    ONNX: Provider(OnnxRun, ON_ONNX, ("onnx", "onnxruntime")),
+    ONNX: Provider(OnnxRuntimeRun, ON_ONNX, ("onnx", "onnxruntime")),
+    OPENVINO: Provider(OpenVinoRun, ON_ONNX, ("onnx", "openvino")),
     CELL: Provider(CellRun, PLAIN | ONE_STEP),
     AGAIN: Provider(torch_nn, default=False),
     "torch.compile": Provider(

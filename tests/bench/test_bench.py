@@ -70,6 +70,11 @@ SHAPES = [
     Workload("dropout", T=3, N=2, I=3, H=8, layers=2, dropout=0.5, mode="training"),
     Workload("gru", T=3, N=2, I=3, H=4, cell="gru", mode="training"),
     Workload("directions", T=4, N=3, I=5, H=6, directions=2),
+    Workload("gru lengths", T=4, N=3, I=5, H=6, lengths="half", cell="gru", bias=False),
+    Workload("rnn step", T=1, N=3, I=5, H=6, cell="rnn_tanh", mode="step"),
+    Workload("rows", T=4, N=3, I=5, H=6, batch_first=True),
+    Workload("loop", T=3, N=2, I=3, H=4, mode="loop"),
+    Workload("gru loop", T=3, N=2, I=3, H=4, cell="gru", mode="loop", bias=False),
 ]
 
 
@@ -87,11 +92,12 @@ def test_providers_agree_with_the_oracle(work):
     entries = measure.measure_row(work, names, None)
     passed = [name for name, entry in entries.items() if "parity" in entry]
     assert all(entry.keys() <= {"absent", "parity"} for entry in entries.values()), entries
-    peers = {"carried": ["ONNX Runtime", "torch.nn cell"], "directions": ["ONNX Runtime"]}
-    assert passed == [*PAIR, *peers.get(work.name, [])]
+    onnx = {"carried", "directions", "gru lengths", "rnn step", "rows"}
+    peers = ["ONNX Runtime", "OpenVINO"] if work.name in onnx else []
+    assert passed == [*PAIR, *peers, *(["torch.nn cell"] if work.name == "carried" else [])]
 
 
-@pytest.mark.parametrize("name", [*PAIR, "torch.nn cell", "ONNX Runtime"])
+@pytest.mark.parametrize("name", [*PAIR, "torch.nn cell", "ONNX Runtime", "OpenVINO"])
 def test_steps_carry_their_state(name):
     """And results start over from the case's own."""
     case = runs.build_case(Workload("carried", T=1, N=1, I=2, H=3, mode="step"))
