@@ -285,13 +285,14 @@ struct BackwardSteps {
       return;
     }
     const int64_t offset = k.p.size.steps.offset(k.time(d, step - 1));
-    TileProduct<M> tile{{}, M::kPair, G * kBlock / M::kPair, k.Hb, k.S_rows * P * kBlock};
+    TileProduct<M> tile(panels.panel(panel), panels.depth, M::kPair, G * kBlock / M::kPair, k.Hb,
+                        k.S_rows * P * kBlock);
     Lines lines;
     if (!ended && !k.projection)
       tile.prefetch = prefetch_lines(panels, panel, step, first, n, lines);
     for (int r = 0; r < n; ++r)
       tile.rows[r] = k.hidden_preact_gradients(d, 0, offset + group.row(first + r));
-    multiply_tile(n, panels.cols(panel), tile, panels.panel(panel), out, false);
+    multiply_tile(n, panels.cols(panel), tile, out, false);
   }
 
   // The cache lines that `cell` touches for a tile of the recurrent state. Backward touches each
@@ -412,16 +413,17 @@ struct BackwardSteps {
         A out[kMaxRows * kMaxCols * lanes];
         const int cols = panels.cols(panel);
         const int64_t whole = k.R / kBlock, rest = k.R % kBlock;
-        TileProduct<M> tile{{}, M::kPair, kBlock / M::kPair, whole, k.S_rows * kBlock};
+        TileProduct<M> tile(panels.panel(panel), panels.depth, M::kPair, kBlock / M::kPair, whole,
+                            k.S_rows * kBlock);
         for (int r = 0; r < n; ++r)
           tile.rows[r] = k.hidden_gradients(d, 0, offset + group.row(first + r));
-        const E* b = panels.panel(panel);
-        if (whole > 0) multiply_tile(n, cols, tile, b, out, false);
+        if (whole > 0) multiply_tile(n, cols, tile, out, false);
         if (rest > 0) {
           for (int r = 0; r < n; ++r) tile.rows[r] += whole * tile.segment_stride;
           tile.steps = k.steps_of(rest);
           tile.segments = 1;
-          multiply_tile(n, cols, tile, b + whole * kBlock * cols * lanes, out, whole > 0);
+          tile.first = whole * kBlock / M::kPair;
+          multiply_tile(n, cols, tile, out, whole > 0);
         }
         for (int r = 0; r < n; ++r)
           for (int c = 0; c < cols; ++c)

@@ -69,23 +69,24 @@ struct PersistentForward : ForwardState<Cell, S, M> {
   bool has_hidden(int64_t step) const { return step > 0 || p.h0; }
   int64_t panel_size() const { return (depth_x + depth_h) * G * lanes * M::kPair; }
   E* panel(int d, int64_t vec) const { return packed + (d * this->vectors + vec) * panel_size(); }
+  E* hidden_panel(int d, int64_t vec, int cols) const {
+    return panel(d, vec) + depth_x * cols * G * lanes * M::kPair;
+  }
   A* bias_of(int d, int64_t vec) const { return bias + (d * this->vectors + vec) * P * lanes; }
 
   // The tile of `cols` vectors of units from vec on.
   void pack(int d, int64_t vec, int cols) const {
     const Weights& w = p.weights[d];
-    constexpr int width = lanes * M::kPair;
-    const int64_t pitch = cols * G * width;
     for (int col = 0; col < cols; ++col) {
       const int64_t u = (vec + col) * lanes;
-      E* dst = panel(d, vec) + col * G * width;
-      const auto put = [&](const void* weights, int gate, int64_t K, E* to) {
-        pack_rows_as_lanes<M>(to, pitch, static_cast<const S*>(weights) + (gate * H + u) * K, H - u,
-                              K);
+      const auto put = [&](const void* weights, int j, int gate, int64_t K, E* to) {
+        const int c = col * G + j;
+        pack_rows_as_lanes<M>(to + Strips<M>::offset(steps_of(K), c), Strips<M>::pitch(cols * G, c),
+                              static_cast<const S*>(weights) + (gate * H + u) * K, H - u, K);
       };
       for (int j = 0; j < G; ++j) {
-        put(w.w_ih, Cell::input_gate(j), I, dst + j * width);
-        if (depth_h > 0) put(w.w_hh, Cell::hidden_gate(j), R, dst + depth_x * pitch + j * width);
+        put(w.w_ih, j, Cell::input_gate(j), I, panel(d, vec));
+        if (depth_h > 0) put(w.w_hh, j, Cell::hidden_gate(j), R, hidden_panel(d, vec, cols));
       }
       for (int j = 0; j < P; ++j) store(bias_of(d, vec + col) + j * lanes, this->bias_sum(w, j, u));
     }
@@ -194,26 +195,23 @@ struct PersistentForward : ForwardState<Cell, S, M> {
       int64_t count = 0;
       for (int64_t s = first; s < end; ++s) count = gather(count, s);
       for_tiles(count, [&](int64_t vec, int cols, int64_t row, int n) {
-        multiply(cols, n, rows + row, k.panel(d, vec), k.depth_x, pre_of(vec, row), false);
+        TileProduct<M> product(k.panel(d, vec), k.depth_x, M::kPair, k.depth_x);
+        for (int r = 0; r < n; ++r) product.rows[r] = rows[row + r];
+        multiply_tile(n, cols * G, product, pre_of(vec, row), false);
       });
-    }
-
-    // out (n, kMaxCols, lanes) = (add ? out : 0) + n rows times a tile's weights.
-    void multiply(int cols, int n, const E* const* a, const E* weights, int64_t depth, A* out,
-                  bool add) const {
-      TileProduct<M> product{{}, M::kPair, depth, 1, 0};
-      for (int r = 0; r < n; ++r) product.rows[r] = a[r];
-      multiply_tile(n, cols * G, product, weights, out, add);
     }
 
     void run_step() {
       const int64_t active = group.active(k.active_at(d, step));
       if (!k.plan.hoist_steps) gather(0, step);
       for_tiles(active, [&](int64_t vec, int cols, int64_t row, int n) {
-        if constexpr (kTileVectors > 1) {
+        if constexpr (P == 1) {
           tile_through_memory(vec, cols, row, n);
         } else {
-          with_constant<kMaxRows>(
+          if constexpr (kWideRows < kMaxRows) {
+            if (n > kWideRows) return tile_in_strips(vec, row, n);
+          }
+          with_constant<kWideRows>(
               n, [&](auto rows) { tile_in_registers<decltype(rows)::value>(*this, vec, row); });
         }
       });
@@ -232,14 +230,14 @@ struct PersistentForward : ForwardState<Cell, S, M> {
     static LSTM_FUSED_INLINE void add_products(V (&preacts)[Rows][P], const E* const* rows,
                                                const E* weights, int64_t depth) {
       if constexpr (P == G) {
-        accumulate<M, Rows, G>(preacts, rows, M::kPair, weights, depth);
+        accumulate<M, Rows, G>(preacts, rows, M::kPair, Columns<M, G>(weights, depth), depth);
       } else {
         V part[Rows][G];
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
           for (int j = 0; j < G; ++j) part[r][j] = preacts[r][First + j];
-        accumulate<M, Rows, G>(part, rows, M::kPair, weights, depth);
+        accumulate<M, Rows, G>(part, rows, M::kPair, Columns<M, G>(weights, depth), depth);
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
@@ -251,7 +249,6 @@ struct PersistentForward : ForwardState<Cell, S, M> {
     template <int Rows>
     static void tile_in_registers(const Worker& w, int64_t vec, int64_t first) {
       const PersistentForward& k = w.k;
-      const E* weights = k.panel(w.d, vec);
       const A* bias = k.bias_of(w.d, vec);
       V preacts[Rows][P];
 #pragma GCC unroll 8
@@ -265,36 +262,59 @@ struct PersistentForward : ForwardState<Cell, S, M> {
 #pragma GCC unroll 8
           for (int j = 0; j < G; ++j) preacts[r][j] += load<V>(pre + r * kTileSize + j * lanes);
       } else {
-        add_products<0>(preacts, w.rows + first, weights, k.depth_x);
+        add_products<0>(preacts, w.rows + first, k.panel(w.d, vec), k.depth_x);
       }
       if (k.has_hidden(w.step)) {
         const E* h_rows[Rows];
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r) h_rows[r] = k.hidden(w.d, w.step, w.group.row(first + r));
-        add_products<P - G>(preacts, h_rows, weights + k.depth_x * G * lanes * M::kPair, k.depth_h);
+        add_products<P - G>(preacts, h_rows, k.hidden_panel(w.d, vec, 1), k.depth_h);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) k.finish(w.d, w.step, w.group.row(first + r), vec, preacts[r]);
     }
 
+    // The same for more rows than a tile of all gates has: strip by strip, with the pre-activations
+    // in memory and every sum in the same order.
+    void tile_in_strips(int64_t vec, int64_t first, int n) const {
+      TileProduct<M> input(k.panel(d, vec), k.depth_x, M::kPair, k.depth_x);
+      TileProduct<M> hidden(k.hidden_panel(d, vec, 1), k.depth_h, M::kPair, k.depth_h);
+      A out[kMaxRows * kTileSize];
+      for (int r = 0; r < n; ++r) {
+        input.rows[r] = rows[first + r];
+        hidden.rows[r] = k.hidden(d, step, group.row(first + r));
+        for (int j = 0; j < P; ++j) {
+          V preact = load<V>(k.bias_of(d, vec) + j * lanes);
+          if (k.plan.hoist_steps && j < G)
+            preact += load<V>(pre_of(vec, chunk_row + first + r) + j * lanes);
+          store(out + r * kTileSize + j * lanes, preact);
+        }
+      }
+      const bool both = P == G && !k.plan.hoist_steps && k.has_hidden(step);
+      if (both) input.next = &hidden;
+      if (!k.plan.hoist_steps) extend_strips(n, G, input, out);
+      if (k.has_hidden(step) && !both) extend_strips(n, G, hidden, out + (P - G) * lanes);
+      for (int r = 0; r < n; ++r) {
+        V preacts[P];
+        for (int j = 0; j < P; ++j) preacts[j] = load<V>(out + r * kTileSize + j * lanes);
+        k.finish(d, step, group.row(first + r), vec, preacts);
+      }
+    }
+
     // The same for several vectors of units of a cell of one pre-activation. The products are those
     // that all cells share, which saves 24 instantiations; the epilogue is short.
     void tile_through_memory(int64_t vec, int cols, int64_t first, int n) const {
-      static_assert(kTileVectors == 1 || P == 1);
-      const E* weights = k.panel(d, vec);
+      static_assert(P == 1);
+      TileProduct<M> input(k.panel(d, vec), k.depth_x, M::kPair, k.depth_x);
+      TileProduct<M> hidden(k.hidden_panel(d, vec, cols), k.depth_h, M::kPair, k.depth_h);
+      for (int r = 0; r < n; ++r) {
+        input.rows[r] = rows[first + r];
+        hidden.rows[r] = k.hidden(d, step, group.row(first + r));
+      }
       A own[kMaxRows * kTileSize];
-      A* out = own;
-      if (k.plan.hoist_steps) {
-        out = pre_of(vec, chunk_row + first);
-      } else {
-        multiply(cols, n, rows + first, weights, k.depth_x, out, false);
-      }
-      if (k.has_hidden(step)) {
-        const E* h_rows[kMaxRows];
-        for (int r = 0; r < n; ++r) h_rows[r] = k.hidden(d, step, group.row(first + r));
-        multiply(cols, n, h_rows, weights + k.depth_x * cols * G * lanes * M::kPair, k.depth_h, out,
-                 true);
-      }
+      A* out = k.plan.hoist_steps ? pre_of(vec, chunk_row + first) : own;
+      if (!k.plan.hoist_steps) multiply_tile(n, cols * G, input, out, false);
+      if (k.has_hidden(step)) multiply_tile(n, cols * G, hidden, out, true);
       for (int r = 0; r < n; ++r)
         for (int c = 0; c < cols; ++c) {
           V preact[P] = {load<V>(out + r * kTileSize + c * lanes) + load<V>(k.bias_of(d, vec + c))};
@@ -307,11 +327,11 @@ struct PersistentForward : ForwardState<Cell, S, M> {
       for (int64_t panel = 0; panel < panels.count(); ++panel) {
         const int cols = panels.cols(panel);
         for_each_tile(0, active, [&](int64_t first, int n) {
-          TileProduct<Multiply<A>> product{{}, 1, k.H, 1, 0};
+          TileProduct<Multiply<A>> product(panels.panel(panel), k.H, 1, k.H);
           for (int r = 0; r < n; ++r)
             product.rows[r] = k.full + (d * k.N + group.row(first + r)) * k.Hp;
           A out[kMaxRows * kMaxCols * lanes];
-          multiply_tile(n, cols, product, panels.panel(panel), out, false);
+          multiply_tile(n, cols, product, out, false);
           for (int r = 0; r < n; ++r)
             for (int c = 0; c < cols; ++c)
               k.put_hidden(d, step, group.row(first + r), (panels.first_vector(panel) + c) * lanes,

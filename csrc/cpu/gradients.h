@@ -100,15 +100,12 @@ struct Gradients : BackwardState<Cell, S, M> {
     A* sums = dx_sums + worker * kRowsPerPass * kMaxCols * lanes;
     for (int d = 0; d < p.size.D; ++d)
       for (int64_t block = 0; block < Hb; block += kBlocksPerPass) {
-        TileProduct<M> tile{{},
-                            M::kPair,
-                            G * kBlock / M::kPair,
-                            min64(kBlocksPerPass, Hb - block),
-                            S_rows * P * kBlock};
-        const E* b = input_panels(d).panel(panel) + block * tile.steps * cols * Panels<M>::width;
+        TileProduct<M> tile(input_panels(d).panel(panel), shape.depth, M::kPair,
+                            G * kBlock / M::kPair, min64(kBlocksPerPass, Hb - block),
+                            S_rows * P * kBlock, block * G * kBlock / M::kPair);
         for_each_tile(begin, end, [&](int64_t first, int n) {
           for (int r = 0; r < n; ++r) tile.rows[r] = this->preact_gradients(d, block, first + r);
-          multiply_tile(n, cols, tile, b, sums + (first - begin) * kMaxCols * lanes, d + block > 0);
+          multiply_tile(n, cols, tile, sums + (first - begin) * kMaxCols * lanes, d + block > 0);
         });
       }
     for (int64_t s = begin; s < end; ++s)
@@ -295,10 +292,9 @@ struct Gradients : BackwardState<Cell, S, M> {
                         int64_t depth, bool add, A* to, BlockPrefetch& next) {
     for_each_tile(0, w.width, [&](int64_t first, int n) {
       next.advance();
-      TileProduct<M> tile{{}, block.stride, depth, 1, 0};
+      TileProduct<M> tile(panels.panel(panel), panels.depth, block.stride, depth);
       for (int r = 0; r < n; ++r) tile.rows[r] = block.data + (first + r) * M::kPair;
-      multiply_tile(n, panels.cols(panel), tile, panels.panel(panel), to + first * kMaxCols * lanes,
-                    add);
+      multiply_tile(n, panels.cols(panel), tile, to + first * kMaxCols * lanes, add);
     });
   }
 

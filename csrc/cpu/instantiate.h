@@ -11,7 +11,7 @@ namespace {
 
 // The ISA file's macros agree with the ISA's row in isa.h.
 constexpr IsaFacts kFacts = facts(Isa::LSTM_FUSED_ISA);
-static_assert(kVectorBytes == kFacts.vector_bytes && kMaxRows == kFacts.tile_rows);
+static_assert(kVectorBytes == kFacts.vector_bytes && kStripCols == kFacts.tile_cols);
 #if defined(LSTM_FUSED_BF16_PAIRS)
 static_assert(kFacts.bf16_pairs);
 #else

@@ -5,26 +5,22 @@
 
 namespace lstm_fused {
 
-// Every ISA there is, slowest first, a row each: its name, bytes of a vector, rows of the largest
-// register tile, whether bfloat16 products are taken in pairs, and whether this machine has it.
+// Every ISA there is, slowest first, a row each: its name, bytes of a vector, vectors of a register
+// tile of six rows, whether bfloat16 products are taken in pairs, and whether this machine has it.
 #if defined(__x86_64__)
-#define LSTM_FUSED_ISAS(ISA)                              \
-  ISA(Baseline, baseline, 16, kBaselineRows, false, true) \
-  ISA(Avx2, avx2, 32, 3, false, kHasAvx2)                 \
-  ISA(Avx512, avx512, 64, 6, false, kHasAvx512)           \
-  ISA(Avx512Bf16, avx512_bf16, 64, 6, true, kHasAvx512&& HAS("avx512bf16"))
+#define LSTM_FUSED_ISAS(ISA)                    \
+  ISA(Baseline, baseline, 16, 2, false, true)   \
+  ISA(Avx2, avx2, 32, 2, false, kHasAvx2)       \
+  ISA(Avx512, avx512, 64, 4, false, kHasAvx512) \
+  ISA(Avx512Bf16, avx512_bf16, 64, 4, true, kHasAvx512&& HAS("avx512bf16"))
 #else
-#define LSTM_FUSED_ISAS(ISA) ISA(Baseline, baseline, 16, kBaselineRows, false, true)
+#define LSTM_FUSED_ISAS(ISA) ISA(Baseline, baseline, 16, 4, false, true)
 #endif
 
-#if defined(__aarch64__)
-inline constexpr int kBaselineRows = 6;
-#else
-inline constexpr int kBaselineRows = 3;
-#endif
+inline constexpr int kTileRows = 6;
 
 enum class Isa : int {
-#define LSTM_FUSED_ROW(Name, name, bytes, rows, pairs, available) k##Name,
+#define LSTM_FUSED_ROW(Name, name, bytes, cols, pairs, available) k##Name,
   LSTM_FUSED_ISAS(LSTM_FUSED_ROW)
 #undef LSTM_FUSED_ROW
       kCount
@@ -34,13 +30,13 @@ inline constexpr int kIsaCount = static_cast<int>(Isa::kCount);
 struct IsaFacts {
   const char* name;
   int vector_bytes;
-  int tile_rows;    // registers decide: 6 x 4 accumulators of 32 registers, 3 x 4 of 16
+  int tile_cols;    // registers decide: kTileRows x 4 accumulators of 32 registers, x 2 of 16
   bool bf16_pairs;  // bfloat16 is multiplied two to a lane
 };
 
 constexpr IsaFacts facts(Isa isa) {
   constexpr IsaFacts all[] = {
-#define LSTM_FUSED_ROW(Name, name, bytes, rows, pairs, available) {#name, bytes, rows, pairs},
+#define LSTM_FUSED_ROW(Name, name, bytes, cols, pairs, available) {#name, bytes, cols, pairs},
       LSTM_FUSED_ISAS(LSTM_FUSED_ROW)
 #undef LSTM_FUSED_ROW
   };

@@ -2,7 +2,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #define LSTM_FUSED_ISA kAvx2
 #define LSTM_FUSED_VECTOR_BYTES 32
-#define LSTM_FUSED_TILE_ROWS 3
+#define LSTM_FUSED_TILE_COLS 2
 #define LSTM_FUSED_F16C
 #include "instantiate.h"
 

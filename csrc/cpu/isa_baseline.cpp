@@ -6,9 +6,9 @@
 #define LSTM_FUSED_ISA kBaseline
 #define LSTM_FUSED_VECTOR_BYTES 16
 #if defined(__aarch64__)
-#define LSTM_FUSED_TILE_ROWS 6
+#define LSTM_FUSED_TILE_COLS 4
 #else
-#define LSTM_FUSED_TILE_ROWS 3
+#define LSTM_FUSED_TILE_COLS 2
 #endif
 #include "instantiate.h"
 

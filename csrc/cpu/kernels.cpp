@@ -17,7 +17,7 @@ bool machine_has(Isa isa) {
   constexpr bool kHasAvx2 = false, kHasAvx512 = false;
 #endif
   const bool available[] = {
-#define LSTM_FUSED_ROW(Name, name, bytes, rows, pairs, available) available,
+#define LSTM_FUSED_ROW(Name, name, bytes, cols, pairs, available) available,
       LSTM_FUSED_ISAS(LSTM_FUSED_ROW)
 #undef LSTM_FUSED_ROW
 #undef HAS
@@ -44,7 +44,7 @@ Isa best_isa() {
 
 const Kernel& kernel_for(Isa isa, CellKind cell, DType dtype) {
   constexpr decltype(&kernels_baseline) tables[] = {
-#define LSTM_FUSED_ROW(Name, name, bytes, rows, pairs, available) kernels_##name,
+#define LSTM_FUSED_ROW(Name, name, bytes, cols, pairs, available) kernels_##name,
       LSTM_FUSED_ISAS(LSTM_FUSED_ROW)
 #undef LSTM_FUSED_ROW
   };

@@ -75,17 +75,18 @@ struct Panels {
 template <class M, class RowOf>
 void pack_panel_step(const Panels<M>& panels, int64_t step, int64_t n, const RowOf& row_of) {
   using Row = decltype(row_of(0));
-  constexpr int lanes = Panels<M>::lanes, width = Panels<M>::width;
+  constexpr int lanes = Panels<M>::lanes;
   Row rows[M::kPair];
   for (int i = 0; i < M::kPair; ++i) rows[i] = row_of(step * M::kPair + i);
   for (int64_t p = 0; p < panels.count(); ++p) {
     const int cols = panels.cols(p);
-    typename M::Element* dst = panels.panel(p) + step * cols * width;
+    typename M::Element* panel = panels.panel(p);
     for (int c = 0; c < cols; ++c) {
       const int64_t at = (panels.first_vector(p) + c) * lanes;
       Row from[M::kPair];
       for (int i = 0; i < M::kPair; ++i) from[i] = rows[i] && at < n ? rows[i] + at : nullptr;
-      M::store_b(dst + c * width, from, n - at);
+      M::store_b(panel + Strips<M>::offset(panels.depth, c) + step * Strips<M>::pitch(cols, c),
+                 from, n - at);
     }
   }
 }
@@ -111,8 +112,9 @@ void pack_transposed(const Panels<Multiply<A>>& panels, const S* w, int64_t n, i
     const int cols = panels.cols(p);
     for (int c = 0; c < cols; ++c) {
       const int64_t first = (panels.first_vector(p) + c) * lanes;
-      pack_rows_as_lanes<Multiply<A>>(panels.panel(p) + c * lanes, cols * lanes, w + first * K,
-                                      n - first, K);
+      using Strip = Strips<Multiply<A>>;
+      pack_rows_as_lanes<Multiply<A>>(panels.panel(p) + Strip::offset(panels.depth, c),
+                                      Strip::pitch(cols, c), w + first * K, n - first, K);
     }
   }
 }

@@ -41,12 +41,14 @@ bool hoists(const Problem& p, const Machine& m) {
   return !in_place || p.N < kHoistBelowRows;
 }
 
-// One step of k for all rows and one vector of units. The thread reads `bytes` of weights, each
-// panel once a tile: the first time from beyond the second-level cache where they exceed it.
+// One step of k for all rows and one vector of units. A tile of fewer columns has fewer independent
+// sums, which costs it a cycle. The thread reads `bytes` of weights, each panel once a tile: the
+// first time from beyond the second-level cache where they exceed it.
 double tile_cycles(int64_t rows, const Machine& m, double bytes) {
-  const int64_t tiles = ceil_div(rows, facts(m.isa).tile_rows);
-  const double first = bytes <= kNearBytes ? kNearCyclesPerStep : kFarCyclesPerStep;
-  return std::max(2.0 * rows, first + kNearCyclesPerStep * (tiles - 1));
+  const int64_t tiles = ceil_div(rows, kTileRows);
+  const double multiply = 2.0 * rows + (facts(m.isa).tile_cols < kTileCols ? tiles : 0);
+  const double far = bytes <= kNearBytes ? 0 : kFarCyclesPerStep - kNearCyclesPerStep;
+  return std::max(multiply, kNearCyclesPerStep * tiles) + far;
 }
 
 double cost(const Problem& p, const Machine& m, KernelKind kernel, const Partition& part) {
@@ -194,7 +196,7 @@ std::string describe(const Plan& p) {
     s << ", weights read in place";
   } else {
     const IsaFacts isa = facts(p.isa);
-    s << ", tiles of up to " << isa.tile_rows << " rows x " << kTileCols << " vectors of "
+    s << ", tiles of up to " << kTileRows << " rows x " << isa.tile_cols << " vectors of "
       << isa.vector_bytes << " bytes";
     if (p.hoist_steps)
       s << ", input projection " << p.hoist_steps << (p.hoist_steps == 1 ? " step" : " steps")

@@ -2,15 +2,19 @@
 // element, times C vectors of a packed panel of B, accumulated in R x C registers.
 #pragma once
 
+#include "isa.h"
 #include "simd.h"
 
 namespace lstm_fused {
 namespace {
 
-// Registers decide the tile: 6 x 4 accumulators of 32 registers, 3 x 4 of 16.
-constexpr int kMaxRows = LSTM_FUSED_TILE_ROWS;
-constexpr int kMaxCols = 4;
-constexpr int64_t kLine = 64;  // bytes of a cache line
+// Registers decide the tile: of 32 it is 6 x 4 accumulators, of 16 it is 6 x 2, or 3 x 4 for at
+// most three rows. 6 x 2 reads half the bytes of B that 3 x 4 would read for as many multiply-adds.
+constexpr int kMaxRows = kTileRows;
+constexpr int kMaxCols = 4;                                  // vectors of a panel of B
+constexpr int kStripCols = LSTM_FUSED_TILE_COLS;             // vectors of a tile of kMaxRows rows
+constexpr int kWideRows = kMaxRows * kStripCols / kMaxCols;  // rows of a tile of kMaxCols vectors
+constexpr int64_t kLine = 64;                                // bytes of a cache line
 
 // How a tile multiplies. `Element` is what A is stored in, `kPair` how many of them one step takes,
 // `Packed` the same for B: a vector of the panel holds kPair consecutive k for each lane.
@@ -65,27 +69,63 @@ struct MultiplyPairs {
 };
 #endif
 
+// A panel of B, `depth` tile steps of `cols` vectors, is cut into strips of kStripCols vectors,
+// each of them contiguous.
+template <class M>
+struct Strips {
+  static constexpr int width = VectorOf<typename M::Compute>::lanes * M::kPair;  // of a vector
+  // Vectors of the strip that holds vector c.
+  static constexpr int cols_at(int cols, int c) {
+    const int rest = cols - c / kStripCols * kStripCols;
+    return rest < kStripCols ? rest : kStripCols;
+  }
+  // The elements from one step of vector c to the next, and those before its first.
+  static constexpr int64_t pitch(int cols, int c) { return cols_at(cols, c) * width; }
+  static constexpr int64_t offset(int64_t depth, int c) {
+    return (c / kStripCols * kStripCols * depth + c % kStripCols) * width;
+  }
+};
+
+// The strips of C vectors, each from the step where a product begins.
+template <class M, int C>
+struct Columns {
+  using E = typename M::Element;
+  static constexpr int kStrips = (C + kStripCols - 1) / kStripCols;
+  const E* strip[kStrips];
+
+  LSTM_FUSED_INLINE Columns(const E* b, int64_t depth) {
+#pragma GCC unroll 4
+    for (int s = 0; s < kStrips; ++s) strip[s] = b + Strips<M>::offset(depth, s * kStripCols);
+  }
+  LSTM_FUSED_INLINE auto load(int64_t k, int c) const {
+    return M::load_b(strip[c / kStripCols] + k * Strips<M>::pitch(C, c) +
+                     c % kStripCols * Strips<M>::width);
+  }
+  LSTM_FUSED_INLINE void advance(int64_t steps) {
+#pragma GCC unroll 4
+    for (int s = 0; s < kStrips; ++s) strip[s] += steps * Strips<M>::pitch(C, s * kStripCols);
+  }
+};
+
 // acc[r][c] += sum over k of rows[r][k * stride] * b[k][c]. k counts steps of kPair elements.
 template <class M, int R, int C>
 LSTM_FUSED_INLINE void accumulate_once(typename M::V (&acc)[R][C],
                                        const typename M::Element* const* rows, int64_t stride,
-                                       const typename M::Element* b, int64_t k) {
-  constexpr int lanes = VectorOf<typename M::Compute>::lanes;
-  constexpr int step = lanes * M::kPair;
+                                       const Columns<M, C>& b, int64_t k) {
   if constexpr (R <= 3) {
     decltype(M::broadcast(nullptr)) a[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) a[r] = M::broadcast(rows[r] + k * stride);
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
-      const auto v = M::load_b(b + c * step);
+      const auto v = b.load(k, c);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) acc[r][c] = M::multiply_add(acc[r][c], a[r], v);
     }
   } else {
     decltype(M::load_b(nullptr)) v[C];
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) v[c] = M::load_b(b + c * step);
+    for (int c = 0; c < C; ++c) v[c] = b.load(k, c);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const auto a = M::broadcast(rows[r] + k * stride);
@@ -98,10 +138,8 @@ LSTM_FUSED_INLINE void accumulate_once(typename M::V (&acc)[R][C],
 template <class M, int R, int C>
 LSTM_FUSED_INLINE void accumulate_piece(typename M::V (&acc)[R][C],
                                         const typename M::Element* const* rows_in, int64_t stride,
-                                        const typename M::Element* b, int64_t steps) {
-  using E = typename M::Element;
-  constexpr int width = C * VectorOf<typename M::Compute>::lanes * M::kPair;
-  const E* rows[R];
+                                        const Columns<M, C>& b, int64_t steps) {
+  const typename M::Element* rows[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) rows[r] = rows_in[r];
   // Too few accumulators cannot hide the latency of a multiply-add: keep two or four sets.
@@ -110,10 +148,9 @@ LSTM_FUSED_INLINE void accumulate_piece(typename M::V (&acc)[R][C],
   if constexpr (sets > 1) {
     typename M::V extra[sets - 1][R][C] = {};
     for (; k + sets <= steps; k += sets) {
-      accumulate_once<M, R, C>(acc, rows, stride, b + k * width, k);
+      accumulate_once<M, R, C>(acc, rows, stride, b, k);
 #pragma GCC unroll 4
-      for (int s = 1; s < sets; ++s)
-        accumulate_once<M, R, C>(extra[s - 1], rows, stride, b + (k + s) * width, k + s);
+      for (int s = 1; s < sets; ++s) accumulate_once<M, R, C>(extra[s - 1], rows, stride, b, k + s);
     }
 #pragma GCC unroll 4
     for (int s = 1; s < sets; ++s)
@@ -122,7 +159,7 @@ LSTM_FUSED_INLINE void accumulate_piece(typename M::V (&acc)[R][C],
 #pragma GCC unroll 8
         for (int c = 0; c < C; ++c) acc[r][c] += extra[s - 1][r][c];
   }
-  for (; k < steps; ++k) accumulate_once<M, R, C>(acc, rows, stride, b + k * width, k);
+  for (; k < steps; ++k) accumulate_once<M, R, C>(acc, rows, stride, b, k);
 }
 
 // Steps summed before the sum joins the total: one chain of a thousand products has several times
@@ -132,15 +169,14 @@ constexpr int64_t kPieceSteps = 256;
 template <class M, int R, int C>
 LSTM_FUSED_INLINE void accumulate(typename M::V (&acc)[R][C],
                                   const typename M::Element* const* rows_in, int64_t stride,
-                                  const typename M::Element* b, int64_t steps) {
-  constexpr int width = C * VectorOf<typename M::Compute>::lanes * M::kPair;
+                                  Columns<M, C> b, int64_t steps) {
   const typename M::Element* rows[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) rows[r] = rows_in[r];
   typename M::V total[R][C];
   for (int64_t first = 0;;) {
     const int64_t count = steps - first < kPieceSteps ? steps - first : kPieceSteps;
-    accumulate_piece<M, R, C>(acc, rows, stride, b + first * width, count);
+    accumulate_piece<M, R, C>(acc, rows, stride, b, count);
     const bool only = count == steps;
     if (only) return;
 #pragma GCC unroll 8
@@ -153,6 +189,7 @@ LSTM_FUSED_INLINE void accumulate(typename M::V (&acc)[R][C],
       }
     }
     first += count;
+    b.advance(count);
     if (first == steps) break;
   }
 #pragma GCC unroll 8
@@ -169,28 +206,42 @@ struct Prefetch {
 };
 
 // A product of any R <= kMaxRows, C <= kMaxCols. A comes in segments: step k of segment s of row r
-// is rows[r] + s * segment_stride + k * stride; B is contiguous over all of them.
+// is rows[r] + s * segment_stride + k * stride. All of them together are the steps of B from
+// `first` on, of a panel of `depth` steps.
 template <class M>
 struct TileProduct {
-  const typename M::Element* rows[kMaxRows];
+  const typename M::Element* rows[kMaxRows];  // set after construction, as many as there are
+  const typename M::Element* b;
   int64_t stride;
   int64_t steps;  // of each segment
   int64_t segments;
   int64_t segment_stride;
+  int64_t depth;
+  int64_t first;
   Prefetch prefetch = {};
+  const TileProduct* next = nullptr;  // a product to add, of as many rows and columns
+
+  // Not an aggregate: that would clear the rows, by an instruction with a long start.
+  TileProduct(const typename M::Element* b, int64_t depth, int64_t stride, int64_t steps,
+              int64_t segments = 1, int64_t segment_stride = 0, int64_t first = 0)
+      : b(b),
+        stride(stride),
+        steps(steps),
+        segments(segments),
+        segment_stride(segment_stride),
+        depth(depth),
+        first(first) {}
 };
 
-// out[r][c] = product + (add ? out : 0), out having kMaxCols vectors a row.
+// out[r][c] = the sum of p and its next ones, for the C vectors from `from` on, + (add ? out : 0),
+// out having kMaxCols vectors a row.
 template <class M, int R, int C>
-void tile_product(const TileProduct<M>& p, const typename M::Element* b, typename M::Compute* out,
-                  bool add) {
+void tile_product(const TileProduct<M>& p, int from, typename M::Compute* out, bool add) {
   using A = typename M::Compute;
   using V = Vector<A>;
   constexpr int lanes = VectorOf<A>::lanes;
   V acc[R][C] = {};
-  const typename M::Element* rows[R];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) rows[r] = p.rows[r];
+  out += from * lanes;
   // Prefetch what is added to.
   if (add) {
 #pragma GCC unroll 8
@@ -198,43 +249,74 @@ void tile_product(const TileProduct<M>& p, const typename M::Element* b, typenam
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) __builtin_prefetch(out + (r * kMaxCols + c) * lanes, 1);
   }
-  int64_t summed = 0, prefetched = 0;
-  for (int64_t s = 0; s < p.segments; ++s) {
-    for (const int64_t end = p.prefetch.count * (s + 1) / p.segments; prefetched < end;
-         ++prefetched)
-      __builtin_prefetch(p.prefetch.lines[prefetched]);
-    if (p.stride == M::kPair) {
-      // Prefetch the next segment: it is far from this one, and another core may have just written
-      // it.
-      if (s + 1 < p.segments) {
+  int64_t summed = 0;
+  for (const TileProduct<M>* part = &p; part; part = part->next) {
+    const int64_t steps = part->steps, segments = part->segments;
+    Columns<M, C> columns(part->b + Strips<M>::offset(part->depth, from), part->depth);
+    columns.advance(part->first);
+    const typename M::Element* rows[R];
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
-          for (int64_t k = 0; k < p.steps * M::kPair; k += kLine / sizeof(*b))
-            __builtin_prefetch(rows[r] + p.segment_stride + k);
+    for (int r = 0; r < R; ++r) rows[r] = part->rows[r];
+    const int64_t lines = from == 0 ? part->prefetch.count : 0;
+    int64_t prefetched = 0;
+    for (int64_t s = 0; s < segments; ++s) {
+      for (const int64_t end = lines * (s + 1) / segments; prefetched < end; ++prefetched)
+        __builtin_prefetch(part->prefetch.lines[prefetched]);
+      if (part->stride == M::kPair) {
+        // Prefetch the next segment: it is far from this one, and another core may have just
+        // written it.
+        if (from == 0 && s + 1 < segments) {
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r)
+            for (int64_t k = 0; k < steps * M::kPair; k += kLine / sizeof(*part->b))
+              __builtin_prefetch(rows[r] + part->segment_stride + k);
+        }
+        accumulate<M, R, C>(acc, rows, M::kPair, columns, steps);
+      } else {
+        accumulate<M, R, C>(acc, rows, part->stride, columns, steps);
       }
-      accumulate<M, R, C>(acc, rows, M::kPair, b, p.steps);
-    } else {
-      accumulate<M, R, C>(acc, rows, p.stride, b, p.steps);
+      columns.advance(steps);
+      summed += steps;
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) rows[r] += part->segment_stride;
+      if (summed < kPieceSteps && (s + 1 < segments || part->next)) continue;
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) {
+          A* at = out + (r * kMaxCols + c) * lanes;
+          store(at, add ? load<V>(at) + acc[r][c] : acc[r][c]);
+          acc[r][c] = V{};
+        }
+      add = true;
+      summed = 0;
     }
-    b += p.steps * C * lanes * M::kPair;
-    summed += p.steps;
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) rows[r] += p.segment_stride;
-    if (summed < kPieceSteps && s + 1 < p.segments) continue;
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) {
-        A* at = out + (r * kMaxCols + c) * lanes;
-        store(at, add ? load<V>(at) + acc[r][c] : acc[r][c]);
-        acc[r][c] = V{};
-      }
-    add = true;
-    summed = 0;
   }
 }
 
-// A run-time number as a template argument: f(Constant<n>{}) for n from 1 to kMax.
+// out[r][c] = p and its next ones added to out in the order of accumulate, as if out were registers
+// all the time. Products of one segment, whose rows are contiguous.
+template <class M, int R, int C>
+void extend_tile(const TileProduct<M>& p, int from, typename M::Compute* out) {
+  using V = typename M::V;
+  constexpr int lanes = VectorOf<typename M::Compute>::lanes;
+  out += from * lanes;
+  V acc[R][C];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) acc[r][c] = load<V>(out + (r * kMaxCols + c) * lanes);
+  for (const TileProduct<M>* part = &p; part; part = part->next)
+    accumulate<M, R, C>(acc, part->rows, M::kPair,
+                        Columns<M, C>(part->b + Strips<M>::offset(part->depth, from), part->depth),
+                        part->steps);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) store(out + (r * kMaxCols + c) * lanes, acc[r][c]);
+}
+
+// A run-time number as a template argument: f(Constant<n>{}) for n from 1 to kMax, and kMax above.
 template <int N>
 struct Constant {
   static constexpr int value = N;
@@ -247,26 +329,41 @@ LSTM_FUSED_INLINE void with_constant(int n, const F& f) {
   f(Constant<kMax>{});
 }
 
+// The products above for R and C known at run time: in one tile, or strip by strip where the rows
+// are many.
 template <class M>
-void multiply_tile(int rows, int cols, const TileProduct<M>& p, const typename M::Element* b,
-                   typename M::Compute* out, bool add) {
+void multiply_tile(int rows, int cols, const TileProduct<M>& p, typename M::Compute* out,
+                   bool add) {
   with_constant<kMaxRows>(rows, [&](auto r) {
-    with_constant<kMaxCols>(cols, [&](auto c) {
-      tile_product<M, decltype(r)::value, decltype(c)::value>(p, b, out, add);
-    });
+    constexpr int R = decltype(r)::value;
+    constexpr int kCols = R > kWideRows ? kStripCols : kMaxCols;
+    for (int from = 0; from < cols; from += kCols)
+      with_constant<kCols>(
+          cols - from, [&](auto c) { tile_product<M, R, decltype(c)::value>(p, from, out, add); });
   });
 }
 
-// Rows [begin, end) in tiles of nearly equal height: calls f(first row, rows of the tile).
+// Only for more rows than a tile of kMaxCols vectors has.
+template <class M>
+void extend_strips(int rows, int cols, const TileProduct<M>& p, typename M::Compute* out) {
+  with_constant<kMaxRows - kWideRows>(rows - kWideRows, [&](auto r) {
+    for (int from = 0; from < cols; from += kStripCols)
+      with_constant<kStripCols>(cols - from, [&](auto c) {
+        extend_tile<M, kWideRows + decltype(r)::value, decltype(c)::value>(p, from, out);
+      });
+  });
+}
+
+// Rows [begin, end) in tiles of kMaxRows; the last two share what is less than one and a half, for
+// a tile of one or two rows takes almost the time of four. Calls f(first row, rows of the tile).
 template <class F>
 LSTM_FUSED_INLINE void for_each_tile(int64_t begin, int64_t end, const F& f) {
-  const int64_t n = end - begin;
-  const int64_t tiles = (n + kMaxRows - 1) / kMaxRows;
-  int64_t first = begin;
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t next = begin + n * (i + 1) / tiles;
-    f(first, static_cast<int>(next - first));
-    first = next;
+  for (int64_t first = begin; first < end;) {
+    const int64_t left = end - first;
+    const bool shared = left > kMaxRows && left <= kMaxRows * 3 / 2;
+    const int n = static_cast<int>(shared ? (left + 1) / 2 : left < kMaxRows ? left : kMaxRows);
+    f(first, n);
+    first += n;
   }
 }
 

@@ -148,10 +148,10 @@ KNOWN = (
     # T, N, I, H and what is planned for two threads. Short sequences read the weights in place.
     ((1, 1, 64, 64), ISAS, {"kernel": "direct"}),
     ((1, 1, 1, 1), ISAS, {"kernel": "direct", "threads": 1}),
-    # One row is shared by units, as are many where a step's vectors are many; else by rows.
+    # One row is shared by units, as are many where the weights exceed a cache; else by rows.
     ((100, 1, 256, 256), ISAS, {"kernel": "persistent", "unit_groups": 2, "row_groups": 1}),
-    ((100, 512, 64, 64), ISAS[:2], {"kernel": "persistent", "unit_groups": 2, "row_groups": 1}),
-    ((100, 512, 64, 64), ISAS[2:], {"kernel": "persistent", "unit_groups": 1, "row_groups": 2}),
+    ((100, 32, 512, 512), ISAS, {"kernel": "persistent", "unit_groups": 2, "row_groups": 1}),
+    ((100, 512, 64, 64), ISAS, {"kernel": "persistent", "unit_groups": 1, "row_groups": 2}),
     ((100, 512, 64, 16), ISAS, {"kernel": "persistent", "unit_groups": 1, "row_groups": 2}),
 )
 
