@@ -46,6 +46,8 @@ struct BackwardState {
   Barrier* barriers;
 
   static int64_t steps_of(int64_t elements) { return ceil_div(elements, M::kPair); }
+  // Tile steps of a product with gradients of the pre-activations of all units.
+  int64_t gate_steps() const { return G * (steps_of(H / kBlock * kBlock) + steps_of(H % kBlock)); }
   int64_t Ip() const { return round_up(I, kBlock); }
   int groups() const { return plan.direction_groups * plan.row_groups; }
 
@@ -114,12 +116,48 @@ struct BackwardState {
   int64_t time(int d, int64_t step) const { return d == 0 ? T - 1 - step : step; }
   Panels<M> hidden_panels(int d, int unit_group) const {
     const Range v = vector_slice<A>(R, plan.unit_groups, unit_group);
-    return {v, steps_of(G * Hp), packed_hh + d * Rp * G * Hp + v.begin * lanes * G * Hp};
+    return {v, gate_steps(), packed_hh + d * Rp * G * Hp + v.begin * lanes * G * Hp};
   }
   Panels<M> projection_panels(int d, int unit_group) const {
     const Range v = vector_slice<A>(H, plan.unit_groups, unit_group);
     return {v, steps_of(R), packed_hr + d * Hp * Rp + v.begin * lanes * steps_of(R) * M::kPair};
   }
+};
+
+// The product of gradients of the pre-activations of some blocks, in their layout, with a panel
+// that pack_gate_rows packed. Of a last block that is not full, only lanes that hold a unit are
+// multiplied.
+template <int G, class M>
+struct GateProduct {
+  using Tile = TileProduct<M>;
+  Range blocks;
+  int64_t whole;  // the first block that is not full
+  Tile full, last;
+
+  template <class K>
+  GateProduct(const K& k, const Panels<M>& panels, int64_t panel, Range blocks)
+      : blocks(blocks),
+        whole(min64(blocks.end, k.H / kBlock)),
+        full(panels.panel(panel), panels.depth, M::kPair, kSteps, whole - blocks.begin,
+             k.S_rows * K::P * kBlock, blocks.begin * kSteps),
+        last(panels.panel(panel), panels.depth, M::kPair, K::steps_of(k.H % kBlock), G, kBlock,
+             whole * kSteps) {
+    if (whole < blocks.end) full.next = &last;
+  }
+  GateProduct(const GateProduct&) = delete;
+
+  Tile& first() { return whole > blocks.begin ? full : last; }
+  // row(r, block) is row r of the gradients of a block.
+  template <class Row>
+  LSTM_FUSED_INLINE void set_rows(int n, const Row& row) {
+    for (int r = 0; r < n; ++r) {
+      full.rows[r] = row(r, blocks.begin);
+      if (whole < blocks.end) last.rows[r] = row(r, whole);
+    }
+  }
+
+ private:
+  static constexpr int64_t kSteps = G * kBlock / M::kPair;  // of a block
 };
 
 template <class Cell, class S, class M>
@@ -186,9 +224,6 @@ struct BackwardSteps {
         });
     }
     if constexpr (kCarries) prepare_carried();
-    // Lanes of the last block that no vector of units covers are read by the products as zeros.
-    const int64_t covered = ceil_div(k.H, lanes) * lanes;
-    if (place.unit_group == 0 && covered < k.Hp) clear_padding(covered % kBlock);
   }
 
   void prepare_carried() const {
@@ -200,15 +235,6 @@ struct BackwardSteps {
       stage_row(k.c0 + at * k.Hp, c0 ? c0 + at * k.H : nullptr, c0 ? k.H : 0, k.Hp);
       stage_row(k.dc + at * k.Hp, dc_n ? dc_n + at * k.H : nullptr, dc_n ? k.H : 0, k.Hp);
     }
-  }
-
-  void clear_padding(int64_t from) const {
-    for (int64_t t = 0; t < k.T; ++t)
-      for (int64_t i = 0; i < group.active(k.p.size.steps.active(t)); ++i) {
-        E* row = k.preact_gradients(d, k.Hb - 1, k.p.size.steps.offset(t) + group.row(i));
-        for (int j = 0; j < P; ++j)
-          for (int64_t l = from; l < kBlock; ++l) row[j * kBlock + l] = E{};
-      }
   }
 
   A* bias_sums(bool all, int64_t block) const { return k.bias_sums(worker, all, d, block); }
@@ -285,14 +311,14 @@ struct BackwardSteps {
       return;
     }
     const int64_t offset = k.p.size.steps.offset(k.time(d, step - 1));
-    TileProduct<M> tile(panels.panel(panel), panels.depth, M::kPair, G * kBlock / M::kPair, k.Hb,
-                        k.S_rows * P * kBlock);
+    GateProduct<G, M> tile(k, panels, panel, {0, k.Hb});
     Lines lines;
     if (!ended && !k.projection)
-      tile.prefetch = prefetch_lines(panels, panel, step, first, n, lines);
-    for (int r = 0; r < n; ++r)
-      tile.rows[r] = k.hidden_preact_gradients(d, 0, offset + group.row(first + r));
-    multiply_tile(n, panels.cols(panel), tile, out, false);
+      tile.first().prefetch = prefetch_lines(panels, panel, step, first, n, lines);
+    tile.set_rows(n, [&](int r, int64_t block) {
+      return k.hidden_preact_gradients(d, block, offset + group.row(first + r));
+    });
+    multiply_tile(n, panels.cols(panel), tile.first(), out, false);
   }
 
   // The cache lines that `cell` touches for a tile of the recurrent state. Backward touches each

@@ -42,8 +42,7 @@ struct Gradients : BackwardState<Cell, S, M> {
   }
 
   Panels<M> input_panels(int d) const {
-    return {
-        {0, ceil_div(I, lanes)}, Base::steps_of(G * Hp), this->packed_ih + d * this->Ip() * G * Hp};
+    return {{0, ceil_div(I, lanes)}, Base::gate_steps(), this->packed_ih + d * this->Ip() * G * Hp};
   }
 
   void pack_input_weights(int worker) const {
@@ -100,12 +99,13 @@ struct Gradients : BackwardState<Cell, S, M> {
     A* sums = dx_sums + worker * kRowsPerPass * kMaxCols * lanes;
     for (int d = 0; d < p.size.D; ++d)
       for (int64_t block = 0; block < Hb; block += kBlocksPerPass) {
-        TileProduct<M> tile(input_panels(d).panel(panel), shape.depth, M::kPair,
-                            G * kBlock / M::kPair, min64(kBlocksPerPass, Hb - block),
-                            S_rows * P * kBlock, block * G * kBlock / M::kPair);
+        GateProduct<G, M> tile(*this, input_panels(d), panel,
+                               {block, min64(block + kBlocksPerPass, Hb)});
         for_each_tile(begin, end, [&](int64_t first, int n) {
-          for (int r = 0; r < n; ++r) tile.rows[r] = this->preact_gradients(d, block, first + r);
-          multiply_tile(n, cols, tile, sums + (first - begin) * kMaxCols * lanes, d + block > 0);
+          tile.set_rows(
+              n, [&](int r, int64_t block) { return this->preact_gradients(d, block, first + r); });
+          multiply_tile(n, cols, tile.first(), sums + (first - begin) * kMaxCols * lanes,
+                        d + block > 0);
         });
       }
     for (int64_t s = begin; s < end; ++s)
@@ -128,14 +128,18 @@ struct Gradients : BackwardState<Cell, S, M> {
     int64_t panels() const { return column_groups * group_panels; }
   };
 
-  // A weight gradient: the first `width` columns of `a`, laid out (blocks, S, pitch), times rows of
-  // B. Column m of block j is the weight's row of gate_of(m / 16) and unit 16 j + m % 16.
+  // A weight gradient: the first `gates` * 16 columns of `a`, laid out (blocks, S, pitch), times
+  // rows of B. A block's lane of gate g is the weight's row of gate_of(g) and its unit.
   struct Product {
     const E* a;
-    int64_t blocks, width, pitch;
+    int64_t blocks, gates, pitch;
     int (*gate_of)(int);
     int64_t units, columns;
     void* to;  // (gates * units, columns) in S
+
+    int64_t width() const { return gates * kBlock; }
+    // Only lanes that hold a unit are multiplied: as many of each gate, side by side.
+    int64_t lanes_of(int64_t block) const { return min64(kBlock, units - block * kBlock); }
   };
 
   const S* input_row(int64_t t, int64_t n) const {
@@ -156,18 +160,18 @@ struct Gradients : BackwardState<Cell, S, M> {
     for (int d = 0; d < p.size.D; ++d) {
       const WeightGradients& dw = p.dweights[d];
       if (dw.w_ih)
-        weight_gradient<S>(worker,
-                           {this->preact_gradients(d, 0, 0), Hb, G * kBlock, P * kBlock,
-                            Cell::input_gate, H, I, dw.w_ih},
-                           [&](int64_t, int64_t t, int64_t n) { return input_row(t, n); });
+        weight_gradient<S>(
+            worker,
+            {this->preact_gradients(d, 0, 0), Hb, G, P * kBlock, Cell::input_gate, H, I, dw.w_ih},
+            [&](int64_t, int64_t t, int64_t n) { return input_row(t, n); });
       if (dw.w_hh)
         weight_gradient<S>(worker,
-                           {this->hidden_preact_gradients(d, 0, 0), Hb, G * kBlock, P * kBlock,
+                           {this->hidden_preact_gradients(d, 0, 0), Hb, G, P * kBlock,
                             Cell::hidden_gate, H, R, dw.w_hh},
                            [&](int64_t, int64_t t, int64_t n) { return previous_hidden(d, t, n); });
       if (dw.w_hr)
         weight_gradient<A>(worker,
-                           {this->hidden_gradients(d, 0, 0), this->Rb, kBlock, kBlock,
+                           {this->hidden_gradients(d, 0, 0), this->Rb, 1, kBlock,
                             [](int) { return 0; }, R, H, dw.w_hr},
                            [&](int64_t s, int64_t, int64_t) {
                              return static_cast<const A*>(this->full + (d * S_rows + s) * Hp);
@@ -198,7 +202,7 @@ struct Gradients : BackwardState<Cell, S, M> {
     }
     const Range blocks = split(w.blocks, plan.threads, worker);
     for (int64_t j = blocks.begin; j < blocks.end; ++j)
-      for (int64_t m = 0; m < w.width; m += kInPlaceDepth) {
+      for (int64_t m = 0; m < w.width(); m += kInPlaceDepth) {
         const int64_t unit = j * kBlock + m % kBlock;
         if (unit >= w.units) continue;
         const A* factors[kDirectMaxAllRows];
@@ -218,12 +222,13 @@ struct Gradients : BackwardState<Cell, S, M> {
     const Range blocks = split(w.blocks, shares.block_groups, worker % shares.block_groups);
     const Range vectors = split(ceil_div(w.columns, lanes), shares.column_groups, column_group);
     const Panels<M> panels{vectors, kDepth / M::kPair, b + worker * packed_rows_size()};
-    A* own_sums = sums + column_group * shares.group_panels * w.blocks * w.width * kMaxCols * lanes;
+    A* own_sums =
+        sums + column_group * shares.group_panels * w.blocks * w.width() * kMaxCols * lanes;
     // With one pass no sum is kept: every block uses the same memory, which stays in the cache.
     const bool once = S_rows <= kDepth;
     const auto sums_of = [&](int64_t panel, int64_t j) {
       const int64_t at = once ? blocks.begin : panel * w.blocks + j;
-      return own_sums + at * w.width * kMaxCols * lanes;
+      return own_sums + at * w.width() * kMaxCols * lanes;
     };
     int64_t t = 0;  // of row s; s only grows
     for (int64_t s0 = 0; s0 < S_rows; s0 += kDepth) {
@@ -242,7 +247,7 @@ struct Gradients : BackwardState<Cell, S, M> {
                            rows, panels.count()};
         for (int64_t panel = 0; panel < panels.count(); ++panel) {
           A* to = sums_of(panel, j);
-          add_block(w, block, panels, panel, depth, s0 > 0, to, next);
+          add_block(w, w.lanes_of(j), block, panels, panel, depth, s0 > 0, to, next);
           if (s0 + rows == S_rows) put_rows(w, j, panels, panel, to);
         }
       }
@@ -262,9 +267,9 @@ struct Gradients : BackwardState<Cell, S, M> {
       return {from, w.pitch};
     } else {
       E* to = a + worker * kDepth * G * kBlock;
-      const int64_t width = w.width * M::kPair;
+      const int64_t width = w.width() * M::kPair;
       for (int64_t i = 0; i < rows; i += M::kPair)
-        for (int64_t m = 0; m < w.width; m += lanes) {
+        for (int64_t m = 0; m < w.width(); m += lanes) {
           const E* const pair[] = {from + i * w.pitch + m,
                                    i + 1 < rows ? from + (i + 1) * w.pitch + m : nullptr};
           M::store_b(to + i / M::kPair * width + m * M::kPair, pair, lanes);
@@ -280,30 +285,35 @@ struct Gradients : BackwardState<Cell, S, M> {
     BlockPrefetch(const Product& w, const E* from, int64_t rows, int64_t panels)
         : at(from),
           lines(from ? rows * w.pitch * static_cast<int64_t>(sizeof(E)) / kLine : 0),
-          each(ceil_div(lines, max64(1, panels) * ceil_div(w.width, kMaxRows))) {}
+          each(ceil_div(lines, max64(1, panels) * ceil_div(w.width(), kMaxRows))) {}
     void advance() {
       for (const int64_t end = min64(done + each, lines); done < end; ++done)
         __builtin_prefetch(at + done * (kLine / sizeof(E)), 0, 2);
     }
   };
 
-  // to (width, kMaxCols, lanes) = (add ? to : 0) + the product of one block and one panel.
-  static void add_block(const Product& w, const Rows& block, const Panels<M>& panels, int64_t panel,
-                        int64_t depth, bool add, A* to, BlockPrefetch& next) {
-    for_each_tile(0, w.width, [&](int64_t first, int n) {
+  // to (gates, units, kMaxCols, lanes) = (add ? to : 0) + the product of one block's first `units`
+  // lanes of each gate and one panel.
+  static void add_block(const Product& w, int64_t units, const Rows& block, const Panels<M>& panels,
+                        int64_t panel, int64_t depth, bool add, A* to, BlockPrefetch& next) {
+    for_each_tile(0, w.gates * units, [&](int64_t first, int n) {
       next.advance();
       TileProduct<M> tile(panels.panel(panel), panels.depth, block.stride, depth);
-      for (int r = 0; r < n; ++r) tile.rows[r] = block.data + (first + r) * M::kPair;
+      for (int r = 0; r < n; ++r) {
+        const int64_t m = first + r;
+        const int64_t column = units == kBlock ? m : m / units * kBlock + m % units;
+        tile.rows[r] = block.data + column * M::kPair;
+      }
       multiply_tile(n, panels.cols(panel), tile, to + first * kMaxCols * lanes, add);
     });
   }
 
   void put_rows(const Product& w, int64_t j, const Panels<M>& panels, int64_t panel,
                 const A* from) const {
-    for (int64_t m = 0; m < w.width; ++m) {
-      const int64_t unit = j * kBlock + m % kBlock;
-      if (unit >= w.units) continue;
-      S* row = static_cast<S*>(w.to) + (w.gate_of(m / kBlock) * w.units + unit) * w.columns;
+    const int64_t units = w.lanes_of(j);
+    for (int64_t m = 0; m < w.gates * units; ++m) {
+      const int64_t unit = j * kBlock + m % units;
+      S* row = static_cast<S*>(w.to) + (w.gate_of(m / units) * w.units + unit) * w.columns;
       for (int c = 0; c < panels.cols(panel); ++c) {
         const int64_t at = (panels.first_vector(panel) + c) * lanes;
         store_first(row + at, load<V>(from + (m * kMaxCols + c) * lanes), w.columns - at);

@@ -92,14 +92,19 @@ void pack_panel_step(const Panels<M>& panels, int64_t step, int64_t n, const Row
 }
 
 // Tile steps `range` of panels of w (G * H, n), its rows in the order of the pre-activations'
-// gradients: block, pre-activation, lane. gate_of gives a pre-activation's gate.
+// gradients: block, pre-activation, lane. The last block has only the lanes that hold a unit,
+// rounded up to a tile step. gate_of gives a pre-activation's gate.
 template <int G, class M, class S>
 void pack_gate_rows(const Panels<M>& panels, Range range, int (*gate_of)(int), const S* w,
                     int64_t H, int64_t n) {
+  const int64_t whole = H / kBlock * kBlock;
+  const int64_t rest = round_up(H - whole, M::kPair);
   for (int64_t step = range.begin; step < range.end; ++step)
     pack_panel_step(panels, step, n, [&](int64_t k) {
-      const int64_t gate = gate_of(k / kBlock % G);
-      const int64_t u = k / (G * kBlock) * kBlock + k % kBlock;
+      const bool last = k >= G * whole;
+      const int64_t i = last ? k - G * whole : k, width = last ? rest : kBlock;
+      const int64_t gate = gate_of(i / width % G);
+      const int64_t u = (last ? whole : i / (G * kBlock) * kBlock) + i % width;
       return u < H ? w + (gate * H + u) * n : nullptr;
     });
 }
