@@ -181,6 +181,16 @@ LSTM_FUSED_INLINE void store(S* p, VFloat v) {
   __builtin_memcpy(p, &raw, sizeof(raw));
 }
 
+// v in a register. g++ 12 loads a vector with AVX-512 anew for each multiply-add that it enters,
+// and two loads a cycle then bound the products of two and three rows.
+template <class V>
+LSTM_FUSED_INLINE V in_register(V v) {
+#if defined(LSTM_FUSED_F16C)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
 // The first n lanes only, 0 < n <= lanes; lanes past n read as zero.
 template <class V, class S>
 LSTM_FUSED_INLINE V load_first(const S* p, int64_t n) {

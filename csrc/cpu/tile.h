@@ -118,7 +118,7 @@ LSTM_FUSED_INLINE void accumulate_once(typename M::V (&acc)[R][C],
     for (int r = 0; r < R; ++r) a[r] = M::broadcast(rows[r] + k * stride);
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
-      const auto v = b.load(k, c);
+      const auto v = in_register(b.load(k, c));
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) acc[r][c] = M::multiply_add(acc[r][c], a[r], v);
     }
@@ -354,13 +354,13 @@ void extend_strips(int rows, int cols, const TileProduct<M>& p, typename M::Comp
   });
 }
 
-// Rows [begin, end) in tiles of kMaxRows; the last two share what is less than one and a half, for
-// a tile of one or two rows takes almost the time of four. Calls f(first row, rows of the tile).
+// Rows [begin, end) in tiles of kMaxRows. Two tiles share a remainder of one or two rows, which would
+// take almost the time of four. Calls f(first row, rows of the tile).
 template <class F>
 LSTM_FUSED_INLINE void for_each_tile(int64_t begin, int64_t end, const F& f) {
   for (int64_t first = begin; first < end;) {
     const int64_t left = end - first;
-    const bool shared = left > kMaxRows && left <= kMaxRows * 3 / 2;
+    const bool shared = left > kMaxRows && left <= kMaxRows + 2;
     const int n = static_cast<int>(shared ? (left + 1) / 2 : left < kMaxRows ? left : kMaxRows);
     f(first, n);
     first += n;
