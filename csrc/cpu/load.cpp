@@ -15,13 +15,19 @@ int LoadEstimate::undisturbed(int threads, int64_t now) const {
   return is_trial(now) ? std::min(threads, 2 * limit) : limit;
 }
 
+// What a call may lose before fewer threads would be faster: without `late` of its threads it takes
+// the longer, the larger their share was.
+int64_t LoadEstimate::tolerated(int threads, int64_t taken, int late) {
+  return taken * std::clamp(late, 1, threads / 2) / threads;
+}
+
 void LoadEstimate::note(int threads, int64_t taken, const TeamLoss& loss, int64_t now) {
   calls_.fetch_add(1, std::memory_order_relaxed);
   if (threads == 1) return;
   const int limit = limit_;
   const bool trial = threads > limit;
-  const int64_t tolerated = taken / kToleratedPart;
-  const int64_t debt = std::max<int64_t>(0, debt_ + loss.longest - tolerated);
+  const int64_t excess = loss.longest - tolerated(threads, taken, loss.threads);
+  const int64_t debt = std::max<int64_t>(0, debt_ + excess);
   if (debt != debt_) debt_ = debt;
   if (debt == 0 && trial && is_trial(now)) {
     limit_ = threads;

@@ -22,8 +22,8 @@ class LoadEstimate {
 
  private:
   static constexpr int64_t kMillisecond = 1'000'000;
-  // One loss may be chance. Losses are not that exceed this part of the time by kTolerated in sum.
-  static constexpr int64_t kToleratedPart = 10;
+  // One loss may be chance. Losses are not that exceed the tolerated part of the time by kTolerated
+  // in sum.
   static constexpr int64_t kTolerated = 4 * kMillisecond;
   // More threads are tried again after a pause, which doubles while that is in vain. A trial may
   // lose many time slices: in between are so many calls that few of them are trials.
@@ -31,6 +31,7 @@ class LoadEstimate {
   static constexpr int kCallsBetween = 128;
 
   bool is_trial(int64_t now) const;
+  static int64_t tolerated(int threads, int64_t taken, int late);
 
   std::atomic<int> limit_{INT_MAX};
   std::atomic<int> calls_{0};  // since the limit

@@ -185,6 +185,12 @@ def test_load_estimate_beside_programs(threads, busy, expected):
     assert seen[10:] != [expected] * len(seen[10:])
 
 
+def test_a_part_of_the_time_may_be_lost():
+    """Less than the threads that lost it contribute."""
+    load = Load()
+    assert {load.call(busy=1, taken=20 * MS) for _ in range(1000)} == {2}
+
+
 def test_load_estimate_recovers():
     load = Load(8)
     for _ in range(5000):
