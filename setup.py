@@ -142,7 +142,7 @@ def extensions():
         "lstm_fused._plan",
         [
             *sources("plan_module"),
-            *(f"csrc/cpu/{name}.cpp" for name in ("plan", "topology", "load")),
+            *(f"csrc/cpu/{name}.cpp" for name in ("plan", "cost", "topology", "load")),
             "csrc/cuda/plan.cpp",
         ],
         extra_compile_args=[

@@ -16,8 +16,11 @@ _KINDS = (torch.nn.RNNBase, torch.nn.RNNCellBase)
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of a call, or a cell's step: its sizes, and the plan of its forward pass (see
-    ``runtime.plan``)."""
+    """One layer of a call, or a cell's step: its sizes, the plan of its forward pass (see
+    ``runtime.plan``), and what the layer is predicted to take on the CPU.
+
+    seconds: of the forward pass, and where training is true of the backward pass; None on a GPU.
+    """
 
     T: int
     N: int
@@ -27,12 +30,20 @@ class Layer:
     directions: int
     training: bool
     plan: object
+    seconds: tuple | None = None
 
     def __str__(self):
         sizes = f"T={self.T} N={self.N} I={self.I} H={self.H}"
         sizes += f" R={self.R}" if self.R != self.H else ""
         sizes += ", two directions" if self.directions == 2 else ""
         return f"{sizes}{', keeps gates for backward' if self.training else ''}: {self.plan}"
+
+    def prediction(self, total):
+        """The predicted times, and their share of `total` seconds, in words."""
+        passes = zip(("forward", "backward"), self.seconds, strict=False)
+        times = ", ".join(f"{_duration(seconds)} {name}" for name, seconds in passes)
+        share = f" ({sum(self.seconds) / total:.0%} of all)" if total > sum(self.seconds) else ""
+        return f"predicted {times}{share}"
 
 
 @dataclass(frozen=True)
@@ -48,13 +59,25 @@ class Call:
     layers: tuple
     step: bool = False
 
+    @property
+    def seconds(self):
+        """The predicted time of all layers; 0 where there is none."""
+        return sum(sum(layer.seconds or ()) for layer in self.layers)
+
     def __str__(self):
+        return self.text(self.seconds)
+
+    def text(self, total):
+        """As printed, where all calls are predicted to take `total` seconds."""
         head = f"{self.name}: {self.module}" if self.name else self.module
         if self.reason is not None:
             return f"{head}\n  runs through torch: {self.reason}"
         names = ["step"] if self.step else [f"layer {k}" for k in range(len(self.layers))]
-        lines = [f"  {n}: {layer}" for n, layer in zip(names, self.layers, strict=True)]
-        return "\n".join([head, *lines])
+        lines = [head]
+        for name, layer in zip(names, self.layers, strict=True):
+            lines.append(f"  {name}: {layer}")
+            lines += [f"    {layer.prediction(total)}"] if layer.seconds else []
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -67,7 +90,8 @@ class Explanation:
     calls: tuple
 
     def __str__(self):
-        counts = Counter(str(call) for call in self.calls)
+        total = sum(call.seconds for call in self.calls)
+        counts = Counter(call.text(total) for call in self.calls)
         texts = [f"{text}\n  called {n} times" if n > 1 else text for text, n in counts.items()]
         return "\n".join(texts) or "no LSTM, GRU, RNN or single-step cell was called"
 
@@ -167,9 +191,8 @@ def _explain_step(name, text, grad, module, input, hx=None):
     H = module.hidden_size
     sizes = (1, N, module.input_size, H, H, 1)
     training = grad and any(t.requires_grad for t in (input, *state, *weights))
-    kind, dtype = module._cell(), input.dtype
-    plan = runtime.plan(kind, dtype, *sizes, training=training, device=input.device)
-    return Call(name, text, None, (Layer(*sizes, training, plan),), step=True)
+    layer = _layer(module._cell(), input.dtype, sizes, training, input.device)
+    return Call(name, text, None, (layer,), step=True)
 
 
 def _arguments(input, hx=None, lengths=None):
@@ -183,6 +206,21 @@ def _layers(module, device, dtype, T, N, training):
     for k in range(module.num_layers):
         I = directions * R if k else module.input_size  # noqa: E741
         sizes = (T, N, I, H, R, directions)
-        plan = runtime.plan(module._cell(), dtype, *sizes, training=training, device=device)
-        layers.append(Layer(T, N, I, H, R, directions, training, plan))
+        layers.append(_layer(module._cell(), dtype, sizes, training, device))
     return tuple(layers)
+
+
+def _layer(cell, dtype, sizes, training, device):
+    plan = runtime.plan(cell, dtype, *sizes, training=training, device=device)
+    if device.type != "cpu":
+        return Layer(*sizes, training, plan)
+    plans = [plan]
+    if training:
+        plans.append(runtime.plan(cell, dtype, *sizes, backward=True))
+    return Layer(*sizes, training, plan, tuple(p.nanoseconds / 1e9 for p in plans))
+
+
+def _duration(seconds):
+    """Two digits and a unit."""
+    scale, unit = (1, "s") if seconds >= 1 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "us")
+    return f"{float(f'{seconds * scale:.2g}'):g} {unit}"

@@ -42,8 +42,11 @@ def plan(
     threads=None,
     training=False,
     device=None,
+    backward=False,
 ):
-    """The plan a forward call with these sizes would run, as a printable object.
+    """The plan a forward call with these sizes would run now, or with backward the call of its
+    backward pass, as a printable object. Its ``nanoseconds`` are what the call is predicted to take
+    on the CPU.
 
     cell is as for ``layer``; dtype is a torch.dtype or its name; threads is
     torch.get_num_threads() unless given; device is a torch.device, the CPU unless given. Raises
@@ -64,7 +67,8 @@ def plan(
         R,
         directions,
         projection=R != H,
-        training=training,
+        training=training or backward,
+        backward=backward,
         cell=cell,
         undisturbed=undisturbed,
         topology=_plan.Topology(*topology),

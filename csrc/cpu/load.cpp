@@ -6,7 +6,8 @@ namespace lstm_fused {
 
 bool LoadEstimate::is_trial(int64_t now) const {
   const int64_t since = now - limited_at_;
-  return since > kLongestPause || (since > pause_ && calls_ > kCallsBetween);
+  if (since <= pause_) return false;
+  return calls_ > kCallsBetween || since > std::min<int64_t>(4 * pause_, kLongestPause);
 }
 
 int LoadEstimate::undisturbed(int threads, int64_t now) const {

@@ -26,7 +26,8 @@ class LoadEstimate {
   // in sum.
   static constexpr int64_t kTolerated = 4 * kMillisecond;
   // More threads are tried again after a pause, which doubles while that is in vain. A trial may
-  // lose many time slices: in between are so many calls that few of them are trials.
+  // lose many time slices: in between are so many calls that few of them are trials, unless the
+  // calls are long.
   static constexpr int64_t kFirstPause = 250 * kMillisecond, kLongestPause = 8000 * kMillisecond;
   static constexpr int kCallsBetween = 128;
 

@@ -5,96 +5,52 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "cost.h"
+
 namespace lstm_fused {
 namespace {
-
-// Costs in core cycles, rough on purpose: they rank partitions, they predict nothing.
-constexpr double kBarrierCycles = 700;
-constexpr double kForkCycles = 8000;
-constexpr double kSharedSlowdown = 2;
-constexpr double kCellCyclesPerVector = 60;
-// A tile step's 4 vectors of weights from the second-level cache, and from beyond it.
-constexpr int kTileCols = 4;
-constexpr double kNearCyclesPerStep = 6.5;
-constexpr double kFarCyclesPerStep = 11;
-constexpr double kNearBytes = 768 << 10;
-constexpr double kPackCyclesPerVector = 1.5;
 
 // Rows of the hoisted input projection computed at once: enough for full tiles, few enough that the
 // pre-activations stay in the second-level cache.
 constexpr int64_t kHoistRows = 64;
-constexpr int64_t kHoistBelowRows = 16;
 
-int lanes(const Machine& m, DType dtype) {
-  return facts(m.isa).vector_bytes / compute_bytes(dtype);
-}
+// Counts of groups worth trying, up to `most`: powers of two, all, and what fills the tiles.
+// Between them none is the best by much.
+struct Counts {
+  int values[12];
+  int size = 0;
 
-struct Partition {
-  int direction_groups, row_groups, unit_groups;
-  int threads() const { return direction_groups * row_groups * unit_groups; }
+  explicit Counts(int64_t most, int64_t tiles = 0) {
+    for (int64_t n = 1; n < most && size < 8; n *= 2) add(n);
+    if (tiles > 1 && tiles < most) add(tiles);
+    add(most);
+  }
+  void add(int64_t n) { values[size++] = static_cast<int>(n); }
+  const int* begin() const { return values; }
+  const int* end() const { return values + size; }
 };
 
-// Rows that tiles cannot read in place are staged many steps at a time.
-bool hoists(const Problem& p, const Machine& m) {
-  const bool in_place = p.dtype == DType::kFloat32 || p.dtype == DType::kFloat64 ||
-                        (multiplies_pairs(m.isa, p.dtype) && p.I % 2 == 0);
-  return !in_place || p.N < kHoistBelowRows;
-}
-
-// One step of k for all rows and one vector of units. A tile of fewer columns has fewer independent
-// sums, which costs it a cycle. The thread reads `bytes` of weights, each panel once a tile: the
-// first time from beyond the second-level cache where they exceed it.
-double tile_cycles(int64_t rows, const Machine& m, double bytes) {
+// The cheapest partition. No thread of it lacks a core, since the siblings of a core share its
+// multiply-add units, and no barrier of a step joins sockets.
+template <class Cost>
+Partition best_partition(const Problem& p, const Machine& m, const Cost& cost) {
+  const Topology& t = m.topology;
+  const int threads = t.cores ? std::min(m.threads, t.cores) : m.threads;
+  const int64_t blocks = std::max<int64_t>(1, ceil_div(p.H, kBlock));
+  const int64_t rows = std::max<int64_t>(1, p.N);
   const int64_t tiles = ceil_div(rows, kTileRows);
-  const double multiply = 2.0 * rows + (facts(m.isa).tile_cols < kTileCols ? tiles : 0);
-  const double far = bytes <= kNearBytes ? 0 : kFarCyclesPerStep - kNearCyclesPerStep;
-  return std::max(multiply, kNearCyclesPerStep * tiles) + far;
-}
-
-double cost(const Problem& p, const Machine& m, KernelKind kernel, const Partition& part) {
-  const int per_block = kBlock / std::min(kBlock, lanes(m, p.dtype));
-  const double blocks = ceil_div(ceil_div(p.H, kBlock), part.unit_groups) * per_block;
-  const double rows = ceil_div(p.N, part.row_groups);
-  const double depth = p.I + p.R;
-  const double gates = info(p.cell).gates;
-  const double bytes = blocks * (hoists(p, m) ? p.R : depth) * gates * facts(m.isa).vector_bytes;
-  const double tiles = tile_cycles(rows, m, bytes) * gates / kTileCols;
-  double step = blocks * (depth * tiles + rows * kCellCyclesPerVector);
-  if (p.projection) step += blocks * p.R * tiles / gates;
-  if (part.unit_groups > 1) step += kBarrierCycles * (p.projection ? 2 : 1);
-  const double pack = kernel == KernelKind::kDirect
-                          ? 0
-                          : blocks * depth * gates * kPackCyclesPerVector / part.row_groups;
-  const double directions = ceil_div(p.D, part.direction_groups);
-  return directions * (p.T * step + pack) + (part.threads() > 1 ? kForkCycles : 0);
-}
-
-// Of a team that shares a core with another program, beside one that does not. Its slowest thread
-// gets half a core; threads that wait for each other at every step advance only while all run.
-double slowdown(const Machine& m, const Partition& part) {
-  if (!m.undisturbed || part.threads() <= m.undisturbed) return 1;
-  return part.unit_groups > 1 ? kSharedSlowdown * kSharedSlowdown : kSharedSlowdown;
-}
-
-Partition best_partition(const Problem& p, const Machine& m, KernelKind kernel) {
-  const int64_t blocks = ceil_div(p.H, kBlock);
   Partition best{1, 1, 1};
-  double best_cost = cost(p, m, kernel, best);
-  for (int d = 1; d <= std::min(p.D, m.threads); ++d) {
-    const int rest = m.threads / d;
-    for (int r = 1; r <= rest && r <= std::max<int64_t>(p.N, 1); ++r) {
-      const int u_max = static_cast<int>(std::min<int64_t>(rest / r, blocks));
-      // Only the largest count, and one thread: between them a partition is never the best by much.
-      for (const int u : {1, u_max}) {
+  double best_cost = cost(best);
+  for (int d = 1; d <= std::min(p.D, threads); ++d)
+    for (const int r : Counts(std::min<int64_t>(threads / d, rows), tiles))
+      for (const int u : Counts(std::min<int64_t>(threads / (d * r), blocks))) {
         const Partition candidate{d, r, u};
-        const double c = cost(p, m, kernel, candidate);
-        if (c < best_cost) {
+        if (u > 1 && candidate.threads() > t.socket_cores) continue;
+        if (const double c = cost(candidate); c < best_cost) {
           best_cost = c;
           best = candidate;
         }
       }
-    }
-  }
   return best;
 }
 
@@ -120,12 +76,11 @@ bool same_sums(const Problem& p, const Machine& m, const Partition& a, const Par
 
 // The partition beside other programs: the best one that gives the same bits, so that no result
 // depends on what else runs.
-Partition shared_partition(const Problem& p, const Machine& m, KernelKind kernel,
-                           const Partition& own) {
+template <class Cost>
+Partition shared_partition(const Problem& p, const Machine& m, const Partition& own,
+                           const Cost& cost) {
   if (!m.undisturbed || own.threads() <= m.undisturbed) return own;
-  const auto shared_cost = [&](const Partition& part) {
-    return cost(p, m, kernel, part) * slowdown(m, part);
-  };
+  const auto shared_cost = [&](const Partition& part) { return cost(part) * slowdown(m, part); };
   const auto part_of = [&](int threads, int most) { return std::clamp(threads, 1, most); };
   Partition best = own;
   for (const int d : {own.direction_groups, 1})
@@ -144,7 +99,8 @@ KernelKind kernel_of(const Problem& p) {
   return few && !p.projection && !p.tangents ? KernelKind::kDirect : KernelKind::kPersistent;
 }
 
-Plan with_partition(const Problem& p, const Machine& m, KernelKind kernel, const Partition& part) {
+Plan with_partition(const Problem& p, const Machine& m, KernelKind kernel, const Partition& part,
+                    double cycles) {
   Plan plan{};
   plan.kernel = kernel;
   plan.dtype = p.dtype;
@@ -155,7 +111,7 @@ Plan with_partition(const Problem& p, const Machine& m, KernelKind kernel, const
   plan.row_groups = part.row_groups;
   plan.unit_groups = part.unit_groups;
   plan.undisturbed = m.undisturbed < m.threads ? m.undisturbed : 0;
-  plan.nanoseconds = std::llround(cost(p, m, kernel, part) * 1000 / m.topology.mhz);
+  plan.nanoseconds = std::llround(cycles * 1000 / m.topology.mhz);
   return plan;
 }
 
@@ -163,8 +119,9 @@ Plan with_partition(const Problem& p, const Machine& m, KernelKind kernel, const
 
 Plan plan_forward(const Problem& p, const Machine& m) {
   const KernelKind kernel = kernel_of(p);
-  const Partition part = shared_partition(p, m, kernel, best_partition(p, m, kernel));
-  Plan plan = with_partition(p, m, kernel, part);
+  const auto cost = [&](const Partition& part) { return forward_cycles(p, m, kernel, part); };
+  const Partition part = shared_partition(p, m, best_partition(p, m, cost), cost);
+  Plan plan = with_partition(p, m, kernel, part, cost(part));
   if (kernel == KernelKind::kDirect) return plan;
   const int64_t rows = std::max<int64_t>(1, ceil_div(p.N, part.row_groups));
   if (hoists(p, m)) {
@@ -175,8 +132,10 @@ Plan plan_forward(const Problem& p, const Machine& m) {
 
 Plan plan_backward(const Problem& p, const Machine& m) {
   const KernelKind kernel = kernel_of(p);
+  const auto cost = [&](const Partition& part) { return backward_cycles(p, m, kernel, part); };
   // Beside other programs too: with fewer threads its sums would be taken in another order.
-  return with_partition(p, m, kernel, best_partition(p, m, kernel));
+  const Partition part = best_partition(p, m, cost);
+  return with_partition(p, m, kernel, part, cost(part));
 }
 
 const char* name(KernelKind kernel) {

@@ -101,6 +101,61 @@ def plan(threads, N, H, T=100, D=1, backward=False, dtype="float32", **machine):
     return _plan.plan(dtype, "avx512", threads, *sizes, backward=backward, **machine)
 
 
+def machine(cores, cache_cores=8, socket_cores=64, **more):
+    return {"topology": _plan.Topology(cores, cache_cores, socket_cores, **more)}
+
+
+MACHINES = {
+    "2 cores": (2, machine(2, 2, 2)),
+    "8 cores": (8, machine(8, 8, 8)),
+    "8 cores with siblings": (16, machine(8, 8, 8)),
+    "a quota of 3 of 16 cores": (16, machine(3, 8, 16)),
+    "16 cores, 4 to a cache": (16, machine(16, 4, 16)),
+    "64 cores": (64, machine(64, 8, 64)),
+    "2 sockets of 32 cores": (64, machine(64, 8, 32)),
+    "nothing known": (64, {}),
+}
+SIZES = [
+    (N, H, T, D)
+    for N in (1, 8, 32, 128)
+    for H in (16, 64, 256, 1024)
+    for T, D in ((1, 1), (100, 2))
+]
+
+
+@pytest.mark.parametrize(("threads", "known"), MACHINES.values(), ids=MACHINES)
+@pytest.mark.parametrize("backward", (False, True), ids=("forward", "backward"))
+def test_plans_of_machines(threads, known, backward):
+    topology = known.get("topology", _plan.Topology())
+    for N, H, T, D in SIZES:
+        found = plan(threads, N, H, T, D, backward, **known)
+        assert found.threads <= min(threads, topology.cores or threads), str(found)
+        if found.unit_groups > 1:
+            assert found.threads <= topology.socket_cores, str(found)
+        one = plan(1, N, H, T, D, backward, **known)
+        assert found.nanoseconds <= one.nanoseconds, str(found)
+
+
+def test_threads_that_pay():
+    """One row of a small layer pays for a few threads; a large batch for all cores."""
+    many = machine(64, 8, 32)
+    assert plan(64, 1, 16, **many).threads == 1
+    assert plan(64, 1, 64, **many).threads <= 4
+    assert plan(64, 1, 256, **many).threads <= 8
+    assert plan(64, 128, 1024, **many).threads == 32  # divides the units too, within a socket
+    assert plan(64, 128, 1024, **machine(64)).threads == 64
+    assert plan(8, 128, 256, **machine(8)).threads == 8
+
+
+def test_caches_decide():
+    """Weights that a core's cache holds are read by all row groups; larger ones are divided."""
+    small, large = (machine(2, 2, 2, l2=size << 10) for size in (512, 8192))
+    seen = [plan(2, 8, 256, **known).unit_groups for known in (small, large)]
+    assert seen == [2, 1]
+    far, near = (machine(16, cache_cores, 16) for cache_cores in (2, 16))
+    assert plan(16, 1, 512, **far).unit_groups <= plan(16, 1, 512, **near).unit_groups
+
+
 def test_plan_beside_other_programs():
     """Threads that wait for each other at every step get a core of their own, or are one."""
     assert plan(2, 8, 256).unit_groups == 2

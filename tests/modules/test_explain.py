@@ -1,5 +1,7 @@
 """explain describes the kernels that then run, as runtime.last_run reports them."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -91,10 +93,26 @@ def test_printed_lstm():
     lines = str(lstm_fused.explain(lstm, torch.randn(T, N, I))).splitlines()
     assert lines[0] == repr(lstm)
     assert lines[1].startswith("  layer 0: T=7 N=3 I=5 H=12 R=4, two directions, keeps gates")
-    assert lines[2].startswith("  layer 1: T=7 N=3 I=8 H=12 R=4, two directions, keeps gates")
-    assert len(lines) == 3
-    for line in lines[1:]:
+    assert lines[3].startswith("  layer 1: T=7 N=3 I=8 H=12 R=4, two directions, keeps gates")
+    assert len(lines) == 5
+    for line in lines[1::2]:
         assert f"kernel, {isa}, float32" in line
+    for line in lines[2::2]:
+        assert re.fullmatch(
+            r"    predicted .* [mu]s forward, .* [mu]s backward \(\d+% of all\)", line
+        )
+
+
+def test_predicted_times():
+    lstm = lstm_fused.LSTM(I, H, num_layers=2)
+    x = torch.randn(T, N, I)
+    (call,) = lstm_fused.explain(lstm, x).calls
+    assert [len(layer.seconds) for layer in call.layers] == [2, 2]
+    assert call.seconds == sum(sum(layer.seconds) for layer in call.layers) > 0
+    (call,) = lstm_fused.explain(lstm.requires_grad_(False), x).calls
+    (forward,) = call.layers[0].seconds
+    assert forward == call.layers[0].plan.nanoseconds / 1e9
+    assert "backward" not in str(call)
 
 
 @each_cell
@@ -168,10 +186,10 @@ def test_steps_of_a_model():
     assert [call.name for call in explanation.calls] == ["first", "second"] * T
     assert all(call.step and call.layers[0].training for call in explanation.calls[::2])
     lines = str(explanation).splitlines()
-    assert lines[::3] == [f"first: {model.first}", f"second: {model.second}"]
+    assert [lines[0], lines[4]] == [f"first: {model.first}", f"second: {model.second}"]
     assert lines[1].startswith("  step: T=1 N=3 I=5 H=12, keeps gates for backward")
-    assert lines[4].startswith("  runs through torch: it is not of lstm_fused")
-    assert lines[2::3] == ["  called 7 times"] * 2
+    assert lines[5].startswith("  runs through torch: it is not of lstm_fused")
+    assert lines[3::3] == ["  called 7 times"] * 2
 
 
 def test_model_without_a_layer():
