@@ -8,8 +8,8 @@ namespace {
 constexpr double kRowCycles = 2.07;     // a row of a tile step, at the rate of multiply-adds
 constexpr double kFewRowsCycles = 0.9;  // the same while the step waits for its weights
 constexpr double kWeightCycles = 6.2;   // 256 bytes of weights from the second-level cache
-constexpr double kFarCycles = 7.2;      // and from the third
-constexpr double kMemoryCycles = 11.8;  // and where they fill a large part of that
+constexpr double kFarCycles = 1;        // more from the third
+constexpr double kMemoryCycles = 5.6;   // more where they fill a large part of that
 constexpr double kCellCycles = 74;      // a vector of units of one row
 constexpr double kCellBackwardCycles = 119;
 constexpr double kPackCycles = 1.5;         // a vector of weights
@@ -53,19 +53,18 @@ struct Share {
 };
 
 // So many tile steps for all rows: bound by the multiply-adds, or by the weights, which each tile
-// reads.
+// reads. What the first tile waits for a cache further away comes to either.
 double product_cycles(const Share& share, const Machine& m, double steps) {
   const double step_bytes = kTileCols * facts(m.isa).vector_bytes;
   const double bytes = steps * step_bytes;
-  const double each = bytes <= 0.75 * m.topology.l2   ? kWeightCycles
-                      : bytes <= 0.25 * m.topology.l3 ? kFarCycles
-                                                      : kMemoryCycles;
-  const double first = each * step_bytes / 256;
-  const double others = (share.tiles - 1) * kWeightCycles * step_bytes / 256;
+  const double far = bytes <= 0.75 * m.topology.l2   ? 0
+                     : bytes <= 0.25 * m.topology.l3 ? kFarCycles
+                                                     : kMemoryCycles;
   // A tile of fewer columns has fewer independent sums, which costs it a cycle.
   const double narrow = facts(m.isa).tile_cols < kTileCols ? share.tiles : 0;
-  return steps *
-         std::max(share.rows * kRowCycles + narrow, first + others + share.rows * kFewRowsCycles);
+  const double multiply = share.rows * kRowCycles + narrow;
+  const double read = share.tiles * kWeightCycles * step_bytes / 256 + share.rows * kFewRowsCycles;
+  return steps * (std::max(multiply, read) + far * step_bytes / 256);
 }
 
 // What a step costs beyond its arithmetic where threads divide the units.
