@@ -17,9 +17,12 @@ int LoadEstimate::undisturbed(int threads, int64_t now) const {
 }
 
 // What a call may lose before fewer threads would be faster: without `late` of its threads it takes
-// the longer, the larger their share was.
+// the longer, the larger their share was. A program that always runs takes just that share of the
+// time. Calls not much longer than its time slices may lose less: fewer threads then make the
+// slowest calls many times as fast.
 int64_t LoadEstimate::tolerated(int threads, int64_t taken, int late) {
-  return taken * std::clamp(late, 1, threads / 2) / threads;
+  const int64_t share = taken * std::clamp(late, 1, threads / 2) / threads;
+  return taken < kLongCall ? share * 3 / 4 : share;
 }
 
 void LoadEstimate::note(int threads, int64_t taken, const TeamLoss& loss, int64_t now) {

@@ -25,6 +25,7 @@ class LoadEstimate {
   // One loss may be chance. Losses are not that exceed the tolerated part of the time by kTolerated
   // in sum.
   static constexpr int64_t kTolerated = 4 * kMillisecond;
+  static constexpr int64_t kLongCall = 50 * kMillisecond;
   // More threads are tried again after a pause, which doubles while that is in vain. A trial may
   // lose many time slices: in between are so many calls that few of them are trials, unless the
   // calls are long.
