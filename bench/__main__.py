@@ -34,7 +34,8 @@ def parse(argv):
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     add = parser.add_argument
     add("--set", choices=SETS, default="cpu", help="which rows (default: cpu)")
-    add("--threads", type=int, default=2, help="threads of all (default: 2)")
+    words = "threads of all (default: 2); several, by commas, are measured in turn and compared"
+    add("--threads", default="2", metavar="N,...", help=words)
     add("--device", choices=("cpu", "cuda"), help="default: cuda for gpu and plans, else cpu")
     add("--isa", choices=environment.ISA_LIMITS, help="hold us and torch to an instruction set")
     add("--busy", type=int, default=0, metavar="N", help="measure while N processes keep CPUs busy")
@@ -62,8 +63,11 @@ def parse(argv):
     compared = commands.add_parser("compare", help="what changed from one result to another")
     compared.add_argument("files", type=Path, nargs=2, metavar="BEFORE AFTER")
     args = parser.parse_args(argv)
-    if args.threads < 1:
-        parser.error("--threads must be at least 1")
+    counts = args.threads.split(",")
+    if not all(count.strip().isdecimal() and int(count) for count in counts):
+        parser.error(f"--threads must be at least 1, by commas if several, not {args.threads!r}")
+    args.thread_counts = [int(count) for count in counts]
+    args.threads = args.thread_counts[0]
     args.device = args.device or ("cuda" if args.set in ("gpu", "plans") else "cpu")
     chosen = [name.strip() for name in (args.providers or "").split(",") if name.strip()]
     if unknown := [name for name in chosen if name not in PROVIDERS]:
@@ -183,11 +187,32 @@ def run_rows(args, works) -> dict:
         signal.signal(signal.SIGTERM, before)
 
 
-def run_set(args) -> int:
-    """1 if ours were wrong, or --self found torch.nn to be faster than itself; 130 after Ctrl-C."""
+def run_counts(args) -> int:
+    """The set with each thread count, then how each provider gains from threads; as run_set."""
+    results, code, target = [], 0, args.json
+    for count in args.thread_counts:
+        args.threads = count
+        torch.set_num_threads(count)
+        if target and len(args.thread_counts) > 1:
+            args.json = target.with_stem(f"{target.stem}-{count}t")
+        elif not target:
+            args.json = None  # --save names the file by the thread count
+        found, result = run_set(args)
+        code = max(code, found)
+        if result is None or result["interrupted"]:
+            break
+        results.append(result)
+    if len(results) > 1:
+        print("\n" + report.scaling(results))
+    return code
+
+
+def run_set(args) -> tuple[int, dict | None]:
+    """(code, result); code is 1 if ours were wrong, or --self found torch.nn to be faster than
+    itself, and 130 after Ctrl-C."""
     works = [w for w in SETS[args.set] if args.only in w.name]
     if not works:
-        return fail(f"no row of the set {args.set} contains {args.only!r}")
+        return fail(f"no row of the set {args.set} contains {args.only!r}"), None
     result = run_rows(args, works)
     try:
         if args.memory and not result["interrupted"]:
@@ -203,9 +228,9 @@ def run_set(args) -> int:
     for name, reasons in result["left_out"].items():
         print(f"left out: {name} ({', '.join(reasons)})", file=sys.stderr)
     if result["interrupted"]:
-        return 130
+        return 130, result
     good = all(map(report.is_even, rows)) if args.self else not any(map(report.is_ours_wrong, rows))
-    return 0 if good else 1
+    return (0 if good else 1), result
 
 
 def main(argv=None) -> int:
@@ -225,7 +250,7 @@ def main(argv=None) -> int:
         if args.json:
             args.json.write_text(json.dumps(found, indent=1) + "\n")
         return 0
-    return run_model(args) if args.model else run_set(args)
+    return run_model(args) if args.model else run_counts(args)
 
 
 if __name__ == "__main__":

@@ -390,6 +390,27 @@ def update(target: Path, paths: list[Path]) -> None:
     target.write_text(f"{before}{BEGIN}\n{block(paths, target)}\n{END}{after}")
 
 
+def scaling(results: list[dict]) -> str:
+    """How many times as fast each provider is as on the first result's threads."""
+    first, *others = results
+    names = [OURS, *peers(first)]
+    counts = [result["machine"]["threads"] for result in others]
+    head = ["case", *(f"{name} {count}t" for name in names for count in counts)]
+    lines = [head]
+    for row in measured(first):
+        line = [row["workload"]["name"]]
+        for name in names:
+            for other in others:
+                same = next((r for r in measured(other) if r["workload"] == row["workload"]), {})
+                before = median_of(row, name)
+                after = median_of(same, name) if same else None
+                line.append(ratio_cell(before / after if before and after else None))
+        lines.append(line)
+    count = first["machine"]["threads"]
+    words = f"Speed-up over {count} {'thread' if count == 1 else 'threads'} of the same provider."
+    return f"{table_text(lines)}\n\n{words}"
+
+
 class Change(NamedTuple):
     """One row in two results: our speed-up over torch.nn before and after, None without a time.
 

@@ -6,6 +6,7 @@ import sys
 from dataclasses import asdict
 
 import pytest
+import torch
 
 from bench import __main__ as cli
 from bench import report
@@ -216,6 +217,26 @@ def test_itself_is_even_within_its_spread(theirs, ours, spread, even, monkeypatc
     monkeypatch.setattr(cli, "run_rows", lambda args, works: found)
     assert cli.main(["--set", "quick", "--threads", "1", "--self"]) == (0 if even else 1)
     assert ("even |" in capsys.readouterr().out) == even
+
+
+def test_several_thread_counts(tmp_path, monkeypatch, capsys):
+    """Each is measured and written, then the speed-up of each provider from the first is shown."""
+    times = {1: (2e-3, 1e-3), 4: (1e-3, 2.5e-4)}
+
+    def measured(args, works):
+        assert torch.get_num_threads() == args.threads
+        theirs, ours = times[args.threads]
+        machine = MACHINE | {"threads": args.threads}
+        return result(row(theirs=theirs, ours=ours), left_out={}, machine=machine)
+
+    monkeypatch.setattr(cli, "run_rows", measured)
+    out = tmp_path / "out.json"
+    assert cli.main(["--threads", "1,4", "--json", str(out)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"out-1t.json", "out-4t.json"}
+    table = capsys.readouterr().out.split("\n\n")[-2].splitlines()
+    assert [cell.strip() for cell in table[-1].split("|")[1:-1]] == ["B8 forward", "4.00x", "2.00x"]
+    with pytest.raises(SystemExit):
+        cli.main(["--threads", "1,0"])
 
 
 def test_a_page_and_a_chart_on_demand(tmp_path):
