@@ -27,8 +27,10 @@ constexpr double kLineCycles = 4, kFarLineCycles = 20;
 // A thread that shares a core with another program gets half of it.
 constexpr double kSharedSlowdown = 2;
 
-// Rows below which the input projection is computed ahead.
-constexpr int64_t kHoistBelowRows = 16;
+// Rows below which the input projection is computed ahead; and where the weights fill so large a
+// part of the last-level cache that each step reads them from memory.
+constexpr int64_t kHoistBelowRows = 16, kHoistFarBelowRows = 33;
+constexpr double kFarPart = 0.75;
 
 // What the slowest thread does of a layer.
 struct Share {
@@ -88,7 +90,10 @@ double team_cycles(const Partition& part) {
 bool hoists(const Problem& p, const Machine& m) {
   const bool in_place = p.dtype == DType::kFloat32 || p.dtype == DType::kFloat64 ||
                         (multiplies_pairs(m.isa, p.dtype) && p.I % 2 == 0);
-  return !in_place || p.N < kHoistBelowRows;
+  if (!in_place || p.N < kHoistBelowRows) return true;
+  const double weights = static_cast<double>(p.I + p.R) * info(p.cell).gates * p.H * p.D;
+  const int bytes = multiplies_pairs(m.isa, p.dtype) ? 2 : compute_bytes(p.dtype);
+  return p.T > 1 && p.N < kHoistFarBelowRows && weights * bytes > kFarPart * m.topology.l3;
 }
 
 double forward_cycles(const Problem& p, const Machine& m, KernelKind kernel,
