@@ -354,8 +354,8 @@ void extend_strips(int rows, int cols, const TileProduct<M>& p, typename M::Comp
   });
 }
 
-// Rows [begin, end) in tiles of kMaxRows. Two tiles share a remainder of one or two rows, which would
-// take almost the time of four. Calls f(first row, rows of the tile).
+// Rows [begin, end) in tiles of kMaxRows. Two tiles share a remainder of one or two rows, which
+// would take almost the time of four. Calls f(first row, rows of the tile).
 template <class F>
 LSTM_FUSED_INLINE void for_each_tile(int64_t begin, int64_t end, const F& f) {
   for (int64_t first = begin; first < end;) {
