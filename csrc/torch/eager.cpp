@@ -163,7 +163,7 @@ PyObject* call(PyObject* (*function)(const Torch&, PyObject* const*), PyObject* 
   }
   try {
     const Torch* torch = Torch::get();
-    if (torch && torch->nothing_observes()) return function(*torch, args);
+    if (torch && torch->to_handles && torch->nothing_observes()) return function(*torch, args);
   } catch (const std::exception&) {  // the operator says what is wrong
   }
   PyErr_Clear();

@@ -45,8 +45,9 @@ struct Torch {
   PyObject *empty_like, *grad_enabled, *autocast_enabled, *tracing, *dispatch_modes,
       *function_modes, *functorch, *profiling;
   PyObject* forward_ad;
-  PyObject* is_neg;                     // of a tensor, without a lookup
-  PyObject *to_handles, *from_handles;  // between lists of tensors and of the stable ABI's handles
+  PyObject* is_neg;  // of a tensor, without a lookup
+  // Between lists of tensors and of the stable ABI's handles; null where this torch lacks them.
+  PyObject *to_handles, *from_handles;
   PyObject *cpu, *new_empty, *requires_grad, *current_level;  // strings
 
   // Null where this torch lacks one of them: then there is no fast path.
@@ -112,12 +113,15 @@ struct Torch {
         !get(functorch, "torch", "_C._functorch.peek_interpreter_stack") ||
         !get(profiling, "torch", "_C._autograd._profiler_enabled") ||
         !get(forward_ad, "torch.autograd.forward_ad", "") ||
-        !get(is_neg, "torch", "_C.TensorBase.is_neg") ||
-        !get(to_handles, "torch", "_C._aoti.unsafe_alloc_void_ptrs_from_tensors") ||
-        !get(from_handles, "torch", "_C._aoti.alloc_tensors_by_stealing_from_void_ptrs"))
+        !get(is_neg, "torch", "_C.TensorBase.is_neg"))
       return false;
     dlpack =
         static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, dlpack::kCapsule));
+    if (!get(to_handles, "torch", "_C._aoti.unsafe_alloc_void_ptrs_from_tensors") ||
+        !get(from_handles, "torch", "_C._aoti.alloc_tensors_by_stealing_from_void_ptrs")) {
+      to_handles = nullptr;
+      PyErr_Clear();
+    }
     cpu = PyUnicode_InternFromString("cpu");
     new_empty = PyUnicode_InternFromString("new_empty");
     requires_grad = PyUnicode_InternFromString("requires_grad");
