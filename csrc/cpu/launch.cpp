@@ -204,7 +204,10 @@ Machine machine_for(int threads) {
   if (fixed_plans()) return machine;
   machine.topology = topology();
   if (load.limits(threads)) {
-    const int undisturbed = load.undisturbed(threads, nanoseconds_now());
+    const int64_t now = nanoseconds_now();
+    if (load.tries(threads, now) && idle_cpus("") < load.undisturbed(threads, now))
+      load.put_off(now);
+    const int undisturbed = load.undisturbed(threads, now);
     machine.undisturbed = undisturbed < threads ? undisturbed : 0;
   }
   return machine;

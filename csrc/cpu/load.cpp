@@ -16,6 +16,14 @@ int LoadEstimate::undisturbed(int threads, int64_t now) const {
   return is_trial(now) ? std::min(threads, 2 * limit) : limit;
 }
 
+void LoadEstimate::put_off(int64_t now) {
+  if (put_off_ >= kMostPutOff) return;
+  ++put_off_;
+  pause_ = std::min<int64_t>(2 * pause_, kLongestPause);
+  limited_at_ = now;
+  calls_ = 0;
+}
+
 // What a call may lose before fewer threads would be faster: without `late` of its threads it takes
 // the longer, the larger their share was. A program that always runs takes just that share of the
 // time. Calls not much longer than its time slices may lose less: fewer threads then make the
@@ -30,6 +38,7 @@ void LoadEstimate::note(int threads, int64_t taken, const TeamLoss& loss, int64_
   if (threads == 1) return;
   const int limit = limit_;
   const bool trial = threads > limit;
+  if (trial) put_off_ = 0;
   const int64_t excess = loss.longest - tolerated(threads, taken, loss.threads);
   const int64_t debt = std::max<int64_t>(0, debt_ + excess);
   if (debt != debt_) debt_ = debt;

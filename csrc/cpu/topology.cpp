@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <fstream>
+#include <limits>
 #include <map>
 #include <sstream>
 
@@ -129,6 +130,18 @@ Topology read_topology(const std::string& root, const std::vector<int>& cpus) {
   if (const double granted = quota(root); granted > 0)
     t.cores = std::clamp(static_cast<int>(granted), 1, t.cores);
   return t;
+}
+
+int idle_cpus(const std::string& root) {
+  // "0.20 0.18 0.12 1/80 11206": 1 of 80 tasks is running or ready.
+  std::istringstream load(line_of(root + "/proc/loadavg"));
+  std::string averages[3];
+  int running = 0;
+  const int online =
+      static_cast<int>(list_in(line_of(root + "/sys/devices/system/cpu/online")).size());
+  if (!(load >> averages[0] >> averages[1] >> averages[2] >> running) || online == 0)
+    return std::numeric_limits<int>::max();
+  return online - (running - 1);
 }
 
 std::vector<int> allowed_cpus() {

@@ -147,6 +147,8 @@ PYBIND11_MODULE(_plan, m) {
   py::class_<LoadEstimate>(m, "LoadEstimate")
       .def(py::init<>())
       .def("undisturbed", &LoadEstimate::undisturbed, py::arg("threads"), py::arg("now"))
+      .def("tries", &LoadEstimate::tries, py::arg("threads"), py::arg("now"))
+      .def("put_off", &LoadEstimate::put_off, py::arg("now"))
       .def(
           "note",
           [](LoadEstimate& load, int threads, int64_t taken, int64_t longest, int late,
@@ -170,6 +172,7 @@ PYBIND11_MODULE(_plan, m) {
         py::arg("N"), py::arg("I"), py::arg("H"), py::arg("R"), py::arg("directions") = 1,
         py::arg("projection") = false, py::arg("training") = false, py::arg("backward") = false,
         py::arg("cell") = "lstm", py::arg("undisturbed") = 0, py::arg("topology") = Topology{});
+  m.def("idle_cpus", &idle_cpus, py::arg("root"));
   m.def("read_topology", &read_topology, py::arg("root"), py::arg("cpus"));
   m.def("run_of", &run_of);
   m.def("cells", &cells);

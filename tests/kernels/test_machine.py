@@ -246,6 +246,33 @@ def test_a_part_of_the_time_may_be_lost():
     assert {load.call(busy=1, taken=20 * MS) for _ in range(1000)} == {2}
 
 
+def test_a_trial_is_put_off_while_other_programs_run():
+    """But not for ever: a call of two seconds' distance from the next one is no trial for long."""
+    load = Load()
+    load.call(busy=1)
+    load.call(busy=1)
+    seen, tried = [], []
+    for call in range(60):
+        load.now += 2000 * MS
+        if load.estimate.tries(2, load.now):
+            load.estimate.put_off(load.now)
+        seen.append(load.call(busy=1))
+        tried += [call] if seen[-1] == 2 else []
+    assert seen[0] == 1 and tried and tried[0] > 20 and seen.count(2) < 3
+    load.now += 100_000 * MS
+    assert load.estimate.tries(2, load.now) and load.call() == 2
+
+
+@pytest.mark.parametrize(
+    ("running", "online", "idle"), [("1/80", "0-1", 2), ("2/80", "0-1", 1), ("9/700", "0-3,8", -3)]
+)
+def test_idle_cpus(tmp_path, running, online, idle):
+    assert _plan.idle_cpus(str(tmp_path)) > 1000  # no such files
+    write(tmp_path, {"proc/loadavg": f"0.20 0.18 0.12 {running} 11206"})
+    write(tmp_path, {"sys/devices/system/cpu/online": online})
+    assert _plan.idle_cpus(str(tmp_path)) == idle
+
+
 def test_load_estimate_recovers():
     load = Load(8)
     for _ in range(5000):
