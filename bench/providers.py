@@ -26,7 +26,7 @@ from bench.cases import (
     Workload,
     lengths_of,
 )
-from bench.runs import Case, GraphRun, LoopRun, ModuleRun, named
+from bench.runs import Case, GraphRun, LoopRun, ModuleRun, cell_of, named
 from lstm_fused import cuda, reference
 
 OURS_GRAPH, AGAIN = f"{OURS} graph", f"{TORCH} again"
@@ -102,10 +102,7 @@ class CellRun(ModuleRun):
     """torch.nn.LSTMCell with the module's weights, what a loop over steps would call."""
 
     def __init__(self, case: Case):
-        cell = torch.nn.LSTMCell(case.workload.I, case.workload.H).to(case.module.weight_hh_l0)
-        weights = case.module.named_parameters()
-        cell.load_state_dict({name.removesuffix("_l0"): w for name, w in weights})
-        super().__init__(cell, case)
+        super().__init__(cell_of(torch.nn, case), case)
 
     def reset(self):
         self.state = self.case.state and tuple(s[0] for s in self.case.state)
@@ -127,8 +124,8 @@ class CellRun(ModuleRun):
 class OnnxRun:
     """A graph of one recurrent node with the module's weights, on as many threads as torch's.
 
-    A subclass makes self.infer, a function of the feed, arrays by name, that returns y and the
-    final states.
+    A subclass's `load` makes the model a function of the feed, arrays by name, that returns y and
+    the final states.
     """
 
     def __init__(self, case: Case):

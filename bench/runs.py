@@ -139,17 +139,22 @@ class ModuleRun:
         return ran
 
 
+def cell_of(library, case: Case):
+    """`library`'s single-step cell with the module's weights."""
+    work = case.workload
+    cell = getattr(library, f"{CELLS[work.cell]}Cell")(work.I, work.H, work.bias)
+    cell = cell.to(case.module.weight_hh_l0)
+    weights = case.module.named_parameters()
+    cell.load_state_dict({name.removesuffix("_l0"): w for name, w in weights})
+    return cell
+
+
 class LoopRun(ModuleRun):
     """A loop over the steps that calls `library`'s single-step cell with the module's weights."""
 
     def __init__(self, library, case: Case):
-        work = case.workload
-        cell = getattr(library, f"{CELLS[work.cell]}Cell")(work.I, work.H, work.bias)
-        cell = cell.to(case.module.weight_hh_l0)
-        weights = case.module.named_parameters()
-        cell.load_state_dict({name.removesuffix("_l0"): w for name, w in weights})
-        super().__init__(cell, case)
-        weights = {f"{name}_l0": w for name, w in cell.named_parameters()}
+        super().__init__(cell_of(library, case), case)
+        weights = {f"{name}_l0": w for name, w in self.module.named_parameters()}
         self.leaves = {"x": self.x, **weights}
 
     def _training(self):

@@ -53,7 +53,7 @@ def layer(x, batch_sizes, state0, weights, cell="lstm", directions=1):
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_transformed():
         y, h_n, c_n, _, _ = forward_op(*args, False)
     elif torch.is_grad_enabled() and any([t.requires_grad for t in (*weights, x, *state0)]):
-        call = Layer(_IDS[cell], directions, len(state0))
+        call = _call(_IDS[cell], directions, len(state0))
         y, *ends = autograd.record(None, call, x, batch_sizes, *state0, *weights)
         return y, tuple(ends)
     else:
@@ -69,12 +69,12 @@ def step(x, state0, weights, cell):
     b_ih and b_hh if there are biases; as `inference.infer_step` found them fit. Returns the states
     after the step, a tensor if the cell has one state, else a tuple.
     """
-    return autograd.record_step(_step(_IDS[cell], len(state0)), x, *state0, *weights)
+    return autograd.record_step(_call(_IDS[cell], 1, len(state0)), x, *state0, *weights)
 
 
 @cache
-def _step(cell, states):
-    return Layer(cell, 1, states)
+def _call(cell, directions, states):
+    return Layer(cell, directions, states)
 
 
 def _is_transformed():

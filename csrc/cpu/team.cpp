@@ -2,13 +2,14 @@
 
 #include <omp.h>
 #include <pthread.h>
-#include <sched.h>
 #include <strings.h>
 #include <time.h>
 
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
+
+#include "topology.h"
 
 namespace lstm_fused {
 namespace {
@@ -37,11 +38,8 @@ bool passive() {
 
 // Cores this process may run on: fewer than the threads asked for means that spinning is harmful.
 int allowed_cores() {
-#if defined(__linux__)
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof(set), &set) == 0) return CPU_COUNT(&set);
-#endif
-  return omp_get_num_procs();
+  const int known = static_cast<int>(allowed_cpus().size());
+  return known > 0 ? known : omp_get_num_procs();
 }
 
 // Whether the threads of a team spin when they wait for each other.

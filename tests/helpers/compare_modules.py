@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lstm_fused
 from lstm_fused import ops, runtime
@@ -200,3 +201,20 @@ def assert_layer_raises(change, message):
     with pytest.raises(RuntimeError) as error:
         ops.layer(given["x"], given["batch_sizes"], given["state0"], (given["w_ih"], given["w_hh"]))
     assert str(error.value) == message
+
+
+# Single-step cells by name.
+STEPS = {
+    "lstm": lstm_fused.LSTMCell,
+    "gru": lstm_fused.GRUCell,
+    "tanh": lstm_fused.RNNCell,
+    "relu": lambda *sizes, **options: lstm_fused.RNNCell(*sizes, nonlinearity="relu", **options),
+}
+
+
+class Watching(TorchDispatchMode):
+    """A mode that observes each call; seen: the names of the operators."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen = getattr(self, "seen", set()) | {str(func)}
+        return func(*args, **(kwargs or {}))

@@ -19,7 +19,10 @@ def test_a_cell_is_a_header_and_a_row(tmp_path):
     row = "#define LSTM_FUSED_CELLS(CELL) CELL(leaky, Leaky)"
     # The other rows would be compiled too, which takes a minute.
     cells.write_text(re.sub(r"#define LSTM_FUSED_CELLS\(CELL\)(.*\\\n)*.*", row, text))
-    sources = [csrc / "cpu" / f"{name}.cpp" for name in ("isa_baseline", "plan", "cost", "team")]
+    sources = [
+        csrc / "cpu" / f"{name}.cpp"
+        for name in ("isa_baseline", "plan", "cost", "team", "topology")
+    ]
     program = tmp_path / "driver"
     command = ["g++", *FLAGS, f"-I{csrc}", *sources, RECIPE / "driver.cpp", "-o", program]
     subprocess.run(command, check=True)

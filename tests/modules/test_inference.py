@@ -7,11 +7,10 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lstm_fused
 from lstm_fused import inference, runtime
-from tests.helpers.compare_modules import states_of
+from tests.helpers.compare_modules import STEPS, Watching, states_of
 from tests.helpers.oracle import Problem, run_module
 from tests.helpers.plan_coverage import DTYPES, isas_for
 
@@ -59,14 +58,6 @@ def test_equals_the_operator(problem, dtype, fast_path, monkeypatch):
         for name, t in usual.tensors.items():
             assert torch.equal(quick.tensors[name], t), (isa, name)
             assert quick.tensors[name].stride() == t.stride(), (isa, name)
-
-
-STEPS = {
-    "lstm": lstm_fused.LSTMCell,
-    "gru": lstm_fused.GRUCell,
-    "tanh": lstm_fused.RNNCell,
-    "relu": lambda *sizes, **options: lstm_fused.RNNCell(*sizes, nonlinearity="relu", **options),
-}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -139,12 +130,6 @@ def test_outputs_do_not_alias_inputs():
     pointers = [t.untyped_storage().data_ptr() for t in (x, *state, y, h_n, c_n)]
     assert len(set(pointers)) == len(pointers)
     y.resize_(2, 2)
-
-
-class Watching(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen = getattr(self, "seen", set()) | {str(func)}
-        return func(*args, **(kwargs or {}))
 
 
 class Overriding(TorchFunctionMode):

@@ -5,11 +5,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lstm_fused
 from lstm_fused import _C, runtime
-from tests.helpers.compare_modules import states_of
+from tests.helpers.compare_modules import STEPS, Watching, states_of
 from tests.helpers.oracle import Problem, run_module
 from tests.helpers.plan_coverage import DTYPES, isas_for
 
@@ -20,12 +19,6 @@ PROBLEMS = (
     Problem(4, 5, 5, 40, batch_first=True, form="unsorted"),
     *(Problem(2, 5, 6, 18, hx=True, cell=cell) for cell in ("gru", "rnn_tanh", "rnn_relu")),
 )
-CELLS = {
-    "lstm": lstm_fused.LSTMCell,
-    "gru": lstm_fused.GRUCell,
-    "tanh": lstm_fused.RNNCell,
-    "relu": lambda *sizes, **options: lstm_fused.RNNCell(*sizes, nonlinearity="relu", **options),
-}
 
 
 @pytest.fixture
@@ -78,7 +71,7 @@ def test_layers_equal_the_operator(problem, dtype, direct):
 def step(cell, rows, state, bias, dtype):
     """A cell, its arguments and all that has a gradient; the same at each call."""
     torch.manual_seed(0)
-    module = CELLS[cell](9, 21, bias=bias, dtype=dtype)
+    module = STEPS[cell](9, 21, bias=bias, dtype=dtype)
     x, h, c = (torch.randn(*rows, n).to(dtype).requires_grad_() for n in (9, 21, 21))
     given = () if not state else (h, c) if cell == "lstm" else (h,)
     hx = None if not state else given if cell == "lstm" else h
@@ -90,7 +83,7 @@ def loss_of(states):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", STEPS)
 @pytest.mark.parametrize("rows", [(), (1,), (3,), (7,), (9,)], ids=str)
 def test_cells_equal_the_operator(rows, cell, dtype, direct):
     for isa in isas_for(dtype):
@@ -112,12 +105,6 @@ def test_cells_equal_the_operator(rows, cell, dtype, direct):
                 assert torch.equal(one, other), isa
 
 
-class Watching(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen = getattr(self, "seen", set()) | {str(func)}
-        return func(*args, **(kwargs or {}))
-
-
 def test_is_left_to_the_operator(direct):
     """Where something observes the call."""
     layer, x = lstm_fused.LSTM(4, 6), torch.randn(3, 2, 4)
@@ -130,7 +117,7 @@ def test_is_left_to_the_operator(direct):
     assert direct == [("forward", False), ("backward", False)] * 2
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", STEPS)
 def test_batched_gradients_of_a_cell(cell):
     """is_grads_batched, with gradients of the gradients and without."""
     module, x, hx, wanted = step(cell, (3,), True, True, torch.float64)
