@@ -2,9 +2,6 @@
 PYTHON ?= python3
 ARGS ?=
 
-# Architectures of the CUDA kernels, where nvcc is. `pip install` by itself builds them all.
-export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0a
-
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps

@@ -1,12 +1,21 @@
-"""Builds the two extension modules. Needs torch, ninja and pybind11 installed beforehand:
+"""Builds the extension modules. Needs torch, setuptools and ninja installed beforehand:
 
-    pip install --no-build-isolation .
+    pip install --no-build-isolation -v .
 
-`lstm_fused._C`     operators and CPU kernels, on torch's stable ABI (any torch >= 2.10 loads it)
-`lstm_fused._plan`  plans and build information, on pybind11 alone
-`lstm_fused._C_cuda` operators and CUDA kernels, on the stable ABI too, where nvcc is found; also
-                    beside a torch without CUDA. TORCH_CUDA_ARCH_LIST chooses the architectures.
-                    LSTM_FUSED_CUDA=0 leaves it out, LSTM_FUSED_CUDA=1 fails without nvcc.
+`lstm_fused._C`       operators and CPU kernels, on torch's stable ABI
+`lstm_fused._plan`    plans and build information, without torch
+`lstm_fused._C_cuda`  operators and CUDA kernels, where nvcc is found; also beside a torch without
+                      CUDA
+
+All are in CPython's limited API: one build serves Python 3.10 and later, and torch 2.10 and later.
+
+Environment variables:
+    LSTM_FUSED_CUDA       0 leaves the CUDA library out, 1 fails without nvcc
+    CUDA_HOME             the CUDA toolkit to use, before an nvcc on the PATH
+    TORCH_CUDA_ARCH_LIST  GPU architectures, such as "8.0;9.0a"; by default those of the GPUs that
+                          are there, else SHORT_LIST
+    MAX_JOBS              compilers at a time, by default as many as there are CPUs
+    CXX                   the C++ compiler
 """
 
 import os
@@ -19,11 +28,11 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
-
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "lstm_fused" / "__init__.py").read_text())[1]
-STABLE_ABI = "0x020a000000000000"
+STABLE_ABI = "0x020a000000000000"  # torch 2.10
+LIMITED_API = "0x030A0000"  # Python 3.10
+SHORT_LIST = "8.0;9.0a"  # A100 and every other GPU of 8.x; H100, H200
 
 
 def fail(message):
@@ -31,32 +40,39 @@ def fail(message):
 
 
 try:
+    from setuptools import Extension, setup
+except ImportError:
+    fail("setuptools is not installed. `pip install setuptools wheel`, then try again.")
+try:
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError:
     fail("torch is not installed. `pip install torch`, then `pip install --no-build-isolation .`")
-try:
-    import pybind11
-except ImportError:
-    fail("pybind11 is not installed. `pip install pybind11 ninja`, then try again.")
-if platform.system() != "Linux":
-    fail(f"only Linux is supported so far, not {platform.system()}.")
-if shutil.which(os.environ.get("CXX", "g++").split()[0]) is None:
-    fail("no C++ compiler. Install g++ 11 or newer (or set CXX).")
+
+
+def require_tools():
+    """Ends the build with one line for what is missing, before anything is compiled."""
+    if platform.system() not in ("Linux", "Darwin"):
+        fail(f"only Linux is supported, and macOS untried; not {platform.system()}.")
+    if shutil.which("ninja") is None:
+        fail("ninja is not installed. `pip install ninja`, then try again.")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        fail("Python.h is missing. Debian and Ubuntu: `apt install python3-dev`.")
+    compiler = os.environ.get("CXX", "c++")
+    found = shutil.which(shlex.split(compiler)[0])
+    if found is None:
+        fail(f"no C++ compiler {compiler}. Install g++ 11 or newer, or set CXX.")
+    check = [*shlex.split(compiler), "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
+    done = subprocess.run(check, input="#include <version>\n", capture_output=True, text=True)
+    if done.returncode:
+        fail(f"{compiler} does not compile C++20. Install g++ 11 or newer, or set CXX.")
 
 
 def find_nvcc():
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    return next(
-        filter(
-            None,
-            map(
-                shutil.which,
-                [*([f"{home}/bin/nvcc"] if home else []), "nvcc", "/usr/local/cuda/bin/nvcc"],
-            ),
-        ),
-        None,
-    )
+    if home:  # no other toolkit than the one asked for
+        return shutil.which(f"{home}/bin/nvcc")
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
 def nvcc_to_use(wanted, found):
@@ -72,8 +88,21 @@ def nvcc_to_use(wanted, found):
 
 NVCC = nvcc_to_use(os.environ.get("LSTM_FUSED_CUDA", ""), find_nvcc())
 
+
+def version():
+    """The version, for a build with CUDA kernels with a local part: 0.1.0+cu130. A source
+    distribution has none."""
+    if NVCC is None or {"sdist", "egg_info"} & set(sys.argv):
+        return VERSION
+    says = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
+    major, minor = re.search(r"release (\d+)\.(\d+)", says).groups()
+    return f"{VERSION}+cu{major}{minor}"
+
+
+OPENMP = ["-fopenmp"] if platform.system() == "Linux" else []  # Apple's clang has none
 COMMON = [
     "-std=c++20",
+    f"-DPy_LIMITED_API={LIMITED_API}",
     "-O3",
     "-fvisibility=hidden",
     "-Wall",
@@ -89,22 +118,47 @@ KERNEL = [
     "-fno-math-errno",
     "-fno-trapping-math",
     "-ffp-contract=fast",
-    "-fopenmp",
+    *OPENMP,
 ]
 
 
-# The cells' constexpr functions are called from
-# kernels.
+# The cells' constexpr functions are called from kernels.
 CUDA = [
     "-std=c++20",
     "-O3",
     "--expt-relaxed-constexpr",
     "-DUSE_CUDA",  # torch's shims for streams
     f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
+    f"-DPy_LIMITED_API={LIMITED_API}",
     "-Xcompiler=-fPIC,-fvisibility=hidden",
 ]
-ARCHITECTURES = ROOT / "csrc" / "cuda" / "architectures.h"  # a row for each
-CUDA_ARCHS = ";".join(re.findall(r'^    {"([^"]+)"', ARCHITECTURES.read_text(), re.MULTILINE))
+
+
+def known_architectures():
+    """Every architecture that the kernels are written for: csrc/cuda/architectures.h."""
+    table = (ROOT / "csrc" / "cuda" / "architectures.h").read_text()
+    return re.findall(r'^    {"([^"]+)"', table, re.MULTILINE)
+
+
+def architecture_of(capability):
+    """The known architecture for a GPU of this compute capability ("8.6"), or None: code for an
+    older GPU of the same major capability runs on it."""
+    major, minor = map(int, capability.split("."))
+    known = ((arch, *map(int, re.findall(r"\d+", arch))) for arch in known_architectures())
+    fitting = [arch for arch, at, least in known if at == major and least <= minor]
+    return fitting[-1] if fitting else None
+
+
+def architectures():
+    """The GPU architectures to compile for, as TORCH_CUDA_ARCH_LIST has them."""
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return os.environ["TORCH_CUDA_ARCH_LIST"]
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    says = ""
+    if shutil.which("nvidia-smi"):
+        says = subprocess.run(query, capture_output=True, text=True).stdout
+    present = map(architecture_of, re.findall(r"^\d+\.\d+$", says, re.MULTILINE))
+    return ";".join(sorted({arch for arch in present if arch})) or SHORT_LIST
 
 
 def gencode(archs):
@@ -133,8 +187,8 @@ def extensions():
         "lstm_fused._C",
         sources("cpu", "torch"),  # the files of an ISA first: they compile longest
         extra_compile_args=[*COMMON, *KERNEL, f"-DTORCH_TARGET_VERSION={STABLE_ABI}"],
-        extra_link_args=["-fopenmp"],
-        py_limited_api=False,
+        extra_link_args=OPENMP,
+        py_limited_api=True,
     )
     # Neither libtorch_python nor libc10 is used: the stable ABI lies in libtorch.
     operators.libraries = ["torch", "torch_cpu"]
@@ -151,11 +205,12 @@ def extensions():
             f'-DLSTM_FUSED_BUILT_WITH_TORCH="{torch.__version__}"',
             f"-DLSTM_FUSED_CUDA={int(NVCC is not None)}",
         ],
+        py_limited_api=True,
     )
-    plan.include_dirs = [pybind11.get_include()]
-    plan.libraries = []
+    plan.include_dirs = plan.libraries = []
     # Compiled by Build below: setuptools knows no nvcc, and torch's own rules want a CUDA torch.
-    return [operators, plan, *([Extension("lstm_fused._C_cuda", sources=[])] if NVCC else [])]
+    cuda = Extension("lstm_fused._C_cuda", sources=[], py_limited_api=True)
+    return [operators, plan, *([cuda] if NVCC else [])]
 
 
 NINJA = """\
@@ -175,7 +230,6 @@ def build_cuda(folder, target):
     folder.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     torch_folder = Path(torch.__file__).parent
-    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHS
     includes = [
         torch_folder / "include",
         torch_folder / "include/torch/csrc/api/include",
@@ -184,7 +238,7 @@ def build_cuda(folder, target):
     libraries = ["-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
     rules = NINJA.format(
         nvcc=shlex.quote(NVCC),
-        flags=shlex.join([*CUDA, *gencode(archs), *(f"-I{path}" for path in includes)]),
+        flags=shlex.join([*CUDA, *gencode(architectures()), *(f"-I{path}" for path in includes)]),
         libraries=shlex.join([f"-L{torch_folder / 'lib'}", *libraries]),
     )
     objects = []
@@ -210,10 +264,17 @@ class Build(BuildExtension):
         super().finalize_options()
         if self.inplace:  # set for an editable install too: object files are kept for the next one
             self.build_temp = str(ROOT / "build" / "temp")
+            # One that is named for a version of Python would be imported instead.
+            for earlier in (ROOT / "lstm_fused").glob("_*.cpython-*"):
+                earlier.unlink()
 
     def build_extensions(self):
-        if NVCC is None:
-            print("lstm_fused: without nvcc or with LSTM_FUSED_CUDA=0, building the CPU part only")
+        require_tools()
+        say("compiling the CPU kernels: 2 to 4 minutes on two cores")
+        if NVCC:
+            say(f"then the CUDA kernels for {architectures()}: 6 to 10 minutes for each of them")
+        else:
+            say("no CUDA kernels: there is no nvcc, or LSTM_FUSED_CUDA=0")
         super().build_extensions()
 
     def build_extension(self, ext):
@@ -222,4 +283,14 @@ class Build(BuildExtension):
         build_cuda(Path(self.build_temp) / "cuda", self.get_ext_fullpath(ext.name))
 
 
-setup(version=VERSION, ext_modules=extensions(), cmdclass={"build_ext": Build})
+def say(what):
+    print(f"lstm_fused: {what}", flush=True)
+
+
+if __name__ == "__main__":
+    setup(
+        version=version(),
+        ext_modules=extensions(),
+        cmdclass={"build_ext": Build},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )

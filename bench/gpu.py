@@ -38,7 +38,7 @@ def exchange_library(capability: tuple[int, int]) -> ctypes.CDLL:
     target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
     headers = (SOURCE.with_suffix(".h"), *sorted((CSRC / "cuda").rglob("*.h")))
     texts = [header.read_text() for header in headers]
-    return compiled(SOURCE, [nvcc(), *FLAGS, f"-I{CSRC}", target], *texts)
+    return ctypes.CDLL(compiled(SOURCE, [nvcc(), *FLAGS, f"-I{CSRC}", target], *texts))
 
 
 def run_exchange() -> list[dict]:

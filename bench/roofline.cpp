@@ -1,8 +1,9 @@
 // What this machine can do at most: multiply-adds, reading memory, synchronizing threads.
 //
-// Compiled on demand for this processor and called through ctypes (bench/roofline.py). Every
-// function runs its work on `threads` threads at once.
+// A Python module, compiled on demand for this processor (bench/roofline.py). Every function runs
+// its work on `threads` threads at once.
 #include <omp.h>
+#include <pybind11/pybind11.h>
 
 #include <chrono>
 #include <cstdint>
@@ -95,10 +96,6 @@ double peak(int threads, double seconds) {
   });
 }
 
-}  // namespace
-
-extern "C" {
-
 // Floating-point operations a second, a multiply-add being two; 0 without such an instruction.
 double fma_peak_float32(int threads, double seconds) {
   return peak<MultiplyAdd<float>>(threads, seconds);
@@ -165,4 +162,14 @@ double fork_join_seconds(int threads, int count) {
   }
   return since(begin) / count;
 }
+
+}  // namespace
+
+PYBIND11_MODULE(roofline, m) {
+  m.def("fma_peak_float32", &fma_peak_float32);
+  m.def("fma_peak_float64", &fma_peak_float64);
+  m.def("fma_peak_bfloat16", &fma_peak_bfloat16);
+  m.def("read_bandwidth", &read_bandwidth);
+  m.def("barrier_seconds", &barrier_seconds);
+  m.def("fork_join_seconds", &fork_join_seconds);
 }

@@ -17,12 +17,14 @@ launch, exchange    on a GPU, of which start is the time from kernel to kernel i
                     that time without one, exchange what gpu.measure_exchange found, or None
 """
 
-import ctypes
 import hashlib
 import math
 import os
 import re
 import subprocess
+import sysconfig
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +36,10 @@ from lstm_fused import _plan
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 BUILD = environment.ROOT / "build"
-FLAGS = ["-O3", "-std=c++17", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared"]
+FLAGS = [
+    *("-O3", "-std=c++17", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared"),
+    *("-fvisibility=hidden", f"-I{sysconfig.get_path('include')}"),
+]
 TRIES, SECONDS = 3, 0.05
 MEMORY_BYTES = 64 << 20  # of each thread, when the level measured is no cache
 
@@ -189,7 +194,7 @@ def best(roofs: list, key: str = ""):
     return min(known, default=None)  # a time; of the others all are the same
 
 
-def compiled(source: Path, command: list[str], *facts: str) -> ctypes.CDLL:
+def compiled(source: Path, command: list[str], *facts: str) -> Path:
     """The library of `command` source -o path, built unless that was done with the same command,
     text and facts."""
     key = hashlib.sha256(repr((source.read_text(), command, facts)).encode()).hexdigest()[:12]
@@ -204,7 +209,7 @@ def compiled(source: Path, command: list[str], *facts: str) -> ctypes.CDLL:
             lines = (getattr(error, "stderr", None) or str(error)).strip().split("\n")
             raise NotMeasured(f"{source.name} does not compile: {lines[0]}") from None
         partial.replace(path)
-    return ctypes.CDLL(str(path))
+    return path
 
 
 def caches(root: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> list[tuple[str, int, bool]]:
@@ -219,15 +224,15 @@ def caches(root: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> list[tupl
     return [found[level] for level in sorted(found)]
 
 
-def cpu_rates(call, threads: int) -> dict:
-    """call(name, ...): what a function of roofline.cpp returns."""
+def cpu_rates(module, threads: int) -> dict:
+    """module: roofline.cpp's."""
 
     def most(name, *arguments):
-        seconds = ctypes.c_double(SECONDS)
-        return max(call(name, *arguments, threads, seconds) for _ in range(TRIES))
+        function = getattr(module, name)
+        return max(function(*arguments, threads, SECONDS) for _ in range(TRIES))
 
     def level(name, size, *parts):
-        bandwidth = max(most("read_bandwidth", ctypes.c_int64(part)) for part in parts)
+        bandwidth = max(most("read_bandwidth", part) for part in parts)
         return {"name": name, "bytes": size, "bandwidth": bandwidth}
 
     peak = {name: most(f"fma_peak_{name}") for name in ("float32", "float64", "bfloat16")}
@@ -243,19 +248,24 @@ def measure_cpu(threads: int) -> dict:
     info = Path("/proc/cpuinfo")
     processor = re.findall(r"^flags.*$", info.read_text(), re.M)[:1] if info.exists() else []
     compiler = os.environ.get("CXX", "g++").split()
-    library = compiled(SOURCE, [*compiler, f"-march={environment.march()}", *FLAGS], *processor)
-
-    def call(name, *arguments):
-        function = getattr(library, name)
-        function.restype = ctypes.c_double
-        return function(*arguments)
-
-    one = cpu_rates(call, 1)
+    try:
+        from pybind11 import get_include
+    except ImportError:
+        raise NotMeasured("pybind11 is not installed") from None
+    command = [*compiler, f"-march={environment.march()}", *FLAGS, f"-I{get_include()}"]
+    path = str(compiled(SOURCE, command, *processor))
+    spec = spec_from_file_location("roofline", path, loader=ExtensionFileLoader("roofline", path))
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    one = cpu_rates(module, 1)
     found = {"device": "cpu", "one": one, "team": one, "barrier": 0.0, "start": 0.0}
     if threads > 1:
-        found["team"] = cpu_rates(call, threads)
-        for key, name in (("barrier", "barrier_seconds"), ("start", "fork_join_seconds")):
-            found[key] = min(call(name, threads, 2000) for _ in range(TRIES))
+        found["team"] = cpu_rates(module, threads)
+        for key, function in (
+            ("barrier", module.barrier_seconds),
+            ("start", module.fork_join_seconds),
+        ):
+            found[key] = min(function(threads, 2000) for _ in range(TRIES))
     return found
 
 

@@ -5,14 +5,13 @@ Sizes: T steps, N rows, H hidden units, R recurrent width, D directions.
 
 import warnings
 from functools import lru_cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
 
 from lstm_fused import _plan
 
-_LIBRARY = Path(__file__).parent / f"_C_cuda{EXTENSION_SUFFIXES[0]}"  # of this Python's build
+_LIBRARY = Path(_plan.__file__.replace("_plan", "_C_cuda"))  # beside it, by the same suffix
 KINDS = _plan.cuda_kinds()  # of plans: csrc/cuda/plan.h
 _SAVED = _plan.saved_layouts()
 # By number, csrc/cells/cells.h.

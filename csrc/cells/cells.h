@@ -68,4 +68,8 @@ inline constexpr const CellInfo& info(CellKind cell) {
   return kCells[static_cast<int>(cell)];
 }
 
+inline constexpr const char* name(CellKind cell) {
+  return info(cell).name;
+}
+
 }  // namespace lstm_fused

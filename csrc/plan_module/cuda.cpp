@@ -1,26 +1,17 @@
 #include "cuda.h"
 
-#include <pybind11/stl.h>
-
 #include <sstream>
-#include <stdexcept>
 
 #include "../cells/cells.h"
 #include "../cuda/architectures.h"
 
-namespace py = pybind11;
-
 namespace lstm_fused::cuda {
 namespace {
 
-template <class Enum>
-Enum from_name(const std::string& wanted, int count, const char* what) {
-  for (int i = 0; i < count; ++i)
-    if (wanted == name(static_cast<Enum>(i))) return static_cast<Enum>(i);
-  throw std::invalid_argument(std::string("no such ") + what + ": '" + wanted + "'");
-}
+using namespace python;
 
-Device read_device(const std::vector<int64_t>& v) {
+Device read_device(PyObject* properties) {
+  const std::vector<int64_t> v = integers(properties);
   if (v.size() != 6) throw std::invalid_argument("device must hold 6 properties");
   const auto at = [&](int i) { return static_cast<int>(v[i]); };
   return {at(0), at(1), at(2), at(3), at(4), at(5)};
@@ -36,11 +27,25 @@ std::string describe(const Plan& p) {
   return s.str();
 }
 
+std::string shown(const Plan& p) {
+  return "<CudaPlan: " + describe(p) + ">";
+}
+
+const char* kind(const Plan& p) {
+  return name(p.kind);
+}
+
 // kind: "" for the best. None if a plan of the kind does not fit the device.
-std::optional<Plan> plan(const std::string& dtype, int64_t T, int64_t N, int64_t H, int64_t R,
-                         int directions, int gates, bool projection, bool tf32,
-                         const std::vector<int64_t>& device, bool backward,
-                         const std::string& kind) {
+PyObject* plan(PyObject*, PyObject* args, PyObject* kwargs) {
+  const char *dtype, *kind = "";
+  long long T, N, H, R;
+  int directions, gates, projection, tf32, backward = 0;
+  PyObject* properties;
+  parse(args, kwargs, "sLLLLiippO|ps:cuda_plan",
+        {"dtype", "T", "N", "H", "R", "directions", "gates", "projection", "tf32", "device",
+         "backward", "kind"},
+        &dtype, &T, &N, &H, &R, &directions, &gates, &projection, &tf32, &properties, &backward,
+        &kind);
   const Problem problem{from_name<DType>(dtype, kDTypeCount, "dtype"),
                         T,
                         N,
@@ -48,68 +53,81 @@ std::optional<Plan> plan(const std::string& dtype, int64_t T, int64_t N, int64_t
                         R,
                         directions,
                         gates,
-                        projection,
-                        tf32};
-  const Device on = read_device(device);
-  if (!supported(on))
+                        projection != 0,
+                        tf32 != 0};
+  const Device device = read_device(properties);
+  if (!supported(device))
     throw std::invalid_argument("the CUDA kernels need compute capability 8.0 or later, this is " +
-                                std::to_string(on.major) + "." + std::to_string(on.minor));
-  if (kind.empty()) return make_plan(problem, on, backward);
-  return plan_as(from_name<PlanKind>(kind, kPlanKinds, "kind"), problem, on, backward);
+                                std::to_string(device.major) + "." + std::to_string(device.minor));
+  if (!*kind) return box<Plan>(make_plan(problem, device, backward));
+  const std::optional<Plan> found =
+      plan_as(from_name<PlanKind>(kind, kPlanKinds, "kind"), problem, device, backward);
+  return found ? box<Plan>(*found) : Py_NewRef(Py_None);
 }
 
 // What the operator cuda_last_run returns, as a dict.
-py::dict run_of(const std::vector<int64_t>& v) {
-  py::dict run;
-  if (v.empty()) return run;
-  run["pass"] = v[2] ? "backward" : "forward";
-  run["dtype"] = lstm_fused::name(static_cast<DType>(v[0]));
-  run["kernel"] = name(static_cast<PlanKind>(v[1]));
-  run["tile_rows"] = v[3];
-  run["unit_ctas"] = v[4];
-  run["row_groups"] = v[5];
-  run["tf32"] = v[6];
-  return run;
+PyObject* run_of(PyObject*, PyObject* args, PyObject* kwargs) {
+  PyObject* numbers;
+  parse(args, kwargs, "O:cuda_run_of", {"numbers"}, &numbers);
+  const std::vector<int64_t> v = integers(numbers);
+  if (v.empty()) return PyDict_New();
+  const auto at = [&](int i) { return static_cast<long long>(v[i]); };
+  return Py_BuildValue("{s:s,s:s,s:s,s:L,s:L,s:L,s:L}", "pass", v[2] ? "backward" : "forward",
+                       "dtype", lstm_fused::name(static_cast<DType>(v[0])), "kernel",
+                       name(static_cast<PlanKind>(v[1])), "tile_rows", at(3), "unit_ctas", at(4),
+                       "row_groups", at(5), "tf32", at(6));
+}
+
+PyObject* kinds(PyObject*, PyObject*, PyObject*) {
+  return tuple_of(kPlanKinds, [](int i) { return string(name(static_cast<PlanKind>(i))); });
+}
+
+// ((target, GPU, its properties), ...).
+PyObject* architectures(PyObject*, PyObject*, PyObject*) {
+  return tuple_of(std::size(kArchitectures), [](int i) {
+    const Architecture& a = kArchitectures[i];
+    const Device& d = a.device;
+    return Py_BuildValue("(ss(iiiiii))", a.target, a.gpu, d.major, d.minor, d.sms, d.shared_bytes,
+                         d.cluster_ctas, d.clusters);
+  });
+}
+
+PyObject* bytes_of_row(PyObject*, PyObject* args, PyObject* kwargs) {
+  const char* dtype;
+  long long values;
+  parse(args, kwargs, "sL:cuda_row_bytes", {"dtype", "values"}, &dtype, &values);
+  return PyLong_FromLongLong(row_bytes(from_name<DType>(dtype, kDTypeCount, "dtype"), values));
 }
 
 }  // namespace
 
-void define_plans(py::module_& m) {
-  py::class_<Plan>(m, "CudaPlan")
-      .def_property_readonly("kind", [](const Plan& p) { return name(p.kind); })
-      .def_readonly("backward", &Plan::backward)
-      .def_readonly("tf32", &Plan::tf32)
-      .def_readonly("tile_rows", &Plan::tile_rows)
-      .def_readonly("unit_tiles", &Plan::unit_tiles)
-      .def_readonly("unit_ctas", &Plan::unit_ctas)
-      .def_readonly("row_groups", &Plan::row_groups)
-      .def_readonly("threads", &Plan::threads)
-      .def_readonly("shared_bytes", &Plan::shared_bytes)
-      .def("__str__", &describe)
-      .def("__repr__", [](const Plan& p) { return "<CudaPlan: " + describe(p) + ">"; });
-  m.def("cuda_plan", &plan, py::arg("dtype"), py::arg("T"), py::arg("N"), py::arg("H"),
-        py::arg("R"), py::arg("directions"), py::arg("gates"), py::arg("projection"),
-        py::arg("tf32"), py::arg("device"), py::arg("backward") = false, py::arg("kind") = "");
-  m.def("cuda_run_of", &run_of);
-  m.def("cuda_kinds", [] {
-    py::tuple kinds(kPlanKinds);
-    for (int i = 0; i < kPlanKinds; ++i) kinds[i] = name(static_cast<PlanKind>(i));
-    return kinds;
-  });
-  // [(target, GPU, its properties)].
-  m.def("cuda_architectures", [] {
-    py::list rows;
-    for (const Architecture& a : kArchitectures) {
-      const Device& d = a.device;
-      rows.append(py::make_tuple(
-          a.target, a.gpu,
-          py::make_tuple(d.major, d.minor, d.sms, d.shared_bytes, d.cluster_ctas, d.clusters)));
-    }
-    return rows;
-  });
-  m.def("cuda_row_bytes", [](const std::string& dtype, int64_t values) {
-    return row_bytes(from_name<DType>(dtype, kDTypeCount, "dtype"), values);
-  });
+void add_plans(PyObject* module) {
+  static PyMemberDef members[] = {
+      LSTM_FUSED_MEMBER(Plan, backward),
+      LSTM_FUSED_MEMBER(Plan, tf32),
+      LSTM_FUSED_MEMBER(Plan, tile_rows),
+      LSTM_FUSED_MEMBER(Plan, unit_tiles),
+      LSTM_FUSED_MEMBER(Plan, unit_ctas),
+      LSTM_FUSED_MEMBER(Plan, row_groups),
+      LSTM_FUSED_MEMBER(Plan, threads),
+      LSTM_FUSED_MEMBER(Plan, shared_bytes),
+      {},
+  };
+  static PyGetSetDef names[] = {text<Plan, kind>("kind"), {}};
+  add_class<Plan>(module, "lstm_fused._plan.CudaPlan",
+                  {{Py_tp_members, members},
+                   {Py_tp_getset, names},
+                   described<Plan, describe>(Py_tp_str),
+                   described<Plan, shown>(Py_tp_repr)});
+  static PyMethodDef methods[] = {
+      method<plan>("cuda_plan"),
+      method<run_of>("cuda_run_of"),
+      method<kinds>("cuda_kinds"),
+      method<architectures>("cuda_architectures"),
+      method<bytes_of_row>("cuda_row_bytes"),
+      {},
+  };
+  if (PyModule_AddFunctions(module, methods) != 0) throw Failed();
 }
 
 }  // namespace lstm_fused::cuda

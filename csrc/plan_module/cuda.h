@@ -1,10 +1,11 @@
-// Plans for a CUDA device as Python objects, a part of lstm_fused._plan.
+// The plans of CUDA layers as Python objects.
 #pragma once
 
-#include <pybind11/pybind11.h>
+#include "objects.h"
 
 namespace lstm_fused::cuda {
 
-void define_plans(pybind11::module_& m);
+// Adds what this file's functions are to the module.
+void add_plans(PyObject* module);
 
 }  // namespace lstm_fused::cuda

@@ -1,40 +1,24 @@
-// `lstm_fused._plan`: plans and build information as Python objects. No torch here: torch's own
-// pybind11 headers do not go with the stable ABI, so this module is built on the pybind11 package.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <sstream>
-#include <stdexcept>
-
+// `lstm_fused._plan`: plans and build information as Python objects. No torch here.
 #include "../cpu/load.h"
 #include "../cpu/topology.h"
 #include "../saved.h"
 #include "cuda.h"
 
-namespace py = pybind11;
-using namespace lstm_fused;
-
+namespace lstm_fused {
 namespace {
 
-const char* name(CellKind cell) {
-  return info(cell).name;
-}
+using namespace python;
 
-template <class Enum>
-Enum from_name(const std::string& wanted, int count, const char* what) {
-  std::string known;
-  for (int i = 0; i < count; ++i) {
-    const Enum value = static_cast<Enum>(i);
-    if (wanted == name(value)) return value;
-    known += (i ? ", " : "") + std::string(name(value));
-  }
-  throw std::invalid_argument(std::string(what) + " is '" + wanted + "' but must be one of " +
-                              known);
-}
-
-Plan make_plan(const std::string& dtype, const std::string& isa, int threads, int64_t T, int64_t N,
-               int64_t I, int64_t H, int64_t R, int directions, bool projection, bool training,
-               bool backward, const std::string& cell, int undisturbed, const Topology& topology) {
+PyObject* plan(PyObject*, PyObject* args, PyObject* kwargs) {
+  const char *dtype, *isa, *cell = "lstm";
+  long long T, N, I, H, R;
+  int threads, directions = 1, projection = 0, training = 0, backward = 0, undisturbed = 0;
+  PyObject* topology = nullptr;
+  parse(args, kwargs, "ssiLLLLL|ipppsiO!:plan",
+        {"dtype", "isa", "threads", "T", "N", "I", "H", "R", "directions", "projection", "training",
+         "backward", "cell", "undisturbed", "topology"},
+        &dtype, &isa, &threads, &T, &N, &I, &H, &R, &directions, &projection, &training, &backward,
+        &cell, &undisturbed, class_of<Topology>, &topology);
   const Problem problem{from_name<CellKind>(cell, kCellCount, "cell"),
                         from_name<DType>(dtype, kDTypeCount, "dtype"),
                         T,
@@ -43,53 +27,46 @@ Plan make_plan(const std::string& dtype, const std::string& isa, int threads, in
                         H,
                         R,
                         directions,
-                        projection,
-                        training};
-  const Machine machine{from_name<Isa>(isa, kIsaCount, "isa"), threads, undisturbed, topology};
-  return backward ? plan_backward(problem, machine) : plan_forward(problem, machine);
+                        projection != 0,
+                        training != 0};
+  const Machine machine{from_name<Isa>(isa, kIsaCount, "isa"), threads, undisturbed,
+                        topology ? value_of<Topology>(topology) : Topology{}};
+  return box<Plan>(backward ? plan_backward(problem, machine) : plan_forward(problem, machine));
 }
 
 // What the operator last_run returns, as a dict.
-py::dict run_of(std::vector<int64_t> numbers) {
-  py::dict run;
-  if (numbers.empty()) return run;
+PyObject* run_of(PyObject*, PyObject* args, PyObject* kwargs) {
+  PyObject* list;
+  parse(args, kwargs, "O:run_of", {"numbers"}, &list);
+  std::vector<int64_t> numbers = integers(list);
+  if (numbers.empty()) return PyDict_New();
   constexpr const char* passes[] = {"forward", "backward", "tangent"};
-  run["pass"] = passes[numbers[0]];
+  const char* pass = passes[numbers[0]];
   numbers.erase(numbers.begin());
   const Plan p = decode(numbers);
-  run["kernel"] = name(p.kernel);
-  run["isa"] = name(p.isa);
-  run["dtype"] = name(p.dtype);
-  run["threads"] = p.threads;
-  run["direction_groups"] = p.direction_groups;
-  run["row_groups"] = p.row_groups;
-  run["unit_groups"] = p.unit_groups;
-  run["hoist_steps"] = p.hoist_steps;
-  run["undisturbed"] = p.undisturbed;
-  run["nanoseconds"] = p.nanoseconds;
-  return run;
+  return Py_BuildValue("{s:s,s:s,s:s,s:s,s:i,s:i,s:i,s:i,s:L,s:i,s:L}", "pass", pass, "kernel",
+                       name(p.kernel), "isa", name(p.isa), "dtype", name(p.dtype), "threads",
+                       p.threads, "direction_groups", p.direction_groups, "row_groups",
+                       p.row_groups, "unit_groups", p.unit_groups, "hoist_steps",
+                       static_cast<long long>(p.hoist_steps), "undisturbed", p.undisturbed,
+                       "nanoseconds", static_cast<long long>(p.nanoseconds));
 }
 
 // What Python needs to know of each cell, by name: the contract of cells/cells.h.
-py::dict cells() {
+PyObject* cells(PyObject*, PyObject*, PyObject*) {
   constexpr const char* carries[] = {"none", "cell", "hidden"};
-  py::dict all;
+  PyObject* all = checked(PyDict_New());
   const auto add = [&](auto type, CellKind kind) {
     using Cell = decltype(type);
-    py::list input, hidden;
-    for (int j = 0; j < Cell::kGates; ++j) {
-      input.append(Cell::input_gate(j));
-      hidden.append(Cell::hidden_gate(j));
-    }
     const CellInfo& known = info(kind);
-    py::dict cell;
-    cell["id"] = static_cast<int>(kind);
-    cell["gates"] = known.gates;
-    cell["preacts"] = known.preacts;
-    cell["carry"] = carries[static_cast<int>(known.carry)];
-    cell["input_gates"] = input;
-    cell["hidden_gates"] = hidden;
-    all[known.name] = cell;
+    PyObject* cell = checked(Py_BuildValue(
+        "{s:i,s:i,s:i,s:s,s:N,s:N}", "id", static_cast<int>(kind), "gates", known.gates, "preacts",
+        known.preacts, "carry", carries[static_cast<int>(known.carry)], "input_gates",
+        tuple_of(Cell::kGates, [](int j) { return PyLong_FromLong(Cell::input_gate(j)); }),
+        "hidden_gates",
+        tuple_of(Cell::kGates, [](int j) { return PyLong_FromLong(Cell::hidden_gate(j)); })));
+    PyDict_SetItemString(all, known.name, cell);
+    Py_DECREF(cell);
   };
 #define LSTM_FUSED_ADD(name, Cell) add(Cell{}, CellKind::k##Cell);
   LSTM_FUSED_CELLS(LSTM_FUSED_ADD)
@@ -97,87 +74,159 @@ py::dict cells() {
   return all;
 }
 
-py::tuple dims_of(const SavedLayout& layout) {
-  py::tuple dims(layout.count);
-  for (int i = 0; i < layout.count; ++i) dims[i] = lstm_fused::name(layout.dims[i]);
-  return dims;
-}
-
 // The dimensions of what a forward pass saves, by device and tensor: csrc/saved.h.
-py::dict saved_layouts() {
-  py::dict all;
-  for (const auto& [device, layouts] : {std::pair("cpu", kCpuSaved), {"cuda", kCudaSaved}}) {
-    py::dict tensors;
-    tensors["gates"] = dims_of(layouts.gates);
-    tensors["saved_states"] = dims_of(layouts.saved_states);
-    all[device] = tensors;
-  }
-  return all;
+PyObject* saved_layouts(PyObject*, PyObject*, PyObject*) {
+  const auto dims = [](const SavedLayout& layout) {
+    return tuple_of(layout.count, [&](int i) { return string(lstm_fused::name(layout.dims[i])); });
+  };
+  const auto tensors = [&](const SavedLayouts& layouts) {
+    return Py_BuildValue("{s:N,s:N}", "gates", dims(layouts.gates), "saved_states",
+                         dims(layouts.saved_states));
+  };
+  return Py_BuildValue("{s:N,s:N}", "cpu", tensors(kCpuSaved), "cuda", tensors(kCudaSaved));
 }
 
-py::dict build_info() {
-  py::dict info;
-  info["version"] = LSTM_FUSED_VERSION;
-  info["compiler"] = __VERSION__;
-  info["torch"] = LSTM_FUSED_BUILT_WITH_TORCH;
-  info["cuda"] = static_cast<bool>(LSTM_FUSED_CUDA);
-  std::vector<std::string> isas;
-  for (int i = 0; i < kIsaCount; ++i) isas.push_back(name(static_cast<Isa>(i)));
-  info["isas"] = isas;
-  return info;
+PyObject* build_info(PyObject*, PyObject*, PyObject*) {
+  return Py_BuildValue(
+      "{s:s,s:s,s:s,s:O,s:N}", "version", LSTM_FUSED_VERSION, "compiler", __VERSION__, "torch",
+      LSTM_FUSED_BUILT_WITH_TORCH, "cuda", LSTM_FUSED_CUDA ? Py_True : Py_False, "isas",
+      tuple_of(kIsaCount, [](int i) { return string(name(static_cast<Isa>(i))); }));
+}
+
+// Of the CPUs `cpus`, from the files below `root`.
+PyObject* topology_of(PyObject*, PyObject* args, PyObject* kwargs) {
+  const char* root;
+  PyObject* list;
+  parse(args, kwargs, "sO:read_topology", {"root", "cpus"}, &root, &list);
+  const std::vector<int64_t> cpus = integers(list);
+  return box<Topology>(read_topology(root, {cpus.begin(), cpus.end()}));
+}
+
+PyObject* idle(PyObject*, PyObject* args, PyObject* kwargs) {
+  const char* root;
+  parse(args, kwargs, "s:idle_cpus", {"root"}, &root);
+  return PyLong_FromLong(idle_cpus(root));
+}
+
+PyObject* new_topology(PyTypeObject*, PyObject* args, PyObject* kwargs) {
+  return guarded([&] {
+    Topology t;
+    long long l2 = t.l2, l3 = t.l3, mhz = t.mhz;
+    parse(args, kwargs, "|iiiLLL:Topology",
+          {"cores", "cache_cores", "socket_cores", "l2", "l3", "mhz"}, &t.cores, &t.cache_cores,
+          &t.socket_cores, &l2, &l3, &mhz);
+    return box<Topology>(t.cores, t.cache_cores, t.socket_cores, l2, l3, mhz);
+  });
+}
+
+PyObject* new_load(PyTypeObject*, PyObject*, PyObject*) {
+  return guarded([] { return box<LoadEstimate>(); });
+}
+
+PyObject* undisturbed(PyObject* self, PyObject* args, PyObject* kwargs) {
+  int threads;
+  long long now;
+  parse(args, kwargs, "iL:undisturbed", {"threads", "now"}, &threads, &now);
+  return PyLong_FromLong(value_of<LoadEstimate>(self).undisturbed(threads, now));
+}
+
+PyObject* tries(PyObject* self, PyObject* args, PyObject* kwargs) {
+  int threads;
+  long long now;
+  parse(args, kwargs, "iL:tries", {"threads", "now"}, &threads, &now);
+  return PyBool_FromLong(value_of<LoadEstimate>(self).tries(threads, now));
+}
+
+PyObject* put_off(PyObject* self, PyObject* args, PyObject* kwargs) {
+  long long now;
+  parse(args, kwargs, "L:put_off", {"now"}, &now);
+  value_of<LoadEstimate>(self).put_off(now);
+  return Py_NewRef(Py_None);
+}
+
+PyObject* note(PyObject* self, PyObject* args, PyObject* kwargs) {
+  int threads, late;
+  long long taken, longest, now;
+  parse(args, kwargs, "iLLiL:note", {"threads", "taken", "longest", "late", "now"}, &threads,
+        &taken, &longest, &late, &now);
+  value_of<LoadEstimate>(self).note(threads, taken, {longest, late}, now);
+  return Py_NewRef(Py_None);
+}
+
+const char* kernel(const Plan& p) {
+  return name(p.kernel);
+}
+const char* isa(const Plan& p) {
+  return name(p.isa);
+}
+const char* dtype(const Plan& p) {
+  return name(p.dtype);
+}
+std::string shown(const Plan& p) {
+  return "<Plan: " + describe(p) + ">";
+}
+
+void add_classes(PyObject* module) {
+  static PyMemberDef topology[] = {
+      LSTM_FUSED_MEMBER(Topology, cores),
+      LSTM_FUSED_MEMBER(Topology, cache_cores),
+      LSTM_FUSED_MEMBER(Topology, socket_cores),
+      LSTM_FUSED_MEMBER(Topology, l2),
+      LSTM_FUSED_MEMBER(Topology, l3),
+      LSTM_FUSED_MEMBER(Topology, mhz),
+      {},
+  };
+  add_class<Topology>(module, "lstm_fused._plan.Topology", {{Py_tp_members, topology}},
+                      new_topology);
+  static PyMethodDef load[] = {
+      method<undisturbed>("undisturbed"),
+      method<tries>("tries"),
+      method<put_off>("put_off"),
+      method<note>("note"),
+      {},
+  };
+  add_class<LoadEstimate>(module, "lstm_fused._plan.LoadEstimate", {{Py_tp_methods, load}},
+                          new_load);
+  static PyMemberDef plan[] = {
+      LSTM_FUSED_MEMBER(Plan, threads),     LSTM_FUSED_MEMBER(Plan, direction_groups),
+      LSTM_FUSED_MEMBER(Plan, row_groups),  LSTM_FUSED_MEMBER(Plan, unit_groups),
+      LSTM_FUSED_MEMBER(Plan, hoist_steps), LSTM_FUSED_MEMBER(Plan, undisturbed),
+      LSTM_FUSED_MEMBER(Plan, nanoseconds), {},
+  };
+  static PyGetSetDef names[] = {
+      text<Plan, kernel>("kernel"),
+      text<Plan, isa>("isa"),
+      text<Plan, dtype>("dtype"),
+      {},
+  };
+  add_class<Plan>(module, "lstm_fused._plan.Plan",
+                  {{Py_tp_members, plan},
+                   {Py_tp_getset, names},
+                   described<Plan, describe>(Py_tp_str),
+                   described<Plan, shown>(Py_tp_repr)});
 }
 
 }  // namespace
+}  // namespace lstm_fused
 
-PYBIND11_MODULE(_plan, m) {
-  const Topology guess;
-  py::class_<Topology>(m, "Topology")
-      .def(py::init(
-               [](int cores, int cache_cores, int socket_cores, int64_t l2, int64_t l3,
-                  int64_t mhz) { return Topology{cores, cache_cores, socket_cores, l2, l3, mhz}; }),
-           py::arg("cores") = guess.cores, py::arg("cache_cores") = guess.cache_cores,
-           py::arg("socket_cores") = guess.socket_cores, py::arg("l2") = guess.l2,
-           py::arg("l3") = guess.l3, py::arg("mhz") = guess.mhz)
-      .def_readonly("cores", &Topology::cores)
-      .def_readonly("cache_cores", &Topology::cache_cores)
-      .def_readonly("socket_cores", &Topology::socket_cores)
-      .def_readonly("l2", &Topology::l2)
-      .def_readonly("l3", &Topology::l3)
-      .def_readonly("mhz", &Topology::mhz);
-  py::class_<LoadEstimate>(m, "LoadEstimate")
-      .def(py::init<>())
-      .def("undisturbed", &LoadEstimate::undisturbed, py::arg("threads"), py::arg("now"))
-      .def("tries", &LoadEstimate::tries, py::arg("threads"), py::arg("now"))
-      .def("put_off", &LoadEstimate::put_off, py::arg("now"))
-      .def(
-          "note",
-          [](LoadEstimate& load, int threads, int64_t taken, int64_t longest, int late,
-             int64_t now) { load.note(threads, taken, {longest, late}, now); },
-          py::arg("threads"), py::arg("taken"), py::arg("longest"), py::arg("late"),
-          py::arg("now"));
-  py::class_<Plan>(m, "Plan")
-      .def_property_readonly("kernel", [](const Plan& p) { return name(p.kernel); })
-      .def_property_readonly("isa", [](const Plan& p) { return name(p.isa); })
-      .def_property_readonly("dtype", [](const Plan& p) { return name(p.dtype); })
-      .def_readonly("threads", &Plan::threads)
-      .def_readonly("direction_groups", &Plan::direction_groups)
-      .def_readonly("row_groups", &Plan::row_groups)
-      .def_readonly("unit_groups", &Plan::unit_groups)
-      .def_readonly("hoist_steps", &Plan::hoist_steps)
-      .def_readonly("undisturbed", &Plan::undisturbed)
-      .def_readonly("nanoseconds", &Plan::nanoseconds)
-      .def("__str__", [](const Plan& p) { return describe(p); })
-      .def("__repr__", [](const Plan& p) { return "<Plan: " + describe(p) + ">"; });
-  m.def("plan", &make_plan, py::arg("dtype"), py::arg("isa"), py::arg("threads"), py::arg("T"),
-        py::arg("N"), py::arg("I"), py::arg("H"), py::arg("R"), py::arg("directions") = 1,
-        py::arg("projection") = false, py::arg("training") = false, py::arg("backward") = false,
-        py::arg("cell") = "lstm", py::arg("undisturbed") = 0, py::arg("topology") = Topology{});
-  m.def("idle_cpus", &idle_cpus, py::arg("root"));
-  m.def("read_topology", &read_topology, py::arg("root"), py::arg("cpus"));
-  m.def("run_of", &run_of);
-  m.def("cells", &cells);
-  m.def("saved_layouts", &saved_layouts);
-  m.attr("block") = kBlock;
-  m.def("build_info", &build_info);
-  lstm_fused::cuda::define_plans(m);
+PyMODINIT_FUNC PyInit__plan() {
+  using namespace lstm_fused;
+  static PyMethodDef methods[] = {
+      python::method<plan>("plan"),
+      python::method<idle>("idle_cpus"),
+      python::method<topology_of>("read_topology"),
+      python::method<run_of>("run_of"),
+      python::method<cells>("cells"),
+      python::method<saved_layouts>("saved_layouts"),
+      python::method<build_info>("build_info"),
+      {},
+  };
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_plan", nullptr, -1, methods};
+  return python::guarded([] {
+    PyObject* module = python::checked(PyModule_Create(&definition));
+    add_classes(module);
+    PyModule_AddIntConstant(module, "block", kBlock);
+    cuda::add_plans(module);
+    return module;
+  });
 }

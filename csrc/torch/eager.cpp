@@ -37,21 +37,22 @@ class Arguments {
   int64_t add_all(PyObject* sequence) {
     const bool tuple = PyTuple_CheckExact(sequence);
     if (!tuple && !PyList_CheckExact(sequence)) throw Left();
-    const int64_t count = tuple ? PyTuple_GET_SIZE(sequence) : PyList_GET_SIZE(sequence);
+    const int64_t count = tuple ? PyTuple_Size(sequence) : PyList_Size(sequence);
     for (int64_t i = 0; i < count; ++i)
-      add(tuple ? PyTuple_GET_ITEM(sequence, i) : PyList_GET_ITEM(sequence, i));
+      add(tuple ? PyTuple_GetItem(sequence, i) : PyList_GetItem(sequence, i));
     return count;
   }
 
   // All of them, once they have been added.
   std::vector<MaybeTensor> tensors() const {
-    const Owned handles(checked(PyObject_CallOneArg(torch_.to_handles, plain_.p)));
+    const Owned handles(
+        checked(PyObject_CallFunctionObjArgs(torch_.to_handles, plain_.p, nullptr)));
     std::vector<MaybeTensor> found;
     Py_ssize_t next = 0;
     for (const bool given : given_) {
       MaybeTensor& t = found.emplace_back();
       if (!given) continue;
-      void* handle = PyCapsule_GetPointer(PyList_GET_ITEM(handles.p, next++), nullptr);
+      void* handle = PyCapsule_GetPointer(PyList_GetItem(handles.p, next++), nullptr);
       t = Tensor(static_cast<AtenTensorHandle>(handle));
     }
     for (const MaybeTensor& t : found)
@@ -75,11 +76,11 @@ PyObject* results(const Torch& torch, const std::vector<MaybeTensor>& tensors) {
     const Owned capsule(checked(PyCapsule_New(handle, nullptr, nullptr)));
     PyList_Append(handles.p, capsule.p);
   }
-  const Owned made(checked(PyObject_CallOneArg(torch.from_handles, handles.p)));
+  const Owned made(checked(PyObject_CallFunctionObjArgs(torch.from_handles, handles.p, nullptr)));
   PyObject* all = checked(PyTuple_New(tensors.size()));
   Py_ssize_t next = 0;
   for (size_t i = 0; i < tensors.size(); ++i)
-    PyTuple_SET_ITEM(all, i, Py_NewRef(tensors[i] ? PyList_GET_ITEM(made.p, next++) : Py_None));
+    PyTuple_SetItem(all, i, Py_NewRef(tensors[i] ? PyList_GetItem(made.p, next++) : Py_None));
   return all;
 }
 
@@ -143,8 +144,8 @@ PyObject* backward_checked(const Torch& torch, PyObject* const* args) {
   const auto after = [&](int64_t i) -> const MaybeTensor& { return all[rest + i]; };
   if (!after(1) || !PyList_CheckExact(args[12])) throw Left();
   std::vector<bool> mask;
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(args[12]); ++i)
-    mask.push_back(PyList_GET_ITEM(args[12], i) == Py_True);
+  for (Py_ssize_t i = 0; i < PyList_Size(args[12]); ++i)
+    mask.push_back(PyList_GetItem(args[12], i) == Py_True);
   const GradientTensors out = [&] {
     const MaybeUnlocked lock(2 * given.products);
     return run_backward<Cpu>(call, given.x, given.weights, after(0), *after(1), after(2), after(3),

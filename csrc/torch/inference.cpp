@@ -51,12 +51,12 @@ struct TensorObjects {
   Owned allocate(PyObject* x, PyObject* like, const int64_t* shape, int64_t dims, void*& to) const {
     Owned made(nullptr);
     if (like) {
-      made.p = PyObject_CallOneArg(torch.empty_like, like);
+      made.p = PyObject_CallFunctionObjArgs(torch.empty_like, like, nullptr);
     } else {
       const Owned sizes(PyTuple_New(dims));
       for (int64_t i = 0; sizes.p && i < dims; ++i)
-        PyTuple_SET_ITEM(sizes.p, i, PyLong_FromLongLong(shape[i]));
-      if (sizes.p) made.p = PyObject_CallMethodOneArg(x, torch.new_empty, sizes.p);
+        PyTuple_SetItem(sizes.p, i, PyLong_FromLongLong(shape[i]));
+      if (sizes.p) made.p = PyObject_CallMethodObjArgs(x, torch.new_empty, sizes.p, nullptr);
     }
     dlpack::Tensor t;
     if (!made.p || torch.dlpack->dltensor_from_py_object_no_sync(made.p, &t) != 0) return made;
@@ -160,14 +160,14 @@ class Inference {
 
   // The tensors of the call: x, the states, the weights.
   PyObject* tensors() const {
-    const Py_ssize_t states = hx_ == Py_None ? 0 : states_, count = PyList_GET_SIZE(names_);
+    const Py_ssize_t states = hx_ == Py_None ? 0 : states_, count = PyList_Size(names_);
     PyObject* all = PyList_New(1 + states + count);
     if (!all) return nullptr;
-    const auto put = [&](Py_ssize_t i, PyObject* t) { PyList_SET_ITEM(all, i, Py_NewRef(t)); };
+    const auto put = [&](Py_ssize_t i, PyObject* t) { PyList_SetItem(all, i, Py_NewRef(t)); };
     put(0, x_object_);
     for (Py_ssize_t i = 0; i < states; ++i) put(1 + i, state_object(i));
     for (Py_ssize_t i = 0; i < count; ++i)
-      put(1 + states + i, PyDict_GetItemWithError(params_, PyList_GET_ITEM(names_, i)));
+      put(1 + states + i, PyDict_GetItemWithError(params_, PyList_GetItem(names_, i)));
     return all;
   }
 
@@ -216,11 +216,11 @@ class Inference {
     return static_cast<char*>(base) + elements * storage_bytes(static_cast<DType>(x_.dtype));
   }
 
-  PyObject* state_object(int i) const { return states_ == 2 ? PyTuple_GET_ITEM(hx_, i) : hx_; }
+  PyObject* state_object(int i) const { return states_ == 2 ? PyTuple_GetItem(hx_, i) : hx_; }
 
   bool read_states() {
     if (hx_ == Py_None) return true;
-    if (states_ == 2 && (!PyTuple_CheckExact(hx_) || PyTuple_GET_SIZE(hx_) != 2)) return false;
+    if (states_ == 2 && (!PyTuple_CheckExact(hx_) || PyTuple_Size(hx_) != 2)) return false;
     for (int i = 0; i < states_; ++i) {
       PyObject* given = state_object(i);
       TensorView t;
@@ -236,11 +236,11 @@ class Inference {
   }
 
   bool describe_one(long k) {
-    const size_t each = PyList_GET_SIZE(names_) / L_;
+    const size_t each = PyList_Size(names_) / L_;
     std::array<TensorView, 10> weights;
     if (each > weights.size()) return false;
     for (size_t i = 0; i < each; ++i) {
-      PyObject* w = PyDict_GetItemWithError(params_, PyList_GET_ITEM(names_, k * each + i));
+      PyObject* w = PyDict_GetItemWithError(params_, PyList_GetItem(names_, k * each + i));
       if (!w || !tensors_.view(w, weights[i]) || !weights[i].is_contiguous()) return false;
     }
     // The input of a layer above the first gets its memory when the layer below has run.
@@ -288,7 +288,7 @@ PyObject* infer_checked(PyObject* const* args, bool step) {
   const long D = step ? 1 : PyLong_AsLong(args[5]), L = step ? 1 : PyLong_AsLong(args[6]);
   const bool fits = PyList_CheckExact(args[0]) && PyDict_CheckExact(args[1]) && cell >= 0 &&
                     cell < kCellCount && (D == 1 || D == 2) && L >= 1 &&
-                    PyList_GET_SIZE(args[0]) >= L * D;
+                    PyList_Size(args[0]) >= L * D;
   if (!fits) return leave();
   Inference call(*torch, args[0], args[1], args[2], args[3], cell, D, L, step);
   if (!call.describe()) return leave();

@@ -5,7 +5,6 @@
 
 #include <Python.h>
 
-#pragma weak Py_IsInitialized
 #pragma weak PyCapsule_GetPointer
 #pragma weak PyCapsule_New
 #pragma weak PyDict_GetItemWithError
@@ -21,22 +20,28 @@
 #pragma weak PyGILState_Release
 #pragma weak PyImport_ImportModule
 #pragma weak PyList_Append
+#pragma weak PyList_GetItem
 #pragma weak PyList_New
+#pragma weak PyList_SetItem
+#pragma weak PyList_Size
 #pragma weak PyList_Type
 #pragma weak PyLong_AsLong
 #pragma weak PyLong_FromLong
 #pragma weak PyLong_FromLongLong
 #pragma weak PyModule_Create2
-#pragma weak PyObject_CallNoArgs
-#pragma weak PyObject_CallOneArg
+#pragma weak PyObject_CallFunctionObjArgs
+#pragma weak PyObject_CallMethodObjArgs
 #pragma weak PyObject_GetAttr
 #pragma weak PyObject_GetAttrString
-#pragma weak PyObject_VectorcallMethod
+#pragma weak PyTuple_GetItem
 #pragma weak PyTuple_New
 #pragma weak PyTuple_Pack
+#pragma weak PyTuple_SetItem
+#pragma weak PyTuple_Size
 #pragma weak PyTuple_Type
 #pragma weak PyUnicode_CompareWithASCIIString
 #pragma weak PyUnicode_InternFromString
+#pragma weak Py_IsInitialized
 #pragma weak _Py_Dealloc
 #pragma weak _Py_FalseStruct
 #pragma weak _Py_NoneStruct

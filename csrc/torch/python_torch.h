@@ -80,8 +80,7 @@ struct Torch {
 
   // Whether function(argument) is `expected`.
   static bool answers(PyObject* function, PyObject* expected, PyObject* argument = nullptr) {
-    const Owned answer(argument ? PyObject_CallOneArg(function, argument)
-                                : PyObject_CallNoArgs(function));
+    const Owned answer(PyObject_CallFunctionObjArgs(function, argument, nullptr));
     return answer.p == expected;
   }
 

@@ -188,7 +188,8 @@ def test_gpu_limits_are_measured(fake_cuda, monkeypatch, nvcc, capsys):
     monkeypatch.setattr(gpu, "DEVICE", "cpu")
     monkeypatch.setattr(gpu, "PRODUCT", 64)
     monkeypatch.setattr(gpu, "Worker", Worker)
-    monkeypatch.setattr(gpu, "compiled", lambda *given: FakeLibrary())
+    monkeypatch.setattr(gpu.ctypes, "CDLL", lambda path: FakeLibrary())
+    monkeypatch.setattr(gpu, "compiled", lambda *given: "exchange.so")
     monkeypatch.setattr(gpu, "nvcc", lambda: "nvcc" if nvcc else None)
     limits = gpu.measure_gpu()
     assert set(limits["team"]["peak"]) == {"float16", "bfloat16", "tf32", "float32", "float64"}

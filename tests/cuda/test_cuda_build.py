@@ -1,6 +1,5 @@
 """The CUDA library as built: its symbols, its registers, and loading where torch has no CUDA."""
 
-import importlib.util
 import os
 import re
 import shutil
@@ -92,38 +91,6 @@ def test_no_spills(source, arch, reports):
     assert len(spills) == len(registers) >= 4
     assert set(spills) == {("0", "0")}, done.stderr
     assert max(registers) <= 255
-
-
-def functions_of_setup():
-    """The module setup.py without its call of setup()."""
-    text = (ROOT / "setup.py").read_text().rpartition("setup(version")[0]
-    spec = importlib.util.spec_from_loader("lstm_fused_setup", loader=None)
-    module = importlib.util.module_from_spec(spec)
-    module.__file__ = str(ROOT / "setup.py")
-    exec(compile(text, "setup.py", "exec"), module.__dict__)
-    return module
-
-
-def test_architectures():
-    gencode = functions_of_setup().gencode
-    assert gencode("8.0;9.0a") == [
-        "-gencode=arch=compute_80,code=sm_80",
-        "-gencode=arch=compute_90a,code=sm_90a",
-    ]
-    assert gencode("12.0+PTX")[1] == "-gencode=arch=compute_120,code=compute_120"
-    assert gencode("8.6 8.9") == gencode("8.6;8.9")
-    with pytest.raises(SystemExit, match="'Hopper', which is not like 9.0"):
-        gencode("Hopper")
-
-
-def test_environment_chooses_nvcc():
-    chosen = functions_of_setup().nvcc_to_use
-    assert chosen("", "nvcc") == chosen("1", "nvcc") == "nvcc"
-    assert chosen("0", "nvcc") is chosen("", None) is None
-    with pytest.raises(SystemExit, match="there is no nvcc"):
-        chosen("1", None)
-    with pytest.raises(SystemExit, match="'yes' but must be 0, 1 or not set"):
-        chosen("yes", "nvcc")
 
 
 def test_kernels_include_no_torch():

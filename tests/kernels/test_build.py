@@ -59,6 +59,15 @@ def test_operators_use_the_stable_interface_only():
 
 
 @NEED_NM
+def test_operators_load_without_python():
+    """A C++ program without Python loads the library: what it asks of Python is weak."""
+    rows = symbols(_C.__file__, "--dynamic", "--undefined-only")
+    pythons = {(kind, name) for kind, name in rows if re.match(r"_?Py", name)}
+    assert len(pythons) > 20
+    assert {name for kind, name in pythons if kind.lower() not in ("w", "v")} == set()
+
+
+@NEED_NM
 def test_plan_module_links_no_torch():
     undefined = [name for _, name in symbols(_plan.__file__, "--dynamic", "--undefined-only")]
     assert any(name.startswith("Py") for name in undefined)
