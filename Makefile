@@ -10,13 +10,14 @@ CPP_FILES = $(shell find csrc bench tests -name '*.h' -o -name '*.inc' -o -name 
 
 EXAMPLES := sentiment names tagging digits forecast generate translate gradients distributed
 
-.PHONY: help demo examples test test-full lint format bench build gpu-check clean distclean
+.PHONY: help demo examples test test-full lint format bench docs build gpu-check clean distclean
 help:
 	@echo "make demo       train a character model with nn.LSTM and with lstm_fused, side by side"
 	@echo "make examples   every system of examples/, small; tables and plots under build/examples"
 	@echo "make test       lint and tests, at most 8 minutes on two cores; without the CUDA library"
 	@echo "make test-full  the other tests: exhaustive, random, compiled for long; and CUDA's"
 	@echo "make bench      the speed table, kept with its chart under bench/results"
+	@echo "make docs       the documentation as a site, build/docs/index.html"
 	@echo "make gpu-check  what needs a CUDA device, with the python that is PYTHON; emulation without one"
 	@echo "make lint       ruff and clang-format, checking only"
 	@echo "make format     ruff and clang-format, rewriting files"
@@ -50,6 +51,11 @@ format: $(STAMPS)/dev
 
 bench: build
 	@$(BIN)/python -m bench --memory --save $(ARGS)
+
+# Any warning is an error.
+docs: build
+	$(BIN)/python -m sphinx -b html -n -W --keep-going -q -E -d build/doctrees docs build/docs
+	@echo "see build/docs/index.html"
 
 build: $(STAMPS)/build
 

@@ -32,8 +32,8 @@ def gradient_flow(module, input, hx=None, *, loss=None):
 
     Raises:
         TypeError: module is no such layer, or input is no tensor (a ``PackedSequence`` is none).
-        ValueError: T is 0, or loss does not return a tensor of one element made from output.
-        What the module raises of an input or hx that does not fit.
+        ValueError: T is 0, or loss does not return a tensor of one element made from output; and
+            whatever the module raises of an input or hx that does not fit.
 
     That the norms fall or grow with a power of the distance: Bengio, Simard and Frasconi, Learning
     Long-Term Dependencies with Gradient Descent is Difficult, 1994; Pascanu, Mikolov and Bengio,

@@ -37,7 +37,7 @@ class Cell(Fused):
             ``(h_1, c_1)`` of an LSTMCell, else ``h_1``, of the shapes of hx.
 
         Raises:
-            What torch.nn's cell raises, and RuntimeError for a state of another rank than input.
+            RuntimeError: a state has another rank than input; and whatever torch.nn's cell raises.
         """
         if not torch.compiler.is_compiling():
             found = inference.infer_step(self, input, hx)
@@ -125,9 +125,11 @@ class LSTMCell(Cell, torch.nn.LSTMCell):
         ``(h_1, c_1)``, each (N, H), or (H,).
 
     Raises:
-        What ``torch.nn.LSTMCell`` raises, and a RuntimeError for states of another rank than the
-        input's. Inputs without a fused path (see ``LSTM``; autocast; sizes of 0) run through
-        ``torch.nn.LSTMCell``, with one warning for each reason.
+        RuntimeError: a state has another rank than input; and whatever ``torch.nn.LSTMCell``
+            raises.
+
+    Inputs without a fused path (see ``LSTM``; autocast; sizes of 0) run through
+    ``torch.nn.LSTMCell``, with one warning for each reason.
     """
 
     _torch_class = torch.nn.LSTMCell

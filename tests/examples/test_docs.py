@@ -2,6 +2,10 @@
 
 import doctest
 import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from types import ModuleType
 
 import pytest
 import torch
@@ -21,22 +25,86 @@ def page_id(page):
     return str(page.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("library", [torch.nn, lstm_fused], ids=["torch.nn", "lstm_fused"])
-def test_outputs(library):
+# Pages whose code compiles for long.
+SLOW = ("deploying.md",)
+BLOCK = re.compile(r"^(?:<!-- needs: (.*) -->\n)?```python\n(.*?)^```", re.S | re.M)
+
+
+def has(need: str) -> bool:
+    """Whether there is what a block needs: a module, or the device `cuda`."""
+    return torch.cuda.is_available() if need == "cuda" else find_spec(need) is not None
+
+
+def run_code(text: str, names: dict, title: str) -> tuple[int, int]:
+    """Run the Python blocks of a page in one namespace; (blocks run, examples with `>>>`)."""
+    examples, count = 0, 0
+    for needs, code in BLOCK.findall(text):
+        if not all(map(has, needs.split())):
+            continue
+        count += 1
+        if ">>> " in code:
+            test = doctest.DocTestParser().get_doctest(code, names, title, title, 0)
+            result = doctest.DocTestRunner().run(test, clear_globs=False)
+            assert result.failed == 0
+            names.update(test.globs)
+            examples += result.attempted
+        else:
+            exec(compile(code, title, "exec"), names)
+    return count, examples
+
+
+def pages_with_code():
+    for page in PAGES:
+        if BLOCK.search(page.read_text()):
+            marks = [pytest.mark.full] if page.name in SLOW else []
+            yield pytest.param(page, id=page_id(page), marks=marks)
+
+
+@pytest.mark.parametrize("page", list(pages_with_code()))
+def test_code_runs(page, monkeypatch, recwarn):
     torch.manual_seed(0)
-    with torch.no_grad():
-        failed, tried = doctest.testfile(
-            str(ROOT / "docs" / "outputs.md"),
-            module_relative=False,
-            encoding="utf-8",
-            globs={"nn": library},
-        )
-    assert failed == 0 and tried > 25
+    text = page.read_text()
+    module = ModuleType(f"{page.stem}_page")  # a real one: pickle looks for a page's classes in it
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    vars(module).update(torch=torch, lstm_fused=lstm_fused, nn=lstm_fused)
+    run, _ = run_code(text, vars(module), page.name)
+    assert run or all(needs for needs, _ in BLOCK.findall(text))
+
+
+def test_outputs_are_torchs():
+    """The page on results, with torch.nn in place of ours."""
+    torch.manual_seed(0)
+    text = (ROOT / "docs" / "outputs.md").read_text()
+    assert run_code(text, {"nn": torch.nn}, "outputs.md")[1] > 25
+
+
+def test_wrong_code_fails():
+    with pytest.raises(AssertionError):
+        run_code("```python\n>>> 1 + 1\n3\n\n```\n", {}, "page")
+    with pytest.raises(ZeroDivisionError):
+        run_code("```python\n1 / 0\n```\n", {}, "page")
+    assert run_code("<!-- needs: no_such -->\n```python\n1 / 0\n```\n", {}, "page") == (0, 0)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_commands_exist(page):
+    """What a page's shell blocks run: make's targets, this repository's modules and scripts."""
+    blocks = "".join(re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.S | re.M))
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+    assert set(re.findall(r"^make ([\w-]+)", blocks, re.M)) <= set(targets)
+    modules = re.findall(r"-m ((?:bench|examples|tests|lstm_fused)[\w.]*)", blocks)
+    assert all(find_spec(module) for module in modules)
+    scripts = re.findall(r"python[\d.]* ([\w./]+\.py)", blocks)
+    assert all((ROOT / script).is_file() for script in scripts)
+
+
+def without_blocks(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
 
 
 def code_words(text: str) -> list[str]:
     """The words of what stands in backticks, without fenced blocks."""
-    text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    text = without_blocks(text)
     return [word for span in re.findall(r"`([^`\n]+)`", text) for word in span.split()]
 
 
@@ -68,7 +136,7 @@ def test_named_files_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_links_exist(page):
-    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    targets = re.findall(r"\]\(([^)\s]+)\)", without_blocks(page.read_text()))
     local = [t.partition("#")[0] for t in targets if "://" not in t]
     missing = [t for t in local if t and not (page.parent / t).exists()]
     assert not missing
@@ -116,9 +184,20 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_bytes()) <= 9000
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/one_time_step.md"])
-def test_code_runs(name):
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), re.S | re.M)
-    assert blocks
-    for block in blocks:
-        exec(block, {"torch": torch, "lstm_fused": lstm_fused})
+@pytest.mark.full
+def test_site_builds(tmp_path):
+    """As `make docs` builds it: any warning is an error. Each page is in a table of contents."""
+    for need in ("sphinx", "myst_parser", "furo"):
+        pytest.importorskip(need)
+    command = re.search(
+        r"^docs:.*\n\t@?\$\(BIN\)/python (.*)$", (ROOT / "Makefile").read_text(), re.M
+    )
+    words = command[1].replace("build/", f"{tmp_path}/").split()
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for page in (ROOT / "docs").glob("*.md"):
+        assert (tmp_path / "docs" / f"{page.stem}.html").is_file()
+    for link in (link for page in PAGES for link in line_links.links_of(page)):
+        if link.page.parent.name == "docs":
+            target = link.path.relative_to(ROOT)
+            assert f'id="L{link.line}"' in (tmp_path / "docs/source" / f"{target}.html").read_text()
