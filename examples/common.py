@@ -35,6 +35,15 @@ except ImportError:
 
 BUILT_IN = Path(__file__).parent / "data"
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+STYLE = {
+    "font.size": 9,
+    "figure.titlesize": 10,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "figure.constrained_layout.h_pad": 0.06,
+}
 
 
 class DataError(Exception):
@@ -74,22 +83,25 @@ class Report:
             print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
 
     @contextmanager
-    def plot(self, name: str, rows: int = 1, columns: int = 1, **options):
+    def plot(self, name: str, title: str, rows: int = 1, columns: int = 1, **options):
         """Yields the axes of a figure (one or an array), which is then written to NAME.png.
 
-        Yields None where matplotlib is not installed.
+        At most 7 inches wide (770 pixels) it is readable in a README. Yields None where matplotlib
+        is not installed.
         """
         if pyplot is None:
             self.say(f"no plot {name}: matplotlib is not installed")
             yield None
             return
-        options = {"layout": "constrained", "figsize": (5.5 * columns, 3.6 * rows)} | options
-        figure, axes = pyplot.subplots(rows, columns, **options)
-        try:
-            yield axes
-            figure.savefig(self.folder / f"{name}.png", dpi=110)
-        finally:
-            pyplot.close(figure)
+        options = {"layout": "constrained", "figsize": (7, 3.6)} | options
+        with matplotlib.rc_context(STYLE):
+            figure, axes = pyplot.subplots(rows, columns, **options)
+            figure.suptitle(title)
+            try:
+                yield axes
+                figure.savefig(self.folder / f"{name}.png", dpi=110)
+            finally:
+                pyplot.close(figure)
         self.say(f"plot: {self.folder / name}.png")
 
     def progress(self, items, total: int, what: str):

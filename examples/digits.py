@@ -90,12 +90,14 @@ def run(args, report):
 def plot_mistakes(report, scans, labels, guesses):
     """Ten scans, misclassified ones first."""
     order = torch.argsort((labels == guesses).int(), stable=True)[:10].tolist()
-    with report.plot("scans", 1, 10, figsize=(11, 1.6)) as axes:
+    wrong = int((labels != guesses).sum())
+    title = f"Held-out scans, misread ones first ({wrong} of {len(labels)} are misread)"
+    with report.plot("scans", title, 2, 5, figsize=(6, 3)) as axes:
         if axes is not None:
-            for axis, k in zip(axes, order, strict=False):
+            for axis, k in zip(axes.flat, order, strict=False):
                 axis.imshow(scans[k].tolist(), cmap="gray_r")
-                axis.set_title(f"{labels[k]} read {guesses[k]}", fontsize=8)
-            for axis in axes:
+                axis.set_title(f"a {labels[k]}, read as {guesses[k]}")
+            for axis in axes.flat:
                 axis.axis("off")
 
 

@@ -115,10 +115,11 @@ def train(args, report, codes, vocabulary, device):
         rows = [[first + k, loss] for k, loss in enumerate(losses)]
         kept = rows[:: max(1, len(rows) // 10)]
         report.table("loss", ["step", "loss"], kept, f"{processes} process(es)")
-        with report.plot("loss") as axes:
+        title = f"Training a character model in {processes} process{'es' * (processes > 1)}"
+        with report.plot("loss", title, figsize=(6, 3.2)) as axes:
             if axes is not None:
                 axes.plot(*zip(*rows, strict=True))
-                axes.set(xlabel="step", ylabel="loss of the joint batch")
+                axes.set(xlabel="training step", ylabel="loss, nats a character")
     batch = joint_batch(codes, 0, args.seed)
     return {"losses": losses, "outputs": model(batch[:-1].to(device)).detach().cpu(),
             "problem": (model, loss_of, (batch,))}  # fmt: skip

@@ -5,7 +5,8 @@ its last state. The series is statsmodels' sunspots: yearly means of 1700 to 200
 held out.
 
 Two forecasts are plotted beside the truth: one year ahead, always from true values, and all
-held-out years at once, where each forecast is the next input.
+held-out years at once, where each forecast is the next input. A forecast is worth something if it
+is better than persistence, which repeats the value before.
 """
 
 import sys
@@ -17,6 +18,7 @@ from examples import common
 from examples.layers import KINDS, hidden_of, layer
 
 HIDDEN, WINDOW = 32, 24
+PERSISTENCE = "always the value before"
 
 
 class Forecaster(nn.Module):
@@ -86,11 +88,21 @@ def run(args, report):
     errors = {
         "one step ahead": error(ahead),
         "all steps at once": error(free),
-        "always the value before": error(windows[split:, -1]),
+        PERSISTENCE: error(windows[split:, -1]),
+        "the last known value, kept": error(windows[split, -1].expand_as(ahead)),
         "always the mean": error(torch.zeros_like(ahead)),
     }
-    report.table("errors", ["forecast", "rms error"], list(errors.items()), "on values held out")
-    plot_forecast(report, series, begin, known, ahead * deviation + mean, free * deviation + mean)
+    rows = [[name, value, verdict(errors, name)] for name, value in errors.items()]
+    report.table(
+        "errors", ["forecast", "rms error", "than persistence"], rows, "on values held out"
+    )
+    forecasts = {"one step ahead": ahead, "all steps at once": free}
+    labels = {
+        f"{name}: rms error {errors[name]:.3g}, {verdict(errors, name)} than persistence": values
+        for name, values in forecasts.items()
+    }
+    scale = {label: values * deviation + mean for label, values in labels.items()}
+    plot_forecast(report, series, begin, known, scale, errors[PERSISTENCE], args.data)
     return {
         "losses": training.losses,
         "errors": errors,
@@ -99,15 +111,28 @@ def run(args, report):
     }
 
 
-def plot_forecast(report, series, begin, known, ahead, free):
+def verdict(errors, name):
+    """Whether a forecast is better or worse than persistence."""
+    apart = errors[name] - errors[PERSISTENCE]
+    return "worse" if apart > 0 else "better" if apart < 0 else "-"
+
+
+def plot_forecast(report, series, begin, known, forecasts, persistence, path):
+    """The held-out values and as many before them, with each forecast under its label."""
+    first = max(0, 2 * known - len(series))
     years = range(begin, begin + len(series))
-    with report.plot("forecast", figsize=(10, 4)) as axis:
+    of_what = f"the last column of {path.name}" if path else "Sunspots"
+    error = f"persistence (the value before) has rms error {persistence:.3g}"
+    title = f"{of_what}, forecast right of the line; {error}"
+    with report.plot("forecast", title, figsize=(7, 4)) as axis:
         if axis is not None:
-            axis.plot(years, series.tolist(), color="0.6", label="truth")
-            axis.plot(years[known:], ahead.tolist(), label="one step ahead")
-            axis.plot(years[known:], free.tolist(), "--", label="all steps at once")
+            axis.plot(years[first:], series[first:].tolist(), color="0.6", label="truth")
+            for style, (label, values) in zip(("-", "--"), forecasts.items(), strict=True):
+                axis.plot(years[known:], values.tolist(), style, label=label)
             axis.axvline(years[known], color="black", linewidth=0.5)
-            axis.legend()
+            axis.set_xlabel("row of the file" if path else "year")
+            axis.set_ylabel("value" if path else "sunspot number, yearly mean")
+            axis.figure.legend(loc="outside lower center")
 
 
 EXAMPLE = common.Example(

@@ -95,14 +95,16 @@ def run(args, report):
 
 def plot_captions(report, scans, written, count=6):
     """Some scans and the captions generated for them."""
-    with report.plot("captions", 1, count, figsize=(2 * count, 2.6)) as axes:
+    title = "Captions written for held-out scans, by how the decoder is fed the scan"
+    with report.plot("captions", title, 2, count // 2, figsize=(6, 5)) as axes:
         if axes is not None:
-            for k, axis in enumerate(axes):
+            for k, axis in enumerate(axes.flat):
                 axis.axis("off")
                 if k < len(scans):
                     axis.imshow(scans[k].tolist(), cmap="gray_r")
-                    lines = (f"{way}:\n{texts[k]}" for way, texts in written.items())
-                    axis.set_title("\n".join(lines), fontsize=8)
+                    axis.set_title(
+                        "\n".join(f"{way}: {texts[k]}" for way, texts in written.items())
+                    )
 
 
 EXAMPLE = common.Example(

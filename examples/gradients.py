@@ -189,7 +189,8 @@ def tabulate_flows(report, flows):
 
 
 def plot_flows(report, flows, length):
-    with report.plot("gradients", 1, len(STARTS), sharey=True) as axes:
+    title = "How much of the loss reaches back: norm of d loss / d h_t"
+    with report.plot("gradients", title, 1, len(STARTS), sharey=True, figsize=(7, 3)) as axes:
         if axes is None:
             return
         titles = (STARTS[0], f"{STARTS[1]} for {length} steps", f"{STARTS[2]} over {length} steps")
@@ -199,19 +200,23 @@ def plot_flows(report, flows, length):
                 # The smallest positive float32 is near 1e-45; a logarithmic axis cannot show 0.
                 axis.loglog(range(1, len(norm) + 1), norm.clamp_min(1e-45), label=kind.upper())
             axis.set(title=title, xlabel="steps from the end", ylim=(1e-12, None))
-            axis.legend()
-        axes[0].set_ylabel("norm of d loss / d h_t")
+        axes[0].set_ylabel("norm of the gradient")
+        axes[0].legend(loc="lower left")
 
 
 def plot_accuracy(report, found, lengths):
-    with report.plot("accuracy") as axis:
+    title = "Copying the first symbol of a sequence, after training"
+    with report.plot("accuracy", title, figsize=(6, 3.2)) as axis:
         if axis is None:
             return
-        for kind in KINDS:
+        # Broader lines first: equal curves stay visible.
+        for width, kind in zip((5, 3, 1.5), KINDS, strict=True):
             accuracy = [found[kind, length][0] for length in lengths]
-            axis.semilogx(lengths, accuracy, "o-", label=kind.upper())
+            axis.semilogx(lengths, accuracy, "o-", label=kind.upper(), linewidth=width)
         axis.axhline(1 / SYMBOLS, color="gray", linestyle=":", label="chance")
-        axis.set(xlabel="steps to remember", ylabel="accuracy", ylim=(0, 1.05))
+        axis.set_xticks(lengths, [str(length) for length in lengths])
+        axis.minorticks_off()
+        axis.set(xlabel="steps to remember", ylabel="share copied correctly", ylim=(0, 1.05))
         axis.legend()
 
 

@@ -114,9 +114,12 @@ def plot_confusion(report, guesses, truth, labels):
     counts = torch.zeros(len(labels), len(labels))
     for guess, label in zip(guesses, truth, strict=True):
         counts[label, guess] += 1
-    with report.plot("confusion", figsize=(5.5, 5)) as axis:
+    shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
+    title = f"{len(truth)} held-out names: the true language and the guess"
+    with report.plot("confusion", title, figsize=(5.5, 5)) as axis:
         if axis is not None:
-            axis.imshow((counts / counts.sum(1, keepdim=True).clamp_min(1)).tolist(), cmap="Blues")
+            image = axis.imshow(shares.tolist(), cmap="Blues", vmin=0, vmax=1)
+            axis.figure.colorbar(image, label="share of the true language's names", shrink=0.8)
             axis.set_xticks(range(len(labels)), labels, rotation=90)
             axis.set_yticks(range(len(labels)), labels)
             axis.set_xlabel("guessed")

@@ -137,7 +137,8 @@ def show_gate(report, model, vocabulary, text):
 @torch.no_grad()
 def plot_reading(report, model, vocabulary, texts):
     """The probability of "pos" after each word of some reviews."""
-    with report.plot("reading", len(texts), figsize=(9, 2.2 * len(texts))) as axes:
+    title = "What the classifier thinks of a review after each word of it"
+    with report.plot("reading", title, len(texts), figsize=(7, 1.7 * len(texts))) as axes:
         if axes is None:
             return
         for axis, text in zip(axes if len(texts) > 1 else [axes], texts, strict=True):
@@ -147,9 +148,9 @@ def plot_reading(report, model, vocabulary, texts):
                 range(len(words)), model.probabilities(*vocabulary.batch(parts))[:, 1].tolist()
             )
             axis.axhline(0.5, color="black", linewidth=0.5)
-            axis.set_xticks(range(len(words)), words, rotation=30, fontsize=8)
-            axis.set_ylim(0, 1)
-            axis.set_ylabel("P(pos) so far")
+            axis.set_xticks(range(len(words)), words, rotation=30)
+            axis.set(ylim=(0, 1), ylabel='probability\nof "pos"')
+        axis.set_xlabel("the words, in the order they are read")
 
 
 def run(args, report):

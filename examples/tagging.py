@@ -28,7 +28,8 @@ EMBEDDING, LENGTH, BATCH = 24, 96, 32
 HIDDEN = {"one direction": 96, "both directions": 64}
 TAGS = ["space", "keyword", "name", "call", "number", "string", "comment", "operator"]
 MAX_CHARACTERS = 300_000
-COLORS = ["0.9", "#7048e8", "#495057", "#1c7ed6", "#f08c00", "#2f9e44", "#adb5bd", "#e03131"]
+SHOWN = 60  # characters of a line in the plot
+COLORS = ["0.97", "#b197fc", "#ffec99", "#74c0fc", "#ffa94d", "#8ce99a", "#ced4da", "#ff8787"]
 
 
 class Tagger(nn.Module):
@@ -157,21 +158,26 @@ def run(args, report):
 def plot_source(report, kinds, test, guesses, rows=2):
     """A few windows, each character in the colour of its tag: the truth, then the predictions."""
     shown = {"truth": test[1]} | guesses
-    with report.plot("source", rows, figsize=(12, 0.9 * rows * len(shown))) as axes:
+    title = "The tag of each character of held-out source"
+    with report.plot("source", title, rows, figsize=(7, 0.45 * rows * (len(shown) + 1))) as axes:
         if axes is None:
             return
-        for axis, k in zip(axes, range(rows), strict=True):
+        kinds_of_tags = [-len(set(tags[:SHOWN].tolist())) for tags in test[1]]
+        chosen = sorted(range(len(test[1])), key=kinds_of_tags.__getitem__)  # the most varied
+        for axis, k in zip(axes, chosen[:rows], strict=True):
             for line, (name, tags) in enumerate(shown.items()):
-                axis.text(-1, -line, name, ha="right", va="center", fontsize=8)
-                for place, tag in enumerate(tags[k].tolist()):
+                axis.text(-1, line, name, ha="right", va="center")
+                tags = tags[k, :SHOWN].tolist()
+                axis.bar(range(len(tags)), 0.7, 1, line - 0.35, color=[COLORS[t] for t in tags])
+                for place in range(len(tags)):
                     character = test[0][k, place].item()
                     letter = kinds[character] if character < len(kinds) else common.UNKNOWN
                     letter = {"\n": "↵", "$": r"\$"}.get(letter, letter)
-                    axis.text(place, -line, letter, color="black", backgroundcolor=COLORS[tag],
-                              family="monospace", fontsize=7, ha="center", va="center")  # fmt: skip
-            axis.set_xlim(-10, LENGTH)
-            axis.set_ylim(0.5 - len(shown), 0.5)
+                    axis.text(place, line, letter, family="monospace", ha="center", va="center")
+            axis.set(xlim=(-13, SHOWN), ylim=(len(shown) - 0.5, -0.5))
             axis.axis("off")
+        keys = [axis.bar(0, 0, color=color) for color in COLORS]
+        axis.figure.legend(keys, TAGS, loc="outside lower center", ncols=len(TAGS) // 2)
 
 
 EXAMPLE = common.Example(

@@ -185,12 +185,13 @@ def run(args, report):
 
 
 def plot_accuracy(report, by_length):
-    with report.plot("accuracy") as axis:
+    title = "Words reversed correctly, by what the decoder knows of the word"
+    with report.plot("accuracy", title, figsize=(6, 3.4)) as axis:
         if axis is not None:
             for form, shares in by_length.items():
                 axis.plot(list(shares), list(shares.values()), marker="o", label=form)
-            axis.set_xlabel("letters")
-            axis.set_ylabel("words reversed correctly")
+            axis.set_xlabel("length of the word, in letters")
+            axis.set_ylabel("share of words")
             axis.set_ylim(0, 1.02)
             axis.legend()
 
@@ -198,14 +199,16 @@ def plot_accuracy(report, by_length):
 def plot_attention(report, word, written, attended):
     """The attention weights: one row per written letter, one column per letter read."""
     shown = min(len(written) + 1, LONGEST + 1)
-    with report.plot("attention", figsize=(4.5, 4)) as axis:
+    title = f"Attention while {word!r} is reversed"
+    with report.plot("attention", title, figsize=(5, 4.4)) as axis:
         if axis is not None:
             rows = [step[-1, 0, : len(word)].tolist() for step in attended[:shown]]
-            axis.imshow(rows, cmap="Blues", vmin=0, vmax=1)
+            image = axis.imshow(rows, cmap="Blues", vmin=0, vmax=1)
+            axis.figure.colorbar(image, label="attention weight", shrink=0.8)
             axis.set_xticks(range(len(word)), list(word))
             axis.set_yticks(range(shown), [*written, "end"][:shown])
-            axis.set_xlabel("read")
-            axis.set_ylabel("written")
+            axis.set_xlabel("letter read")
+            axis.set_ylabel("letter written")
 
 
 EXAMPLE = common.Example(

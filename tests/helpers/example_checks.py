@@ -1,9 +1,11 @@
 """Checks that an example gives the same with both backends, and that its small run succeeds."""
 
 import copy
+from unittest import mock
 
 import torch
 
+from examples import common
 from lstm_fused import runtime
 from lstm_fused.testing import oracle, parity, tolerance
 
@@ -47,9 +49,23 @@ def assert_agree(example, folder, *arguments):
     assert_accurate(fused["problem"][0], *theirs["problem"])
 
 
+def assert_readable(figure):
+    """A picture has a title, fits a README, and names both quantities of each plot."""
+    assert figure.get_suptitle()
+    assert figure.get_size_inches()[0] <= 7
+    plots = [axis for axis in figure.axes if axis.axison]
+    for labels in zip(*((axis.get_xlabel(), axis.get_ylabel()) for axis in plots), strict=True):
+        assert any(labels)  # plots that share an axis name it once
+
+
 def learn(example, folder, *arguments):
     """What the example finds with the fused layers in its small run; it must leave files."""
-    found = example.results(["--quick", "--out", str(folder), *arguments])
+    close, closed = common.pyplot.close, []
+    with mock.patch.object(common.pyplot, "close", lambda figure: closed.append(figure)):
+        found = example.results(["--quick", "--out", str(folder), *arguments])
     assert sorted(folder.glob("*.csv"))
-    assert sorted(folder.glob("*.png"))
+    assert len(list(folder.glob("*.png"))) == len(closed) > 0
+    for figure in closed:
+        assert_readable(figure)
+        close(figure)
     return found
