@@ -46,8 +46,8 @@ html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
-pygments_style = "sas"
-pygments_dark_style = "monokai"
+pygments_style = "tango"
+pygments_dark_style = "github-dark"
 
 # A link (no picture) to a file outside of this folder, with or without a line.
 OUTSIDE = re.compile(r"(?<!!)\[([^\]]*)\]\(\.\./([^)#\s]+)(?:#(L\d+))?\)")
