@@ -22,6 +22,7 @@ help:
 	@echo "make lint       ruff and clang-format, checking only"
 	@echo "make format     ruff and clang-format, rewriting files"
 	@echo "make build      set-up and build alone"
+	@echo "make wheel      a wheel for other machines, audited and tested; left in build/wheels"
 	@echo "make clean      remove build products; make distclean removes $(VENV) too"
 	@echo "options: PYTHON=python3.12, CXX=clang++, ARGS='...' for the command that demo, test, bench run"
 
@@ -58,6 +59,9 @@ docs: build
 	@echo "see build/docs/index.html"
 
 build: $(STAMPS)/build
+
+wheel: $(STAMPS)/dev
+	$(BIN)/python tests/packaging/wheels.py $(ARGS)
 
 # With PYTHON as it is, no set-up: such a machine has its own torch, and may have no network.
 gpu-check:
