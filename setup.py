@@ -18,6 +18,7 @@ Environment variables:
     CXX                   the C++ compiler
 """
 
+import importlib
 import os
 import platform
 import re
@@ -39,15 +40,22 @@ def fail(message):
     sys.exit(f"lstm_fused cannot be built: {message}")
 
 
-try:
-    from setuptools import Extension, setup
-except ImportError:
-    fail("setuptools is not installed. `pip install setuptools wheel`, then try again.")
-try:
-    import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
-except ImportError:
-    fail("torch is not installed. `pip install torch`, then `pip install --no-build-isolation .`")
+def require(package, oldest):
+    """The package, which must be `oldest` or newer; ends the build with one line otherwise."""
+    install = f"`pip install '{package}>={oldest}'`, then `pip install --no-build-isolation .`"
+    try:
+        found = importlib.import_module(package)
+    except ImportError:
+        fail(f"{package} is not installed. {install}")
+    numbers = [int(number) for number in re.findall(r"\d+", found.__version__)[:2]]
+    if numbers < [int(number) for number in oldest.split(".")]:
+        fail(f"{package} {found.__version__} is too old. {install}")
+    return found
+
+
+setuptools = require("setuptools", "77")
+torch = require("torch", "2.10")
+from torch.utils.cpp_extension import BuildExtension, CppExtension  # noqa: E402
 
 
 def require_tools():
@@ -209,7 +217,7 @@ def extensions():
     )
     plan.include_dirs = plan.libraries = []
     # Compiled by Build below: setuptools knows no nvcc, and torch's own rules want a CUDA torch.
-    cuda = Extension("lstm_fused._C_cuda", sources=[], py_limited_api=True)
+    cuda = setuptools.Extension("lstm_fused._C_cuda", sources=[], py_limited_api=True)
     return [operators, plan, *([cuda] if NVCC else [])]
 
 
@@ -288,7 +296,7 @@ def say(what):
 
 
 if __name__ == "__main__":
-    setup(
+    setuptools.setup(
         version=version(),
         ext_modules=extensions(),
         cmdclass={"build_ext": Build},

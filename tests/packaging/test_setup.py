@@ -112,9 +112,21 @@ def test_what_is_missing_is_said_before_compiling(missing, says, tmp_path, monke
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("module", ["torch", "setuptools"])
-def test_a_missing_package_is_one_line(module, tmp_path):
-    (tmp_path / f"{module}.py").write_text("raise ImportError\n")
+@pytest.mark.parametrize(
+    ("package", "text", "says"),
+    [
+        ("torch", "raise ImportError", "torch is not installed. `pip install 'torch>=2.10'`"),
+        (
+            "setuptools",
+            "raise ImportError",
+            "setuptools is not installed. `pip install 'setuptools",
+        ),
+        ("torch", "__version__ = '2.9.1+cpu'", "torch 2.9.1+cpu is too old. `pip install 'torch>="),
+        ("setuptools", "__version__ = '65.5.0'", "setuptools 65.5.0 is too old."),
+    ],
+)
+def test_a_package_that_does_not_serve_is_one_line(package, text, says, tmp_path):
+    (tmp_path / f"{package}.py").write_text(f"{text}\n")
     done = subprocess.run(
         [sys.executable, str(ROOT / "setup.py"), "--version"],
         env=dict(os.environ, PYTHONPATH=str(tmp_path)),
@@ -122,5 +134,5 @@ def test_a_missing_package_is_one_line(module, tmp_path):
         text=True,
     )
     assert done.returncode == 1
-    assert done.stderr.startswith(f"lstm_fused cannot be built: {module} is not installed.")
+    assert done.stderr.startswith(f"lstm_fused cannot be built: {says}")
     assert done.stderr.count("\n") == 1
