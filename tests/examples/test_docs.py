@@ -27,7 +27,7 @@ def page_id(page):
 
 # Pages whose code compiles for long.
 SLOW = ("deploying.md",)
-BLOCK = re.compile(r"^(?:<!-- needs: (.*) -->\n)?```python\n(.*?)^```", re.S | re.M)
+BLOCK = re.compile(r"^(?:<!-- needs: ([\w ]+) -->\n)?```python\n(.*?)^```", re.S | re.M)
 
 
 def has(need: str) -> bool:
@@ -60,6 +60,13 @@ def pages_with_code():
             yield pytest.param(page, id=page_id(page), marks=marks)
 
 
+def test_needs_are_known():
+    """What blocks need is in the development environment, but for what it cannot have."""
+    known = set(re.findall(r"^[\w-]+", (ROOT / "requirements-dev.txt").read_text(), re.M))
+    needs = " ".join(needs for page in PAGES for needs, _ in BLOCK.findall(page.read_text()))
+    assert set(needs.split()) - known == {"cuda", "executorch"}
+
+
 @pytest.mark.parametrize("page", list(pages_with_code()))
 def test_code_runs(page, monkeypatch, recwarn):
     torch.manual_seed(0)
@@ -83,7 +90,8 @@ def test_wrong_code_fails():
         run_code("```python\n>>> 1 + 1\n3\n\n```\n", {}, "page")
     with pytest.raises(ZeroDivisionError):
         run_code("```python\n1 / 0\n```\n", {}, "page")
-    assert run_code("<!-- needs: no_such -->\n```python\n1 / 0\n```\n", {}, "page") == (0, 0)
+    skipped = "<!-- needs: no_such -->\n```python\n1 / 0\n```\n"
+    assert run_code(f"{skipped}```python\nx = 1\n```\n{skipped}", {}, "page") == (1, 0)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
