@@ -14,7 +14,10 @@ from functools import cache, partial
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
-from torch.autograd import Function, forward_ad
+from torch.autograd import forward_ad
+
+# Function.apply starts at the outermost transform, this one's at the current level alone.
+from torch.autograd.function import _SingleLevelFunction
 
 from lstm_fused import _C, cuda, operators
 from lstm_fused.batched_grads import each_example, level_of
@@ -41,17 +44,12 @@ from lstm_fused.reference_derivatives import (
 from lstm_fused.tangents import has_kernel
 
 
-def _apply_of(rule):
-    """rule.apply at the current level only; Function.apply starts at the outermost transform."""
-    return super(Function, rule).apply
-
-
 def _primal(t):
     """t without its tangent at the current level."""
     return None if t is None else torch.ops.aten._fw_primal(t, 0)
 
 
-class LayerForward(Function):
+class LayerForward(_SingleLevelFunction):
     """The forward pass. Its derivatives are LayerBackward, and the reference's in forward mode.
 
     Returns what the operator does below torch's dispatcher, and in eager mode (y, h_n[, c_n]).
@@ -116,10 +114,10 @@ class LayerForward(Function):
 
 
 # record(None, layer, x, batch_sizes, *state0, *weights): recurrent_forward, recorded in eager mode.
-record = _apply_of(LayerForward)
+record = LayerForward.apply
 
 
-class StepForward(Function):
+class StepForward(_SingleLevelFunction):
     """LayerForward of a single-step cell in eager mode: x (N, I) or (I,), states (N, H) or (H,)."""
 
     @staticmethod
@@ -151,7 +149,7 @@ class StepForward(Function):
         return None, *found
 
 
-record_step = _apply_of(StepForward)
+record_step = StepForward.apply
 
 
 def _save(ctx, needs, kept):
@@ -247,7 +245,7 @@ def _gradients(layer, mask, *tensors):
 
 def _record_gradients(layer, mask, *tensors):
     """_gradients, recorded so that they can be differentiated."""
-    return _apply_of(LayerBackward)(partial(run_directly, backward_op), layer, mask, *tensors)
+    return LayerBackward.apply(partial(run_directly, backward_op), layer, mask, *tensors)
 
 
 def _arguments(layer, mask, tensors):
@@ -259,7 +257,7 @@ def _arguments(layer, mask, tensors):
     return (*args, layer.samples) if layer.samples else args
 
 
-class LayerBackward(Function):
+class LayerBackward(_SingleLevelFunction):
     """The backward pass. Its own derivatives are those of the reference's backward pass."""
 
     @staticmethod
@@ -302,7 +300,7 @@ class LayerBackward(Function):
         return tuple(next(rest) if want else None for want in (*mask[:-1], False))
 
 
-class LayerTangents(Function):
+class LayerTangents(_SingleLevelFunction):
     """The tangents of a layer's outputs; their derivatives are the reference's."""
 
     @staticmethod
@@ -422,7 +420,7 @@ def _backward_kernel(op, keyset, *args):
     layer = Layer(cell, directions, len(state0), *samples)
     tensors = (batch_sizes, y, gates, saved_states, dy, dh_n, dc_n, x, *state0, *weights)
     with enable_single_level_autograd_function():
-        dx, dh0, dc0, *dweights, d_preacts = _apply_of(LayerBackward)(
+        dx, dh0, dc0, *dweights, d_preacts = LayerBackward.apply(
             _below(op, keyset), layer, mask, *tensors
         )
     return dx, dh0, dc0, dweights, d_preacts
@@ -436,7 +434,7 @@ def _jvp_kernel(keyset, *args):
     layer = Layer(cell, directions, len(state0))
     tensors = (batch_sizes, y, gates, saved_states, x, *state0, *weights, *tangents)
     with enable_single_level_autograd_function():
-        return _apply_of(LayerTangents)(_below(jvp_op, keyset), layer, *tensors)
+        return LayerTangents.apply(_below(jvp_op, keyset), layer, *tensors)
 
 
 def register():
