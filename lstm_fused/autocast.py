@@ -67,7 +67,8 @@ def _has():
     return _ask_torch()
 
 
-_has._dynamo_marked_constant = True  # Dynamo calls it once, and does not trace it
+# Dynamo calls it once, and does not trace it.
+_has._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

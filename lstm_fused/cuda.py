@@ -11,7 +11,8 @@ import torch
 
 from lstm_fused import _plan
 
-_LIBRARY = Path(_plan.__file__.replace("_plan", "_C_cuda"))  # beside it, by the same suffix
+_PLAN = Path(_plan.__file__)
+_LIBRARY = _PLAN.with_name(_PLAN.name.replace("_plan", "_C_cuda"))  # by the same suffix
 KINDS = _plan.cuda_kinds()  # of plans: csrc/cuda/plan.h
 _SAVED = _plan.saved_layouts()
 # By number, csrc/cells/cells.h.
@@ -25,17 +26,39 @@ _NEVER_RUN = (
 
 operators = torch.ops.lstm_fused  # tests put the emulation's here
 _forced_kind = ""
+_load_error = None
 
 
 def available():
     """Whether the CUDA kernels were built, and this torch has CUDA to run them with."""
-    return torch.version.cuda is not None and _LIBRARY.exists()
+    return absence_reason() is None
 
 
 def load():
-    """Load the operators' CUDA implementation, where it is available."""
+    """Load the operators' CUDA implementation, where it is available.
+
+    Where that fails, CUDA calls run through torch, and their warning says so.
+    """
+    global _load_error
     if available():
-        torch.ops.load_library(_LIBRARY)
+        try:
+            torch.ops.load_library(_LIBRARY)
+        except OSError as error:
+            _load_error = str(error.__cause__ or error)
+
+
+def built():
+    """Whether the CUDA library is beside the other compiled modules."""
+    return _LIBRARY.exists()
+
+
+def absence_reason():
+    """Why there are no CUDA kernels in this process, or None where there are."""
+    if torch.version.cuda is None:
+        return "torch has no CUDA"
+    if not built():
+        return "the CUDA kernels were not built"
+    return _load_error and f"the CUDA kernels cannot be loaded: {_load_error}"
 
 
 def serves(x):
@@ -50,8 +73,8 @@ def saved_layout(x):
 
 def unsupported_reason(device):
     """Why the kernels do not run on a CUDA device, or None where they do."""
-    if not available():
-        return "the CUDA kernels were not built" if torch.version.cuda else "torch has no CUDA"
+    if reason := absence_reason():
+        return reason
     major, minor = device_properties(index_of(device))[:2]
     if major < 8:
         return f"the fused kernels need compute capability 8.0 or later, not {major}.{minor}"

@@ -3,11 +3,13 @@
 import functools
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from lstm_fused import runtime
+from lstm_fused import _plan, runtime
 from lstm_fused.fallback import Fused
 from lstm_fused.single_step import Cell
 
@@ -29,20 +31,21 @@ class Layer:
     R: int
     directions: int
     training: bool
-    plan: object
-    seconds: tuple | None = None
+    plan: _plan.Plan | Any  # Any: CudaPlan, on a GPU
+    seconds: tuple[float, ...] | None = None
 
-    def __str__(self):
+    def __str__(self) -> str:
         sizes = f"T={self.T} N={self.N} I={self.I} H={self.H}"
         sizes += f" R={self.R}" if self.R != self.H else ""
         sizes += ", two directions" if self.directions == 2 else ""
         return f"{sizes}{', keeps gates for backward' if self.training else ''}: {self.plan}"
 
-    def prediction(self, total):
+    def prediction(self, total: float) -> str:
         """The predicted times, and their share of `total` seconds, in words."""
-        passes = zip(("forward", "backward"), self.seconds, strict=False)
-        times = ", ".join(f"{_duration(seconds)} {name}" for name, seconds in passes)
-        share = f" ({sum(self.seconds) / total:.0%} of all)" if total > sum(self.seconds) else ""
+        seconds = self.seconds or ()
+        passes = zip(("forward", "backward"), seconds, strict=False)
+        times = ", ".join(f"{_duration(s)} {name}" for name, s in passes)
+        share = f" ({sum(seconds) / total:.0%} of all)" if total > sum(seconds) else ""
         return f"predicted {times}{share}"
 
 
@@ -56,18 +59,18 @@ class Call:
     name: str
     module: str
     reason: str | None
-    layers: tuple
+    layers: tuple[Layer, ...]
     step: bool = False
 
     @property
-    def seconds(self):
+    def seconds(self) -> float:
         """The predicted time of all layers; 0 where there is none."""
         return sum(sum(layer.seconds or ()) for layer in self.layers)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return self.text(self.seconds)
 
-    def text(self, total):
+    def text(self, total: float) -> str:
         """As printed, where all calls are predicted to take `total` seconds."""
         head = f"{self.name}: {self.module}" if self.name else self.module
         if self.reason is not None:
@@ -87,16 +90,18 @@ class Explanation:
     Prints as text, calls that are alike once.
     """
 
-    calls: tuple
+    calls: tuple[Call, ...]
 
-    def __str__(self):
+    def __str__(self) -> str:
         total = sum(call.seconds for call in self.calls)
         counts = Counter(call.text(total) for call in self.calls)
         texts = [f"{text}\n  called {n} times" if n > 1 else text for text, n in counts.items()]
         return "\n".join(texts) or "no LSTM, GRU, RNN or single-step cell was called"
 
 
-def explain(model, input, hx=None):
+def explain(
+    model: torch.nn.Module, input: Any, hx: Tensor | tuple[Tensor, Tensor] | None = None
+) -> Explanation:
     """Say which kernel, instruction set, thread partition and tile would run, or why torch would.
 
     Args:

@@ -3,6 +3,9 @@
 Sizes: T steps, N rows, I inputs, H hidden units, R recurrent width, D directions.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from lstm_fused import reference
@@ -10,7 +13,7 @@ from lstm_fused.cuda import CELLS
 from lstm_fused.operators import forward_op, padded_op
 
 
-def decompositions():
+def decompositions() -> dict[Any, Callable[..., Any]]:
     """The decompositions of our operators into torch's, for an exported program.
 
     A program of ``torch.export.export`` holds a layer of ours as one operator that only lstm_fused

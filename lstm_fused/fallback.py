@@ -1,6 +1,8 @@
 """When a module's call runs through torch.nn's own forward, and the warning that says why."""
 
 import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -8,10 +10,12 @@ from torch.nn import Parameter
 
 from lstm_fused import cuda
 
+State = TypeVar("State")  # the states of a module as its user passes and receives them
+
 _FUSED_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _PLAIN_TYPES = frozenset((Tensor, Parameter))
 TRACED = "torch.jit.trace records torch's op, for programs without lstm_fused"
-_warned = set()
+_warned: set[str] = set()
 # Methods that torch.nn's forward of a layer calls on the module. Our forward calls the first of
 # them too. A module that overrides one of the others runs through torch.
 CALLED_BY_TORCH = (
@@ -75,17 +79,31 @@ def _tensor_reason(t, x):
     return f"{type(t).__name__} is a Tensor subclass"
 
 
-class Fused:
+if TYPE_CHECKING:
+
+    class _Typed(Generic[State]):
+        forward: Callable[..., Any]  # torch.nn's
+
+else:
+
+    class _Typed:
+        """Without Generic, which changes the layout of objects: replace assigns __class__."""
+
+        def __class_getitem__(cls, states):
+            return cls
+
+
+class Fused(_Typed[State]):
     """A mixin before torch.nn's class: what every fused module does where its kernels do not run.
 
     A subclass names that class as ``_torch_class``; a subclass that ``lstm_fused.replace`` made
     from a user's class names that as ``_user_class``.
     """
 
-    _torch_class = None
-    _user_class = None
+    _torch_class: Any = None
+    _user_class: Any = None
 
-    def __init_subclass__(cls, **options):
+    def __init_subclass__(cls, **options: Any) -> None:
         if "_user_class" not in vars(cls):  # the user's class has been announced before
             super().__init_subclass__(**options)
 

@@ -1,13 +1,22 @@
 """How much of a loss reaches back to each step: d loss / d h_t, by running a layer step by step."""
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from lstm_fused.nn import MODULES
 
 _KINDS = (*MODULES, torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN)
 
 
-def gradient_flow(module, input, hx=None, *, loss=None):
+def gradient_flow(
+    module: torch.nn.RNNBase,
+    input: Tensor,
+    hx: Tensor | tuple[Tensor, Tensor] | None = None,
+    *,
+    loss: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """d loss / d h_t for every step, layer and direction of an LSTM, GRU or RNN.
 
     The layer is run one step a call, and every h_t is a tensor of its own that the next step, the

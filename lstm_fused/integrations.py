@@ -106,7 +106,7 @@ def _register_opacus(validators):
                 known[ours] = known[theirs]
 
 
-def register():
+def register() -> None:
     """Called when lstm_fused is imported."""
     dynamo.allow(MODULES)
     onnx.register()

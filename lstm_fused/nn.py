@@ -1,12 +1,18 @@
 """LSTM, GRU and RNN: torch.nn's modules, computed by the fused kernels."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
+from torch import Tensor
 
 from lstm_fused import errors
 from lstm_fused.recurrent import Recurrent
 
+if TYPE_CHECKING:
+    from torch.types import Device
 
-class LSTM(Recurrent, torch.nn.LSTM):
+
+class LSTM(Recurrent[tuple[Tensor, Tensor]], torch.nn.LSTM):
     """``torch.nn.LSTM`` computed by fused kernels: same constructor, weights, inputs and results.
 
     Anything ``torch.nn.LSTM`` accepts is accepted, a module of one class loads the other's
@@ -62,6 +68,22 @@ class LSTM(Recurrent, torch.nn.LSTM):
     _torch_class = torch.nn.LSTM
     _states = 2
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            proj_size: int = 0,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+        ) -> None: ...
+
     def _check_state(self, hx, dims, rows):
         return errors.check_state(self, hx, dims, rows)
 
@@ -72,7 +94,7 @@ class LSTM(Recurrent, torch.nn.LSTM):
         return given
 
 
-class GRU(Recurrent, torch.nn.GRU):
+class GRU(Recurrent[Tensor], torch.nn.GRU):
     """``torch.nn.GRU`` computed by fused kernels: same constructor, weights, inputs and results.
 
     Everything said of ``LSTM`` holds, with one state instead of two and no ``proj_size``.
@@ -97,8 +119,23 @@ class GRU(Recurrent, torch.nn.GRU):
 
     _torch_class = torch.nn.GRU
 
+    if TYPE_CHECKING:
 
-class RNN(Recurrent, torch.nn.RNN):
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+        ) -> None: ...
+
+
+class RNN(Recurrent[Tensor], torch.nn.RNN):
     """``torch.nn.RNN`` computed by fused kernels: same constructor, weights, inputs and results.
 
     ``nonlinearity`` is ``"tanh"`` or ``"relu"``. Inputs, results and errors are those of ``GRU``;
@@ -108,5 +145,21 @@ class RNN(Recurrent, torch.nn.RNN):
 
     _torch_class = torch.nn.RNN
 
+    if TYPE_CHECKING:
 
-MODULES = (LSTM, GRU, RNN)
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            nonlinearity: str = "tanh",
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+        ) -> None: ...
+
+
+MODULES: tuple[type[Recurrent[Any]], ...] = (LSTM, GRU, RNN)

@@ -5,9 +5,12 @@ Sizes: T steps, N rows, I inputs, H hidden units, R recurrent width (the project
 D directions, S rows of packed data.
 """
 
+from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from lstm_fused import _C, _plan, autograd, batching, cuda, fakes, samples, tangents  # noqa: F401
@@ -25,7 +28,14 @@ samples.register()
 tangents.register()
 
 
-def layer(x, batch_sizes, state0, weights, cell="lstm", directions=1):
+def layer(
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    state0: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    cell: str = "lstm",
+    directions: int = 1,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Run one layer of a recurrent network in one or two directions.
 
     Args:
@@ -62,7 +72,7 @@ def layer(x, batch_sizes, state0, weights, cell="lstm", directions=1):
     return y, ((h_n, c_n) if CELLS[cell]["carry"] == "cell" else (h_n,))
 
 
-def step(x, state0, weights, cell):
+def step(x: Tensor, state0: Sequence[Tensor], weights: Sequence[Tensor], cell: str) -> Any:
     """One step of a single-step cell whose gradient is recorded, in eager mode.
 
     x (N, I) or (I,); state0: () for zeros, or each state (N, H) or (H,); weights: w_ih, w_hh, then

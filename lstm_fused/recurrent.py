@@ -1,18 +1,27 @@
 """What LSTM, GRU and RNN share: from a module's call to the operator of each layer."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from lstm_fused import autocast, errors, inference, ops, padded
-from lstm_fused.fallback import CALLED_BY_TORCH, TRACED, Fused, fallback_reason, overridden
+from lstm_fused.fallback import (
+    CALLED_BY_TORCH,
+    TRACED,
+    Fused,
+    State,
+    fallback_reason,
+    overridden,
+)
 
 _NOT_PROFILED = nullcontext()
 
 
-class Recurrent(Fused):
+class Recurrent(Fused[State]):
     """The fused forward of a recurrent layer, before torch.nn's own class in the order of bases.
 
     A subclass names the number of its final states as ``_states``. Inside, the states of a call
@@ -20,18 +29,20 @@ class Recurrent(Fused):
     """
 
     _states = 1
-    _overridden = ()  # names of CALLED_BY_TORCH: a subclass's, or of the instance as well
+    _overridden: tuple[
+        str, ...
+    ] = ()  # names of CALLED_BY_TORCH: a subclass's, or of the instance as well
 
-    def __init_subclass__(cls, **options):
+    def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls._overridden = overridden(cls, cls._torch_class)
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name in CALLED_BY_TORCH:
             self._find_overridden()
 
-    def __delattr__(self, name):
+    def __delattr__(self, name: str) -> None:
         super().__delattr__(name)
         if name in CALLED_BY_TORCH:
             self._find_overridden()
@@ -67,6 +78,18 @@ class Recurrent(Fused):
     def _as_state(self, given):
         return (given,)
 
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        hx: State | None = None,
+        *,
+        lengths: Sequence[int] | Tensor | None = None,
+    ) -> tuple[Tensor, State]: ...
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: State | None = None
+    ) -> tuple[PackedSequence, State]: ...
     def forward(self, input, hx=None, lengths=None):
         """Run all layers over a sequence.
 
@@ -128,6 +151,9 @@ class Recurrent(Fused):
         if dim == 2:
             return y.squeeze(1), self._as_given(tuple([s.squeeze(1) for s in state]))
         return (y.transpose(0, 1) if self.batch_first else y), self._as_given(state)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _forward_recorded(self, x, *tensors):
         """With gradients: x (T, N, I), the states if any, the weights, as inference.infer found."""

@@ -2,6 +2,7 @@
 
 import types
 import warnings
+from typing import Any, TypeVar
 
 import torch
 from torch.nn.utils.parametrize import is_parametrized
@@ -10,10 +11,13 @@ from lstm_fused import nn, single_step
 from lstm_fused.fallback import CALLED_BY_TORCH, Fused, overridden
 from lstm_fused.recurrent import Recurrent
 
-OURS = {ours._torch_class: ours for ours in (*nn.MODULES, *single_step.MODULES)}
+M = TypeVar("M", bound=torch.nn.Module)
+OURS: dict[type[torch.nn.Module], type[Fused[Any]]] = {
+    ours._torch_class: ours for ours in (*nn.MODULES, *single_step.MODULES)
+}
 
 
-def replace(model):
+def replace(model: M) -> M:
     """Make every ``torch.nn.LSTM`` inside model, or model itself, an ``lstm_fused.LSTM``.
 
     So too every ``GRU``, ``RNN``, ``LSTMCell``, ``GRUCell`` and ``RNNCell``, and what is of a class
@@ -43,7 +47,7 @@ def replace(model):
     return _exchange(model, _fused_class, "replace")
 
 
-def restore(model):
+def restore(model: M) -> M:
     """Make every ``lstm_fused.LSTM`` inside model a ``torch.nn.LSTM``, also those built as ours.
 
     So too every other module of ours; one of a class of the user's gets the very class it had.

@@ -1,11 +1,13 @@
 """Which kernels there are, which ones a call would run, and which ones the last call ran."""
 
+from typing import Any
+
 import torch
 
 from lstm_fused import _plan, cuda, operators  # noqa: F401  loads the operators
 
 
-def set_isa(name=None):
+def set_isa(name: str | None = None) -> None:
     """Force the instruction set kernels use, for every thread; None goes back to the best one.
 
     Raises RuntimeError for a name that is unknown or that this machine cannot run. The environment
@@ -14,13 +16,13 @@ def set_isa(name=None):
     torch.ops.lstm_fused.force_isa(name or "")
 
 
-def available_isas():
+def available_isas() -> tuple[str, ...]:
     """Names of the instruction sets this machine can run, slowest first."""
     compiled = _plan.build_info()["isas"]
     return tuple(compiled[k] for k in torch.ops.lstm_fused.available_isas())
 
 
-def last_run(device="cpu"):
+def last_run(device: str = "cpu") -> dict[str, Any]:
     """What the newest forward or backward call ran, as a dict; empty before any.
 
     On the CPU that is this thread's; on "cuda" any thread's, as autograd has its own there.
@@ -31,19 +33,19 @@ def last_run(device="cpu"):
 
 
 def plan(
-    cell,
-    dtype,
-    T,
-    N,
-    I,  # noqa: E741
-    H,
-    R,
-    directions,
-    threads=None,
-    training=False,
-    device=None,
-    backward=False,
-):
+    cell: str,
+    dtype: torch.dtype | str,
+    T: int,
+    N: int,
+    I: int,  # noqa: E741
+    H: int,
+    R: int,
+    directions: int,
+    threads: int | None = None,
+    training: bool = False,
+    device: torch.device | None = None,
+    backward: bool = False,
+) -> _plan.Plan | Any:  # Any: CudaPlan, where device says so
     """The plan a forward call with these sizes would run now, or with backward the call of its
     backward pass, as a printable object. Its ``nanoseconds`` are what the call is predicted to take
     on the CPU.
@@ -75,6 +77,6 @@ def plan(
     )
 
 
-def build_info():
+def build_info() -> "_plan.BuildInfo":
     """Version, compiler, the torch built against, ISAs compiled in, whether CUDA kernels are."""
     return _plan.build_info()

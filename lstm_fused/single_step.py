@@ -1,13 +1,18 @@
 """LSTMCell, GRUCell and RNNCell: one step of a layer, by the fused kernels."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
 from lstm_fused import inference, ops
-from lstm_fused.fallback import Fused
+from lstm_fused.fallback import Fused, State
+
+if TYPE_CHECKING:
+    from torch.types import Device
 
 
-class Cell(Fused):
+class Cell(Fused[State]):
     """The fused forward of one step, before torch.nn's own class in the order of bases.
 
     What does not fit exactly goes to torch.nn's own forward: it decides what is an error, and words
@@ -24,7 +29,7 @@ class Cell(Fused):
         """hx as a tuple of states that have not been checked yet."""
         return (hx,)
 
-    def forward(self, input, hx=None):
+    def forward(self, input: Tensor, hx: State | None = None) -> State:
         """Run one step.
 
         Args:
@@ -58,9 +63,21 @@ class Cell(Fused):
         single = input.dim() == 1
         x = input.view(1, 1, -1) if single else input.unsqueeze(0)
         state = tuple([s.view(1, 1, -1) if single else s.unsqueeze(0) for s in state])
-        _, ends = ops.layer(x, None, state, weights, self._cell())
-        ends = [end.view(-1) if single else end.squeeze(0) for end in ends]
-        return ends[0] if len(ends) == 1 else tuple(ends)
+        _, after = ops.layer(x, None, state, weights, self._cell())
+        ends: Any = tuple([end.view(-1) if single else end.squeeze(0) for end in after])
+        return ends[0] if len(ends) == 1 else ends
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            bias: bool = True,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+        ) -> None: ...
 
     def _weights(self):
         weights = [self.weight_ih, self.weight_hh]
@@ -114,7 +131,7 @@ def _is_autocast_enabled(t):
     return t.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(t.device.type)
 
 
-class LSTMCell(Cell, torch.nn.LSTMCell):
+class LSTMCell(Cell[tuple[Tensor, Tensor]], torch.nn.LSTMCell):
     """``torch.nn.LSTMCell`` computed by a fused kernel: same constructor, weights and results.
 
     Args:
@@ -144,7 +161,7 @@ class LSTMCell(Cell, torch.nn.LSTMCell):
         return (tuple(hx) if stacked or isinstance(hx, (tuple, list)) else ()) or (hx,)
 
 
-class GRUCell(Cell, torch.nn.GRUCell):
+class GRUCell(Cell[Tensor], torch.nn.GRUCell):
     """``torch.nn.GRUCell`` computed by a fused kernel: input (N, I), hx (N, H) -> h_1 (N, H).
 
     As ``LSTMCell``, with one state.
@@ -156,13 +173,25 @@ class GRUCell(Cell, torch.nn.GRUCell):
         return "gru"
 
 
-class RNNCell(Cell, torch.nn.RNNCell):
+class RNNCell(Cell[Tensor], torch.nn.RNNCell):
     """``torch.nn.RNNCell`` computed by a fused kernel: input (N, I), hx (N, H) -> h_1 (N, H).
 
     As ``LSTMCell``, with one state; ``nonlinearity`` is ``"tanh"`` or ``"relu"``.
     """
 
     _torch_class = torch.nn.RNNCell
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            bias: bool = True,
+            nonlinearity: str = "tanh",
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+        ) -> None: ...
 
     def _cell(self):
         return f"rnn_{self.nonlinearity}"
@@ -171,4 +200,4 @@ class RNNCell(Cell, torch.nn.RNNCell):
         return self.nonlinearity in ("tanh", "relu") and super()._fits(input, state)
 
 
-MODULES = (LSTMCell, GRUCell, RNNCell)
+MODULES: tuple[type[Cell[Any]], ...] = (LSTMCell, GRUCell, RNNCell)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import PackedSequence
@@ -13,7 +14,7 @@ class NoGradient(Exception):
     """A training step was asked for of a model without gradients."""
 
 
-def tensors_in(value, name: str = "out") -> dict[str, torch.Tensor]:
+def tensors_in(value: Any, name: str = "out") -> dict[str, torch.Tensor]:
     """Every floating-point tensor of a nested value, by where it was found."""
     if isinstance(value, PackedSequence):
         value = value.data
@@ -33,17 +34,19 @@ def tensors_in(value, name: str = "out") -> dict[str, torch.Tensor]:
 class ModelRun:
     """A module with inputs of its own: a tuple of arguments, or a dict of keyword arguments."""
 
-    def __init__(self, module, inputs):
+    def __init__(
+        self, module: torch.nn.Module, inputs: tuple[Any, ...] | Mapping[str, Any]
+    ) -> None:
         self.module, self.inputs = module, inputs
         found = tensors_in(inputs, "input")
         self.leaves = {name: t for name, t in found.items() if t.requires_grad}
 
-    def call(self):
+    def call(self) -> Any:
         if isinstance(self.inputs, Mapping):
             return self.module(**self.inputs)
         return self.module(*self.inputs)
 
-    def step(self, mode: str):
+    def step(self, mode: str) -> Any:
         """ "forward": a call without gradients; "training": a call, sum and backward."""
         if mode == "forward":
             with torch.no_grad():

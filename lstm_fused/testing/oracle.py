@@ -1,15 +1,20 @@
 """The float64 oracle: models and inputs in float64, recurrent layers by the naive reference."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
 from lstm_fused import reference
 
+Value = TypeVar("Value")
 
-def map_tensors(value, change):
+
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """A nested value (mappings, sequences, packed sequences) with change(tensor) for each tensor.
 
     The results are leaves that require gradients where the tensors did. Other values stay.
@@ -26,7 +31,7 @@ def map_tensors(value, change):
     return value
 
 
-def in_float64(value):
+def in_float64(value: Value) -> Value:
     """A copy of a module or of a nested value, its floating-point tensors in float64."""
     if isinstance(value, torch.nn.Module):
         return copy.deepcopy(value).double()
@@ -43,15 +48,15 @@ class Oracle(torch.nn.Module):
     between layers draws torch's masks.
     """
 
-    def __init__(self, module: torch.nn.RNNBase):
+    def __init__(self, module: torch.nn.RNNBase) -> None:
         super().__init__()
         self.inner = in_float64(module)
         self.layer = reference.CELLS[module.mode.lower()]
 
-    def named_parameters(self, *args, **kwargs):
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Parameter]]:
         return self.inner.named_parameters(*args, **kwargs)
 
-    def forward(self, x, state=None):
+    def forward(self, x: Any, state: Any = None) -> tuple[Any, tuple[Tensor, ...]]:
         inner, packed = self.inner, isinstance(x, PackedSequence)
         directions = 2 if inner.bidirectional else 1
         transposed = inner.batch_first and not packed

@@ -1,9 +1,11 @@
 """Tensors compared with torch.nn's and with a float64 oracle's, each by the table of tolerances."""
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lstm_fused.testing import tolerance
 from lstm_fused.testing.tolerance import error_of as max_error
@@ -26,7 +28,12 @@ class Verdict:
         return self.error <= self.allowed < math.inf
 
 
-def compare(found: dict, baseline: dict, exact: dict, row_of=str) -> list[Verdict]:
+def compare(
+    found: Mapping[str, Tensor | None],
+    baseline: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    row_of: Callable[[str], str] = str,
+) -> list[Verdict]:
     """The verdict on each tensor of exact, the oracle's; all three are dicts of tensors by name.
 
     row_of: from a tensor's name to the row of the table of tolerances.

@@ -8,6 +8,7 @@ happens to round to the right side.
 import math
 
 import torch
+from torch import Tensor
 
 WIDE = {
     # o * tanh(c), two such functions and a product, after c.
@@ -38,14 +39,14 @@ FLOOR = {
 }
 
 
-def allowed(name, dtype, torch_error, largest):
+def allowed(name: str, dtype: torch.dtype, torch_error: float, largest: float) -> float:
     """The largest absolute error that a tensor, such as y or d_weight_hh_l1_reverse, may have."""
     table = FLOOR[dtype]
     kind = name if name in table else "_".join(name.split("_")[:2])
     return 2 * torch_error + table[kind] * torch.finfo(dtype).eps * largest
 
 
-def error_of(found, exact):
+def error_of(found: Tensor | None, exact: Tensor) -> float:
     """The largest absolute difference; infinite if a shape differs or anything is not finite."""
     if found is None or found.shape != exact.shape:
         return math.inf

@@ -1,0 +1,42 @@
+"""Calls past torch's dispatcher: csrc/torch/module.cpp, inference.cpp and eager.cpp."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+def infer(
+    names: Sequence[str],
+    params: Mapping[str, Tensor | None],
+    x: Any,
+    hx: Any,
+    cell: int,
+    directions: int = ...,
+    layers: int = ...,
+    /,
+) -> Any: ...
+def forward(
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    state0: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    cell: int,
+    directions: int,
+    /,
+) -> tuple[Tensor | None, ...] | None: ...
+def backward(
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    state0: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    y: Tensor,
+    gates: Tensor,
+    saved_states: Tensor,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    cell: int,
+    directions: int,
+    mask: Sequence[bool],
+    /,
+) -> tuple[Tensor | None, ...] | None: ...

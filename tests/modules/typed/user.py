@@ -1,0 +1,98 @@
+"""A user's program with every public function, for `mypy --strict`: the test expects no error."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+import lstm_fused
+from lstm_fused import integrations, ops, runtime
+from lstm_fused.testing import models, oracle, parity, tolerance
+
+
+class Tagger(nn.Module):
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.lstm = lstm_fused.LSTM(
+            4, hidden, 2, bias=False, batch_first=True, dropout=0.1, bidirectional=True, proj_size=2
+        )
+        self.gru = lstm_fused.GRU(4, hidden, num_layers=1, device="cpu", dtype=torch.float32)
+        self.rnn = lstm_fused.RNN(4, hidden, nonlinearity="relu", device=torch.device("cpu"))
+        self.cell = lstm_fused.LSTMCell(4, hidden, bias=True)
+
+    def forward(self, x: Tensor, lengths: list[int]) -> Tensor:
+        y, (h_n, c_n) = self.lstm(x, lengths=lengths)
+        again, _ = self.lstm(y, (h_n, c_n), lengths=torch.tensor(lengths))
+        z, h = self.gru(again)
+        _, h = self.rnn(z, h)
+        one, _ = self.cell(x[0], None)
+        return z + h + one
+
+
+class Named(lstm_fused.GRU):
+    name = "named"
+
+
+def packed(module: lstm_fused.LSTM, gru: Named) -> PackedSequence:
+    sequence = pack_sequence([torch.ones(3, 4)])
+    y, (h_n, c_n) = module(sequence)
+    total: Tensor = h_n + c_n
+    z, h = gru(module(y, (total, total))[0], total)
+    both: tuple[PackedSequence, Tensor] = gru.forward(z, h)
+    return both[0]
+
+
+def steps(x: Tensor) -> Tensor:
+    lstm, gru = lstm_fused.LSTMCell(4, 4), lstm_fused.GRUCell(4, 4, False, "cpu")
+    rnn = lstm_fused.RNNCell(4, 4, nonlinearity="relu", dtype=torch.float32)
+    state: tuple[Tensor, Tensor] | None = None
+    for row in x:
+        state = lstm(row, state)
+    h: Tensor = gru(x[0])
+    return rnn(x[0], rnn.forward(x[0], h))
+
+
+def model_functions(x: Tensor) -> Tagger:
+    model = lstm_fused.replace(Tagger(8))
+    same: Tagger = lstm_fused.restore(model)
+    explanation = lstm_fused.explain(same.lstm, x)
+    for call in explanation.calls:
+        reason: str | None = call.reason
+        seconds: float = call.seconds
+        print(reason, seconds, [layer.plan.kernel for layer in call.layers])
+    flow: Tensor = lstm_fused.gradient_flow(nn.GRU(4, 4), x, loss=lambda y: y.sum())
+    program: torch.export.ExportedProgram = torch.export.export(model, (x + flow,))
+    program.run_decompositions(lstm_fused.decompositions())
+    integrations.register()
+    print(lstm_fused.__version__)
+    return model
+
+
+def layer_functions(x: Tensor, weights: list[Tensor]) -> Tensor:
+    y, states = ops.layer(x, None, (), weights, cell="gru", directions=1)
+    data, _ = ops.layer(x, torch.tensor([1]), states, weights)
+    stepped: Any = ops.step(x, (), weights, "gru")
+    print(stepped)
+    return y + data
+
+
+def runtime_functions() -> str:
+    runtime.set_isa()
+    runtime.set_isa("avx2")
+    names: tuple[str, ...] = runtime.available_isas()
+    plan = runtime.plan("lstm", torch.float32, 10, 1, 4, 8, 8, 1, training=True, threads=2)
+    isas: tuple[str, ...] = runtime.build_info()["isas"]
+    last: dict[str, Any] = runtime.last_run("cpu")
+    return f"{plan.nanoseconds + plan.threads} {names + isas} {last}"
+
+
+def judge(model: nn.LSTM, x: Tensor) -> bool:
+    exact = oracle.Oracle(oracle.in_float64(model))
+    inputs = oracle.map_tensors({"x": x}, torch.clone)
+    run = models.ModelRun(model, (x,))
+    found = run.results("forward")
+    truth = models.tensors_in(exact(inputs["x"]))
+    verdicts = parity.compare(found, found, truth, row_of=parity.model_row)
+    floor: float = tolerance.allowed("y", torch.float32, 0.0, 1.0)
+    return parity.worst(verdicts).ok and parity.max_error(x, x) <= floor
