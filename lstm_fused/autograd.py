@@ -114,7 +114,7 @@ class LayerForward(_SingleLevelFunction):
 
 
 # record(None, layer, x, batch_sizes, *state0, *weights): recurrent_forward, recorded in eager mode.
-record = LayerForward.apply
+record = LayerForward.apply  # type: ignore[attr-defined]  # of a base class in C++
 
 
 class StepForward(_SingleLevelFunction):
@@ -149,7 +149,7 @@ class StepForward(_SingleLevelFunction):
         return None, *found
 
 
-record_step = StepForward.apply
+record_step = StepForward.apply  # type: ignore[attr-defined]
 
 
 def _save(ctx, needs, kept):
