@@ -17,7 +17,7 @@ OURS: dict[type[torch.nn.Module], type[Fused[Any]]] = {
 }
 
 
-def replace(model: M) -> M:
+def replace(model: M, *, verbose: bool = False) -> M:
     """Make every ``torch.nn.LSTM`` inside model, or model itself, an ``lstm_fused.LSTM``.
 
     So too every ``GRU``, ``RNN``, ``LSTMCell``, ``GRUCell`` and ``RNNCell``, and what is of a class
@@ -37,6 +37,8 @@ def replace(model: M) -> M:
 
     Args:
         model: a ``torch.nn.Module``.
+        verbose: print what was replaced, what was left alone and why, in place of the warning.
+            A replaced module whose calls run through torch all the same has the reason beside it.
 
     Returns:
         model.
@@ -44,10 +46,10 @@ def replace(model: M) -> M:
     Raises:
         TypeError: model is not a ``torch.nn.Module``.
     """
-    return _exchange(model, _fused_class, "replace")
+    return _exchange(model, _fused_class, "replace", verbose)
 
 
-def restore(model: M) -> M:
+def restore(model: M, *, verbose: bool = False) -> M:
     """Make every ``lstm_fused.LSTM`` inside model a ``torch.nn.LSTM``, also those built as ours.
 
     So too every other module of ours; one of a class of the user's gets the very class it had.
@@ -59,6 +61,7 @@ def restore(model: M) -> M:
 
     Args:
         model: a ``torch.nn.Module``.
+        verbose: print what was restored, and what was left alone and why, in place of the warning.
 
     Returns:
         model.
@@ -66,27 +69,65 @@ def restore(model: M) -> M:
     Raises:
         TypeError: model is not a ``torch.nn.Module``.
     """
-    return _exchange(model, _torch_class, "restore")
+    return _exchange(model, _torch_class, "restore", verbose)
 
 
 class _LeftAlone(Exception):
     """Raised for a module that keeps its class; the message says why."""
 
 
-def _exchange(model, class_for, caller):
+def _exchange(model, class_for, caller, verbose):
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    left = []
+    changed, left, silent = [], [], []
     for name, module in model.named_modules():
+        name = name or "the model"
         try:
             cls = class_for(module)
             if cls is not None:
                 _become(module, cls)
+                changed.append((name, module))
+            elif verbose and (reason := _reason_to_keep(module)):
+                silent.append(f"{name}, {reason}")
         except _LeftAlone as reason:
-            left.append(f"{name or 'the model'}, {reason}")
-    if left:
+            left.append(f"{name}, {reason}")
+    if verbose:
+        _print_report(caller, changed, left + silent)
+    elif left:
         warnings.warn(f"lstm_fused.{caller} left alone: {'; '.join(left)}", stacklevel=3)
     return model
+
+
+def _print_report(caller, changed, left):
+    """changed: (name, module) each; left: a text for each module."""
+    print(f"lstm_fused.{caller}: {len(changed)} {caller}d, {len(left)} left alone")
+    for name, module in changed:
+        cls = _plain_class(module)
+        theirs = next(theirs for theirs in OURS if isinstance(module, theirs))
+        own = "" if cls in (theirs, OURS[theirs]) else f", derived from {theirs.__name__}"
+        reason = _reason_for_torch(module) if isinstance(module, Fused) else None
+        through = f", which runs through torch as it is now: {reason}" if reason else ""
+        print(f"  {caller}d {name}: {cls.__name__}{own}{through}")
+    for text in left:
+        print(f"  left alone {text}")
+
+
+def _reason_to_keep(module):
+    """Why a module that looks like one to exchange needs none; None for any other module."""
+    cls = type(module)
+    if isinstance(module, Fused):
+        return f"a {cls.__name__}, which is of lstm_fused already"
+    if isinstance(module, tuple(OURS)):
+        return f"a {cls.__name__}, which is not of lstm_fused"
+    if cls.__name__ in {theirs.__name__ for theirs in OURS}:
+        return f"a {cls.__name__} of {cls.__module__}, which is not derived from torch.nn's"
+    return None
+
+
+def _reason_for_torch(module):
+    """Why calls with an input on the weights' device and of their dtype run through torch."""
+    weights = list(module.parameters())  # of parametrized ones the originals: nothing is evaluated
+    return module._fallback_reason(weights[0], None, weights) if weights else None
 
 
 def _become(module, cls):

@@ -385,6 +385,75 @@ def test_wrapped_weights(wrap, own, name):
         assert type(model.a) is theirs
 
 
+class Mixed(nn.Module):
+    """What replace meets: torch.nn's, a class of the user's, ours, and what it leaves alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.ModuleDict({"lstm": nn.LSTM(4, 6), "head": nn.Linear(6, 2)})
+        self.again = self.first
+        self.own = globals()["OwnGRU"](6)
+        self.forward_of_its_own = with_forward(nn.LSTM)
+        self.ours = lstm_fused.RNN(4, 6)
+        self.complex = nn.GRU(4, 6, dtype=torch.complex64)
+        self.empty = nn.LSTMCell(4, 0)
+        self.quantized = type("LSTM", (nn.Module,), {"__module__": "torch.ao.nn.quantized"})()
+
+
+REPLACED = """\
+lstm_fused.replace: 4 replaced, 3 left alone
+  replaced first.lstm: LSTM
+  replaced own: OwnGRU, derived from GRU
+  replaced complex: GRU, which runs through torch as it is now: the fused kernels have no torch.complex64
+  replaced empty: LSTMCell, which runs through torch as it is now: the fused step needs an input_size and a hidden_size of at least 1
+  left alone forward_of_its_own, a Custom, which overrides forward
+  left alone ours, a RNN, which is of lstm_fused already
+  left alone quantized, a LSTM of torch.ao.nn.quantized, which is not derived from torch.nn's
+"""  # noqa: E501
+RESTORED = """\
+lstm_fused.restore: 5 restored, 3 left alone
+  restored first.lstm: LSTM
+  restored own: OwnGRU, derived from GRU
+  restored ours: RNN
+  restored complex: GRU
+  restored empty: LSTMCell
+  left alone theirs, a Mine, which is derived from lstm_fused's own class
+  left alone forward_of_its_own, a Custom, which is not of lstm_fused
+  left alone quantized, a LSTM of torch.ao.nn.quantized, which is not derived from torch.nn's
+"""
+
+
+@pytest.mark.filterwarnings("error:lstm_fused")
+def test_verbose(capsys):
+    model = Mixed()
+    assert lstm_fused.replace(model, verbose=True) is model
+    assert capsys.readouterr().out == REPLACED
+    model.theirs = type("Mine", (lstm_fused.GRU,), {})(4, 6)
+    assert lstm_fused.restore(model, verbose=True) is model
+    assert capsys.readouterr().out == RESTORED
+
+
+def test_verbose_of_one_layer(capsys):
+    lstm_fused.replace(nn.RNNCell(4, 6), verbose=True)
+    out = "lstm_fused.replace: 1 replaced, 0 left alone\n  replaced the model: RNNCell\n"
+    assert capsys.readouterr().out == out
+    with warnings.catch_warnings(record=True) as caught:
+        lstm_fused.replace(Mixed())
+    assert capsys.readouterr().out == "" and len(caught) == 1
+
+
+@each_name
+def test_verbose_evaluates_no_parametrization(name, capsys):
+    """spectral_norm's estimate moves with each evaluation in training."""
+    module = getattr(nn, name)(4, 6)
+    at = "weight_hh" if name.endswith("Cell") else "weight_hh_l0"
+    parametrizations.spectral_norm(module, at)
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    lstm_fused.replace(module, verbose=True)
+    assert capsys.readouterr().out.endswith(f"  replaced the model: {name}\n")
+    assert all(torch.equal(before[name], t) for name, t in module.state_dict().items())
+
+
 @pytest.mark.parametrize("change", (lstm_fused.replace, lstm_fused.restore))
 def test_not_a_module(change):
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got dict"):

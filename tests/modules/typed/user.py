@@ -55,7 +55,7 @@ def steps(x: Tensor) -> Tensor:
 
 def model_functions(x: Tensor) -> Tagger:
     model = lstm_fused.replace(Tagger(8))
-    same: Tagger = lstm_fused.restore(model)
+    same: Tagger = lstm_fused.restore(model, verbose=True)
     explanation = lstm_fused.explain(same.lstm, x)
     for call in explanation.calls:
         reason: str | None = call.reason
