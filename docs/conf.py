@@ -27,8 +27,10 @@ release = version = lstm_fused.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 nitpicky = True
-# Torch's and Python's own names, whose documentation is not read here.
-nitpick_ignore_regex = [("py:.*", r"(torch|collections|typing|types)\..*|\w+")]
+# Torch's and Python's own names, whose documentation is not read here; types in signatures of ours.
+nitpick_ignore_regex = [
+    ("py:.*", r"(torch|collections|typing|types)\..*|\w+|lstm_fused\.(replace|explain)\.\w+")
+]
 
 myst_heading_anchors = 3
 myst_url_schemes = {
