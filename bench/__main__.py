@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bench import environment, gpu, measure, model, report, roofline, run
+from bench import clients, environment, gpu, measure, model, report, roofline, run
 from bench.cases import OURS, SETS, TORCH
 from bench.isolated import Lost
 from bench.providers import AGAIN, PROVIDERS
@@ -52,12 +52,14 @@ def parse(argv):
     add("--no-roofline", action="store_true", help="leave the machine's limits out")
     add("--json", type=Path, metavar="OUT", help="write the results")
     add("--save", action="store_true", help="write the results and a chart to bench/results")
-    commands = parser.add_subparsers(dest="command", metavar="report|compare")
+    commands = parser.add_subparsers(dest="command", metavar="clients|report|compare")
+    client = commands.add_parser("clients", help="models of other libraries, before and after")
+    client.add_argument("names", nargs="*", help="only those whose name contains one of these")
     shown = commands.add_parser("report", help="print results files as markdown tables")
     shown.add_argument("files", type=Path, nargs="+")
     shown.add_argument("--html", type=Path, metavar="OUT", help="write one page of them instead")
     shown.add_argument("--svg", action="store_true", help="draw a chart beside each file instead")
-    words = "put them into README.md and docs/benchmarks.md, and draw their charts"
+    words = "put them into README.md and the pages of docs, and draw their charts"
     shown.add_argument("--readme", action="store_true", help=words)
     shown.add_argument("--goals", action="store_true", help="which goals of the set were reached")
     compared = commands.add_parser("compare", help="what changed from one result to another")
@@ -91,8 +93,13 @@ def show_report(args) -> int:
             for path, result in zip(args.files, results, strict=True):
                 path.with_suffix(".svg").write_text(report.chart(result))
         if args.readme:
-            for target in (report.README, report.DOCS):
-                report.update(target, args.files)
+            shown = list(zip(args.files, results, strict=True))
+            for target in (report.README, report.DOCS, report.WORKS_WITH):
+                files = [
+                    f for f, r in shown if (r["set"] == "clients") == (target is report.WORKS_WITH)
+                ]
+                if files:
+                    report.update(target, files)
     except (ValueError, report.NoChart) as error:
         return fail(error)
     if args.html:
@@ -148,11 +155,24 @@ def keep(args, result: dict) -> None:
 def run_model(args) -> int:
     """1 if the fused model disagrees with the original."""
     try:
-        result = model.measure_model(args.model, args.device)
+        result = model.measure_model(args.model, args.device, args.seconds)
     except model.ModelError as error:
         return fail(error)
     keep(args, result)
     print("\n".join([*model.lines(result), "", report.markdown(result)]))
+    return 1 if any(map(report.is_ours_wrong, result["rows"])) else 0
+
+
+def run_clients(args) -> int:
+    """1 if ours were wrong in one; a file that is written keeps its other clients."""
+    path = args.json or default_path({"set": "clients", "machine": environment.describe()})
+    kept = args.json or args.save
+    before = report.load(path) if kept and path.exists() else None
+    after = [lambda result: report.save(result, path)] if kept else []
+    result = clients.measure_clients(args.names, before, *after)
+    if result["rows"]:
+        keep(args, result)
+        print(report.markdown(result))
     return 1 if any(map(report.is_ours_wrong, result["rows"])) else 0
 
 
@@ -237,7 +257,7 @@ def main(argv=None) -> int:
     args = parse(argv)
     if args.isa and environment.isa() != args.isa:
         return environment.restart_with(args.isa, sys.argv[1:] if argv is None else argv)
-    if args.command:
+    if args.command in ("report", "compare"):
         return show_report(args) if args.command == "report" else show_comparison(args)
     if args.device == "cuda" and not torch.cuda.is_available():
         return fail("torch finds no CUDA device here")
@@ -250,6 +270,8 @@ def main(argv=None) -> int:
         if args.json:
             args.json.write_text(json.dumps(found, indent=1) + "\n")
         return 0
+    if args.command:
+        return run_clients(args)
     return run_model(args) if args.model else run_counts(args)
 
 

@@ -1,9 +1,13 @@
-"""A user's own model, before and after lstm_fused.replace: parity, speed and memory."""
+"""A user's own model, before and after lstm_fused.replace: parity, speed and memory, and what each
+of its recurrent modules gains."""
 
-import copy
+import contextlib
 import functools
+import inspect
+import math
 import runpy
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,15 +15,19 @@ from pathlib import Path
 import torch
 
 import lstm_fused
-from bench import environment, measure, run, timing
+from bench import environment, isolated, measure, run, timing
 from bench.cases import OURS, TORCH, Workload
 from bench.isolated import Lost, Worker
 from bench.timing import Sampling
 from lstm_fused.testing import parity
-from lstm_fused.testing.models import ModelRun, NoGradient
-from lstm_fused.testing.oracle import in_float64, map_tensors
+from lstm_fused.testing.models import ModelRun, NoGradient, tensors_in
+from lstm_fused.testing.oracle import by_reference, copy_of, in_float64, map_tensors
 
-SAMPLING = Sampling(rounds=31, seconds=0.05, row_seconds=10.0, attempts=3)
+SAMPLING = Sampling(rounds=31, seconds=0.02, row_seconds=10.0, attempts=2, set_seconds=40.0)
+MODES = ("forward", "training")
+RECURRENT = (torch.nn.RNNBase, torch.nn.RNNCellBase)
+UNRELATED = 0.25  # an output that is off by this part of its largest value is not float64's
+VANISHING = 1e-12  # a gradient below this part of the largest one is 0 but for rounding
 
 
 class ModelError(Exception):
@@ -28,16 +36,23 @@ class ModelError(Exception):
 
 @dataclass(frozen=True)
 class Model:
-    """What the user's factory returned, on a device."""
+    """What the user's factory returned, on a device.
+
+    exact: what computes in float64 what the module does, where a copy of it in float64 does not.
+    """
 
     module: torch.nn.Module
     inputs: tuple | dict
+    exact: torch.nn.Module | None = None
 
     def run(self, provider: str) -> ModelRun:
         """An unchanged copy (TORCH), with our modules (OURS) or in float64 ("float64")."""
         if provider == "float64":
-            return ModelRun(in_float64(self.module), in_float64(self.inputs))
-        module = copy.deepcopy(self.module)
+            exact = in_float64(self.exact or self.module)
+            if any(p.dtype is torch.float64 for p in self.module.parameters()):
+                by_reference(exact)  # the copy would only repeat what is judged
+            return ModelRun(exact, in_float64(self.inputs))
+        module = copy_of(self.module)
         module = lstm_fused.replace(module) if provider == OURS else module
         return ModelRun(module, map_tensors(self.inputs, torch.clone))
 
@@ -46,6 +61,13 @@ class Model:
         fused = dict(self.run(OURS).module.named_modules())
         modules = self.module.named_modules()
         return [n or "the model" for n, m in modules if type(m) is not type(fused[n])]
+
+
+def arguments(inputs) -> tuple | dict:
+    """A tensor, a tuple of arguments or a dict of keyword arguments, as ModelRun takes them."""
+    if isinstance(inputs, Mapping):
+        return inputs
+    return tuple(inputs) if type(inputs) in (tuple, list) else (inputs,)
 
 
 def load(spec: str, device: str = "cpu") -> Model:
@@ -67,40 +89,153 @@ def load(spec: str, device: str = "cpu") -> Model:
     module, inputs = made
     if not isinstance(module, torch.nn.Module):
         raise ModelError(f"{spec} must return a torch.nn.Module, got {type(module).__name__}")
-    if not isinstance(inputs, Mapping):
-        inputs = tuple(inputs) if type(inputs) in (tuple, list) else (inputs,)
-    return Model(module.to(device), map_tensors(inputs, lambda t: t.to(device)))
+    return Model(module.to(device), map_tensors(arguments(inputs), lambda t: t.to(device)))
 
 
-def judge(model: Model, mode: str) -> dict:
-    """An entry of a results file: parity, wrong, or unjudged with the reason."""
-    before, after = (model.run(provider).results(mode) for provider in (TORCH, OURS))
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def exact_results(model: Model, mode: str, before: dict) -> dict[str, torch.Tensor]:
+    """In float64 what `before` holds, without the gradients that are zero but for rounding."""
+    with default_dtype(torch.float64):  # for tensors that the model makes on its way
+        found = model.run("float64").results(mode)
+    found = {name: found[name].double() for name in before}
+    largest = {name: t.abs().max().item() if t.numel() else 0.0 for name, t in found.items()}
+    gradients = {name: size for name, size in largest.items() if name.startswith("d ")}
+    for name in largest.keys() - gradients.keys():
+        if parity.max_error(before[name], found[name]) > UNRELATED * largest[name]:
+            raise ModelError(f"{name} differs, as random numbers do that are drawn in float64")
+    least = VANISHING * max(gradients.values(), default=0.0)
+    return {name: t for name, t in found.items() if gradients.get(name, math.inf) > least}
+
+
+def judge(model: Model, mode: str) -> dict[str, dict]:
+    """Entries of a results file: failed, and ours parity, wrong, or unjudged with the reason."""
+    entries, found = {TORCH: {}, OURS: {}}, {}
+    for provider, entry in entries.items():
+        try:
+            found[provider] = model.run(provider).results(mode)
+        except NoGradient:
+            raise
+        except Exception as error:
+            entry["failed"] = f"{type(error).__name__}: {error}".split("\n")[0]
+    if OURS not in found:
+        return entries
+    if TORCH not in found:
+        entries[OURS]["unjudged"] = f"has nothing to be judged by: {TORCH} failed"
+        return entries
+    before, after = found[TORCH], found[OURS]
     if before.keys() != after.keys():
         raise ModelError(f"other outputs or gradients: {sorted(before.keys() ^ after.keys())}")
     try:
-        exact = model.run("float64").results(mode)
-        exact = {name: exact[name].double() for name in before}
-        verdicts = parity.compare(after, before, exact, parity.model_row)
+        verdicts = parity.compare(
+            after, before, exact_results(model, mode, before), parity.model_row
+        )
     except Exception as error:
         apart = max(parity.max_error(after[n], before[n].double()) for n in before)
-        reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        return {"unjudged": f"does not run in float64 ({reason}); both are {apart:.1e} apart"}
+        reason = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
+        reason = reason.split("\n")[0]
+        words = f"does not run in float64 ({reason}); both are {apart:.1e} apart"
+        entries[OURS]["unjudged"] = words
+        return entries
     verdict = parity.worst(verdicts)
-    return {"parity" if verdict.ok else "wrong": {"tensors": len(verdicts)} | asdict(verdict)}
-
-
-def measure_mode(model: Model, mode: str, device: str) -> dict[str, dict]:
-    """The entries of both, with times unless the verdict is red."""
-    entries = {TORCH: {}, OURS: judge(model, mode)}
-    if "wrong" not in entries[OURS]:
-        steps = {}
-        for provider in entries:
-            each = model.run(provider)
-            each.module.train(mode == "training")
-            steps[provider] = functools.partial(each.step, mode)
-        for provider, found in timing.time_steps(steps, SAMPLING, device).items():
-            entries[provider]["timing"] = found
+    kind = "parity" if verdict.ok else "wrong"
+    entries[OURS][kind] = {"tensors": len(verdicts)} | asdict(verdict)
     return entries
+
+
+def timed(model: Model, mode: str, providers, sampling: Sampling, device: str) -> dict[str, dict]:
+    """By provider the timing of a step of the mode."""
+    steps = {}
+    for provider in providers:
+        each = model.run(provider)
+        each.module.train(mode == "training")
+        steps[provider] = functools.partial(each.step, mode)
+    return timing.time_steps(steps, sampling, device, isolated.trying)
+
+
+def measure_mode(model: Model, mode: str, sampling: Sampling, device: str, **facts) -> dict:
+    """A row: the entries of both, with times unless the verdict is red. facts: of its Workload."""
+    work = Workload(**{"name": mode, "mode": mode, "group": ""} | dict(T=0, N=0, I=0, H=0) | facts)
+    row = {"workload": asdict(work), "providers": {TORCH: {}, OURS: {}}}
+    try:
+        entries = row["providers"] = judge(model, mode)
+        if "wrong" not in entries[OURS]:
+            sound = [name for name, entry in entries.items() if "failed" not in entry]
+            for name, found in timed(model, mode, sound, sampling, device).items():
+                entries[name]["timing"] = found
+    except (ModelError, NoGradient) as error:
+        row["absent"] = f"{mode}: {error}"
+    return row
+
+
+@dataclass
+class Called:
+    """A recurrent module as a step calls it: by which arguments first, how often; names: of it and
+    of those that are called alike."""
+
+    model: Model
+    names: list[str]
+    calls: int = 0
+
+
+def recorded(model: Model, mode: str) -> list[Called]:
+    """The recurrent modules that a step of torch.nn's calls."""
+    each, seen, hooks = model.run(TORCH), {}, []
+
+    def note(name, module, args, kwargs):
+        if name not in seen:
+            bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+            inputs = map_tensors(bound.args[1:], torch.clone)
+            seen[name] = Called(Model(module, inputs), [name or "the model"])
+        seen[name].calls += 1
+
+    for name, module in each.module.named_modules():
+        if isinstance(module, RECURRENT):
+            hook = functools.partial(note, name)
+            hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    each.module.train(mode == "training")
+    try:
+        each.step(mode)
+    except NoGradient:
+        return []
+    finally:
+        for hook in hooks:
+            hook.remove()
+    alike = {}
+    for call in seen.values():
+        shapes = {n: tuple(t.shape) for n, t in tensors_in(call.model.inputs).items()}
+        key = (repr(call.model.module), repr(shapes), call.calls)
+        if key in alike:
+            alike[key].names += call.names
+        else:
+            alike[key] = call
+    return list(alike.values())
+
+
+def measure_module(call: Called, mode: str, sampling: Sampling, device: str) -> dict:
+    """A row: one call of the module, and in words what ours runs."""
+    others = f" and {len(call.names) - 1} like it" * (len(call.names) > 1)
+    name = f"{call.names[0]}{others} {mode}"
+    group = "one call of each recurrent module"
+    work = Workload(name, 0, 0, 0, 0, mode=mode, group=group)
+    found = timed(call.model, mode, (TORCH, OURS), sampling, device)
+    each = call.model.run(OURS)
+    with torch.set_grad_enabled(mode == "training"):
+        kernels = str(lstm_fused.explain(each.module, *each.inputs))
+    return {
+        "workload": asdict(work),
+        "providers": {provider: {"timing": t} for provider, t in found.items()},
+        "calls": call.calls,
+        "explained": kernels,
+    }
 
 
 def step_memory(spec: str, provider: str, device: str) -> int:
@@ -124,20 +259,25 @@ def memory_of(spec: str, device: str) -> dict[str, int]:
     return found
 
 
-def measure_model(spec: str, device: str) -> dict:
-    """A results file of the model's forward and training row; ModelError where it cannot run."""
+def measure_model(spec: str, device: str, seconds: float | None = None) -> dict:
+    """A results file: the model's forward and training row, then those of its recurrent modules.
+
+    seconds: what the rows take about. Raises ModelError where the model cannot run.
+    """
     model, rows = load(spec, device), []
     names = model.replaced()
     if not names:
         raise ModelError(f"{spec}: the model holds no module that lstm_fused replaces")
-    for mode in ("forward", "training"):
-        row = {"workload": asdict(Workload(mode, 0, 0, 0, 0, mode=mode, group=spec))}
-        row["providers"] = {TORCH: {}, OURS: {}}
-        rows.append(row)
-        try:
-            row["providers"] = measure_mode(model, mode, device)
-        except (ModelError, NoGradient) as error:
-            row["absent"] = f"{mode}: {error}"
+    begin, total = time.monotonic(), seconds or SAMPLING.set_seconds
+    modes = {mode: recorded(model, mode) for mode in MODES}
+    turns = [(mode, None) for mode in MODES]
+    turns += [(mode, call) for mode, calls in modes.items() for call in calls]
+    for k, (mode, call) in enumerate(turns):
+        share = SAMPLING.within((begin + total - time.monotonic()) / (len(turns) - k))
+        if not call:
+            rows.append(measure_mode(model, mode, share, device, group=spec))
+        elif "timing" in rows[MODES.index(mode)]["providers"][OURS]:
+            rows.append(measure_module(call, mode, share, device))
     if "timing" in rows[1]["providers"][OURS]:
         rows[1]["memory"] = memory_of(spec, device)
     facts = {"set": "model", "replaced": names, "providers": [TORCH, OURS], "rows": rows}
@@ -149,6 +289,8 @@ def verdict_line(row: dict) -> str:
     mode, entry = row["workload"]["mode"], row["providers"][OURS]
     if "absent" in row:
         return f"not measured, {row['absent']}"
+    if "failed" in entry:
+        return f"{mode}: FAILED, {entry['failed']}"
     if "unjudged" in entry:
         return f"{mode}: NOT JUDGED, it {entry['unjudged']}"
     found = entry.get("parity") or entry["wrong"]
@@ -161,7 +303,12 @@ def verdict_line(row: dict) -> str:
 
 
 def lines(result: dict) -> list[str]:
-    """What was replaced and how it was judged, for people."""
-    spec = result["rows"][0]["workload"]["group"]
-    found = [f"{spec}: replaced {', '.join(result['replaced'])}"]
-    return [*found, *map(verdict_line, result["rows"])]
+    """What was replaced, how it was judged, and which kernels run, for people."""
+    rows = result["rows"]
+    found = [f"{rows[0]['workload']['group']}: replaced {', '.join(result['replaced'])}"]
+    found += [verdict_line(row) for row in rows if "explained" not in row]
+    modules = {r["workload"]["name"].rpartition(" ")[0]: r for r in rows if "explained" in r}
+    for name, row in modules.items():  # the last mode of each
+        calls = f", called {row['calls']} times" * (row["calls"] > 1)
+        found += [f"{name}{calls}:", *("  " + line for line in row["explained"].splitlines())]
+    return found

@@ -20,6 +20,7 @@ DURATION = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}
 BYTES = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
 QUIET_CPUS = 0.1  # what other programs may use before a caption mentions it
 README, DOCS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+WORKS_WITH = ROOT / "docs" / "works_with.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 COLORS = ("#1f6f8b", "#d1603d", "#6b8f3c", "#7b5ea7", "#8a8a8a", "#b08900")
 SWEEP_LINE = re.compile(r"over ([TNH]), ")  # groups that are drawn as lines
@@ -135,12 +136,23 @@ def share_cell(row: dict) -> str:
     return " / ".join(f"{part:.0%}" for part in shares if part is not None)
 
 
+def judged_cell(row: dict) -> str:
+    """How many outputs and gradients ours were compared with float64, where a model was judged."""
+    entry = row["providers"][OURS]
+    if "unjudged" in entry:
+        return "not judged"
+    count = (entry.get("parity") or {}).get("tensors")
+    return f"{count} tensor{'s' * (count > 1)}" if count else ""
+
+
 def columns(result: dict) -> dict:
     """From heading to cell function of each column after the case's name."""
     made = {p: lambda row, p=p: time_cell(row["providers"].get(p, {})) for p in result["providers"]}
     if OURS in result["providers"]:
         for peer in peers(result):
             made[f"over {peer}"] = lambda row, p=peer: ratio_cell(speedup(row, p))
+    if result.get("set") in ("clients", "model"):
+        made["equal"] = judged_cell
     if any(row["workload"].get("step_us") for row in result["rows"]):
         made["µs a time step"] = lambda row: " / ".join(f"{us:.3g}" for us in step_us(row))
     if any(row.get("limit") for row in result["rows"]):
@@ -203,11 +215,13 @@ def caption(result: dict) -> str:
     def some(key):
         return any(row.get(key) for row in rows)
 
+    is_model = result.get("set") in ("clients", "model")
     sentences = [
         (f"{environment.title(m)}{isa}, torch {m['torch']}, {m['revision']}, {m['date']}", True),
         ("Medians of interleaved samples, ± half the span from p10 to p90", True),
         ("~ marks a span too wide to rely on", noisy),
         ("Of limit: the machine's measured limit for the row over our time", some("limit")),
+        (f"Equal: outputs and gradients off by at most twice {TORCH}'s error", is_model),
         (f"Memory: peak of a training step, {TORCH}'s and ours", some("memory")),
         ("Replayed CUDA graphs are compared with each other", OURS_GRAPH in result["providers"]),
         (f"Left out: {absent}", absent),
@@ -360,7 +374,7 @@ def headline(result: dict) -> str:
 
 
 def block(paths: list[Path], target: Path) -> str:
-    """What README shows of the first file, and docs/benchmarks.md of all; of a sweep the chart."""
+    """What README shows of the first file, and a page of docs of all; of a sweep the chart."""
     parts = []
     for path in paths[:1] if target == README else paths:
         result, name = load(path), os.path.relpath(path.resolve(), target.parent)

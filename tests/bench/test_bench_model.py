@@ -1,5 +1,7 @@
 """A user's own model before and after lstm_fused.replace."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -46,6 +48,42 @@ class Narrow(nn.Module):
 def narrow():
     return Narrow(), torch.randn(5, 2, 3)
 
+def double():
+    return nn.GRU(3, 4).double(), torch.randn(5, 2, 3).double()
+
+def normed():
+    linear = torch.nn.utils.weight_norm(nn.Linear(3, 3))
+    return nn.Sequential(linear, nn.GRU(3, 4)), torch.randn(5, 2, 3)
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(3, 4)
+
+    def forward(self, x):
+        return self.rnn(x)[0] * torch.randn(40).view(5, 2, 4).to(x.dtype)
+
+def noisy():
+    return Noisy(), torch.randn(5, 2, 3)
+
+class Dead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnns = nn.ModuleList([nn.GRU(4, 4), nn.GRU(4, 4)])
+        self.cell = nn.GRUCell(4, 4)
+        self.shift = nn.Parameter(torch.randn(1))
+
+    def forward(self, x):
+        for rnn in self.rnns:
+            x = rnn(x)[0]
+        h = None
+        for row in x:
+            h = self.cell(row, h)
+        return torch.softmax(h + self.shift, -1).square()
+
+def dead():
+    return Dead(), torch.randn(5, 2, 4)
+
 def nothing():
     return nn.Linear(3, 4), torch.randn(2, 3)
 
@@ -77,7 +115,7 @@ def without_memory(monkeypatch):
 def test_outputs_and_gradients_are_judged_before_the_clock(made, without_memory, factory):
     found = model.measure_model(made(factory), "cpu")
     assert found["replaced"] == ["the model" if factory == "layer" else "rnn"]
-    forward, training = (row["providers"] for row in found["rows"])
+    forward, training = (row["providers"] for row in found["rows"][:2])
     assert forward["lstm_fused"]["parity"]["tensors"] == 3  # tags or y, h_n, c_n
     # Two layers have 8 parameters, embedding and head 3; one has 4 and the input's gradient.
     gradients = 5 if factory == "layer" else 11
@@ -109,8 +147,53 @@ def test_a_model_of_fixed_dtype_is_said_to_be_unjudged(made, without_memory):
     assert "timing" in found["rows"][0]["providers"]["lstm_fused"]
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("factory", ["double", "normed"])
+def test_models_that_a_plain_copy_cannot_judge(made, without_memory, factory):
+    """Of float64 itself, by the naive reference; of weights that a hook computes."""
+    rows = model.measure_model(made(factory), "cpu")["rows"]
+    for row in rows[:2]:
+        assert row["providers"]["lstm_fused"]["parity"]["baseline_error"] > 0
+
+
+def test_random_numbers_of_another_dtype_judge_nothing(made, without_memory):
+    found = model.measure_model(made("noisy"), "cpu")
+    assert "drawn in float64" in "\n".join(model.lines(found))
+
+
+def test_what_each_module_runs_and_gains(made, without_memory):
+    found = model.measure_model(made("dead"), "cpu")
+    names = ["rnns.0 and 1 like it", "cell"]
+    modules = found["rows"][2:]
+    modes = ("forward", "training")
+    assert [r["workload"]["name"] for r in modules] == [f"{n} {m}" for m in modes for n in names]
+    assert [row["calls"] for row in modules] == [1, 5, 1, 5]
+    assert all("timing" in entry for row in modules for entry in row["providers"].values())
+    text = "\n".join(model.lines(found))
+    assert "cell, called 5 times:\n  GRUCell(4, 4)\n    step: T=1 N=2" in text
+    assert "rnns.0 and 1 like it:\n  GRU(4, 4)\n    layer 0: T=5 N=2" in text
+    # The gradient of a shift before softmax is zero but for rounding, which nobody can match.
+    judged = found["rows"][1]["providers"]["lstm_fused"]["parity"]
+    assert judged["tensors"] == 1 + len(list(model.load(made("dead")).module.parameters())) - 1
+
+
+def test_torch_that_fails_leaves_ours_unjudged(made, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("not on this machine")
+
+    spec = model.load(made("layer"))
+    monkeypatch.setattr(torch.nn.LSTM, "forward", fail)
+    ours = model.lstm_fused.LSTM(3, 4)
+    monkeypatch.setattr(model.lstm_fused, "replace", lambda module: ours)
+    row = model.measure_mode(spec, "forward", model.SAMPLING, "cpu")
+    assert row["providers"]["torch.nn"] == {"failed": "RuntimeError: not on this machine"}
+    assert "torch.nn failed" in row["providers"]["lstm_fused"]["unjudged"]
+    assert "timing" in row["providers"]["lstm_fused"]
+
+
 def test_a_model_without_gradients_has_no_training_row(made):
-    forward, training = model.measure_model(made("frozen"), "cpu")["rows"]
+    forward, training, *modules = model.measure_model(made("frozen"), "cpu")["rows"]
+    assert [row["workload"]["name"] for row in modules] == ["the model forward"]
     assert training["absent"] == "training: no output of the model needs a gradient"
     assert "timing" in forward["providers"]["lstm_fused"]
 
@@ -151,3 +234,10 @@ def test_nested_values():
     assert double["x"][0].dtype is torch.float64
     assert double["x"][1].dtype is torch.int64
     assert double["p"].data.dtype is torch.float64
+
+    @dataclass
+    class Pair:
+        a: torch.Tensor
+        name: str = "name"
+
+    assert oracle.in_float64(Pair(a)).a.dtype is torch.float64
