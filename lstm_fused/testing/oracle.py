@@ -32,8 +32,8 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         parts = [map_tensors(part, change) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     if is_dataclass(value) and not isinstance(value, type):
-        parts = {f.name: getattr(value, f.name) for f in fields(value) if f.init}
-        return replace(value, **map_tensors(parts, change))
+        named = {f.name: getattr(value, f.name) for f in fields(value) if f.init}
+        return replace(value, **map_tensors(named, change))
     return value
 
 
