@@ -3,13 +3,7 @@
 
 #include <cstdint>
 
-// For functions in headers that the ISA files include. Without inlining, one ISA file's copy could
-// become the one the linker keeps for all of them, with instructions that a machine may lack.
-#if defined(__CUDACC__)
-#define LSTM_FUSED_INLINE __host__ __device__ __forceinline__
-#else
-#define LSTM_FUSED_INLINE inline __attribute__((always_inline))
-#endif
+#include "compiler.h"
 
 namespace lstm_fused {
 

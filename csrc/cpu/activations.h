@@ -66,8 +66,8 @@ LSTM_FUSED_INLINE void exp_parts(V z, V& scale, V& p) {
   constexpr int pairs = sizeof(C::series) / sizeof(C::series[0]);
   const V r2 = r * r;
   V q = r * C::series[pairs - 1][1] + C::series[pairs - 1][0];
-#pragma GCC unroll 8
-  for (int k = pairs - 2; k >= 0; --k) q = q * r2 + (r * C::series[k][1] + C::series[k][0]);
+  LSTM_FUSED_UNROLLED_FOR (int k = pairs - 2; k >= 0; --k)
+    q = q * r2 + (r * C::series[k][1] + C::series[k][0]);
   p = q * r2 + r;
 }
 

@@ -407,8 +407,7 @@ struct BackwardSteps {
     const int64_t block = u / kBlock, lane = u % kBlock;
     V saved[P], d_preact[P];
     const A* from = k.saved_gates(d, block, s) + lane;
-#pragma GCC unroll 8
-    for (int j = 0; j < P; ++j) saved[j] = load<V>(from + j * kBlock);
+    LSTM_FUSED_UNROLLED_FOR (int j = 0; j < P; ++j) saved[j] = load<V>(from + j * kBlock);
     V c_prev = {}, c = {}, dc = {};
     if constexpr (kCarries) {
       c_prev = load<V>(carried_into(t, n, u));
@@ -421,8 +420,7 @@ struct BackwardSteps {
     if constexpr (kCarries) store(k.dc + (d * k.N + n) * k.Hp + u, dc);
     E* to = k.preact_gradients(d, block, s) + lane;
     A* sums = bias_sums(false, block) + lane;
-#pragma GCC unroll 8
-    for (int j = 0; j < P; ++j) {
+    LSTM_FUSED_UNROLLED_FOR (int j = 0; j < P; ++j) {
       store(to + j * kBlock, d_preact[j]);
       store(sums + j * kBlock, load<V>(sums + j * kBlock) + d_preact[j]);
     }

@@ -59,8 +59,8 @@ struct DirectForward : ForwardState<Cell, S, Multiply<A_>> {
     const S* w[kUnits * G];
 
     LSTM_FUSED_INLINE WeightRows(const GateRows& gates, int64_t K, int64_t u, int64_t last) {
-#pragma GCC unroll 8
-      for (int i = 0; i < kUnits * G; ++i) w[i] = gates.w[i % G] + min64(u + i / G, last) * K;
+      LSTM_FUSED_UNROLLED_FOR (int i = 0; i < kUnits * G; ++i)
+        w[i] = gates.w[i % G] + min64(u + i / G, last) * K;
     }
   };
 
@@ -81,10 +81,8 @@ struct DirectForward : ForwardState<Cell, S, Multiply<A_>> {
       for (int64_t k = 0; k < whole; k += kPiece * lanes) {
         V piece[kUnits * P][Rows] = {};
         multiply_piece<First>(rows, k, min64(k + kPiece * lanes, whole), a, piece);
-#pragma GCC unroll 8
-        for (int i = 0; i < kUnits * G; ++i)
-#pragma GCC unroll 4
-          for (int r = 0; r < Rows; ++r)
+        LSTM_FUSED_UNROLLED_FOR (int i = 0; i < kUnits * G; ++i)
+          LSTM_FUSED_UNROLLED_FOR (int r = 0; r < Rows; ++r)
             acc[preact_of<First>(i)][r] += piece[preact_of<First>(i)][r];
       }
     }
@@ -101,13 +99,11 @@ struct DirectForward : ForwardState<Cell, S, Multiply<A_>> {
                                                const A* const* a, V (&acc)[kUnits * P][Rows]) {
     for (int64_t k = begin; k < end; k += lanes) {
       V x[Rows];
-#pragma GCC unroll 4
-      for (int r = 0; r < Rows; ++r) x[r] = load<V>(a[r] + k);
-#pragma GCC unroll 8
-      for (int i = 0; i < kUnits * G; ++i) {
+      LSTM_FUSED_UNROLLED_FOR (int r = 0; r < Rows; ++r) x[r] = load<V>(a[r] + k);
+      LSTM_FUSED_UNROLLED_FOR (int i = 0; i < kUnits * G; ++i) {
         const V row = load<V>(rows.w[i] + k);
-#pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r) acc[preact_of<First>(i)][r] += row * x[r];
+        LSTM_FUSED_UNROLLED_FOR (int r = 0; r < Rows; ++r)
+          acc[preact_of<First>(i)][r] += row * x[r];
       }
     }
   }
@@ -130,12 +126,9 @@ struct DirectForward : ForwardState<Cell, S, Multiply<A_>> {
         multiply_rows<0>(WeightRows(ih, I, u, last), I, x, acc);
         if (has_hidden) multiply_rows<P - G>(WeightRows(hh, R, u, last), R, h, acc);
       }
-#pragma GCC unroll 8
-      for (int i = 0; i < kUnits; ++i)
-#pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 4
-          for (int j = 0; j < P; ++j) dots[j][r][u + i] = acc[i * P + j][r];
+      LSTM_FUSED_UNROLLED_FOR (int i = 0; i < kUnits; ++i)
+        LSTM_FUSED_UNROLLED_FOR (int r = 0; r < Rows; ++r)
+          LSTM_FUSED_UNROLLED_FOR (int j = 0; j < P; ++j) dots[j][r][u + i] = acc[i * P + j][r];
     }
     for (int r = 0; r < Rows; ++r) {
       V preacts[P];

@@ -233,15 +233,11 @@ struct PersistentForward : ForwardState<Cell, S, M> {
         accumulate<M, Rows, G>(preacts, rows, M::kPair, Columns<M, G>(weights, depth), depth);
       } else {
         V part[Rows][G];
-#pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 8
-          for (int j = 0; j < G; ++j) part[r][j] = preacts[r][First + j];
+        LSTM_FUSED_UNROLLED_FOR (int r = 0; r < Rows; ++r)
+          LSTM_FUSED_UNROLLED_FOR (int j = 0; j < G; ++j) part[r][j] = preacts[r][First + j];
         accumulate<M, Rows, G>(part, rows, M::kPair, Columns<M, G>(weights, depth), depth);
-#pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 8
-          for (int j = 0; j < G; ++j) preacts[r][First + j] = part[r][j];
+        LSTM_FUSED_UNROLLED_FOR (int r = 0; r < Rows; ++r)
+          LSTM_FUSED_UNROLLED_FOR (int j = 0; j < G; ++j) preacts[r][First + j] = part[r][j];
       }
     }
 
@@ -251,27 +247,24 @@ struct PersistentForward : ForwardState<Cell, S, M> {
       const PersistentForward& k = w.k;
       const A* bias = k.bias_of(w.d, vec);
       V preacts[Rows][P];
-#pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 8
-        for (int j = 0; j < P; ++j) preacts[r][j] = load<V>(bias + j * lanes);
+      LSTM_FUSED_UNROLLED_FOR (int r = 0; r < Rows; ++r)
+        LSTM_FUSED_UNROLLED_FOR (int j = 0; j < P; ++j) preacts[r][j] = load<V>(bias + j * lanes);
       if (k.plan.hoist_steps) {
         const A* pre = w.pre_of(vec, w.chunk_row + first);
-#pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 8
-          for (int j = 0; j < G; ++j) preacts[r][j] += load<V>(pre + r * kTileSize + j * lanes);
+        LSTM_FUSED_UNROLLED_FOR (int r = 0; r < Rows; ++r)
+          LSTM_FUSED_UNROLLED_FOR (int j = 0; j < G; ++j)
+            preacts[r][j] += load<V>(pre + r * kTileSize + j * lanes);
       } else {
         add_products<0>(preacts, w.rows + first, k.panel(w.d, vec), k.depth_x);
       }
       if (k.has_hidden(w.step)) {
         const E* h_rows[Rows];
-#pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r) h_rows[r] = k.hidden(w.d, w.step, w.group.row(first + r));
+        LSTM_FUSED_UNROLLED_FOR (int r = 0; r < Rows; ++r)
+          h_rows[r] = k.hidden(w.d, w.step, w.group.row(first + r));
         add_products<P - G>(preacts, h_rows, k.hidden_panel(w.d, vec, 1), k.depth_h);
       }
-#pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r) k.finish(w.d, w.step, w.group.row(first + r), vec, preacts[r]);
+      LSTM_FUSED_UNROLLED_FOR (int r = 0; r < Rows; ++r)
+        k.finish(w.d, w.step, w.group.row(first + r), vec, preacts[r]);
     }
 
     // The same for more rows than a tile of all gates has: strip by strip, with the pre-activations

@@ -180,8 +180,7 @@ struct ForwardState {
       store(to, v);
       for (int64_t l = lanes; l < end; ++l) to[l] = 0;
     };
-#pragma GCC unroll 8
-    for (int j = 0; j < P; ++j) put(p.gates, at * P + j, preact[j]);
+    LSTM_FUSED_UNROLLED_FOR (int j = 0; j < P; ++j) put(p.gates, at * P + j, preact[j]);
     if constexpr (kCarries) put(p.saved_states, at, c_new);
   }
 

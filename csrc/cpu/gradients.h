@@ -288,7 +288,7 @@ struct Gradients : BackwardState<Cell, S, M> {
           each(ceil_div(lines, max64(1, panels) * ceil_div(w.width(), kMaxRows))) {}
     void advance() {
       for (const int64_t end = min64(done + each, lines); done < end; ++done)
-        __builtin_prefetch(at + done * (kLine / sizeof(E)), 0, 2);
+        prefetch_into_l2(at + done * (kLine / sizeof(E)));
     }
   };
 
@@ -373,7 +373,7 @@ struct Gradients : BackwardState<Cell, S, M> {
 
   void clear_bias_sums(int worker) const {
     const int64_t each = 2 * p.size.D * Hb * P * kBlock;
-    __builtin_memset(this->db + worker * each, 0, each * sizeof(A));
+    std::memset(this->db + worker * each, 0, each * sizeof(A));
   }
 };
 

@@ -21,30 +21,25 @@ LSTM_FUSED_INLINE void add_rows(const A* const* a, const S* w, int64_t pitch, Ra
   using V = Vector<A>;
   constexpr int lanes = VectorOf<A>::lanes;
   V factor[Rows][Depth];
-#pragma GCC unroll 8
-  for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 8
-    for (int i = 0; i < Depth; ++i) factor[r][i] = splat_of<V>(a[r][i]);
+  LSTM_FUSED_UNROLLED_FOR (int r = 0; r < Rows; ++r)
+    LSTM_FUSED_UNROLLED_FOR (int i = 0; i < Depth; ++i) factor[r][i] = splat_of<V>(a[r][i]);
   const auto add = [&](int64_t at, const V(&row)[Depth]) {
-#pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) {
+    LSTM_FUSED_UNROLLED_FOR (int r = 0; r < Rows; ++r) {
       V sum = load<V>(out[r] + at);
-#pragma GCC unroll 8
-      for (int i = 0; i < Depth; ++i) sum += factor[r][i] * row[i];
+      LSTM_FUSED_UNROLLED_FOR (int i = 0; i < Depth; ++i) sum += factor[r][i] * row[i];
       store(out[r] + at, sum);
     }
   };
   int64_t at = columns.begin;
   for (; at + lanes <= columns.end; at += lanes) {
     V row[Depth];
-#pragma GCC unroll 8
-    for (int i = 0; i < Depth; ++i) row[i] = load<V>(w + i * pitch + at);
+    LSTM_FUSED_UNROLLED_FOR (int i = 0; i < Depth; ++i) row[i] = load<V>(w + i * pitch + at);
     add(at, row);
   }
   if (at == columns.end) return;
   V row[Depth];
-#pragma GCC unroll 8
-  for (int i = 0; i < Depth; ++i) row[i] = load_first<V>(w + i * pitch + at, columns.end - at);
+  LSTM_FUSED_UNROLLED_FOR (int i = 0; i < Depth; ++i)
+    row[i] = load_first<V>(w + i * pitch + at, columns.end - at);
   add(at, row);
 }
 
@@ -107,11 +102,9 @@ void outer_products(const A* const* a, const B* const* b, int64_t count, S* to, 
     V sum[Units] = {};
     for (int64_t s = 0; s < count; ++s) {
       const V row = load_b(b[s] + at);
-#pragma GCC unroll 8
-      for (int i = 0; i < Units; ++i) sum[i] += splat_of<V>(a[s][i]) * row;
+      LSTM_FUSED_UNROLLED_FOR (int i = 0; i < Units; ++i) sum[i] += splat_of<V>(a[s][i]) * row;
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < Units; ++i) store_to(to + i * columns + at, sum[i]);
+    LSTM_FUSED_UNROLLED_FOR (int i = 0; i < Units; ++i) store_to(to + i * columns + at, sum[i]);
   };
   int64_t at = 0;
   for (; at + lanes <= columns; at += lanes)

@@ -1,5 +1,7 @@
+#include "../compiler.h"
+
 #if defined(__x86_64__)
-#pragma GCC target("avx2,fma,f16c")
+LSTM_FUSED_TARGET("avx2,fma,f16c")
 #define LSTM_FUSED_ISA kAvx2
 #define LSTM_FUSED_VECTOR_BYTES 32
 #define LSTM_FUSED_TILE_COLS 2
@@ -9,4 +11,5 @@
 const lstm_fused::Kernel* lstm_fused::kernels_avx2(CellKind cell, DType dtype) {
   return kernel_of(cell, dtype);
 }
+LSTM_FUSED_TARGET_END
 #endif

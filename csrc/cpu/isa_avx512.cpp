@@ -1,5 +1,7 @@
+#include "../compiler.h"
+
 #if defined(__x86_64__)
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
+LSTM_FUSED_TARGET("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
 #define LSTM_FUSED_ISA kAvx512
 #define LSTM_FUSED_VECTOR_BYTES 64
 #define LSTM_FUSED_TILE_COLS 4
@@ -9,4 +11,5 @@
 const lstm_fused::Kernel* lstm_fused::kernels_avx512(CellKind cell, DType dtype) {
   return kernel_of(cell, dtype);
 }
+LSTM_FUSED_TARGET_END
 #endif

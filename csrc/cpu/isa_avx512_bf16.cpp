@@ -1,5 +1,7 @@
+#include "../compiler.h"
+
 #if defined(__x86_64__)
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")
+LSTM_FUSED_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")
 #define LSTM_FUSED_ISA kAvx512Bf16
 #define LSTM_FUSED_VECTOR_BYTES 64
 #define LSTM_FUSED_TILE_COLS 4
@@ -10,4 +12,5 @@
 const lstm_fused::Kernel* lstm_fused::kernels_avx512_bf16(CellKind cell, DType dtype) {
   return kernel_of(cell, dtype);
 }
+LSTM_FUSED_TARGET_END
 #endif

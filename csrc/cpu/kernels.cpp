@@ -2,25 +2,30 @@
 
 #include <array>
 
+#include "../compiler.h"
+#include "system.h"
+
 namespace lstm_fused {
 namespace {
 
 bool machine_has(Isa isa) {
 #if defined(__x86_64__)
-#define HAS(feature) static_cast<bool>(__builtin_cpu_supports(feature))
-  __builtin_cpu_init();
+#define HAS LSTM_FUSED_CPU_HAS
   const bool kHasAvx2 = HAS("avx2") && HAS("fma") && HAS("f16c");
   const bool kHasAvx512 =
       kHasAvx2 && HAS("avx512f") && HAS("avx512bw") && HAS("avx512dq") && HAS("avx512vl");
-#else
-#define HAS(feature) false
-  constexpr bool kHasAvx2 = false, kHasAvx512 = false;
+  const bool kHasAvx512Bf16 = kHasAvx512 && cpu_has_avx512_bf16();
+#undef HAS
+#elif defined(__aarch64__)
+  const Arm64Features arm64 = arm64_features();
+  const bool kHasNeonBf16 = arm64.bf16;
+  [[maybe_unused]] const bool kHasSve256 = arm64.sve_bytes == 32;
+  [[maybe_unused]] const bool kHasSve256Bf16 = kHasSve256 && arm64.bf16;
 #endif
   const bool available[] = {
 #define LSTM_FUSED_ROW(Name, name, bytes, cols, pairs, available) available,
       LSTM_FUSED_ISAS(LSTM_FUSED_ROW)
 #undef LSTM_FUSED_ROW
-#undef HAS
   };
   return available[static_cast<int>(isa)];
 }
@@ -43,7 +48,7 @@ Isa best_isa() {
 }
 
 const Kernel& kernel_for(Isa isa, CellKind cell, DType dtype) {
-  constexpr decltype(&kernels_baseline) tables[] = {
+  constexpr const Kernel* (*tables[])(CellKind, DType) = {
 #define LSTM_FUSED_ROW(Name, name, bytes, cols, pairs, available) kernels_##name,
       LSTM_FUSED_ISAS(LSTM_FUSED_ROW)
 #undef LSTM_FUSED_ROW

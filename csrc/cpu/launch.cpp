@@ -1,7 +1,5 @@
 #include "launch.h"
 
-#include <sys/mman.h>
-
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -9,6 +7,7 @@
 #include <stdexcept>
 
 #include "load.h"
+#include "system.h"
 #include "team.h"
 #include "topology.h"
 
@@ -24,7 +23,7 @@ constexpr size_t kMaxKept = size_t{64} << 20;
 
 class Scratch {
  public:
-  ~Scratch() { std::free(data_); }
+  ~Scratch() { free_aligned(data_); }
 
   void* of(size_t bytes) {
     if (bytes > size_) grow(bytes);
@@ -40,13 +39,12 @@ class Scratch {
     release();
     const size_t unit = bytes >= kHugePage ? kHugePage : 4096;
     const size_t size = (bytes + unit - 1) / unit * unit;
-    data_ = std::aligned_alloc(unit, size);
+    data_ = allocate_aligned(unit, size, unit == kHugePage);
     if (!data_) throw std::bad_alloc();
-    if (unit == kHugePage) madvise(data_, size, MADV_HUGEPAGE);
     size_ = size;
   }
   void release() {
-    std::free(data_);
+    free_aligned(data_);
     data_ = nullptr;
     size_ = 0;
   }

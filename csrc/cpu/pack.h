@@ -16,7 +16,7 @@ LSTM_FUSED_INLINE typename M::V load_steps(const S* row, int64_t k, int64_t K) {
   } else {
     constexpr int64_t wanted = sizeof(typename M::V) / sizeof(S);
     typename M::V v = {};
-    __builtin_memcpy(&v, row + k * M::kPair, sizeof(S) * min64(wanted, K - k * M::kPair));
+    std::memcpy(&v, row + k * M::kPair, sizeof(S) * min64(wanted, K - k * M::kPair));
     return v;
   }
 }
@@ -31,24 +31,23 @@ void pack_rows_as_lanes(typename M::Element* dst, int64_t dst_stride, const S* w
   for (int64_t k = 0; k < steps; k += lanes) {
     V tile[lanes];
     if (rows >= lanes && (k + lanes) * M::kPair <= K) {
-#pragma GCC unroll 16
-      for (int l = 0; l < lanes; ++l) tile[l] = load_steps<M>(w + l * K, k, (k + lanes) * M::kPair);
+      LSTM_FUSED_UNROLLED_FOR (int l = 0; l < lanes; ++l)
+        tile[l] = load_steps<M>(w + l * K, k, (k + lanes) * M::kPair);
     } else {
       for (int64_t l = 0; l < lanes; ++l) tile[l] = l < rows ? load_steps<M>(w + l * K, k, K) : V{};
     }
     // Prefetch the lines that the next block writes: one a step, at a stride that the hardware
     // prefetcher does not follow.
-#pragma GCC unroll 16
-    for (int l = 0; l < lanes; ++l) __builtin_prefetch(dst + (k + lanes + l) * dst_stride, 1);
+    LSTM_FUSED_UNROLLED_FOR (int l = 0; l < lanes; ++l)
+      prefetch_to_write(dst + (k + lanes + l) * dst_stride);
     transpose(tile);
     const int64_t here = min64(lanes, steps - k);
     if (here == lanes) {
-#pragma GCC unroll 16
-      for (int l = 0; l < lanes; ++l)
-        __builtin_memcpy(dst + (k + l) * dst_stride, &tile[l], sizeof(V));
+      LSTM_FUSED_UNROLLED_FOR (int l = 0; l < lanes; ++l)
+        std::memcpy(dst + (k + l) * dst_stride, &tile[l], sizeof(V));
     } else {
       for (int64_t l = 0; l < here; ++l)
-        __builtin_memcpy(dst + (k + l) * dst_stride, &tile[l], sizeof(V));
+        std::memcpy(dst + (k + l) * dst_stride, &tile[l], sizeof(V));
     }
   }
 }

@@ -1,14 +1,17 @@
 #include "team.h"
 
+#if defined(_OPENMP)
 #include <omp.h>
-#include <pthread.h>
-#include <strings.h>
-#include <time.h>
+#endif
 
 #include <atomic>
+#include <cctype>
 #include <chrono>
 #include <cstdlib>
+#include <string>
 
+#include "../compiler.h"
+#include "system.h"
 #include "topology.h"
 
 namespace lstm_fused {
@@ -20,7 +23,26 @@ void note_fork() {
   forked.store(true, std::memory_order_relaxed);
 }
 
-[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, note_fork);
+[[maybe_unused]] const bool noted = (after_fork(note_fork), true);
+
+#if !defined(_OPENMP)
+// One thread: without OpenMP there is no pool to share with torch.
+int omp_in_parallel() {
+  return 0;
+}
+int omp_get_max_threads() {
+  return 1;
+}
+int omp_get_num_procs() {
+  return 1;
+}
+int omp_get_num_threads() {
+  return 1;
+}
+int omp_get_thread_num() {
+  return 0;
+}
+#endif
 
 // How long a thread spins before it sleeps. On a core that another process uses, a thread that
 // slept runs again only after that process's time slice of some milliseconds, at every barrier. A
@@ -33,7 +55,9 @@ constexpr int kPauses = 64;        // between two readings of it
 // Whether the user asked OpenMP's threads to sleep when they wait.
 bool passive() {
   const char* policy = std::getenv("OMP_WAIT_POLICY");
-  return policy && strcasecmp(policy, "passive") == 0;
+  std::string lower = policy ? policy : "";
+  for (char& c : lower) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  return lower == "passive";
 }
 
 // Cores this process may run on: fewer than the threads asked for means that spinning is harmful.
@@ -49,23 +73,8 @@ bool spins(int threads) {
   return threads <= cores && !passive_waiting;
 }
 
-// CPU time of the calling thread: a system call.
-int64_t thread_nanoseconds() {
-  timespec time;
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
-  return int64_t{time.tv_sec} * 1'000'000'000 + time.tv_nsec;
-}
-
 thread_local bool observing = false;
 thread_local TeamLoss loss;
-
-inline void pause_cpu() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
 
 }  // namespace
 
@@ -84,7 +93,9 @@ bool run_team(int threads, void (*work)(void*, int), void* context) {
   const int64_t begin = observed ? nanoseconds_now() : 0;
   std::atomic<int64_t> longest{0};
   std::atomic<int> late{0};
+#if defined(_OPENMP)
 #pragma omp parallel num_threads(threads)
+#endif
   {
     if (omp_get_num_threads() == threads) {
       const int64_t used = observed ? thread_nanoseconds() : 0;

@@ -35,7 +35,7 @@ struct Multiply {
 };
 
 #if defined(LSTM_FUSED_BF16_PAIRS)
-// bfloat16 products, two to a lane, summed in float32: vdpbf16ps.
+// bfloat16 products, two to a lane, summed in float32.
 struct MultiplyPairs {
   using Compute = float;
   using Element = BFloat16;
@@ -43,25 +43,24 @@ struct MultiplyPairs {
   using V = VFloat;
   static LSTM_FUSED_INLINE VUint32 broadcast(const BFloat16* a) {
     uint32_t pair;
-    __builtin_memcpy(&pair, a, sizeof(pair));
+    std::memcpy(&pair, a, sizeof(pair));
     return splat_bits(pair);
   }
   static LSTM_FUSED_INLINE VUint32 load_b(const BFloat16* b) {
     VUint32 v;
-    __builtin_memcpy(&v, b, sizeof(v));
+    std::memcpy(&v, b, sizeof(v));
     return v;
   }
   template <class S>
   static LSTM_FUSED_INLINE void store_b(BFloat16* to, const S* const (&row)[kPair], int64_t n) {
     const auto bits = [n](const S* p) {
-      return __builtin_convertvector(p ? load_bits(p, n) : VUint16{}, VUint32);
+      return LSTM_FUSED_CONVERT(p ? load_bits(p, n) : VUint16{}, VUint32);
     };
     const VUint32 v = bits(row[0]) | bits(row[1]) << 16;
-    __builtin_memcpy(to, &v, sizeof(v));
+    std::memcpy(to, &v, sizeof(v));
   }
   static LSTM_FUSED_INLINE VFloat multiply_add(VFloat acc, VUint32 a, VUint32 b) {
-    return bit_cast<VFloat>(
-        _mm512_dpbf16_ps(bit_cast<__m512>(acc), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
+    return add_pairs(acc, a, b);
   }
 
  private:
@@ -94,16 +93,16 @@ struct Columns {
   const E* strip[kStrips];
 
   LSTM_FUSED_INLINE Columns(const E* b, int64_t depth) {
-#pragma GCC unroll 4
-    for (int s = 0; s < kStrips; ++s) strip[s] = b + Strips<M>::offset(depth, s * kStripCols);
+    LSTM_FUSED_UNROLLED_FOR (int s = 0; s < kStrips; ++s)
+      strip[s] = b + Strips<M>::offset(depth, s * kStripCols);
   }
   LSTM_FUSED_INLINE auto load(int64_t k, int c) const {
     return M::load_b(strip[c / kStripCols] + k * Strips<M>::pitch(C, c) +
                      c % kStripCols * Strips<M>::width);
   }
   LSTM_FUSED_INLINE void advance(int64_t steps) {
-#pragma GCC unroll 4
-    for (int s = 0; s < kStrips; ++s) strip[s] += steps * Strips<M>::pitch(C, s * kStripCols);
+    LSTM_FUSED_UNROLLED_FOR (int s = 0; s < kStrips; ++s)
+      strip[s] += steps * Strips<M>::pitch(C, s * kStripCols);
   }
 };
 
@@ -114,23 +113,19 @@ LSTM_FUSED_INLINE void accumulate_once(typename M::V (&acc)[R][C],
                                        const Columns<M, C>& b, int64_t k) {
   if constexpr (R <= 3) {
     decltype(M::broadcast(nullptr)) a[R];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) a[r] = M::broadcast(rows[r] + k * stride);
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) {
+    LSTM_FUSED_UNROLLED_FOR (int r = 0; r < R; ++r) a[r] = M::broadcast(rows[r] + k * stride);
+    LSTM_FUSED_UNROLLED_FOR (int c = 0; c < C; ++c) {
       const auto v = in_register(b.load(k, c));
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) acc[r][c] = M::multiply_add(acc[r][c], a[r], v);
+      LSTM_FUSED_UNROLLED_FOR (int r = 0; r < R; ++r)
+        acc[r][c] = M::multiply_add(acc[r][c], a[r], v);
     }
   } else {
     decltype(M::load_b(nullptr)) v[C];
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) v[c] = b.load(k, c);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
+    LSTM_FUSED_UNROLLED_FOR (int c = 0; c < C; ++c) v[c] = b.load(k, c);
+    LSTM_FUSED_UNROLLED_FOR (int r = 0; r < R; ++r) {
       const auto a = M::broadcast(rows[r] + k * stride);
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) acc[r][c] = M::multiply_add(acc[r][c], a, v[c]);
+      LSTM_FUSED_UNROLLED_FOR (int c = 0; c < C; ++c)
+        acc[r][c] = M::multiply_add(acc[r][c], a, v[c]);
     }
   }
 }
@@ -140,8 +135,7 @@ LSTM_FUSED_INLINE void accumulate_piece(typename M::V (&acc)[R][C],
                                         const typename M::Element* const* rows_in, int64_t stride,
                                         const Columns<M, C>& b, int64_t steps) {
   const typename M::Element* rows[R];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) rows[r] = rows_in[r];
+  LSTM_FUSED_UNROLLED_FOR (int r = 0; r < R; ++r) rows[r] = rows_in[r];
   // Too few accumulators cannot hide the latency of a multiply-add: keep two or four sets.
   constexpr int sets = R * C >= 8 ? 1 : R * C >= 4 ? 2 : 4;
   int64_t k = 0;
@@ -149,15 +143,12 @@ LSTM_FUSED_INLINE void accumulate_piece(typename M::V (&acc)[R][C],
     typename M::V extra[sets - 1][R][C] = {};
     for (; k + sets <= steps; k += sets) {
       accumulate_once<M, R, C>(acc, rows, stride, b, k);
-#pragma GCC unroll 4
-      for (int s = 1; s < sets; ++s) accumulate_once<M, R, C>(extra[s - 1], rows, stride, b, k + s);
+      LSTM_FUSED_UNROLLED_FOR (int s = 1; s < sets; ++s)
+        accumulate_once<M, R, C>(extra[s - 1], rows, stride, b, k + s);
     }
-#pragma GCC unroll 4
-    for (int s = 1; s < sets; ++s)
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-        for (int c = 0; c < C; ++c) acc[r][c] += extra[s - 1][r][c];
+    LSTM_FUSED_UNROLLED_FOR (int s = 1; s < sets; ++s)
+      LSTM_FUSED_UNROLLED_FOR (int r = 0; r < R; ++r)
+        LSTM_FUSED_UNROLLED_FOR (int c = 0; c < C; ++c) acc[r][c] += extra[s - 1][r][c];
   }
   for (; k < steps; ++k) accumulate_once<M, R, C>(acc, rows, stride, b, k);
 }
@@ -171,19 +162,16 @@ LSTM_FUSED_INLINE void accumulate(typename M::V (&acc)[R][C],
                                   const typename M::Element* const* rows_in, int64_t stride,
                                   Columns<M, C> b, int64_t steps) {
   const typename M::Element* rows[R];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) rows[r] = rows_in[r];
+  LSTM_FUSED_UNROLLED_FOR (int r = 0; r < R; ++r) rows[r] = rows_in[r];
   typename M::V total[R][C];
   for (int64_t first = 0;;) {
     const int64_t count = steps - first < kPieceSteps ? steps - first : kPieceSteps;
     accumulate_piece<M, R, C>(acc, rows, stride, b, count);
     const bool only = count == steps;
     if (only) return;
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
+    LSTM_FUSED_UNROLLED_FOR (int r = 0; r < R; ++r) {
       rows[r] += count * stride;
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) {
+      LSTM_FUSED_UNROLLED_FOR (int c = 0; c < C; ++c) {
         total[r][c] = first == 0 ? acc[r][c] : total[r][c] + acc[r][c];
         acc[r][c] = typename M::V{};
       }
@@ -192,10 +180,8 @@ LSTM_FUSED_INLINE void accumulate(typename M::V (&acc)[R][C],
     b.advance(count);
     if (first == steps) break;
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) acc[r][c] = total[r][c];
+  LSTM_FUSED_UNROLLED_FOR (int r = 0; r < R; ++r)
+    LSTM_FUSED_UNROLLED_FOR (int c = 0; c < C; ++c) acc[r][c] = total[r][c];
 }
 
 // Cache lines that the code after a product reads or writes and that no cache holds. The product
@@ -244,10 +230,9 @@ void tile_product(const TileProduct<M>& p, int from, typename M::Compute* out, b
   out += from * lanes;
   // Prefetch what is added to.
   if (add) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) __builtin_prefetch(out + (r * kMaxCols + c) * lanes, 1);
+    LSTM_FUSED_UNROLLED_FOR (int r = 0; r < R; ++r)
+      LSTM_FUSED_UNROLLED_FOR (int c = 0; c < C; ++c)
+        prefetch_to_write(out + (r * kMaxCols + c) * lanes);
   }
   int64_t summed = 0;
   for (const TileProduct<M>* part = &p; part; part = part->next) {
@@ -255,21 +240,19 @@ void tile_product(const TileProduct<M>& p, int from, typename M::Compute* out, b
     Columns<M, C> columns(part->b + Strips<M>::offset(part->depth, from), part->depth);
     columns.advance(part->first);
     const typename M::Element* rows[R];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) rows[r] = part->rows[r];
+    LSTM_FUSED_UNROLLED_FOR (int r = 0; r < R; ++r) rows[r] = part->rows[r];
     const int64_t lines = from == 0 ? part->prefetch.count : 0;
     int64_t prefetched = 0;
     for (int64_t s = 0; s < segments; ++s) {
       for (const int64_t end = lines * (s + 1) / segments; prefetched < end; ++prefetched)
-        __builtin_prefetch(part->prefetch.lines[prefetched]);
+        prefetch(part->prefetch.lines[prefetched]);
       if (part->stride == M::kPair) {
         // Prefetch the next segment: it is far from this one, and another core may have just
         // written it.
         if (from == 0 && s + 1 < segments) {
-#pragma GCC unroll 8
-          for (int r = 0; r < R; ++r)
+          LSTM_FUSED_UNROLLED_FOR (int r = 0; r < R; ++r)
             for (int64_t k = 0; k < steps * M::kPair; k += kLine / sizeof(*part->b))
-              __builtin_prefetch(rows[r] + part->segment_stride + k);
+              prefetch(rows[r] + part->segment_stride + k);
         }
         accumulate<M, R, C>(acc, rows, M::kPair, columns, steps);
       } else {
@@ -277,13 +260,10 @@ void tile_product(const TileProduct<M>& p, int from, typename M::Compute* out, b
       }
       columns.advance(steps);
       summed += steps;
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) rows[r] += part->segment_stride;
+      LSTM_FUSED_UNROLLED_FOR (int r = 0; r < R; ++r) rows[r] += part->segment_stride;
       if (summed < kPieceSteps && (s + 1 < segments || part->next)) continue;
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-        for (int c = 0; c < C; ++c) {
+      LSTM_FUSED_UNROLLED_FOR (int r = 0; r < R; ++r)
+        LSTM_FUSED_UNROLLED_FOR (int c = 0; c < C; ++c) {
           A* at = out + (r * kMaxCols + c) * lanes;
           store(at, add ? load<V>(at) + acc[r][c] : acc[r][c]);
           acc[r][c] = V{};
@@ -302,18 +282,16 @@ void extend_tile(const TileProduct<M>& p, int from, typename M::Compute* out) {
   constexpr int lanes = VectorOf<typename M::Compute>::lanes;
   out += from * lanes;
   V acc[R][C];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) acc[r][c] = load<V>(out + (r * kMaxCols + c) * lanes);
+  LSTM_FUSED_UNROLLED_FOR (int r = 0; r < R; ++r)
+    LSTM_FUSED_UNROLLED_FOR (int c = 0; c < C; ++c)
+      acc[r][c] = load<V>(out + (r * kMaxCols + c) * lanes);
   for (const TileProduct<M>* part = &p; part; part = part->next)
     accumulate<M, R, C>(acc, part->rows, M::kPair,
                         Columns<M, C>(part->b + Strips<M>::offset(part->depth, from), part->depth),
                         part->steps);
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) store(out + (r * kMaxCols + c) * lanes, acc[r][c]);
+  LSTM_FUSED_UNROLLED_FOR (int r = 0; r < R; ++r)
+    LSTM_FUSED_UNROLLED_FOR (int c = 0; c < C; ++c)
+      store(out + (r * kMaxCols + c) * lanes, acc[r][c]);
 }
 
 // A run-time number as a template argument: f(Constant<n>{}) for n from 1 to kMax, and kMax above.

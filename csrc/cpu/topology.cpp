@@ -1,6 +1,8 @@
 #include "topology.h"
 
+#if defined(__linux__)
 #include <sched.h>
+#endif
 
 #include <algorithm>
 #include <fstream>

@@ -1,27 +1,30 @@
 // Transposition of a square of vectors in registers, and sums of lanes by the same stages.
 #pragma once
 
+#include <utility>
+
 #include "simd.h"
 
 namespace lstm_fused {
 namespace {
 
+// Lane l is lane l + FromB of b where l has the bit Step, else lane l + FromA of a.
+template <int Step, int FromA, int FromB, class V, int... l>
+LSTM_FUSED_INLINE V choose(const V& a, const V& b, std::integer_sequence<int, l...>) {
+  using Bits [[maybe_unused]] = typename VectorOf<decltype(V{}[0] + 0)>::bits;
+  constexpr int lanes = sizeof...(l);
+  return LSTM_FUSED_SHUFFLE(Bits, a, b, ((l & Step) ? lanes + l + FromB : l + FromA)...);
+}
+
 template <int Step, class V>
 LSTM_FUSED_INLINE void transpose_stage(V* rows) {
   constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
-  using Bits = typename VectorOf<decltype(V{}[0] + 0)>::bits;
-  Bits low = {}, high = {};
-#pragma GCC unroll 16
-  for (int l = 0; l < lanes; ++l) {
-    low[l] = (l & Step) ? lanes + l - Step : l;
-    high[l] = (l & Step) ? lanes + l : l + Step;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < lanes; ++i) {
+  constexpr std::make_integer_sequence<int, lanes> each;
+  LSTM_FUSED_UNROLLED_FOR (int i = 0; i < lanes; ++i) {
     if (i & Step) continue;
     const V a = rows[i], b = rows[i + Step];
-    rows[i] = __builtin_shuffle(a, b, low);
-    rows[i + Step] = __builtin_shuffle(a, b, high);
+    rows[i] = choose<Step, 0, -Step>(a, b, each);
+    rows[i + Step] = choose<Step, Step, 0>(a, b, each);
   }
 }
 
@@ -39,17 +42,10 @@ LSTM_FUSED_INLINE void transpose(V* rows) {
 template <int Step, class V>
 LSTM_FUSED_INLINE void sum_stage(V* rows) {
   constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
-  using Bits = typename VectorOf<decltype(V{}[0] + 0)>::bits;
-  Bits own = {}, other = {};
-#pragma GCC unroll 16
-  for (int l = 0; l < lanes; ++l) {
-    own[l] = (l & Step) ? lanes + l : l;
-    other[l] = (l & Step) ? lanes + l - Step : l + Step;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < Step; ++i)
-    rows[i] = __builtin_shuffle(rows[i], rows[i + Step], own) +
-              __builtin_shuffle(rows[i], rows[i + Step], other);
+  constexpr std::make_integer_sequence<int, lanes> each;
+  LSTM_FUSED_UNROLLED_FOR (int i = 0; i < Step; ++i)
+    rows[i] = choose<Step, 0, 0>(rows[i], rows[i + Step], each) +
+              choose<Step, Step, -Step>(rows[i], rows[i + Step], each);
 }
 
 template <class V>

@@ -29,7 +29,7 @@ PyObject* plan(PyObject*, PyObject* args, PyObject* kwargs) {
                         directions,
                         projection != 0,
                         training != 0};
-  const Machine machine{from_name<Isa>(isa, kIsaCount, "isa"), threads, undisturbed,
+  const Machine machine{from_name<Isa>(isa, kKnownIsaCount, "isa"), threads, undisturbed,
                         topology ? value_of<Topology>(topology) : Topology{}};
   return box<Plan>(backward ? plan_backward(problem, machine) : plan_forward(problem, machine));
 }

@@ -226,11 +226,15 @@ def signs_of(problem, library, draw, y):
     """Where each layer's output is positive, (n, H) for each step in the order the steps run:
     the branches that relu took.
 
-    The layers run one by one, as they do inside of the module, which must have given y; to the
-    last bit for ours, while torch.nn's products depend on where a state happens to lie.
+    One layer's are those of y. Several run one by one, as they do inside of the module, which must
+    have given y; to the last bit for ours, while torch.nn's products depend on where a state
+    happens to lie.
     """
     p, values = problem, values_of(problem, draw)
     given, signs = shaped(p, values.x, values.lengths), []
+    if p.layers == 1:
+        sizes = given.batch_sizes if p.packed else None
+        return [list(in_order(y > 0, sizes, p.directions))]
     each = len(values.weights) // p.layers
     for k in range(p.layers):
         module = replace(p, layers=1, I=p.directions * p.H if k else p.I).module(library)

@@ -15,7 +15,9 @@ def isas_for(dtype, device="cpu"):
     if device != "cpu":
         return (None,)
     return tuple(
-        isa for isa in runtime.available_isas() if isa != "avx512_bf16" or dtype is torch.bfloat16
+        isa
+        for isa in runtime.available_isas()
+        if not isa.endswith("_bf16") or dtype is torch.bfloat16
     )
 
 

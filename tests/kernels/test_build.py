@@ -1,11 +1,12 @@
 """The build: symbols of the libraries, plans of the CPU, the choice of an ISA, include rules."""
 
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,12 @@ SHIM = re.compile(r"^(aoti_torch|torch)_[a-z0-9_]+$")
 NEED_NM = pytest.mark.skipif(shutil.which("nm") is None, reason="binutils are not installed")
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
+ISAS_OF = {
+    "x86_64": ("baseline", "avx2", "avx512", "avx512_bf16"),
+    "aarch64": ("neon", "neon_bf16", "sve256", "sve256_bf16"),
+}
+ISAS = ISAS_OF[platform.machine()]
+ALL_ISAS = tuple(chain(*ISAS_OF.values()))  # those of other machines can be planned for
 SIZES = (  # T, N, I, H, R, directions
     (1, 1, 1, 1, 1, 1),
     (1, 1, 64, 64, 64, 1),
@@ -111,8 +117,12 @@ def test_build_info():
     assert set(runtime.available_isas()) <= set(info["isas"]) <= set(ISAS)
 
 
+def without_pairs(isa):
+    return isa.removesuffix("_bf16")
+
+
 def plans():
-    for dtype, isa, sizes, threads in product(DTYPES, ISAS, SIZES, (1, 2, 5, 64)):
+    for dtype, isa, sizes, threads in product(DTYPES, ALL_ISAS, SIZES, (1, 2, 5, 64)):
         T, N, I, H, R, D = sizes  # noqa: E741
         projection = R != H
         for training, backward in ((False, False), (True, False), (True, True)):
@@ -134,34 +144,30 @@ def test_plan_invariants():
         assert plan.unit_groups <= -(-H // 16), (case, plan)
         assert 0 <= plan.hoist_steps <= T, (case, plan)
         assert plan.dtype == dtype
-        assert ISAS.index(plan.isa) <= ISAS.index(isa)
         if plan.kernel == "direct":
             assert T <= 4 and N <= 8 and T * N <= 16 and not projection, (case, plan)
         else:
             assert plan.kernel == "persistent"
-        if isa == "avx512_bf16":
-            pairs = dtype == "bfloat16" and plan.kernel == "persistent"
-            assert plan.isa == (isa if pairs else "avx512"), (case, plan)
-        else:
-            assert plan.isa == isa
+        pairs = dtype == "bfloat16" and plan.kernel == "persistent"
+        assert plan.isa == (isa if pairs else without_pairs(isa)), (case, plan)
 
 
 def test_plan_is_pure():
     first = [fields(plan) for _, plan in plans()]
     torch.set_num_threads(1)
-    runtime.set_isa("baseline")
+    runtime.set_isa(ISAS[0])
     assert first == [fields(plan) for _, plan in plans()]
 
 
 KNOWN = (
     # T, N, I, H and what is planned for two threads. Short sequences read the weights in place.
-    ((1, 1, 64, 64), ISAS, {"kernel": "direct"}),
-    ((1, 1, 1, 1), ISAS, {"kernel": "direct", "threads": 1}),
+    ((1, 1, 64, 64), ALL_ISAS, {"kernel": "direct"}),
+    ((1, 1, 1, 1), ALL_ISAS, {"kernel": "direct", "threads": 1}),
     # One row is shared by units, as are many where the weights exceed a cache; else by rows.
-    ((100, 1, 256, 256), ISAS, {"kernel": "persistent", "unit_groups": 2, "row_groups": 1}),
-    ((100, 32, 512, 512), ISAS, {"kernel": "persistent", "unit_groups": 2, "row_groups": 1}),
-    ((100, 512, 64, 64), ISAS, {"kernel": "persistent", "unit_groups": 1, "row_groups": 2}),
-    ((100, 512, 64, 16), ISAS, {"kernel": "persistent", "unit_groups": 1, "row_groups": 2}),
+    ((100, 1, 256, 256), ALL_ISAS, {"kernel": "persistent", "unit_groups": 2, "row_groups": 1}),
+    ((100, 32, 512, 512), ALL_ISAS, {"kernel": "persistent", "unit_groups": 2, "row_groups": 1}),
+    ((100, 512, 64, 64), ALL_ISAS, {"kernel": "persistent", "unit_groups": 1, "row_groups": 2}),
+    ((100, 512, 64, 16), ALL_ISAS, {"kernel": "persistent", "unit_groups": 1, "row_groups": 2}),
 )
 
 
@@ -215,7 +221,7 @@ def run_with_isa(isa):
     )
 
 
-@pytest.mark.parametrize("isa", ["baseline", ""])
+@pytest.mark.parametrize("isa", [ISAS[0], ""])
 def test_isa_from_the_environment(isa):
     found = run_with_isa(isa)
     assert found.returncode == 0, found.stderr
@@ -226,7 +232,7 @@ def test_isa_from_the_environment(isa):
 def test_unknown_isa_in_the_environment():
     found = run_with_isa("avx1024")
     assert found.returncode != 0
-    assert "LSTM_FUSED_ISA is 'avx1024' but must be one of baseline, avx2" in found.stderr
+    assert f"LSTM_FUSED_ISA is 'avx1024' but must be one of {ISAS[0]}, {ISAS[1]}" in found.stderr
 
 
 def test_set_isa():
@@ -234,11 +240,12 @@ def test_set_isa():
     for isa in runtime.available_isas():
         runtime.set_isa(isa)
         module(x)
-        assert runtime.last_run()["isa"] == ("avx512" if isa == "avx512_bf16" else isa)
-    with pytest.raises(RuntimeError, match="isa is 'sse' but must be one of baseline"):
+        assert runtime.last_run()["isa"] == without_pairs(isa)
+    with pytest.raises(RuntimeError, match=f"isa is 'sse' but must be one of {ISAS[0]}"):
         runtime.set_isa("sse")
-    for isa in set(ISAS) - set(runtime.available_isas()):
-        with pytest.raises(RuntimeError, match="cannot run"):
+    for isa in set(ALL_ISAS) - set(runtime.available_isas()):
+        refused = "cannot run" if isa in ISAS else "must be one of"
+        with pytest.raises(RuntimeError, match=refused):
             runtime.set_isa(isa)
 
 

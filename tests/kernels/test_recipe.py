@@ -5,8 +5,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from lstm_fused import runtime
+
 ROOT = Path(__file__).parents[2]
 RECIPE = Path(__file__).parent / "recipe"
+ISA = runtime.available_isas()[0]
 FLAGS = ["-std=c++20", "-O1", "-fopenmp", "-ffp-contract=fast", "-Wno-psabi"]
 
 
@@ -21,10 +24,10 @@ def test_a_cell_is_a_header_and_a_row(tmp_path):
     cells.write_text(re.sub(r"#define LSTM_FUSED_CELLS\(CELL\)(.*\\\n)*.*", row, text))
     sources = [
         csrc / "cpu" / f"{name}.cpp"
-        for name in ("isa_baseline", "plan", "cost", "team", "topology")
+        for name in (f"isa_{ISA}", "plan", "cost", "team", "topology", "system")
     ]
     program = tmp_path / "driver"
-    command = ["g++", *FLAGS, f"-I{csrc}", *sources, RECIPE / "driver.cpp", "-o", program]
+    command = ["g++", *FLAGS, f"-DKERNELS=kernels_{ISA}", f"-I{csrc}", *sources, RECIPE / "driver.cpp", "-o", program]
     subprocess.run(command, check=True)
     done = subprocess.run([program], capture_output=True, text=True, check=True)
     assert all(float(error) < 1e-6 for error in done.stdout.split()), done.stdout

@@ -1,5 +1,5 @@
 // Runs the cell `leaky` through the persistent and the direct kernel and prints the largest
-// difference of y from plain loops.
+// difference of y from plain loops. KERNELS: the function of the first ISA.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -29,8 +29,8 @@ float largest_error(int64_t T, int64_t N, int64_t I, int64_t H) {
   p.h_n = h_n.data();
   p.c_n = c_n.data();
   const Problem problem{CellKind::kLeaky, DType::kFloat32, T, N, I, H, H, 1, false, false};
-  const Plan plan = plan_forward(problem, {Isa::kBaseline, 1});
-  const Kernel& kernel = *kernels_baseline(problem.cell, problem.dtype);
+  const Plan plan = plan_forward(problem, {static_cast<Isa>(0), 1});
+  const Kernel& kernel = *KERNELS(problem.cell, problem.dtype);
   p.scratch = std::aligned_alloc(64, round_up(kernel.forward_scratch(p, plan), 64));
   if (!kernel.forward(p, plan)) return INFINITY;
   std::free(p.scratch);

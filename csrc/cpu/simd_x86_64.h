@@ -1,0 +1,61 @@
+// The instructions of AVX2 and AVX-512 that the compiler finds by itself for no vector. Part of
+// simd.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include "simd.h"
+
+namespace lstm_fused {
+namespace {
+
+// v clamped to [low, high]; NaN stays NaN: the instructions return their last operand where one is
+// NaN.
+#if LSTM_FUSED_VECTOR_BYTES == 64
+LSTM_FUSED_INLINE VFloat clamp(VFloat v, float low, float high) {
+  __m512 x = bit_cast<__m512>(v);  // masked, all lanes on: the plain ones make g++ 12 warn
+  x = _mm512_mask_max_ps(x, 0xffff, _mm512_set1_ps(low), x);
+  return bit_cast<VFloat>(_mm512_mask_min_ps(x, 0xffff, _mm512_set1_ps(high), x));
+}
+LSTM_FUSED_INLINE VDouble clamp(VDouble v, double low, double high) {
+  __m512d x = bit_cast<__m512d>(v);
+  x = _mm512_mask_max_pd(x, 0xff, _mm512_set1_pd(low), x);
+  return bit_cast<VDouble>(_mm512_mask_min_pd(x, 0xff, _mm512_set1_pd(high), x));
+}
+LSTM_FUSED_INLINE VFloat widen(VUint16 raw, Half) {
+  return bit_cast<VFloat>(_mm512_cvtph_ps(bit_cast<__m256i>(raw)));
+}
+LSTM_FUSED_INLINE VUint16 narrow(VFloat v, Half) {
+  return bit_cast<VUint16>(_mm512_cvtps_ph(bit_cast<__m512>(v), 0));
+}
+#else
+LSTM_FUSED_INLINE VFloat clamp(VFloat v, float low, float high) {
+  const __m256 x = _mm256_max_ps(_mm256_set1_ps(low), bit_cast<__m256>(v));
+  return bit_cast<VFloat>(_mm256_min_ps(_mm256_set1_ps(high), x));
+}
+LSTM_FUSED_INLINE VDouble clamp(VDouble v, double low, double high) {
+  const __m256d x = _mm256_max_pd(_mm256_set1_pd(low), bit_cast<__m256d>(v));
+  return bit_cast<VDouble>(_mm256_min_pd(_mm256_set1_pd(high), x));
+}
+LSTM_FUSED_INLINE VFloat widen(VUint16 raw, Half) {
+  return bit_cast<VFloat>(_mm256_cvtph_ps(bit_cast<__m128i>(raw)));
+}
+LSTM_FUSED_INLINE VUint16 narrow(VFloat v, Half) {
+  return bit_cast<VUint16>(_mm256_cvtps_ph(bit_cast<__m256>(v), 0));
+}
+#endif
+
+#if defined(LSTM_FUSED_BF16_PAIRS)
+// As the products, this takes a subnormal for zero.
+LSTM_FUSED_INLINE VUint16 narrow(VFloat v, BFloat16) {
+  return bit_cast<VUint16>(_mm512_cvtneps_pbh(bit_cast<__m512>(v)));
+}
+// acc + the two products of bfloat16 in each lane.
+LSTM_FUSED_INLINE VFloat add_pairs(VFloat acc, VUint32 a, VUint32 b) {
+  return bit_cast<VFloat>(
+      _mm512_dpbf16_ps(bit_cast<__m512>(acc), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
+}
+#endif
+
+}  // namespace
+}  // namespace lstm_fused
