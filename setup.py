@@ -108,6 +108,9 @@ def version():
 
 
 OPENMP = ["-fopenmp"] if platform.system() == "Linux" else []  # Apple's clang has none
+# Without effect outside of csrc/cpu/isa_sve256*.cpp.
+ON_ARM64_LINUX = (platform.system(), platform.machine()) == ("Linux", "aarch64")
+SVE = ["-msve-vector-bits=256"] if ON_ARM64_LINUX else []
 COMMON = [
     "-std=c++20",
     f"-DPy_LIMITED_API={LIMITED_API}",
@@ -127,6 +130,7 @@ KERNEL = [
     "-fno-trapping-math",
     "-ffp-contract=fast",
     *OPENMP,
+    *SVE,
 ]
 
 

@@ -5,44 +5,46 @@
 
 #include <Python.h>
 
-#pragma weak PyCapsule_GetPointer
-#pragma weak PyCapsule_New
-#pragma weak PyDict_GetItemWithError
-#pragma weak PyDict_Type
-#pragma weak PyErr_Clear
-#pragma weak PyErr_NoMemory
-#pragma weak PyErr_SetString
-#pragma weak PyEval_RestoreThread
-#pragma weak PyEval_SaveThread
-#pragma weak PyExc_RuntimeError
-#pragma weak PyExc_TypeError
-#pragma weak PyGILState_Ensure
-#pragma weak PyGILState_Release
-#pragma weak PyImport_ImportModule
-#pragma weak PyList_Append
-#pragma weak PyList_GetItem
-#pragma weak PyList_New
-#pragma weak PyList_SetItem
-#pragma weak PyList_Size
-#pragma weak PyList_Type
-#pragma weak PyLong_AsLong
-#pragma weak PyLong_FromLong
-#pragma weak PyLong_FromLongLong
-#pragma weak PyModule_Create2
-#pragma weak PyObject_CallFunctionObjArgs
-#pragma weak PyObject_CallMethodObjArgs
-#pragma weak PyObject_GetAttr
-#pragma weak PyObject_GetAttrString
-#pragma weak PyTuple_GetItem
-#pragma weak PyTuple_New
-#pragma weak PyTuple_Pack
-#pragma weak PyTuple_SetItem
-#pragma weak PyTuple_Size
-#pragma weak PyTuple_Type
-#pragma weak PyUnicode_CompareWithASCIIString
-#pragma weak PyUnicode_InternFromString
-#pragma weak Py_IsInitialized
-#pragma weak _Py_Dealloc
-#pragma weak _Py_FalseStruct
-#pragma weak _Py_NoneStruct
-#pragma weak _Py_TrueStruct
+#include "../compiler.h"
+
+LSTM_FUSED_WEAK(PyCapsule_GetPointer)
+LSTM_FUSED_WEAK(PyCapsule_New)
+LSTM_FUSED_WEAK(PyDict_GetItemWithError)
+LSTM_FUSED_WEAK(PyDict_Type)
+LSTM_FUSED_WEAK(PyErr_Clear)
+LSTM_FUSED_WEAK(PyErr_NoMemory)
+LSTM_FUSED_WEAK(PyErr_SetString)
+LSTM_FUSED_WEAK(PyEval_RestoreThread)
+LSTM_FUSED_WEAK(PyEval_SaveThread)
+LSTM_FUSED_WEAK(PyExc_RuntimeError)
+LSTM_FUSED_WEAK(PyExc_TypeError)
+LSTM_FUSED_WEAK(PyGILState_Ensure)
+LSTM_FUSED_WEAK(PyGILState_Release)
+LSTM_FUSED_WEAK(PyImport_ImportModule)
+LSTM_FUSED_WEAK(PyList_Append)
+LSTM_FUSED_WEAK(PyList_GetItem)
+LSTM_FUSED_WEAK(PyList_New)
+LSTM_FUSED_WEAK(PyList_SetItem)
+LSTM_FUSED_WEAK(PyList_Size)
+LSTM_FUSED_WEAK(PyList_Type)
+LSTM_FUSED_WEAK(PyLong_AsLong)
+LSTM_FUSED_WEAK(PyLong_FromLong)
+LSTM_FUSED_WEAK(PyLong_FromLongLong)
+LSTM_FUSED_WEAK(PyModule_Create2)
+LSTM_FUSED_WEAK(PyObject_CallFunctionObjArgs)
+LSTM_FUSED_WEAK(PyObject_CallMethodObjArgs)
+LSTM_FUSED_WEAK(PyObject_GetAttr)
+LSTM_FUSED_WEAK(PyObject_GetAttrString)
+LSTM_FUSED_WEAK(PyTuple_GetItem)
+LSTM_FUSED_WEAK(PyTuple_New)
+LSTM_FUSED_WEAK(PyTuple_Pack)
+LSTM_FUSED_WEAK(PyTuple_SetItem)
+LSTM_FUSED_WEAK(PyTuple_Size)
+LSTM_FUSED_WEAK(PyTuple_Type)
+LSTM_FUSED_WEAK(PyUnicode_CompareWithASCIIString)
+LSTM_FUSED_WEAK(PyUnicode_InternFromString)
+LSTM_FUSED_WEAK(Py_IsInitialized)
+LSTM_FUSED_WEAK(_Py_Dealloc)
+LSTM_FUSED_WEAK(_Py_FalseStruct)
+LSTM_FUSED_WEAK(_Py_NoneStruct)
+LSTM_FUSED_WEAK(_Py_TrueStruct)

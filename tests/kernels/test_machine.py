@@ -96,6 +96,21 @@ def test_topology_without_files(tmp_path):
     assert found == guess | {"cores": 3, "socket_cores": 3}
 
 
+def test_topology_of_an_arm64_board(tmp_path):
+    """Four cores share the last cache, of the second level, and no file names a frequency."""
+    for cpu in range(4):
+        files = cpu_files(cpu, cpu, 0, "0-3", l2="1024K")
+        gone = [name for name in files if "cpufreq" in name or "index2" in name]
+        for name in gone:
+            del files[name]
+        files[f"sys/devices/system/cpu/cpu{cpu}/cache/index1/shared_cpu_list"] = "0-3"
+        write(tmp_path, files)
+    found = _plan.read_topology(str(tmp_path), [0, 1, 2, 3])
+    assert (found.cores, found.cache_cores) == (4, 4)
+    assert (found.l2, found.l3) == (256 << 10, 1 << 20)
+    assert found.mhz == _plan.Topology().mhz
+
+
 def plan(threads, N, H, T=100, D=1, backward=False, dtype="float32", **machine):
     sizes = (T, N, H, H, H, D)
     return _plan.plan(dtype, "avx512", threads, *sizes, backward=backward, **machine)

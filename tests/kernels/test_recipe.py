@@ -27,7 +27,9 @@ def test_a_cell_is_a_header_and_a_row(tmp_path):
         for name in (f"isa_{ISA}", "plan", "cost", "team", "topology", "system")
     ]
     program = tmp_path / "driver"
-    command = ["g++", *FLAGS, f"-DKERNELS=kernels_{ISA}", f"-I{csrc}", *sources, RECIPE / "driver.cpp", "-o", program]
+    sources.append(RECIPE / "driver.cpp")
+    options = [*FLAGS, f"-DKERNELS=kernels_{ISA}", f"-I{csrc}"]
+    command = ["g++", *options, *sources, "-o", program]
     subprocess.run(command, check=True)
     done = subprocess.run([program], capture_output=True, text=True, check=True)
     assert all(float(error) < 1e-6 for error in done.stdout.split()), done.stdout

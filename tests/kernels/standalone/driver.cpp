@@ -112,7 +112,8 @@ void solve(const Header& h, Isa isa, Problems& file) {
   const bool has_c = cell_info.carry == Carry::kCell;
 
   std::vector<int64_t> offsets{0};
-  const int64_t* sizes = h.packed ? static_cast<int64_t*>(file.given(T * sizeof(int64_t))) : nullptr;
+  const int64_t* sizes =
+      h.packed ? static_cast<int64_t*>(file.given(T * sizeof(int64_t))) : nullptr;
   for (int64_t t = 0; t < T; ++t) offsets.push_back(offsets.back() + (sizes ? sizes[t] : N));
   const int64_t S = offsets.back();
 

@@ -71,7 +71,8 @@ def write_problem(case, draw, file):
 
 def read(cases, file):
     """The driver's results: for each case the tensors of each draw by name, and the ISAs."""
-    return [[read_problem(case.problem, k, file) for k in range(case.problem.draws)] for case in cases]
+    problems = [case.problem for case in cases]
+    return [[read_problem(p, draw, file) for draw in range(p.draws)] for p in problems]
 
 
 def read_problem(problem, draw, file):
