@@ -82,6 +82,7 @@
 
 // Whether this x86-64 machine has a feature, by a name that is a literal.
 #define LSTM_FUSED_CPU_HAS(feature) static_cast<bool>(__builtin_cpu_supports(feature))
+
 // A symbol that may be missing where the library is loaded.
 #if defined(_WIN32)
 #define LSTM_FUSED_WEAK(symbol)
@@ -103,9 +104,9 @@ LSTM_FUSED_INLINE void prefetch_into_l2(const void* line) {
 
 #if defined(__x86_64__) && !defined(__CUDACC__)
 // A feature whose name clang 14 does not know.
-LSTM_FUSED_INLINE bool cpu_has_avx512_bf16() {
+LSTM_FUSED_INLINE bool cpu_has_f16c() {
   unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & 1u << 29);
 }
 #endif
 

@@ -11,10 +11,10 @@ namespace {
 bool machine_has(Isa isa) {
 #if defined(__x86_64__)
 #define HAS LSTM_FUSED_CPU_HAS
-  const bool kHasAvx2 = HAS("avx2") && HAS("fma") && HAS("f16c");
+  const bool kHasAvx2 = HAS("avx2") && HAS("fma") && cpu_has_f16c();
   const bool kHasAvx512 =
       kHasAvx2 && HAS("avx512f") && HAS("avx512bw") && HAS("avx512dq") && HAS("avx512vl");
-  const bool kHasAvx512Bf16 = kHasAvx512 && cpu_has_avx512_bf16();
+  const bool kHasAvx512Bf16 = kHasAvx512 && HAS("avx512bf16");
 #undef HAS
 #elif defined(__aarch64__)
   const Arm64Features arm64 = arm64_features();
