@@ -13,7 +13,7 @@ PyMethodDef method(const char* name, F function, const char* doc) {
 
 }  // namespace
 
-extern "C" PyMODINIT_FUNC PyInit__C(void) {
+PyMODINIT_FUNC PyInit__C(void) {
   static PyMethodDef methods[] = {
       method("infer", lstm_fused::infer,
              "infer(names, params, x, hx, cell[, directions, layers]): inference"),
