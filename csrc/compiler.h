@@ -90,6 +90,7 @@
 #define LSTM_FUSED_WEAK(symbol) LSTM_FUSED_PRAGMA(weak symbol)
 #endif
 
+#if !defined(__CUDACC__)  // device code has other names for these
 namespace lstm_fused {
 
 LSTM_FUSED_INLINE void prefetch(const void* line) {
@@ -102,7 +103,7 @@ LSTM_FUSED_INLINE void prefetch_into_l2(const void* line) {
   __builtin_prefetch(line, 0, 2);
 }
 
-#if defined(__x86_64__) && !defined(__CUDACC__)
+#if defined(__x86_64__)
 // A feature whose name clang 14 does not know.
 LSTM_FUSED_INLINE bool cpu_has_f16c() {
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -120,3 +121,4 @@ LSTM_FUSED_INLINE void pause_cpu() {
 }
 
 }  // namespace lstm_fused
+#endif
