@@ -12,8 +12,10 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 OLDEST_TORCH = (2, 10)
-_REINSTALL = "install lstm_fused again beside this torch (in its sources: `make build`, or "
-_REINSTALL += "`pip install --no-build-isolation .`)"
+_REINSTALL = (
+    "install lstm_fused again beside this torch (in its sources: `make build`, or "
+    "`pip install --no-build-isolation .`)"
+)
 
 
 def _load():

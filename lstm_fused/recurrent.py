@@ -18,6 +18,7 @@ from lstm_fused.fallback import (
     overridden,
 )
 
+Lengths = Sequence[int] | Tensor
 _NOT_PROFILED = nullcontext()
 
 
@@ -80,11 +81,7 @@ class Recurrent(Fused[State]):
 
     @overload
     def forward(
-        self,
-        input: Tensor,
-        hx: State | None = None,
-        *,
-        lengths: Sequence[int] | Tensor | None = None,
+        self, input: Tensor, hx: State | None = None, *, lengths: Lengths | None = None
     ) -> tuple[Tensor, State]: ...
     @overload
     def forward(
@@ -152,8 +149,17 @@ class Recurrent(Fused[State]):
             return y.squeeze(1), self._as_given(tuple([s.squeeze(1) for s in state]))
         return (y.transpose(0, 1) if self.batch_first else y), self._as_given(state)
 
-    if TYPE_CHECKING:
-        __call__ = forward
+    if TYPE_CHECKING:  # as forward, where torch.nn.Module's gives Any
+
+        @overload
+        def __call__(
+            self, input: Tensor, hx: State | None = None, *, lengths: Lengths | None = None
+        ) -> tuple[Tensor, State]: ...
+        @overload
+        def __call__(
+            self, input: PackedSequence, hx: State | None = None
+        ) -> tuple[PackedSequence, State]: ...
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def _forward_recorded(self, x, *tensors):
         """With gradients: x (T, N, I), the states if any, the weights, as inference.infer found."""

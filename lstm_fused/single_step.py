@@ -68,8 +68,8 @@ class Cell(Fused[State]):
         return ends[0] if len(ends) == 1 else ends
 
     if TYPE_CHECKING:
-        __call__ = forward
 
+        def __call__(self, input: Tensor, hx: State | None = None) -> State: ...
         def __init__(
             self,
             input_size: int,
