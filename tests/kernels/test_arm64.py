@@ -10,7 +10,8 @@ from lstm_fused import _plan
 from tests.kernels.standalone.build import ROOT, build
 from tests.kernels.standalone.problems import cases, complaints, read, write
 
-COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+COMPILER, SYMBOLS = "aarch64-linux-gnu-g++", "aarch64-linux-gnu-nm"
+EMULATOR = "qemu-aarch64"
 LIBRARIES = "/usr/aarch64-linux-gnu"  # Debian's, of the cross compiler
 MISSING = [name for name in (COMPILER, EMULATOR) if shutil.which(name) is None]
 # Processors by what they have beyond NEON.
@@ -69,6 +70,15 @@ def test_kernels(isa, cpu, driver, tmp_path):
     assert complaints(solved, results) == []
     for case, draws in zip(solved, results, strict=True):
         assert {isas for _, isas in draws} == {planned_isas(isa, case.problem)}, case
+
+
+@pytest.mark.parametrize("isa", ["neon", "neon_bf16", "sve256", "sve256_bf16"])
+def test_isa_code_has_internal_linkage(isa, driver):
+    """As in tests/kernels/test_build.py."""
+    command = [SYMBOLS, "--demangle", "--extern-only", "--defined-only", f"isa_{isa}.o"]
+    done = subprocess.run(command, cwd=driver.parent, capture_output=True, text=True, check=True)
+    names = [line for line in done.stdout.splitlines() if "__gxx_personality" not in line]
+    assert len(names) == 1 and f"kernels_{isa}(" in names[0]
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,7 @@ def test_isa_code_has_internal_linkage(isa, tmp_path):
     own entry and nothing else that others see."""
     source, target = ROOT / "csrc" / "cpu" / f"isa_{isa}.cpp", tmp_path / "isa.o"
     compiler = [os.environ.get("CXX", "g++"), "-std=c++20", "-O0", "-fPIC", "-Wno-psabi"]
+    compiler += ["-msve-vector-bits=256"] if isa.startswith("sve") else []
     subprocess.run([*compiler, "-c", str(source), "-o", str(target)], check=True)
     defined = [(k, n) for k, n in symbols(target, "--defined-only") if k.isupper() or k in "uvw"]
     # A pointer to the runtime's handler of exceptions, the same in every object: data, no code.
