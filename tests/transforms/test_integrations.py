@@ -127,20 +127,66 @@ def test_quantize_fx():
     torch.testing.assert_close(found(x), expected(x))
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
-def test_opacus_validation_matches_torch(kind):
+@pytest.fixture(scope="module")
+def opacus():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        validators = pytest.importorskip("opacus.validators")
-    theirs, ours = (getattr(library, kind)(3, 4) for library in (nn, lstm_fused))
-    words = [
-        [str(error) for error in validators.ModuleValidator.validate(module)]
-        for module in (theirs, ours)
-    ]
-    assert words[1] == words[0] and bool(words[0]) == (kind in ("LSTM", "GRU"))
-    fixed = [type(validators.ModuleValidator.fix(module)) for module in (theirs, ours)]
-    if words[0]:
-        assert fixed[1] is fixed[0]
+        return pytest.importorskip("opacus")
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
+def test_opacus_validation_matches_torch(opacus, kind):
+    validator = opacus.validators.ModuleValidator
+    for options in ({}, {"bias": False}):
+        theirs, ours = (getattr(library, kind)(3, 4, **options) for library in (nn, lstm_fused))
+        words = [[str(e) for e in validator.validate(module)] for module in (theirs, ours)]
+        assert words[1] == words[0] and bool(words[0]) == (kind in ("LSTM", "GRU"))
+        ours.load_state_dict(theirs.state_dict())
+        fixed = [validator.fix(nn.Sequential(module))[0] for module in (theirs, ours)]
+        if not words[0]:
+            assert fixed[1].__class__ is ours.__class__
+            continue
+        assert type(fixed[1]) is type(fixed[0]) and not isinstance(fixed[1], Fused)
+        x = torch.randn(5, 2, 3)
+        torch.testing.assert_close(fixed[1](x)[0], fixed[0](x)[0], rtol=0, atol=0)
+        torch.testing.assert_close(fixed[1](x)[0], ours(x)[0])
+
+
+class Last(nn.Module):
+    """On top level, since opacus pickles what it fixes."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.rnn, self.out = getattr(nn, kind)(3, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.out(self.rnn(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_opacus_trains_what_it_fixed_and_refuses_the_rest(opacus, kind):
+    """A model after replace is refused as before; fixed, it trains with per-sample gradients."""
+
+    def private(model):
+        rows = torch.utils.data.TensorDataset(torch.randn(8, 5, 3))
+        return opacus.PrivacyEngine().make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), 0.1),
+            data_loader=torch.utils.data.DataLoader(rows, 4),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+        )
+
+    model = lstm_fused.replace(Last(kind))
+    assert isinstance(model.rnn, Fused)
+    with pytest.raises(opacus.validators.errors.UnsupportedModuleError, match=f"nn.{kind}"):
+        private(model)
+    model, optimizer, _ = private(opacus.validators.ModuleValidator.fix(model))
+    before = [p.detach().clone() for p in model.parameters()]
+    model(torch.randn(4, 5, 3)).sum().backward()
+    optimizer.step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def test_dropout_compiled():
