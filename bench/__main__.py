@@ -22,7 +22,7 @@ SAVED_EVERY = 5.0  # seconds, while rows are measured
 # Events are exact to half a microsecond. A machine with a GPU is lent for minutes.
 ON_GPU = Sampling(rounds=15, seconds=0.005, row_seconds=1.0, attempts=2, set_seconds=420.0)
 SAMPLINGS = {
-    "quick": Sampling(rounds=11, seconds=0.02, row_seconds=1.5, attempts=2),
+    "quick": Sampling(rounds=11, seconds=0.02, row_seconds=1.5, attempts=2, set_seconds=100.0),
     "sweep": Sampling(rounds=9, seconds=0.02, row_seconds=2.0, attempts=2),
     "gpu": ON_GPU,
     "plans": replace(ON_GPU, set_seconds=120.0),

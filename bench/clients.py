@@ -20,7 +20,7 @@ from bench.cases import OURS, TORCH
 from bench.isolated import Lost, Worker
 from bench.timing import Sampling
 
-SAMPLING = Sampling(rounds=11, seconds=0.03, row_seconds=5.0, attempts=2)
+SAMPLING = Sampling(rounds=9, seconds=0.03, row_seconds=3.0, attempts=2)
 SILENCE = 300.0  # seconds: an oracle in float64 says nothing meanwhile
 BOTH = ("forward", "training")
 

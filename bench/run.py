@@ -95,8 +95,8 @@ def measure_set(
     """The result of all rows, or of those that were done when Ctrl-C came.
 
     names: of providers. find_roofline measures the machine's limits, if it can; it is called before
-    and after the rows. after_row is given the result up to each row. facts: what else the results
-    file says.
+    the rows and, where the set's time allows it, after them. after_row is given the result up to
+    each row. facts: what else the results file says.
     """
     result = {
         "schema": SCHEMA,
@@ -113,13 +113,15 @@ def measure_set(
     rooflines = []
     try:
         rooflines += filter(None, [find_roofline()])
+        once_more = time.monotonic() - begin  # what limits take
         for index, work in enumerate(works):
             print(f"{index + 1}/{len(works)} {work.name}", file=sys.stderr)
             left = begin + sampling.set_seconds - time.monotonic()
             share = sampling.within(left / (len(works) - index))
             result["rows"].append(measurer.row(work, names, share))
             after_row(finished(result, rooflines))
-        rooflines += filter(None, [find_roofline()] if rooflines else [])
+        left = begin + sampling.set_seconds - time.monotonic()
+        rooflines += filter(None, [find_roofline()] if rooflines and left > once_more else [])
         result["interrupted"] = False
     except KeyboardInterrupt:
         pass

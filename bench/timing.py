@@ -146,13 +146,14 @@ def interleaved(steps: dict[str, Callable], sampling: Sampling, clock, trying) -
     return {name: summary(samples[name], loops[name]) for name in steps}
 
 
-def quietest(attempt: Callable[[], dict[str, Timing]], attempts: int) -> dict[str, Timing]:
+def quietest(attempt: Callable[[], dict[str, Timing]], sampling: Sampling) -> dict[str, Timing]:
     """The first attempt without a noisy provider, else the one whose widest spread is least.
 
-    All providers' times are of the same attempt, so that the choice favours none of them.
+    All providers' times are of the same attempt, so that the choice favours none of them. A further
+    one begins only within the time that all attempts were meant to take.
     """
-    found = []
-    for _ in range(attempts):
+    found, end = [], time.monotonic() + sampling.attempts * sampling.row_seconds
+    while len(found) < sampling.attempts and (not found or time.monotonic() < end):
         found.append(attempt())
         if not any(t.noisy for t in found[-1].values()):
             return found[-1]
@@ -162,5 +163,5 @@ def quietest(attempt: Callable[[], dict[str, Timing]], attempts: int) -> dict[st
 def time_steps(steps: dict[str, Callable], sampling, device, trying=lambda name: None, clock=None):
     """By name the timing of each step, a dict, as results files hold it."""
     clock = clock or clock_for(device)
-    found = quietest(lambda: interleaved(steps, sampling, clock, trying), sampling.attempts)
+    found = quietest(lambda: interleaved(steps, sampling, clock, trying), sampling)
     return {name: asdict(timing) for name, timing in found.items()}

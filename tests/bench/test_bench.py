@@ -239,8 +239,23 @@ def test_the_quietest_attempt_counts():
         ([{"A": noisier}, {"A": noisy}, {"A": noisier}], 1, 3),
     ):
         left = iter(attempts)
-        assert timing.quietest(lambda left=left: next(left), 3) is attempts[expected]
+        sampling = Sampling(rounds=2, seconds=0.0, attempts=3)
+        assert timing.quietest(lambda left=left: next(left), sampling) is attempts[expected]
         assert len(list(left)) == 3 - used
+
+
+def test_no_further_attempt_begins_late(monkeypatch):
+    now, noisy = [0.0], timing.Timing(1.0, 0.5, 1.5, 9, 1, True)
+    monkeypatch.setattr(timing.time, "monotonic", lambda: now[0])
+
+    def attempt():
+        now[0] += 4.0
+        return {"A": noisy}
+
+    timing.quietest(attempt, Sampling(rounds=2, seconds=0.0, row_seconds=3.0, attempts=3))
+    assert now == [12.0]  # begun at 0, 4 and 8 of nine seconds
+    timing.quietest(attempt, Sampling(rounds=2, seconds=0.0, row_seconds=1.0, attempts=3))
+    assert now == [16.0]
 
 
 def test_samples_wait_for_threads_that_spin(monkeypatch):

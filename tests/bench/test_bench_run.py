@@ -228,3 +228,20 @@ def test_gpu_check_uses_options_that_there_are(part, tmp_path):
         args = cli.parse([*module[1:], name, out])
         assert args.device == "cuda" and args.json.parent == tmp_path
         assert args.roofline or args.providers[:2] == PAIR
+
+
+@pytest.mark.parametrize(("seconds", "times"), [(1.0, 1), (100.0, 2)])
+def test_limits_are_measured_again_where_there_is_time(monkeypatch, seconds, times):
+    now, asked = [0.0], []
+    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(run.roofline, "best", lambda found: {})
+    monkeypatch.setattr(run.roofline, "limit_of_row", lambda *_: None)
+
+    def find_roofline():
+        now[0] += 10.0
+        asked.append(now[0])
+        return {}
+
+    sampling = Sampling(rounds=2, seconds=0.0, set_seconds=seconds)
+    run.measure_set([], PAIR, sampling, find_roofline=lambda: find_roofline() or {"rates": 1})
+    assert len(asked) == times
