@@ -31,7 +31,6 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|collections|typing|types)\..*|\w+|lstm_fused\.(replace|explain)\.\w+")
 ]
-suppress_warnings = ["toctree.empty_glob"]
 
 myst_heading_anchors = 3
 myst_url_schemes = {
