@@ -291,15 +291,16 @@ def measure_client(key: str) -> list[dict]:
     return rows
 
 
-def finished(rows: dict[str, list[dict]], others: float) -> dict:
+def finished(rows: dict[str, list[dict]]) -> dict:
     """The results file of rows by client, in the order of CLIENTS."""
     ordered = [row for key in CLIENTS for row in rows.get(key, ())]
     machine = environment.describe()
     torches = {row["workload"]["group"].rpartition(" ")[2] for row in ordered}
     machine["torch"] = " and ".join(sorted(torches))
     facts = {"set": "clients", "providers": [TORCH, OURS], "rows": ordered, "machine": machine}
-    fixed = {"schema": run.SCHEMA, "interrupted": False, "keep_memory": False}
-    return fixed | facts | {"others": round(max(0.0, others), 2)}
+    others = max((row["others"] for row in ordered), default=0.0)
+    fixed = {"schema": run.SCHEMA, "interrupted": False, "keep_memory": False, "others": others}
+    return fixed | facts
 
 
 def measure_clients(names: list[str], before: dict | None = None, after=lambda result: None):
@@ -308,10 +309,9 @@ def measure_clients(names: list[str], before: dict | None = None, after=lambda r
     before: a results file of other libraries or releases, from which clients that are not measured
     anew are kept. after is given the result up to each client.
     """
-    before, rows, load = before or {"rows": [], "others": 0.0}, {}, 0.0
-    for row in before["rows"]:
+    rows = {}
+    for row in (before or {"rows": []})["rows"]:
         rows.setdefault(row["client"], []).append(row)
-    begin, used = time.monotonic(), environment.background_cpu_seconds()
     for key, chosen in CLIENTS.items():
         if names and not any(name in key for name in names):
             continue
@@ -319,13 +319,15 @@ def measure_clients(names: list[str], before: dict | None = None, after=lambda r
         if chosen.version() is None:
             print(f"  not installed: pip install {chosen.library}", file=sys.stderr)
             continue
+        begin, used = time.monotonic(), environment.background_cpu_seconds()
         with Worker(silence=SILENCE) as worker:
             try:
-                rows[key] = worker.call(measure_client, key)
+                measured = worker.call(measure_client, key)
             except Lost as lost:
                 print(f"  not measured: {lost}", file=sys.stderr)
                 continue
-        seconds = max(time.monotonic() - begin, 1e-9)
-        load = (environment.background_cpu_seconds() - used) / seconds
-        after(finished(rows, max(load, before["others"])))
-    return finished(rows, max(load, before["others"]))
+        used = environment.background_cpu_seconds() - used
+        others = round(max(0.0, used / max(time.monotonic() - begin, 1e-9)), 2)
+        rows[key] = [row | {"others": others} for row in measured]
+        after(finished(rows))
+    return finished(rows)
