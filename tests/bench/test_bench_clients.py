@@ -78,3 +78,12 @@ def test_results_go_to_their_own_page(two, tmp_path, monkeypatch):
     assert cli.main(["--threads", "1", "--json", str(out), "clients"]) == 0
     assert cli.main(["report", str(out), "--readme"]) == 0
     assert "| layer, forward " in page.read_text() and "layer" not in other.read_text()
+
+
+def test_committed_results_are_judged():
+    shown = report.paths_in(report.WORKS_WITH.read_text(), report.WORKS_WITH)
+    rows = [row for path in shown for row in report.load(path)["rows"]]
+    assert {row["client"] for row in rows} <= set(clients.CLIENTS)
+    for row in rows:
+        ours = row["providers"]["lstm_fused"]
+        assert "timing" in ours and ours.keys() & {"parity", "unjudged"}
