@@ -357,7 +357,7 @@ def errors_of(problem, library, draw, tensors, exact):
     return errors | {name: tolerance.error_of(t, truth[name]) for name, t in tensors.items()}
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=128)  # one ISA after another is judged by the same
 def expected_outcomes(problem):
     """Outcomes of torch.nn and of the float64 reference, for each draw of a problem."""
     draws = range(problem.draws)

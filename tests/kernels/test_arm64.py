@@ -5,6 +5,7 @@ import shutil
 import subprocess
 
 import pytest
+import torch
 
 from lstm_fused import _plan
 from tests.kernels.standalone.build import ROOT, build
@@ -60,6 +61,8 @@ def planned_isas(isa, problem):
 )
 def test_kernels(isa, cpu, driver, tmp_path):
     solved = cases(threads=4)
+    if isa.endswith("_bf16"):  # runs the code of the row before for every other dtype
+        solved = [case for case in solved if case.problem.dtype is torch.bfloat16]
     with open(tmp_path / "problems", "wb") as file:
         write(solved, file)
     done = run(driver, cpu, isa, tmp_path / "problems", tmp_path / "results")

@@ -86,9 +86,9 @@ def test_operators_by_clang(source):
 
 @pytest.mark.full
 @NEED_ZIG
-@pytest.mark.parametrize("target", ["x86_64-windows-gnu", "aarch64-macos", "aarch64-linux-gnu"])
+@pytest.mark.parametrize("target", ["x86_64-windows-gnu", "aarch64-macos"])
 def test_other_systems(target):
-    """Compiled and linked to a program, which is not run."""
+    """Compiled, and neither linked nor run."""
     compiler = [*zig(), "c++", "-target", target]
-    flags = ["-O0", "-Wall", "-Werror", "-Wno-psabi"]
-    check(build(ROOT / "build" / "zig" / target, compiler, flags))
+    flags = ["-O0", "-fno-sanitize=undefined", "-Wall", "-Werror", "-Wno-psabi"]
+    check(build(ROOT / "build" / "zig" / target, compiler, flags, driver=None))

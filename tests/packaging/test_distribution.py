@@ -82,7 +82,8 @@ def test_wheel_from_sdist(sdist, tmp_path):
     assert {p for p in packages if not p.endswith(".dist-info")} == {"lstm_fused"}
     libraries = {p.name for p in (installed / "lstm_fused").glob("*.so")}
     assert libraries == {"_C.abi3.so", "_plan.abi3.so"}
-    assert (installed / "lstm_fused" / "testing" / "oracle.py").exists()
+    for name in ("testing/oracle.py", "py.typed", "_C.pyi"):
+        assert (installed / "lstm_fused" / name).exists()
     audit = [sys.executable, "-m", "abi3audit", "--strict", str(wheel)]
     subprocess.run(audit, check=True, capture_output=True, text=True)
     done = subprocess.run(
