@@ -298,7 +298,8 @@ def finished(rows: dict[str, list[dict]]) -> dict:
     torches = {row["workload"]["group"].rpartition(" ")[2] for row in ordered}
     machine["torch"] = " and ".join(sorted(torches))
     facts = {"set": "clients", "providers": [TORCH, OURS], "rows": ordered, "machine": machine}
-    others = max((row["others"] for row in ordered), default=0.0)
+    timed = [row for row in ordered if "timing" in row["providers"].get(OURS, {})]
+    others = max((row["others"] for row in timed), default=0.0)
     fixed = {"schema": run.SCHEMA, "interrupted": False, "keep_memory": False, "others": others}
     return fixed | facts
 

@@ -80,10 +80,9 @@ def test_results_go_to_their_own_page(two, tmp_path, monkeypatch):
     assert "| layer, forward " in page.read_text() and "layer" not in other.read_text()
 
 
-def test_committed_results_are_judged():
+def test_every_client_has_committed_results():
     shown = report.paths_in(report.WORKS_WITH.read_text(), report.WORKS_WITH)
     rows = [row for path in shown for row in report.load(path)["rows"]]
-    assert {row["client"] for row in rows} <= set(clients.CLIENTS)
+    assert {row["client"] for row in rows} == set(clients.CLIENTS)
     for row in rows:
-        ours = row["providers"]["lstm_fused"]
-        assert "timing" in ours and ours.keys() & {"parity", "unjudged"}
+        assert row["providers"]["lstm_fused"].keys() & {"parity", "unjudged"}
