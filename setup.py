@@ -282,9 +282,9 @@ class Build(BuildExtension):
 
     def build_extensions(self):
         require_tools()
-        say("compiling the CPU kernels: 2 to 4 minutes on two cores")
+        say("compiling the CPU kernels: 1 to 4 minutes on two cores")
         if NVCC:
-            say(f"then the CUDA kernels for {architectures()}: 6 to 10 minutes for each of them")
+            say(f"then the CUDA kernels for {architectures()}: 1 to 4 minutes for each of them")
         else:
             say("no CUDA kernels: there is no nvcc, or LSTM_FUSED_CUDA=0")
         super().build_extensions()

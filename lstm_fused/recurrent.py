@@ -30,9 +30,8 @@ class Recurrent(Fused[State]):
     """
 
     _states = 1
-    _overridden: tuple[
-        str, ...
-    ] = ()  # names of CALLED_BY_TORCH: a subclass's, or of the instance as well
+    # Names of CALLED_BY_TORCH: a subclass's, or of the instance as well.
+    _overridden: tuple[str, ...] = ()
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
