@@ -1,6 +1,7 @@
 """How many Python functions lie between a module's call and C++, forward and backward."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import lstm_fused
 from lstm_fused import _C, ops
 from tests.helpers.compare_modules import states_of
 
+PACKAGE = str(Path(lstm_fused.__file__).parent)
 MODULES = [lstm_fused.LSTM, lstm_fused.GRU, lstm_fused.RNN]
 
 
@@ -20,7 +22,7 @@ def depths(monkeypatch):
     def observed(name, function):
         def call(*args):
             frame, names = sys._getframe(1), []
-            while "lstm_fused" in frame.f_code.co_filename:
+            while frame.f_code.co_filename.startswith(PACKAGE):
                 names.append(frame.f_code.co_name)
                 frame = frame.f_back
                 if frame.f_code.co_filename == __file__:
