@@ -5,7 +5,7 @@
 
 namespace lstm_fused::cuda {
 
-// Adds what this file's functions are to the module.
+// Adds the class CudaPlan and the functions cuda_... to the module.
 void add_plans(PyObject* module);
 
 }  // namespace lstm_fused::cuda

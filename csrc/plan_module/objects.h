@@ -5,6 +5,8 @@
 #include <Python.h>
 #include <structmember.h>
 
+#include <algorithm>
+#include <cstring>
 #include <exception>
 #include <new>
 #include <stdexcept>
@@ -60,7 +62,7 @@ PyMethodDef method(const char* name) {
 
 // The integers of a Python sequence.
 inline std::vector<int64_t> integers(PyObject* sequence) {
-  std::vector<int64_t> values(PySequence_Size(sequence) < 0 ? 0 : PySequence_Size(sequence));
+  std::vector<int64_t> values(std::max<Py_ssize_t>(0, PySequence_Size(sequence)));
   for (size_t i = 0; i < values.size(); ++i) {
     PyObject* item = checked(PySequence_GetItem(sequence, i));
     values[i] = PyLong_AsLongLong(item);
@@ -111,8 +113,8 @@ void destroy(PyObject* object) {
   Py_DECREF(type);
 }
 
-// Adds T's class to the module; without `create` Python makes no objects of it. The tables are
-// static, each closed by a row of zeros.
+// Adds T's class to the module, by its name with the module's before a dot; without `create` Python
+// makes no objects of it. The tables are static, each closed by a row of zeros.
 template <class T>
 void add_class(PyObject* module, const char* name, std::vector<PyType_Slot> slots,
                newfunc create = nullptr) {
@@ -123,9 +125,7 @@ void add_class(PyObject* module, const char* name, std::vector<PyType_Slot> slot
   PyType_Spec spec{name, sizeof(Boxed<T>), 0, flags, slots.data()};
   PyObject* made = checked(PyType_FromSpec(&spec));
   class_of<T> = reinterpret_cast<PyTypeObject*>(made);
-  const char* dot = name;
-  for (const char* c = name; *c; ++c) dot = *c == '.' ? c + 1 : dot;
-  if (PyModule_AddObjectRef(module, dot, made) != 0) throw Failed();
+  if (PyModule_AddObjectRef(module, std::strrchr(name, '.') + 1, made) != 0) throw Failed();
 }
 
 // A read-only attribute at `offset` of the value.

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../../../csrc/cpu/kernels.h"
+#include "../standalone/backward.h"
 
 using namespace lstm_fused;
 
@@ -107,14 +108,10 @@ bool run(const Case& c, CellKind cell, Isa isa, DType dtype, int threads) {
     f.h0 = b.random(c.D * c.N * R);
     if (has_c) f.c0 = b.random(c.D * c.N * c.H);
   }
-  BackwardParams g{};
   for (int d = 0; d < c.D; ++d) {
     f.weights[d] = {b.random(G * c.H * c.I), b.random(G * c.H * R),
                     c.bias ? b.random(G * c.H) : nullptr, c.bias ? b.random(G * c.H) : nullptr,
                     c.P ? b.random(R * c.H) : nullptr};
-    g.dweights[d] = {b.nan(G * c.H * c.I), b.nan(G * c.H * R), c.bias ? b.nan(G * c.H) : nullptr,
-                     c.bias ? b.nan(G * c.H) : nullptr, c.P ? b.nan(R * c.H) : nullptr};
-    g.weights[d] = f.weights[d];
   }
   const int64_t units = f.size.blocks() * kBlock;
   f.y = b.nan(S * c.D * R);
@@ -131,13 +128,10 @@ bool run(const Case& c, CellKind cell, Isa isa, DType dtype, int threads) {
       (has_c && !b.finite(f.c_n, c.D * c.N * c.H)))
     return false;
 
-  g.size = f.size;
-  g.x = f.x;
-  g.h0 = f.h0;
-  g.c0 = f.c0;
-  g.y = f.y;
-  g.gates = f.gates;
-  g.saved_states = f.saved_states;
+  BackwardParams g = backward_of(f);
+  for (int d = 0; d < c.D; ++d)
+    g.dweights[d] = {b.nan(G * c.H * c.I), b.nan(G * c.H * R), c.bias ? b.nan(G * c.H) : nullptr,
+                     c.bias ? b.nan(G * c.H) : nullptr, c.P ? b.nan(R * c.H) : nullptr};
   g.dy = b.random(S * c.D * R);
   if (c.state) {
     g.dh_n = b.random(c.D * c.N * R);

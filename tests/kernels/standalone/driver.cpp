@@ -15,6 +15,7 @@
 
 #include "../../../csrc/cpu/launch.h"
 #include "../../../csrc/cpu/system.h"
+#include "backward.h"
 
 using namespace lstm_fused;
 
@@ -137,20 +138,12 @@ void solve(const Header& h, Isa isa, Problems& file) {
   f.gates = file.wanted(D * S * cell_info.preacts * units * wide, false);
   if (cell_info.carry != Carry::kNone) f.saved_states = file.wanted(D * S * units * wide, false);
 
-  BackwardParams g{};
-  g.size = f.size;
-  g.x = f.x;
-  g.h0 = f.h0;
-  g.c0 = f.c0;
-  g.y = f.y;
-  g.gates = f.gates;
-  g.saved_states = f.saved_states;
+  BackwardParams g = backward_of(f);
   g.dy = file.given(S * D * R * b);
   g.dh_n = file.given(D * N * R * b);
   if (has_c) g.dc_n = file.given(D * N * H * b);
   g.dx = file.wanted(S * I * b);
   for (int64_t d = 0; d < D; ++d) {
-    g.weights[d] = f.weights[d];
     WeightGradients& w = g.dweights[d];
     w.w_ih = file.wanted(G * H * I * b);
     w.w_hh = file.wanted(G * H * R * b);
