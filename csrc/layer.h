@@ -3,6 +3,8 @@
 // (torch/inference.cpp) both begin here.
 #pragma once
 
+#include <algorithm>
+#include <numeric>
 #include <optional>
 #include <span>
 #include <vector>
@@ -17,11 +19,15 @@ namespace lstm_fused {
 struct LayerTensors {
   TensorView x;                                         // (T, N, I), or packed (S, I)
   std::optional<std::span<const int64_t>> batch_sizes;  // (T,) of packed data, see describe_steps
-  std::span<const TensorView>
-      state0;  // nothing, or h0 (D, N, R) and, with a cell state, c0 (D, N, H)
+  // Nothing, or h0 (D, N, R) and, with a cell state, c0 (D, N, H); with resets they may have 2 * N
+  // rows: LayerSizes.
+  std::span<const TensorView> state0;
   std::span<const TensorView> weights;  // of each direction w_ih, w_hh[, b_ih, b_hh][, w_hr]
   int64_t cell;
   int64_t directions;
+  bool documents = false;           // batch_sizes are the documents' cu_seqlens, (N + 1,)
+  const uint8_t* resets = nullptr;  // a flag for each row of x, or null
+  bool cell_states = false;         // y has those of all steps
 };
 
 // Pointers are those of the tensors, which must outlive the layer.
@@ -36,7 +42,8 @@ struct Layer {
   bool bias, projection;
   int weights_per_direction;
   int64_t rows;  // of x: T * N or S; more than those of its steps where padding follows packed data
-  std::vector<int64_t> offsets;  // of packed data
+  std::vector<int64_t> offsets;    // of packed data and documents
+  std::vector<int64_t> documents;  // their sizes, starts, places and ranks
 
   bool has_cell_state() const { return info(cell).carry == Carry::kCell; }
   int64_t padding() const { return rows - size.steps.rows(); }
@@ -60,6 +67,35 @@ struct Layer {
   }
 };
 
+// Documents of x's rows, in any order and of any length: the kernels take them by length.
+inline void describe_documents(Layer& layer, std::span<const int64_t> bounds, int64_t rows) {
+  LSTM_FUSED_CHECK(!bounds.empty() && bounds[0] == 0, "cu_seqlens must begin with 0");
+  const int64_t N = static_cast<int64_t>(bounds.size()) - 1;
+  int64_t T = 0;
+  for (int64_t i = 0; i < N; ++i) {
+    LSTM_FUSED_CHECK(bounds[i] <= bounds[i + 1], "cu_seqlens must not decrease");
+    T = std::max(T, bounds[i + 1] - bounds[i]);
+  }
+  LSTM_FUSED_CHECK(bounds[N] == rows, "cu_seqlens ends with ", bounds[N], " but x has ", rows,
+                   " rows");
+  layer.rows = rows;
+  layer.documents.assign(T + 3 * N, 0);
+  int64_t* const sizes = layer.documents.data();
+  int64_t *const starts = sizes + T, *const places = starts + N, *const ranks = places + N;
+  const auto length = [&](int64_t i) { return bounds[i + 1] - bounds[i]; };
+  std::iota(places, places + N, int64_t{0});
+  std::stable_sort(places, places + N,
+                   [&](int64_t a, int64_t b) { return length(a) > length(b); });
+  for (int64_t n = 0; n < N; ++n) {
+    starts[n] = bounds[places[n]];
+    ranks[places[n]] = n;
+    for (int64_t t = 0, end = length(places[n]); t < end; ++t) ++sizes[t];
+  }
+  layer.offsets.assign(T + 1, 0);
+  for (int64_t t = 0; t < T; ++t) layer.offsets[t + 1] = layer.offsets[t] + sizes[t];
+  layer.size.steps = {T, N, sizes, layer.offsets.data(), starts, places, bounds.data(), ranks};
+}
+
 // A negative last entry of batch_sizes says how many rows of x follow that belong to no step. It is
 // there where the number of rows could not depend on the lengths (lstm_fused/padded.py); a step may
 // have no row then.
@@ -68,12 +104,14 @@ inline void describe_steps(Layer& layer, const LayerTensors& given) {
   LayerSizes& size = layer.size;
   if (!given.batch_sizes) {
     LSTM_FUSED_CHECK(x.dim == 3, "x has shape ", describe(x), " but must be (T, N, I)");
-    size.steps = {x.size(0), x.size(1), nullptr, nullptr};
+    size.steps = {x.size(0), x.size(1)};
     size.I = x.size(2);
     layer.rows = size.steps.rows();
     return;
   }
   LSTM_FUSED_CHECK(x.dim == 2, "packed x has shape ", describe(x), " but must be (S, I)");
+  size.I = x.size(1);
+  if (given.documents) return describe_documents(layer, *given.batch_sizes, x.size(0));
   const std::span<const int64_t> sizes = *given.batch_sizes;
   int64_t T = static_cast<int64_t>(sizes.size());
   LSTM_FUSED_CHECK(T > 0, "batch_sizes must not be empty");
@@ -90,7 +128,6 @@ inline void describe_steps(Layer& layer, const LayerTensors& given) {
                    x.size(0), " rows");
   while (T > 0 && sizes[T - 1] == 0) --T;
   size.steps = {T, T > 0 ? sizes[0] : 0, sizes.data(), layer.offsets.data()};
-  size.I = x.size(1);
 }
 
 inline void describe_weights(Layer& layer, const LayerTensors& given) {
@@ -130,11 +167,11 @@ inline void describe_weights(Layer& layer, const LayerTensors& given) {
   }
 }
 
-// A state, or its gradient, (D, N, width).
-inline void check_state(const TensorView& t, const TensorView& x, const Layer& layer, int64_t width,
-                        const char* name) {
+// A state, or its gradient, (D, rows, width).
+inline void check_state(const TensorView& t, const TensorView& x, const Layer& layer, int64_t rows,
+                        int64_t width, const char* name) {
   check_like(t, x, name);
-  check_shape(t, {layer.size.D, layer.size.steps.N, width}, name);
+  check_shape(t, {layer.size.D, rows, width}, name);
 }
 
 // Throws std::runtime_error (check.h) for tensors that do not fit each other.
@@ -153,11 +190,20 @@ inline Layer describe_layer(const LayerTensors& given) {
   const bool own = layer.has_cell_state();
   LSTM_FUSED_CHECK(given.state0.empty() || given.state0.size() == (own ? 2u : 1u),
                    "state0 must hold ", own ? "h0 and c0" : "h0", " or nothing");
+  LayerSizes& size = layer.size;
+  size.steps.resets = given.resets;
+  size.cell_states = given.cell_states;
+  LSTM_FUSED_CHECK(own || !given.cell_states, "cell ", info(layer.cell).name,
+                   " has no cell states");
+  size.state_rows = size.steps.N;
   if (!given.state0.empty()) {
-    check_state(given.state0[0], x, layer, layer.size.R, "h0");
-    layer.h0 = given.state0[0].data;
+    const TensorView& h0 = given.state0[0];
+    if (given.resets && h0.dim == 3 && h0.size(1) == 2 * size.steps.N)
+      size.state_rows = 2 * size.steps.N;
+    check_state(h0, x, layer, size.state_rows, size.R, "h0");
+    layer.h0 = h0.data;
     if (own) {
-      check_state(given.state0[1], x, layer, layer.size.H, "c0");
+      check_state(given.state0[1], x, layer, size.state_rows, size.H, "c0");
       layer.c0 = given.state0[1].data;
     }
   }

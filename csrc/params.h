@@ -59,34 +59,62 @@ LSTM_FUSED_INLINE constexpr int64_t round_up(int64_t a, int64_t b) {
   return ceil_div(a, b) * b;
 }
 
-// Which rows of the batch are alive at each step. Dense: `sizes == nullptr`, all N of them. Packed
-// (torch's PackedSequence): rows sorted by length, descending; step t has sizes[t] rows, the first
-// of which is row offsets[t] of the packed data.
+// Which rows of the batch are alive at each step, and where their data is. Dense: `sizes ==
+// nullptr`, all N of them. Otherwise rows are sorted by length, descending, and step t has the first
+// sizes[t] of them. Packed (torch's PackedSequence): the data of a step is contiguous, from row
+// offsets[t] of all steps' rows on. Documents: the data of a row is contiguous, from starts[n] on.
 struct Steps {
   int64_t T;
   int64_t N;
   const int64_t* sizes;    // (T,) or null
-  const int64_t* offsets;  // (T + 1,) or null
+  const int64_t* offsets;  // (T + 1,) sums of sizes, or null
+  // Of documents, else null. Those of the caller are in any order: states are in his.
+  const int64_t* starts;  // (N,) of each row
+  const int64_t* places;  // (N,) of each row, its number in the caller's order
+  const int64_t* bounds;  // (N + 1,) cu_seqlens, in the caller's order
+  const int64_t* ranks;   // (N,) the inverse of places
+  // Not 0 where a row begins anew before the step, in the order of the data: (S,); or null.
+  const uint8_t* resets;
 
   LSTM_FUSED_INLINE int64_t active(int64_t t) const { return sizes ? sizes[t] : N; }
   LSTM_FUSED_INLINE int64_t offset(int64_t t) const { return offsets ? offsets[t] : t * N; }
   LSTM_FUSED_INLINE int64_t rows() const { return offset(T); }
-  // The step before step t of row n in direction d, or -1 if t is its first.
+  // Where (t, n) is among all steps' rows.
+  LSTM_FUSED_INLINE int64_t row(int64_t t, int64_t n) const {
+    return starts ? starts[n] + t : offset(t) + n;
+  }
+  LSTM_FUSED_INLINE int64_t place(int64_t n) const { return places ? places[n] : n; }
+
+  // Whether row n has a step t, before which it begins anew: nothing passes from step t - 1 to
+  // step t, nor the other way.
+  LSTM_FUSED_INLINE bool parted(int64_t t, int64_t n) const {
+    return resets && t >= 0 && t < T && n < active(t) && resets[row(t, n)];
+  }
+  // Whether the state before step t of row n in direction d is the one that resets put in, and
+  // whether the state after it is not passed on.
+  LSTM_FUSED_INLINE bool begins_anew(int d, int64_t t, int64_t n) const {
+    return parted(d == 0 ? t : t + 1, n);
+  }
+  LSTM_FUSED_INLINE bool ends_before_reset(int d, int64_t t, int64_t n) const {
+    return d == 0 ? parted(t + 1, n) : t > 0 && parted(t, n);
+  }
+
+  // The step whose state step t of row n in direction d continues, or -1 if there is none.
   LSTM_FUSED_INLINE int64_t before(int d, int64_t t, int64_t n) const {
     const int64_t at = d == 0 ? t - 1 : t + 1;
-    return at >= 0 && at < T && n < active(at) ? at : -1;
+    return at >= 0 && at < T && n < active(at) && !begins_anew(d, t, n) ? at : -1;
   }
 };
 
 // Element (t, n, i) of a sequence lies at data[t * stride_t + n * stride_n + i] when dense, at
-// data[(offset(t) + n) * stride_n + i] when packed.
+// data[row(t, n) * stride_n + i] otherwise.
 struct Sequence {
   const void* data;
   int64_t stride_t;
   int64_t stride_n;
 
   LSTM_FUSED_INLINE int64_t row(const Steps& s, int64_t t, int64_t n) const {
-    return s.sizes ? (s.offsets[t] + n) * stride_n : t * stride_t + n * stride_n;
+    return s.sizes ? s.row(t, n) * stride_n : t * stride_t + n * stride_n;
   }
 };
 
@@ -107,17 +135,36 @@ struct LayerSizes {
   Steps steps;
   int64_t I, H, R;
   int D;  // directions
+  // Rows of an initial state: N, or 2 * N: then the last N are what resets put in, else zeros are.
+  int64_t state_rows;
+  bool cell_states;  // y holds the cell states of all steps, too
 
   LSTM_FUSED_INLINE int64_t blocks() const { return ceil_div(H, kBlock); }
+  // Of a row of y: the hidden states of all directions, then their cell states if wanted.
+  LSTM_FUSED_INLINE int64_t y_width() const { return D * (cell_states ? R + H : R); }
+  LSTM_FUSED_INLINE int64_t hidden_at(int d, int64_t s) const { return s * y_width() + d * R; }
+  LSTM_FUSED_INLINE int64_t cell_at(int d, int64_t s) const {
+    return s * y_width() + D * R + d * H;
+  }
+  // Row n of the initial states (D, state_rows, width), or of those that resets put in; -1 for
+  // zeros.
+  LSTM_FUSED_INLINE int64_t initial_row(int d, int64_t n, bool reset) const {
+    if (reset && state_rows == steps.N) return -1;
+    return d * state_rows + (reset ? steps.N : 0) + steps.place(n);
+  }
+  // Row n of the final states (D, N, width).
+  LSTM_FUSED_INLINE int64_t final_row(int d, int64_t n) const {
+    return d * steps.N + steps.place(n);
+  }
 };
 
 struct ForwardParams {
   LayerSizes size;
   Sequence x;      // (T, N, I) or (S, I)
-  const void* h0;  // (D, N, R), or null for zeros
-  const void* c0;  // (D, N, H), or null for zeros and without a cell state
+  const void* h0;  // (D, state_rows, R), or null for zeros
+  const void* c0;  // (D, state_rows, H), or null for zeros and without a cell state
   Weights weights[2];
-  void* y;    // (S, D * R); may be h_n itself where T, D and the number of layers are 1
+  void* y;    // (S, y_width); may be h_n itself where T, D and the number of layers are 1
   void* h_n;  // (D, N, R)
   void* c_n;  // (D, N, H), or null without a cell state
   // Saved for backward, in the compute dtype; null without gradients. Layouts: saved.h.
@@ -130,7 +177,7 @@ struct ForwardParams {
 // The forward pass of tangents. x, h0, c0, the biases, y, h_n and c_n are tangents; w_ih and w_hh
 // are values, whose own tangents have been multiplied into preacts.
 struct TangentParams : ForwardParams {
-  const void* primal_c0;  // (D, N, H) the initial carried state, h0 if the cell carries h; or null
+  const void* primal_c0;  // (D, state_rows, H) the initial carried state, h0 if that is h; or null
   const void* primal_gates;   // as forward saved them
   const void* primal_states;  // as forward saved them
   const void* preacts;        // (S, D, P, H) added to the pre-activations' tangents, or null
@@ -151,15 +198,15 @@ struct BackwardParams {
   const void* h0;
   const void* c0;
   Weights weights[2];
-  const void* y;             // (S, D * R), where the gradient of w_hh reads it; else null
+  const void* y;             // (S, y_width), where the gradient of w_hh reads it; else null
   const void* gates;         // as forward saved them
   const void* saved_states;  // as forward saved them, or null
-  const void* dy;            // (S, D * R) or null for zeros
+  const void* dy;            // (S, y_width) or null for zeros
   const void* dh_n;          // (D, N, R) or null for zeros
   const void* dc_n;          // (D, N, H) or null for zeros
   void* dx;                  // (S, I), or null where it is not wanted
-  void* dh0;                 // (D, N, R), or null where it is not wanted
-  void* dc0;                 // (D, N, H), or null where it is not wanted
+  void* dh0;                 // (D, state_rows, R), or null where it is not wanted
+  void* dc0;                 // (D, state_rows, H), or null where it is not wanted
   WeightGradients dweights[2];
   void* d_preacts;  // (S, D, P, H) gradients of the pre-activations, in the compute dtype, or null
   void* scratch;    // backward_scratch() bytes, 64-byte aligned, owned by the calling thread

@@ -34,7 +34,9 @@ struct BackwardState {
 
   E* d_preacts;  // (D, Hb, S, P, 16) in the type the tiles read
   A* dc;         // (D, N, Hp) gradients of the carried state, if any
-  A* c0;         // (D, N, Hp)
+  A* c0;         // (D, rows, Hp) the carried state at first, then what resets make it
+  A* dh_reset;   // (D, N, Rp) gradients of what resets put in, if wanted
+  A* dc_reset;   // (D, N, Hp)
   E* d_hidden;   // (D, Rb, S, 16) gradients of the projected state, projection only
   A* full;       // (D, S, Hp) hidden states before the projection, projection only
   S* hidden;     // (D, S, H) hidden states as forward gave them, for d_w_hh without a projection
@@ -70,7 +72,10 @@ struct BackwardState {
     const int D = p.size.D;
     d_preacts = arena.take<E>(D * Hb * S_rows * P * kBlock);
     dc = kCarries ? arena.take<A>(D * N * Hp) : nullptr;
-    c0 = kCarries ? arena.take<A>(D * N * Hp) : nullptr;
+    c0 = kCarries ? arena.take<A>(D * c0_rows() * Hp) : nullptr;
+    const bool learned = p.size.state_rows > N;
+    dh_reset = learned && p.dh0 ? arena.take<A>(D * N * Rp) : nullptr;
+    dc_reset = learned && p.dc0 ? arena.take<A>(D * N * Hp) : nullptr;
     d_hidden = projection ? arena.take<E>(D * Rb * S_rows * kBlock) : nullptr;
     full = projection ? arena.take<A>(D * S_rows * Hp) : nullptr;
     const bool wanted = p.dweights[0].w_hh || p.dweights[1].w_hh;
@@ -86,6 +91,11 @@ struct BackwardState {
   void init_barriers() {
     for (int i = 0; i < groups(); ++i) barriers[i].init(plan.unit_groups);
     barriers[groups()].init(plan.threads);
+  }
+
+  int64_t c0_rows() const { return p.size.steps.resets ? 2 * N : N; }
+  A* carried0(int d, int64_t n, bool reset) const {
+    return c0 + (d * c0_rows() + (reset ? N : 0) + n) * Hp;
   }
 
   int64_t row_sums_size() const { return InPlaceSums<A>::size(max64(Rp, Ip())); }
@@ -223,18 +233,30 @@ struct BackwardSteps {
           return r < k.R ? static_cast<const S*>(w.w_hr) + r * k.H : nullptr;
         });
     }
-    if constexpr (kCarries) prepare_carried();
+    for (int64_t i = place.unit_group; i < group.count; i += k.plan.unit_groups) {
+      const int64_t n = group.row(i);
+      if constexpr (kCarries) prepare_carried(n);
+      if (k.dh_reset) clear(k.dh_reset + (d * k.N + n) * k.Rp, k.Rp);
+      if (k.dc_reset) clear(k.dc_reset + (d * k.N + n) * k.Hp, k.Hp);
+    }
   }
 
-  void prepare_carried() const {
+  static void clear(A* row, int64_t width) {
+    for (int64_t i = 0; i < width; i += lanes) store(row + i, V{});
+  }
+
+  void prepare_carried(int64_t n) const {
     const bool own = Cell::kCarry == Carry::kCell;
-    const S* c0 = static_cast<const S*>(own ? k.p.c0 : k.p.h0);
-    const S* dc_n = static_cast<const S*>(own ? k.p.dc_n : nullptr);
-    for (int64_t i = place.unit_group; i < group.count; i += k.plan.unit_groups) {
-      const int64_t at = d * k.N + group.row(i);
-      stage_row(k.c0 + at * k.Hp, c0 ? c0 + at * k.H : nullptr, c0 ? k.H : 0, k.Hp);
-      stage_row(k.dc + at * k.Hp, dc_n ? dc_n + at * k.H : nullptr, dc_n ? k.H : 0, k.Hp);
-    }
+    const auto stage = [&](A* to, const void* states, int64_t row) {
+      const bool given = states && row >= 0;
+      stage_row(to, given ? static_cast<const S*>(states) + row * k.H : nullptr, given ? k.H : 0,
+                k.Hp);
+    };
+    const void* c0 = own ? k.p.c0 : k.p.h0;
+    stage(k.carried0(d, n, false), c0, k.p.size.initial_row(d, n, false));
+    if (k.p.size.steps.resets)
+      stage(k.carried0(d, n, true), c0, k.p.size.initial_row(d, n, true));
+    stage(k.dc + (d * k.N + n) * k.Hp, own ? k.p.dc_n : nullptr, k.p.size.final_row(d, n));
   }
 
   A* bias_sums(bool all, int64_t block) const { return k.bias_sums(worker, all, d, block); }
@@ -280,16 +302,19 @@ struct BackwardSteps {
     barrier.wait();
   }
 
+  // Where step t of the group's row i is among all steps' rows.
+  int64_t row_of(int64_t t, int64_t i) const { return k.p.size.steps.row(t, group.row(i)); }
+
   // All rows of a step with this thread's columns of W_hh, into the row sums.
   void multiply_rows_in_place(int64_t step, int64_t count) const {
     if constexpr (Same<E, A>::value) {
-      const int64_t offset = k.p.size.steps.offset(k.time(d, step - 1));
+      const int64_t t = k.time(d, step - 1);
       const Range columns{hiddens.begin * lanes, min64(hiddens.end * lanes, k.R)};
       for (int64_t first = 0; first < count; first += kInPlaceRows) {
         const int here = static_cast<int>(min64(kInPlaceRows, count - first));
         const A* rows[kInPlaceRows];
         for (int r = 0; r < here; ++r)
-          rows[r] = k.hidden_preact_gradients(d, 0, offset + group.row(first + r));
+          rows[r] = k.hidden_preact_gradients(d, 0, row_of(t, first + r));
         with_constant<kInPlaceRows>(here, [&](auto n) {
           multiply_in_place<G, decltype(n)::value>(rows, k.S_rows * P * kBlock, Cell::hidden_gate,
                                                    static_cast<const S*>(k.p.weights[d].w_hh), k.H,
@@ -310,13 +335,13 @@ struct BackwardSteps {
                 load<V>(sums.all[first + r] + (panels.first_vector(panel) + c) * lanes));
       return;
     }
-    const int64_t offset = k.p.size.steps.offset(k.time(d, step - 1));
+    const int64_t t = k.time(d, step - 1);
     GateProduct<G, M> tile(k, panels, panel, {0, k.Hb});
     Lines lines;
     if (!ended && !k.projection)
       tile.first().prefetch = prefetch_lines(panels, panel, step, first, n, lines);
     tile.set_rows(n, [&](int r, int64_t block) {
-      return k.hidden_preact_gradients(d, block, offset + group.row(first + r));
+      return k.hidden_preact_gradients(d, block, row_of(t, first + r));
     });
     multiply_tile(n, panels.cols(panel), tile.first(), out, false);
   }
@@ -333,7 +358,7 @@ struct BackwardSteps {
       const int64_t block = u / kBlock, lane = u % kBlock;
       for (int r = 0; r < n; ++r) {
         const int64_t row = group.row(first + r);
-        const int64_t s = k.p.size.steps.offset(t) + row;
+        const int64_t s = k.p.size.steps.row(t, row);
         for (int j = 0; j < P; ++j) {
           lines[count++] = k.saved_gates(d, block, s) + j * kBlock + lane;
           lines[count++] = k.preact_gradients(d, block, s) + j * kBlock + lane;
@@ -345,14 +370,17 @@ struct BackwardSteps {
     return {lines, count};
   }
 
+  // The gradient of h_n.
+  V final(int64_t n, int64_t u) const {
+    const int64_t at = k.p.size.final_row(d, n) * k.R + u;
+    return k.p.dh_n ? load_first<V>(static_cast<const S*>(k.p.dh_n) + at, k.R - u) : V{};
+  }
+
   void final_gradient(const Panels<M>& panels, int64_t panel, int64_t first, int n, A* out) const {
-    const S* dh_n = static_cast<const S*>(k.p.dh_n);
     for (int r = 0; r < n; ++r)
-      for (int c = 0; c < panels.cols(panel); ++c) {
-        const int64_t u = (panels.first_vector(panel) + c) * lanes;
-        const int64_t at = (d * k.N + group.row(first + r)) * k.R + u;
-        store(out + (r * kMaxCols + c) * lanes, dh_n ? load_first<V>(dh_n + at, k.R - u) : V{});
-      }
+      for (int c = 0; c < panels.cols(panel); ++c)
+        store(out + (r * kMaxCols + c) * lanes,
+              final(group.row(first + r), (panels.first_vector(panel) + c) * lanes));
   }
 
   // Passes the gradients of the recurrent state that one tile computed to dh0, or with dy to the
@@ -364,13 +392,17 @@ struct BackwardSteps {
       const int64_t u = vec * lanes;
       for (int r = 0; r < n; ++r) {
         const int64_t row = group.row(first + r);
-        const V dh = load<V>(out + (r * kMaxCols + c) * lanes);
+        V dh = load<V>(out + (r * kMaxCols + c) * lanes);
         if (ended) {
           if (k.p.dh0) put_initial(row, u, dh);
           continue;
         }
         const int64_t t = k.time(d, step);
-        const int64_t s = k.p.size.steps.offset(t) + row;
+        const int64_t s = k.p.size.steps.row(t, row);
+        if (k.p.size.steps.resets && k.p.size.steps.ends_before_reset(d, t, row)) {
+          add_to_reset(k.dh_reset, k.Rp, row, u, dh);
+          dh = V{};
+        }
         const V total = dh + output_gradient(s, u);
         if (k.projection) {
           // A pair of lanes may hold one past the last hidden unit, read times a zero weight.
@@ -385,11 +417,29 @@ struct BackwardSteps {
   void put_initial(int64_t row, int64_t u, V dh) const {
     // A carried h enters the first step twice: in the product and in the cell.
     if constexpr (Cell::kCarry == Carry::kHidden) dh += load<V>(k.dc + (d * k.N + row) * k.Hp + u);
-    store_first(static_cast<S*>(k.p.dh0) + (d * k.N + row) * k.R + u, dh, k.R - u);
+    if (d == 0 && k.p.size.steps.begins_anew(d, 0, row)) {
+      add_to_reset(k.dh_reset, k.Rp, row, u, dh);
+      dh = V{};
+    }
+    put_state(k.p.dh0, row, false, k.R, u, dh);
+  }
+
+  // sums (D, N, width), or null where they are not wanted.
+  void add_to_reset(A* sums, int64_t width, int64_t row, int64_t u, const V& v) const {
+    if (!sums) return;
+    A* to = sums + (d * k.N + row) * width + u;
+    store(to, load<V>(to) + v);
+  }
+
+  // The gradient of an initial state, (D, state_rows, width), or of what resets put in.
+  void put_state(void* states, int64_t row, bool reset, int64_t width, int64_t u,
+                 const V& v) const {
+    const int64_t at = k.p.size.initial_row(d, row, reset) * width + u;
+    store_first(static_cast<S*>(states) + at, v, width - u);
   }
 
   const S* output_gradient_at(int64_t s, int64_t u) const {
-    return static_cast<const S*>(k.p.dy) + (s * k.p.size.D + d) * k.R + u;
+    return static_cast<const S*>(k.p.dy) + k.p.size.hidden_at(d, s) + u;
   }
   V output_gradient(int64_t s, int64_t u) const {
     return k.p.dy ? load_first<V>(output_gradient_at(s, u), k.R - u) : V{};
@@ -398,8 +448,8 @@ struct BackwardSteps {
   // The carried state before step t of row n, from unit u on: c0, or what the step before saved.
   const A* carried_into(int64_t t, int64_t n, int64_t u) const {
     const int64_t before = k.p.size.steps.before(d, t, n);
-    if (before < 0) return k.c0 + (d * k.N + n) * k.Hp + u;
-    return k.saved_state(d, u / kBlock, k.p.size.steps.offset(before) + n) + u % kBlock;
+    if (before < 0) return k.carried0(d, n, k.p.size.steps.begins_anew(d, t, n)) + u;
+    return k.saved_state(d, u / kBlock, k.p.size.steps.row(before, n)) + u % kBlock;
   }
 
   void cell(int64_t t, int64_t n, int64_t s, int64_t vec, const V& dh) const {
@@ -413,7 +463,14 @@ struct BackwardSteps {
       c_prev = load<V>(carried_into(t, n, u));
       c = load<V>(k.saved_state(d, block, s) + lane);
       dc = load<V>(k.dc + (d * k.N + n) * k.Hp + u);
+      if (k.p.size.steps.resets && k.p.size.steps.ends_before_reset(d, t, n)) {
+        const bool own = Cell::kCarry == Carry::kCell;
+        add_to_reset(own ? k.dc_reset : k.dh_reset, own ? k.Hp : k.Rp, n, u, dc);
+        dc = V{};
+      }
     }
+    if (Cell::kCarry == Carry::kCell && k.p.size.cell_states && k.p.dy)
+      dc += load_first<V>(static_cast<const S*>(k.p.dy) + k.p.size.cell_at(d, s) + u, k.H - u);
     const V h = Cell::backward(saved, c_prev, c, dh, dc, d_preact);
     if (k.H - u < lanes)
       for (int j = 0; j < P; ++j) d_preact[j] = keep_first(d_preact[j], k.H - u);
@@ -431,7 +488,6 @@ struct BackwardSteps {
   void through_projection(int64_t step, int64_t active) const {
     const Panels<M> panels = k.projection_panels(d, place.unit_group);
     const int64_t t = k.time(d, step);
-    const int64_t offset = k.p.size.steps.offset(t);
     for (int64_t panel = 0; panel < panels.count(); ++panel) {
       for_each_tile(0, active, [&](int64_t first, int n) {
         A out[kMaxRows * kMaxCols * lanes];
@@ -440,7 +496,7 @@ struct BackwardSteps {
         TileProduct<M> tile(panels.panel(panel), panels.depth, M::kPair, kBlock / M::kPair, whole,
                             k.S_rows * kBlock);
         for (int r = 0; r < n; ++r)
-          tile.rows[r] = k.hidden_gradients(d, 0, offset + group.row(first + r));
+          tile.rows[r] = k.hidden_gradients(d, 0, row_of(t, first + r));
         if (whole > 0) multiply_tile(n, cols, tile, out, false);
         if (rest > 0) {
           for (int r = 0; r < n; ++r) tile.rows[r] += whole * tile.segment_stride;
@@ -451,21 +507,39 @@ struct BackwardSteps {
         }
         for (int r = 0; r < n; ++r)
           for (int c = 0; c < cols; ++c)
-            cell(t, group.row(first + r), offset + group.row(first + r),
-                 panels.first_vector(panel) + c, load<V>(out + (r * kMaxCols + c) * lanes));
+            cell(t, group.row(first + r), row_of(t, first + r), panels.first_vector(panel) + c,
+                 load<V>(out + (r * kMaxCols + c) * lanes));
       });
     }
   }
 
   void finish_states() const {
-    if (Cell::kCarry != Carry::kCell || !k.p.dc0) return;
+    const bool own = Cell::kCarry == Carry::kCell;
     for (int64_t i = 0; i < group.count; ++i) {
-      const int64_t at = d * k.N + group.row(i);
-      for (int64_t v = units.begin; v < units.end; ++v) {
-        const int64_t u = v * lanes;
-        store_first(static_cast<S*>(k.p.dc0) + at * k.H + u, load<V>(k.dc + at * k.Hp + u),
-                    k.H - u);
-      }
+      const int64_t n = group.row(i), at = d * k.N + n;
+      const auto each_vector = [&](Range vectors, const auto& f) {
+        for (int64_t v = vectors.begin; v < vectors.end; ++v) f(v * lanes);
+      };
+      // A document without a step keeps its initial state.
+      if (k.p.dh0 && n >= k.p.size.steps.active(0))
+        each_vector(hiddens, [&](int64_t u) { put_state(k.p.dh0, n, false, k.R, u, final(n, u)); });
+      if (own && k.p.dc0)
+        each_vector(units, [&](int64_t u) {
+          V dc = load<V>(k.dc + at * k.Hp + u);
+          if (d == 0 && k.p.size.steps.begins_anew(d, 0, n)) {
+            add_to_reset(k.dc_reset, k.Hp, n, u, dc);
+            dc = V{};
+          }
+          put_state(k.p.dc0, n, false, k.H, u, dc);
+        });
+      if (k.dh_reset)
+        each_vector(hiddens, [&](int64_t u) {
+          put_state(k.p.dh0, n, true, k.R, u, load<V>(k.dh_reset + at * k.Rp + u));
+        });
+      if (own && k.dc_reset)
+        each_vector(units, [&](int64_t u) {
+          put_state(k.p.dc0, n, true, k.H, u, load<V>(k.dc_reset + at * k.Hp + u));
+        });
     }
   }
 };

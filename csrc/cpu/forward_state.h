@@ -81,14 +81,47 @@ struct ForwardState {
   }
   A* cell(int d, int64_t n) const { return c + (d * N + n) * Hp; }
 
+  const void* carried0() const { return Cell::kCarry == Carry::kHidden ? p.h0 : p.c0; }
+
+  // Row n of initial states, or of those that resets put in; null for zeros.
+  const S* initial(const void* states, int d, int64_t n, bool reset, int64_t width) const {
+    const int64_t row = states ? p.size.initial_row(d, n, reset) : -1;
+    return row < 0 ? nullptr : static_cast<const S*>(states) + row * width;
+  }
+
   // Both hidden buffers start as h0: rows of the reverse direction that begin later read it there.
   void init_row(int d, int64_t n) const {
-    const S* h0 = static_cast<const S*>(p.h0);
-    const S* c0 = Cell::kCarry == Carry::kHidden ? h0 : static_cast<const S*>(p.c0);
-    for (int step = 0; step < 2; ++step)
-      stage_row(hidden(d, step, n), h0 ? h0 + (d * N + n) * R : nullptr, h0 ? R : 0, Rp);
-    if constexpr (kCarries)
-      stage_row(cell(d, n), c0 ? c0 + (d * N + n) * H : nullptr, c0 ? H : 0, Hp);
+    const bool reset = d == 0 && p.size.steps.begins_anew(d, 0, n);
+    const S* h0 = initial(p.h0, d, n, reset, R);
+    for (int step = 0; step < 2; ++step) stage_row(hidden(d, step, n), h0, h0 ? R : 0, Rp);
+    if constexpr (kCarries) {
+      const S* c0 = initial(carried0(), d, n, reset, H);
+      stage_row(cell(d, n), c0, c0 ? H : 0, Hp);
+    }
+    if (n >= p.size.steps.active(0)) store_initial(d, n);
+  }
+
+  // A document without a step keeps its initial state.
+  void store_initial(int d, int64_t n) const {
+    const int64_t row = p.size.final_row(d, n);
+    const auto copy = [&](const void* from, void* to, int64_t width) {
+      const S* state = initial(from, d, n, false, width);
+      S* out = static_cast<S*>(to) + row * width;
+      for (int64_t i = 0; i < width; ++i) out[i] = state ? state[i] : S{};
+    };
+    copy(p.h0, p.h_n, R);
+    if (Cell::kCarry == Carry::kCell) copy(p.c0, p.c_n, H);
+  }
+
+  // One vector of the state that a reset puts in.
+  V reset_to(const void* states, int d, int64_t n, int64_t u, int64_t width) const {
+    const S* state = initial(states, d, n, true, width);
+    return state ? load_first<V>(state + u, width - u) : V{};
+  }
+
+  // Whether row n begins anew after this step.
+  bool resets_after(int d, int64_t step, int64_t n) const {
+    return p.size.steps.resets && p.size.steps.ends_before_reset(d, time(d, step), n);
   }
 
   int64_t time(int d, int64_t step) const { return d == 0 ? step : T - 1 - step; }
@@ -97,9 +130,9 @@ struct ForwardState {
   }
 
   void put_hidden(int d, int64_t step, int64_t n, int64_t u, V v) const {
-    const int64_t s = p.size.steps.offset(time(d, step)) + n;
-    S* y = static_cast<S*>(p.y) + (s * p.size.D + d) * R + u;
-    store_first(y, v, R - u);
+    const int64_t s = p.size.steps.row(time(d, step), n);
+    store_first(static_cast<S*>(p.y) + p.size.hidden_at(d, s) + u, v, R - u);
+    if (resets_after(d, step, n)) v = reset_to(p.h0, d, n, u, R);
     store(hidden(d, step + 1, n) + u, round_to(v, S{}));
   }
 
@@ -128,7 +161,14 @@ struct ForwardState {
     } else {
       h_new = Cell::forward(preact, c_old, c_new);
     }
-    if constexpr (kCarries) store(cell(d, n) + u, c_new);
+    if constexpr (kCarries) {
+      const bool reset = resets_after(d, step, n);
+      store(cell(d, n) + u, reset ? reset_to(carried0(), d, n, u, H) : c_new);
+    }
+    if (Cell::kCarry == Carry::kCell && p.size.cell_states) {
+      const int64_t s = p.size.steps.row(time(d, step), n);
+      store_first(static_cast<S*>(p.y) + p.size.cell_at(d, s) + u, c_new, H - u);
+    }
     if (p.gates) save(d, step, n, vec, preact, c_new);
     if (full) {
       store(full + (d * N + n) * Hp + u, h_new);
@@ -141,7 +181,7 @@ struct ForwardState {
   LSTM_FUSED_INLINE V tangent(int d, int64_t step, int64_t n, int64_t u, V (&preact)[P],
                               const V& dc_prev, V& dc) const {
     const Steps& steps = p.size.steps;
-    const int64_t t = time(d, step), s = steps.offset(t) + n;
+    const int64_t t = time(d, step), s = steps.row(t, n);
     const auto saved_at = [&](const void* saved, int64_t row) {
       const int64_t at = (d * p.size.blocks() + u / kBlock) * S_rows + row;
       return static_cast<const A*>(saved) + at * kBlock;
@@ -158,11 +198,10 @@ struct ForwardState {
     if constexpr (kCarries) {
       c = load<V>(saved_at(p.primal_states, s) + u % kBlock);
       const int64_t before = steps.before(d, t, n);
-      const S* c0 = static_cast<const S*>(p.primal_c0);
       if (before >= 0) {
-        c_prev = load<V>(saved_at(p.primal_states, steps.offset(before) + n) + u % kBlock);
-      } else if (c0) {
-        c_prev = load_first<V>(c0 + (d * N + n) * H + u, H - u);
+        c_prev = load<V>(saved_at(p.primal_states, steps.row(before, n)) + u % kBlock);
+      } else if (const S* c0 = initial(p.primal_c0, d, n, steps.begins_anew(d, t, n), H)) {
+        c_prev = load_first<V>(c0 + u, H - u);
       }
     }
     return Cell::tangent(saved, c_prev, c, preact, dc_prev, dc);
@@ -171,7 +210,7 @@ struct ForwardState {
   LSTM_FUSED_INLINE void save(int d, int64_t step, int64_t n, int64_t vec, const V (&preact)[P],
                               const V& c_new) const {
     const int64_t u = vec * lanes;
-    const int64_t s = p.size.steps.offset(time(d, step)) + n;
+    const int64_t s = p.size.steps.row(time(d, step), n);
     const int64_t at = (d * p.size.blocks() + u / kBlock) * S_rows + s;
     // No thread computes vectors of the last block that hold no unit: they are cleared here.
     const int64_t end = vec == vectors - 1 ? kBlock - u % kBlock : lanes;
@@ -191,14 +230,14 @@ struct ForwardState {
     S* c_n = static_cast<S*>(p.c_n);
     const int64_t continuing = d == 0 ? group.active(active_at(d, step + 1)) : step + 1 < T ? N : 0;
     for (int64_t i = continuing; i < group.active(active_at(d, step)); ++i) {
-      const int64_t n = group.row(i);
+      const int64_t n = group.row(i), row = p.size.final_row(d, n);
       for (int64_t v = c_vectors.begin; Cell::kCarry == Carry::kCell && v < c_vectors.end; ++v) {
         const int64_t u = v * lanes;
-        store_first(c_n + (d * N + n) * H + u, load<V>(cell(d, n) + u), H - u);
+        store_first(c_n + row * H + u, load<V>(cell(d, n) + u), H - u);
       }
       for (int64_t v = h_vectors.begin; v < h_vectors.end; ++v) {
         const int64_t u = v * lanes;
-        store_first(h_n + (d * N + n) * R + u, load<V>(hidden(d, step + 1, n) + u), R - u);
+        store_first(h_n + row * R + u, load<V>(hidden(d, step + 1, n) + u), R - u);
       }
     }
   }

@@ -7,6 +7,26 @@
 namespace lstm_fused {
 namespace {
 
+// The step and the batch row of all steps' rows, in their order.
+struct RowCursor {
+  const Steps& steps;
+  int64_t t = 0, n = 0;
+  int64_t run = 0;  // the step, or the document
+
+  // s never gets less.
+  void advance(int64_t s) {
+    if (steps.bounds) {
+      while (steps.bounds[run + 1] <= s) ++run;
+      t = s - steps.bounds[run];
+      n = steps.ranks[run];
+    } else {
+      while (steps.offset(run + 1) <= s) ++run;
+      t = run;
+      n = s - steps.offset(run);
+    }
+  }
+};
+
 template <class Cell, class S, class M>
 struct Gradients : BackwardState<Cell, S, M> {
   using Base = BackwardState<Cell, S, M>;
@@ -149,11 +169,12 @@ struct Gradients : BackwardState<Cell, S, M> {
   const S* previous_hidden(int d, int64_t t, int64_t n) const {
     const int64_t before = p.size.steps.before(d, t, n);
     if (before >= 0) {
-      const int64_t s = p.size.steps.offset(before) + n;
-      return this->projection ? static_cast<const S*>(p.y) + (s * p.size.D + d) * R
+      const int64_t s = p.size.steps.row(before, n);
+      return this->projection ? static_cast<const S*>(p.y) + p.size.hidden_at(d, s)
                               : this->hidden + (d * S_rows + s) * H;
     }
-    return p.h0 ? static_cast<const S*>(p.h0) + (d * N + n) * R : nullptr;
+    const int64_t row = p.size.initial_row(d, n, p.size.steps.begins_anew(d, t, n));
+    return p.h0 && row >= 0 ? static_cast<const S*>(p.h0) + row * R : nullptr;
   }
 
   void weight_gradients(int worker) const {
@@ -195,9 +216,10 @@ struct Gradients : BackwardState<Cell, S, M> {
   void gradient_in_place(int worker, const Product& w, const RowOf& row_of) const {
     const B* rows[kDirectMaxAllRows];
     int64_t places[kDirectMaxAllRows], count = 0;  // of rows that there are: h_0 may be left out
-    for (int64_t s = 0, t = 0; s < S_rows; ++s) {
-      while (p.size.steps.offset(t + 1) <= s) ++t;
-      rows[count] = row_of(s, t, s - p.size.steps.offset(t));
+    RowCursor at{p.size.steps};
+    for (int64_t s = 0; s < S_rows; ++s) {
+      at.advance(s);
+      rows[count] = row_of(s, at.t, at.n);
       if (rows[count]) places[count++] = s;
     }
     const Range blocks = split(w.blocks, plan.threads, worker);
@@ -230,15 +252,15 @@ struct Gradients : BackwardState<Cell, S, M> {
       const int64_t at = once ? blocks.begin : panel * w.blocks + j;
       return own_sums + at * w.width() * kMaxCols * lanes;
     };
-    int64_t t = 0;  // of row s; s only grows
+    RowCursor at{p.size.steps};
     for (int64_t s0 = 0; s0 < S_rows; s0 += kDepth) {
       const int64_t rows = min64(kDepth, S_rows - s0), depth = Base::steps_of(rows);
       for (int64_t step = 0; step < depth; ++step)
         pack_panel_step(panels, step, w.columns, [&](int64_t i) -> const B* {
           const int64_t s = s0 + i;
           if (s >= S_rows) return nullptr;
-          while (p.size.steps.offset(t + 1) <= s) ++t;
-          return row_of(s, t, s - p.size.steps.offset(t));
+          at.advance(s);
+          return row_of(s, at.t, at.n);
         });
       for (int64_t j = blocks.begin; j < blocks.end; ++j) {
         const Rows block = block_rows(worker, w, w.a + (j * S_rows + s0) * w.pitch, rows);

@@ -84,29 +84,32 @@ PyObject* results(const Torch& torch, const std::vector<MaybeTensor>& tensors) {
   return all;
 }
 
-// What both passes are given: x, batch_sizes, state0, weights and, later, cell and directions.
+// What both passes are given: x, batch_sizes, resets, state0, weights and, later, cell and
+// directions.
 struct LayerArguments {
   Tensor x;
-  MaybeTensor batch_sizes;
+  MaybeTensor batch_sizes, resets;
   Tensors state0, weights;
   int64_t products = 0;
+  static constexpr int64_t kFirst = 3;  // of state0 and weights among all tensors
 
   // Takes the first tensors in the order in which they were added.
   LayerArguments(const std::vector<MaybeTensor>& all, int64_t states, int64_t count)
-      : x(all.at(0).value()), batch_sizes(all.at(1)) {
+      : x(all.at(0).value()), batch_sizes(all.at(1)), resets(all.at(2)) {
     if (x.numel() == 0) throw Left();
-    for (int64_t i = 0; i < states; ++i) state0.push_back(all.at(2 + i).value());
+    for (int64_t i = 0; i < states; ++i) state0.push_back(all.at(kFirst + i).value());
     for (int64_t i = 0; i < count; ++i) {
-      weights.push_back(all.at(2 + states + i).value());
+      weights.push_back(all.at(kFirst + states + i).value());
       products += weights.back().numel();
     }
     products *= x.numel() / x.size(x.dim() - 1);
   }
 
-  Call call(int64_t cell, int64_t directions) const {
+  Call call(int64_t cell, int64_t directions, bool cell_states) const {
     const Form form = directions == 0 ? Form::kStep : Form::kLayer;
-    return Call(x, batch_sizes, state0, weights, cell, directions ? directions : 1,
-                Cpu::kNeedsUniformRows, form);
+    return Call(
+        {x, batch_sizes, resets, state0, weights, cell, directions ? directions : 1, cell_states},
+        Cpu::kNeedsUniformRows, form);
   }
 };
 
@@ -118,34 +121,37 @@ int64_t integer(PyObject* object) {
 
 PyObject* forward_checked(const Torch& torch, PyObject* const* args) {
   Arguments arguments(torch);
-  arguments.add(args[0]);
-  arguments.add(args[1]);
-  const int64_t states = arguments.add_all(args[2]), count = arguments.add_all(args[3]);
+  for (int i = 0; i < LayerArguments::kFirst; ++i) arguments.add(args[i]);
+  const int64_t states = arguments.add_all(args[3]), count = arguments.add_all(args[4]);
   const LayerArguments given(arguments.tensors(), states, count);
-  Call call = given.call(integer(args[4]), integer(args[5]));
+  Call call = given.call(integer(args[5]), integer(args[6]), args[7] == Py_True);
+  const bool saves = integer(args[8]) > 0;
   if (call.layer().size.steps.T == 0) throw Left();
   const Outputs out = [&] {
     const MaybeUnlocked lock(given.products);
-    return run_forward<Cpu>(call, given.x, true);
+    return run_forward<Cpu>(call, given.x, saves);
   }();
   return results(torch, {out.y, out.h_n, out.c_n, out.gates, out.saved_states});
 }
 
 PyObject* backward_checked(const Torch& torch, PyObject* const* args) {
   Arguments arguments(torch);
-  arguments.add(args[0]);
-  arguments.add(args[1]);
-  const int64_t states = arguments.add_all(args[2]), count = arguments.add_all(args[3]);
-  for (int i = 4; i < 10; ++i) arguments.add(args[i]);
+  for (int i = 0; i < LayerArguments::kFirst; ++i) arguments.add(args[i]);
+  const int64_t states = arguments.add_all(args[3]), count = arguments.add_all(args[4]);
+  for (int i = 5; i < 11; ++i) arguments.add(args[i]);
   const std::vector<MaybeTensor> all = arguments.tensors();
   const LayerArguments given(all, states, count);
-  Call call = given.call(integer(args[10]), integer(args[11]));
-  const int64_t rest = 2 + states + count;
+  const int64_t rest = LayerArguments::kFirst + states + count;
   const auto after = [&](int64_t i) -> const MaybeTensor& { return all[rest + i]; };
-  if (!after(1) || !PyList_CheckExact(args[12])) throw Left();
+  const int64_t directions = integer(args[12]);
+  const bool cell_states =
+      directions > 0 && has_cell_states(after(0) ? after(0) : after(3), given.weights, directions);
+  Call call = given.call(integer(args[11]), directions, cell_states);
+  PyObject* const wanted = args[14];
+  if (!after(1) || !PyList_CheckExact(wanted)) throw Left();
   std::vector<bool> mask;
-  for (Py_ssize_t i = 0; i < PyList_Size(args[12]); ++i)
-    mask.push_back(PyList_GetItem(args[12], i) == Py_True);
+  for (Py_ssize_t i = 0; i < PyList_Size(wanted); ++i)
+    mask.push_back(PyList_GetItem(wanted, i) == Py_True);
   const GradientTensors out = [&] {
     const MaybeUnlocked lock(2 * given.products);
     return run_backward<Cpu>(call, given.x, given.weights, after(0), *after(1), after(2), after(3),
@@ -174,11 +180,11 @@ PyObject* call(PyObject* (*function)(const Torch&, PyObject* const*), PyObject* 
 }  // namespace
 
 PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return call(forward_checked, args, count, 6);
+  return call(forward_checked, args, count, 9);
 }
 
 PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return call(backward_checked, args, count, 13);
+  return call(backward_checked, args, count, 15);
 }
 
 }  // namespace lstm_fused

@@ -10,10 +10,11 @@ using Tangents = std::tuple<Tensor, Tensor, Tensor>;
 // Tangents of y, h_n and c_n. x, state0 and the biases among weights are tangents, w_ih and w_hh
 // the values; primal_c0: the initial state the cell carries, if any; preacts (S, D, P, H), in the
 // compute dtype: what is to be added to the tangents of the pre-activations.
-Tangents recurrent_tangent(Tensor x, MaybeTensor batch_sizes, Tensors state0, Tensors weights,
-                           MaybeTensor primal_c0, Tensor gates, Tensor saved_states,
-                           MaybeTensor preacts, int64_t cell, int64_t directions) {
-  Call call(x, batch_sizes, state0, weights, cell, directions, false);
+Tangents recurrent_tangent(Tensor x, MaybeTensor batch_sizes, MaybeTensor resets, Tensors state0,
+                           Tensors weights, MaybeTensor primal_c0, Tensor gates,
+                           Tensor saved_states, MaybeTensor preacts, int64_t cell,
+                           int64_t directions, bool cell_states) {
+  Call call({x, batch_sizes, resets, state0, weights, cell, directions, cell_states}, false);
   const Layer& layer = call.layer();
   LSTM_FUSED_CHECK(storage_bytes(layer.dtype) >= 4 && !layer.projection,
                    "tangents are of float32 or float64, without a projection");
@@ -32,7 +33,11 @@ Tangents recurrent_tangent(Tensor x, MaybeTensor batch_sizes, Tensors state0, Te
                                       "saved_states", kept);
     if (primal_c0) {
       const TensorView state = call.contiguous(*primal_c0, m, "primal_c0");
-      check_state(state, call.x(m), layer, s.H, "primal_c0");
+      // The primal may have a reset state where the tangent has none.
+      LayerSizes& size = call.layers()[m].size;
+      if (resets && state.dim == 3 && state.size(1) == 2 * s.steps.N && !p.h0)
+        p.size.state_rows = size.state_rows = state.size(1);
+      check_state(state, call.x(m), layer, size.state_rows, s.H, "primal_c0");
       p.primal_c0 = state.data;
     }
     if (preacts) {
@@ -88,9 +93,9 @@ STABLE_TORCH_LIBRARY(lstm_fused, m) {
   m.def(lstm_fused::kForwardSchema);
   m.def(lstm_fused::kBackwardSchema);
   m.def(
-      "recurrent_tangent(Tensor x, Tensor? batch_sizes, Tensor[] state0, Tensor[] weights, "
-      "Tensor? primal_c0, Tensor gates, Tensor saved_states, Tensor? preacts, int cell, int "
-      "directions) "
+      "recurrent_tangent(Tensor x, Tensor? batch_sizes, Tensor? resets, Tensor[] state0, "
+      "Tensor[] weights, Tensor? primal_c0, Tensor gates, Tensor saved_states, Tensor? preacts, "
+      "int cell, int directions, bool cell_states) "
       "-> (Tensor y, Tensor h_n, Tensor c_n)");
   m.def("force_isa(str isa) -> ()");
   m.def("active_isa() -> str");

@@ -16,13 +16,13 @@
 namespace lstm_fused {
 
 inline constexpr const char* kForwardSchema =
-    "recurrent_forward(Tensor x, Tensor? batch_sizes, Tensor[] state0, Tensor[] weights, "
-    "int cell, int directions, bool training) "
+    "recurrent_forward(Tensor x, Tensor? batch_sizes, Tensor? resets, Tensor[] state0, "
+    "Tensor[] weights, int cell, int directions, bool cell_states, int save_every) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor saved_states)";
 inline constexpr const char* kBackwardSchema =
-    "recurrent_backward(Tensor x, Tensor? batch_sizes, Tensor[] state0, Tensor[] weights, "
-    "Tensor? y, Tensor gates, Tensor saved_states, Tensor? dy, Tensor? dh_n, Tensor? dc_n, "
-    "int cell, int directions, bool[] mask) "
+    "recurrent_backward(Tensor x, Tensor? batch_sizes, Tensor? resets, Tensor[] state0, "
+    "Tensor[] weights, Tensor? y, Tensor gates, Tensor saved_states, Tensor? dy, Tensor? dh_n, "
+    "Tensor? dc_n, int cell, int directions, int save_every, bool[] mask) "
     "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights, Tensor d_preacts)";
 
 using Tensors = std::vector<Tensor>;
@@ -32,30 +32,49 @@ using MaybeTensor = std::optional<Tensor>;
 // I) and (N, H), or (I,) and (H,).
 enum class Form { kLayer, kStep };
 
+// What an operator is given to say which layer it runs. batch_sizes: (T,) of packed data, or the
+// documents' cu_seqlens as (1, N + 1). resets: uint8, as x with a last dimension of 1.
+struct CallTensors {
+  const Tensor& x;
+  const MaybeTensor &batch_sizes, &resets;
+  const Tensors &state0, &weights;
+  int64_t cell, directions;
+  bool cell_states;
+};
+
 // The tensors of a call: of one model, or of several with as many sets of weights, which every
 // tensor but batch_sizes then has a first dimension for.
 class Call {
  public:
-  Call(const Tensor& x, const MaybeTensor& batch_sizes, const Tensors& state0,
-       const Tensors& weights, int64_t cell, int64_t directions, bool uniform_rows,
-       Form form = Form::kLayer)
+  Call(const CallTensors& given, bool uniform_rows, Form form = Form::kLayer)
+      : Call(given, given.x, given.weights, uniform_rows, form) {}
+
+ private:
+  Call(const CallTensors& given, const Tensor& x, const Tensors& weights, bool uniform_rows,
+       Form form)
       : several_(weights.size() > 1 && weights[1].dim() == 3 && x.dim() > 0),
         models_(several_ ? x.size(0) : 1),
         missing_(form == Form::kStep ? 3 - x.dim() : 0) {
     LSTM_FUSED_CHECK(models_ > 0, "there must be at least one model");
     LSTM_FUSED_CHECK(form == Form::kLayer || (!several_ && (missing_ == 1 || missing_ == 2)),
                      "a step's x must be (N, I) or (I,)");
-    const std::optional<std::span<const int64_t>> sizes = read_batch_sizes(batch_sizes);
+    const std::optional<std::span<const int64_t>> sizes = read_batch_sizes(given.batch_sizes);
+    const bool documents = given.batch_sizes && given.batch_sizes->dim() == 2;
     layers_.reserve(models_);
     for (int64_t m = 0; m < models_; ++m) {
       x_.push_back(with_usable_rows(x, m, uniform_rows));
-      std::vector<TensorView> states, given;
-      for (const Tensor& t : state0) states.push_back(contiguous_state(t, m, "state0"));
-      for (const Tensor& t : weights) given.push_back(contiguous(t, m, "every weight"));
-      layers_.push_back(describe_layer({x_[m], sizes, states, given, cell, directions}));
+      std::vector<TensorView> states, w;
+      for (const Tensor& t : given.state0) states.push_back(contiguous_state(t, m, "state0"));
+      for (const Tensor& t : weights) w.push_back(contiguous(t, m, "every weight"));
+      layers_.push_back(describe_layer({x_[m], sizes, states, w, given.cell, given.directions,
+                                        documents, read_resets(given.resets, x_[m], m),
+                                        given.cell_states}));
     }
+    LSTM_FUSED_CHECK(layer().size.steps.T > 0 || (sizes && !documents),
+                     "x must have at least one time step");
   }
 
+ public:
   int64_t models() const { return models_; }
   std::vector<Layer>& layers() { return layers_; }
   const Layer& layer() const { return layers_[0]; }
@@ -73,16 +92,16 @@ class Call {
 
   bool is_step() const { return missing_ > 0; }
 
-  // Shapes of results: x's with D * R for I; a state's; with a dimension of models if there are
+  // Shapes of results: x's with y_width for I; a state's; with a dimension of models if there are
   // several.
   Shape output_shape() const {
     const TensorView& x = x_[0];
     Shape shape(x.sizes, x.sizes + x.dim);
-    shape.back() = layers_[0].size.D * layers_[0].size.R;
+    shape.back() = layers_[0].size.y_width();
     return of_all(shape);
   }
-  Shape state_shape(int64_t width) const {
-    Shape shape = {layers_[0].size.D, layers_[0].size.steps.N, width};
+  Shape state_shape(int64_t rows, int64_t width) const {
+    Shape shape = {layers_[0].size.D, rows, width};
     shape.erase(shape.begin(), shape.begin() + missing_);
     return of_all(shape);
   }
@@ -141,12 +160,26 @@ class Call {
 
   std::optional<std::span<const int64_t>> read_batch_sizes(const MaybeTensor& batch_sizes) {
     if (!batch_sizes) return std::nullopt;
-    LSTM_FUSED_CHECK(batch_sizes->dim() == 1 && batch_sizes->is_cpu() &&
+    const bool documents = batch_sizes->dim() == 2 && batch_sizes->size(0) == 1;
+    LSTM_FUSED_CHECK((batch_sizes->dim() == 1 || documents) && batch_sizes->is_cpu() &&
                          batch_sizes->scalar_type() == ScalarType::Long,
-                     "batch_sizes must be a 1-D int64 tensor on the CPU");
+                     "batch_sizes must be a 1-D int64 tensor on the CPU, or cu_seqlens (1, N + 1)");
     kept_.push_back(as_contiguous(*batch_sizes));
     return std::span(kept_.back().const_data_ptr<int64_t>(),
                      static_cast<size_t>(batch_sizes->numel()));
+  }
+
+  const uint8_t* read_resets(const MaybeTensor& resets, const TensorView& x, int64_t m) {
+    if (!resets) return nullptr;
+    LSTM_FUSED_CHECK(resets->scalar_type() == ScalarType::Byte, "resets must be of dtype uint8");
+    const TensorView view = of_model(*resets, m, "resets");
+    LSTM_FUSED_CHECK(view.device == x.device, "resets must be on the device of x");
+    if (x.dim == 3)
+      check_shape(view, {x.size(0), x.size(1), 1}, "resets");
+    else
+      check_shape(view, {x.size(0), 1}, "resets");
+    const TensorView usable = view.is_contiguous() ? view : keep_copy(*resets, m);
+    return static_cast<const uint8_t*>(usable.data);
   }
 
   struct Dims {
@@ -256,9 +289,10 @@ Outputs allocate_forward(const Call& call, const Tensor& x, bool training) {
     return result<Device>(wanted, shape, x, type);
   };
   const bool carries = info(layer.cell).carry != Carry::kNone;
+  const int64_t N = layer.size.steps.N;
   return {make(!call.is_step(), call.output_shape(), dtype),
-          make(true, call.state_shape(layer.size.R), dtype),
-          make(layer.has_cell_state(), call.state_shape(layer.size.H), dtype),
+          make(true, call.state_shape(N, layer.size.R), dtype),
+          make(layer.has_cell_state(), call.state_shape(N, layer.size.H), dtype),
           make(training, call.of_all(layer.saved_shape(Device::kSaved.gates)), compute),
           make(training && carries, call.of_all(layer.saved_shape(Device::kSaved.saved_states)),
                compute)};
@@ -287,12 +321,12 @@ Outputs run_forward(Call& call, const Tensor& x, bool training) {
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class Device>
-Forward recurrent_forward(Tensor x, MaybeTensor batch_sizes, Tensors state0, Tensors weights,
-                          int64_t cell, int64_t directions, bool training) {
-  Call call(x, batch_sizes, state0, weights, cell, directions, Device::kNeedsUniformRows);
-  LSTM_FUSED_CHECK(call.layer().size.steps.T > 0 || batch_sizes,
-                   "x must have at least one time step");
-  const Outputs out = run_forward<Device>(call, x, training);
+Forward recurrent_forward(Tensor x, MaybeTensor batch_sizes, MaybeTensor resets, Tensors state0,
+                          Tensors weights, int64_t cell, int64_t directions, bool cell_states,
+                          int64_t save_every) {
+  Call call({x, batch_sizes, resets, state0, weights, cell, directions, cell_states},
+            Device::kNeedsUniformRows);
+  const Outputs out = run_forward<Device>(call, x, save_every > 0);
   const ScalarType dtype = x.scalar_type(), compute = compute_dtype(call.layer().dtype);
   return {*out.y, *out.h_n, or_empty(out.c_n, x, dtype), or_empty(out.gates, x, compute),
           or_empty(out.saved_states, x, compute)};
@@ -344,8 +378,9 @@ GradientTensors allocate_backward(const Call& call, const Tensor& x, const Tenso
   for (size_t i = 0; i < weights.size(); ++i)
     dweights.push_back(make(wanted.weights[i], shape_of(weights[i]), dtype));
   const Shape preacts = call.of_all({layer.rows, s.D, info(layer.cell).preacts, s.H});
-  return {make(wanted.x, shape_of(x), dtype), make(wanted.h0, call.state_shape(s.R), dtype),
-          make(wanted.c0, call.state_shape(s.H), dtype), std::move(dweights),
+  return {make(wanted.x, shape_of(x), dtype),
+          make(wanted.h0, call.state_shape(s.state_rows, s.R), dtype),
+          make(wanted.c0, call.state_shape(s.state_rows, s.H), dtype), std::move(dweights),
           make(wanted.preacts, preacts, compute_dtype(layer.dtype))};
 }
 
@@ -354,6 +389,12 @@ inline void*& gradient_of(WeightGradients& gradients, const Layer& layer, int i)
   void** const places[] = {&gradients.w_ih, &gradients.w_hh, &gradients.b_ih, &gradients.b_hh};
   const bool last = i == layer.weights_per_direction - 1;
   return layer.projection && last ? gradients.w_hr : *places[i];
+}
+
+// Whether y, or its gradient, holds cell states too: its width tells.
+inline bool has_cell_states(const MaybeTensor& y, const Tensors& weights, int64_t directions) {
+  if (!y || y->dim() == 0 || weights.size() < 2 || weights[1].dim() == 0) return false;
+  return y->size(y->dim() - 1) > directions * weights[1].size(weights[1].dim() - 1);
 }
 
 // The outputs' gradients, and y where a gradient of w_hh reads it.
@@ -366,7 +407,7 @@ void read_outputs(Call& call, int64_t m, const Wanted& wanted, const MaybeTensor
   const auto read_output = [&](const Tensor& t, const char* name) -> const void* {
     const TensorView view = call.contiguous(t, m, name);
     check_like(view, x, name);
-    const int64_t width = layer.size.D * layer.size.R;
+    const int64_t width = layer.size.y_width();
     if (x.dim == 3)
       check_shape(view, {x.size(0), x.size(1), width}, name);
     else
@@ -375,7 +416,7 @@ void read_outputs(Call& call, int64_t m, const Wanted& wanted, const MaybeTensor
   };
   const auto read_state = [&](const Tensor& t, int64_t width, const char* name) -> const void* {
     const TensorView view = call.contiguous_state(t, m, name);
-    check_state(view, x, layer, width, name);
+    check_state(view, x, layer, layer.size.steps.N, width, name);
     return view.data;
   };
   if (wanted.hidden_weights(layer.weights_per_direction) &&
@@ -436,11 +477,13 @@ GradientTensors run_backward(Call& call, const Tensor& x, const Tensors& weights
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensors, Tensor>;
 
 template <class Device>
-Backward recurrent_backward(Tensor x, MaybeTensor batch_sizes, Tensors state0, Tensors weights,
-                            MaybeTensor y, Tensor gates, Tensor saved_states, MaybeTensor dy,
-                            MaybeTensor dh_n, MaybeTensor dc_n, int64_t cell, int64_t directions,
-                            std::vector<bool> mask) {
-  Call call(x, batch_sizes, state0, weights, cell, directions, Device::kNeedsUniformRows);
+Backward recurrent_backward(Tensor x, MaybeTensor batch_sizes, MaybeTensor resets, Tensors state0,
+                            Tensors weights, MaybeTensor y, Tensor gates, Tensor saved_states,
+                            MaybeTensor dy, MaybeTensor dh_n, MaybeTensor dc_n, int64_t cell,
+                            int64_t directions, int64_t save_every, std::vector<bool> mask) {
+  const bool cell_states = has_cell_states(y ? y : dy, weights, directions);
+  Call call({x, batch_sizes, resets, state0, weights, cell, directions, cell_states},
+            Device::kNeedsUniformRows);
   const GradientTensors out =
       run_backward<Device>(call, x, weights, y, gates, saved_states, dy, dh_n, dc_n, mask);
   const ScalarType dtype = x.scalar_type();
