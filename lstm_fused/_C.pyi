@@ -18,15 +18,19 @@ def infer(
 def forward(
     x: Tensor,
     batch_sizes: Tensor | None,
+    resets: Tensor | None,
     state0: Sequence[Tensor],
     weights: Sequence[Tensor],
     cell: int,
     directions: int,
+    cell_states: bool,
+    save_every: int,
     /,
 ) -> tuple[Tensor | None, ...] | None: ...
 def backward(
     x: Tensor,
     batch_sizes: Tensor | None,
+    resets: Tensor | None,
     state0: Sequence[Tensor],
     weights: Sequence[Tensor],
     y: Tensor,
@@ -37,6 +41,7 @@ def backward(
     dc_n: Tensor | None,
     cell: int,
     directions: int,
+    save_every: int,
     mask: Sequence[bool],
     /,
 ) -> tuple[Tensor | None, ...] | None: ...

@@ -36,6 +36,7 @@ from lstm_fused.reference_derivatives import (
     INSIDE,
     Layer,
     gradients_of,
+    has_cell_states,
     outputs_of,
     replaced,
     tangents_of,
@@ -56,14 +57,15 @@ class LayerForward(_SingleLevelFunction):
     """
 
     @staticmethod
-    def forward(ctx, redispatch, layer, x, batch_sizes, *tensors):
+    def forward(ctx, redispatch, layer, x, batch_sizes, resets, *tensors):
         """redispatch: the operator for the level below, None in eager mode."""
         state0, weights = layer.split(tensors)
         ctx.layer, ctx.dispatched = layer, redispatch is not None
         ctx.set_materialize_grads(False)
-        call = x, batch_sizes, state0, weights, layer.cell, layer.directions
+        call = (x, batch_sizes, resets, state0, weights, layer.cell, layer.directions)
+        call = (*call, layer.cell_states, layer.save_every)
         if redispatch:
-            out = y, _, c_n, gates, saved_states = redispatch(*call, True)
+            out = y, _, c_n, gates, saved_states = redispatch(*call)
             unused = () if layer.has_cell_state else (c_n,)
             ctx.mark_non_differentiable(gates, saved_states, *unused)
         else:
@@ -73,9 +75,10 @@ class LayerForward(_SingleLevelFunction):
                 # The CPU's kernels recompute h from what else is saved, except after a projection.
                 # A copy lets the caller change y in place before backward.
                 y = y.clone() if (len(weights) // layer.directions) % 2 == 1 else None
-        _save(ctx, ctx.needs_input_grad[4:], (x, batch_sizes, y, gates, saved_states, *tensors))
+        kept = (x, batch_sizes, resets, y, gates, saved_states, *tensors)
+        _save(ctx, ctx.needs_input_grad[5:], kept)
         if _follows_tangents():
-            ctx.save_for_forward(x, batch_sizes, out[0], gates, saved_states, *tensors)
+            ctx.save_for_forward(x, batch_sizes, resets, out[0], gates, saved_states, *tensors)
         return out
 
     @staticmethod
@@ -84,36 +87,41 @@ class LayerForward(_SingleLevelFunction):
         grads = (dy, dh_n, dc_n if layer.has_cell_state else None)
         if all(g is None for g in grads):
             return (None,) * len(needs)
-        mask = layer.mask(needs[2], needs[4:])
+        mask = layer.mask(needs[2], needs[5:])
         kept = _saved(ctx)
         if ctx.dispatched:
-            x, batch_sizes, y, gates, saved_states, *tensors = kept
-            rest = (batch_sizes, y, gates, saved_states, *grads, x, *tensors)
+            x, batch_sizes, resets, y, gates, saved_states, *tensors = kept
+            rest = (batch_sizes, resets, y, gates, saved_states, *grads, x, *tensors)
             dx, dh0, dc0, dweights, _ = backward_op(*_arguments(layer, mask, rest))
             found = _wanted(layer, mask, (dx, dh0, dc0, *dweights))
         else:
             found = _gradients_in_eager_mode(layer, mask, kept, grads)
-        return None, None, found[0], None, *found[1:]
+        return None, None, found[0], None, None, *found[1:]
 
     @staticmethod
     def jvp(ctx, *tangents):
         layer = ctx.layer
-        x, batch_sizes, *saved = ctx.saved_tensors
+        x, batch_sizes, resets, *saved = ctx.saved_tensors
         x, y, gates, saved_states, *tensors = (_primal(t) for t in (x, *saved))
-        moves = [tangents[2], *tangents[4:]]
+        moves = [tangents[2], *tangents[5:]]
         state0, weights = layer.split(tensors)
         if has_kernel(x, weights, layer.directions):
-            args = (x, batch_sizes, state0, weights, y, gates, saved_states, moves)
-            out = jvp_op(*args, layer.cell, layer.directions)
+            call = (x, batch_sizes, resets, state0, weights)
+            options = (layer.cell, layer.directions)
+            if layer.save_every > 1:  # a tangent needs every step
+                y, _, _, gates, saved_states = forward_op(*call, *options, layer.cell_states, 1)
+            out = jvp_op(*call, y, gates, saved_states, moves, *options)
         else:
             moving = [k for k, t in enumerate(moves) if t is not None]
-            call = with_moved([x, *tensors], moving, outputs_of(layer, batch_sizes, INSIDE))
+            outputs = outputs_of(layer, batch_sizes, resets, INSIDE)
+            call = with_moved([x, *tensors], moving, outputs)
             primals = [(x, *tensors)[k] for k in moving]
             out = INSIDE.push(call, primals, [moves[k] for k in moving])
         return out[0], out[1], out[2] if layer.has_cell_state else None, None, None
 
 
-# record(None, layer, x, batch_sizes, *state0, *weights): recurrent_forward, recorded in eager mode.
+# record(None, layer, x, batch_sizes, resets, *state0, *weights): recurrent_forward, recorded in
+# eager mode.
 record = LayerForward.apply  # type: ignore[attr-defined]  # of a base class in C++
 
 
@@ -125,7 +133,8 @@ class StepForward(_SingleLevelFunction):
         h, c, gates, saved_states = operators.forward_step(x, *layer.split(tensors), layer.cell)
         ctx.layer, ctx.dispatched = layer, False
         ctx.set_materialize_grads(False)
-        _save(ctx, ctx.needs_input_grad[2:], (x, None, None, gates, saved_states, *tensors))
+        kept = (x, None, None, None, gates, saved_states, *tensors)
+        _save(ctx, ctx.needs_input_grad[2:], kept)
         return (h, c) if layer.has_cell_state else h
 
     @staticmethod
@@ -134,15 +143,16 @@ class StepForward(_SingleLevelFunction):
         if dh is None and dc is None:
             return (None,) * len(needs)
         mask = layer.mask(needs[1], needs[2:])
-        x, _, _, gates, saved_states, *tensors = kept = _saved(ctx)
+        x, _, _, _, gates, saved_states, *tensors = kept = _saved(ctx)
         if not _differentiates_gradients() and not level_of(dh, dc):
-            rest = (None, gates, saved_states, None, dh, dc, layer.cell, 0, mask)
-            found = _C.backward(x, None, *layer.split(tensors), *rest)
+            rest = (None, gates, saved_states, None, dh, dc, layer.cell, 0, 1, mask)
+            found = _C.backward(x, None, None, *layer.split(tensors), *rest)
             if found is not None:
                 return None, *_wanted(layer, mask, found)
         missing, states = 3 - x.dim(), 1 + layer.states
         moved = [lifted(t, missing) for t in (x, *tensors[: layer.states])]
-        kept = (moved[0], None, None, gates, saved_states, *moved[1:], *tensors[layer.states :])
+        kept = (moved[0], None, None, None, gates, saved_states, *moved[1:])
+        kept = (*kept, *tensors[layer.states :])
         grads = (None, lifted(dh, missing), lifted(dc, missing))
         found = _gradients_in_eager_mode(layer, mask, kept, grads)
         found[:states] = [None if g is None else lowered(g, missing) for g in found[:states]]
@@ -153,7 +163,7 @@ record_step = StepForward.apply  # type: ignore[attr-defined]
 
 
 def _save(ctx, needs, kept):
-    """Save kept, (x, batch_sizes, y, gates, saved_states, *state0, *weights), for backward.
+    """Save kept for backward: (x, batch_sizes, resets, y, gates, saved_states, *state0, *weights).
 
     Except for what backward does not read: the biases, and x without a gradient of w_ih. Not saved,
     they may be changed in place before backward, as torch.nn allows. A second derivative does read
@@ -215,15 +225,15 @@ def _gradients_in_eager_mode(layer, mask, kept, grads):
 
     kept: as _save was given; grads: dy, dh_n, dc_n.
     """
-    x, batch_sizes, y, gates, saved_states, *tensors = kept
+    x, batch_sizes, resets, y, gates, saved_states, *tensors = kept
     level, recorded = level_of(*grads), _differentiates_gradients()
     if not level and not recorded:
-        call = (x, batch_sizes, *layer.split(tensors), y, gates, saved_states, *grads)
-        if found := _C.backward(*call, layer.cell, layer.directions, mask):
+        call = (x, batch_sizes, resets, *layer.split(tensors), y, gates, saved_states, *grads)
+        if found := _C.backward(*call, layer.cell, layer.directions, layer.save_every, mask):
             return _wanted(layer, mask, found)
     if saved_states is None:
         saved_states = gates.new_empty(0)
-    rest = (batch_sizes, y, gates, saved_states, *grads, x, *tensors)
+    rest = (batch_sizes, resets, y, gates, saved_states, *grads, x, *tensors)
     run = partial(_record_gradients if recorded else _gradients, layer, mask)
     found = each_example(run, level, *rest)
     return _wanted(layer, mask, found[:-1])
@@ -250,10 +260,10 @@ def _record_gradients(layer, mask, *tensors):
 
 def _arguments(layer, mask, tensors):
     """The arguments of recurrent_backward, or of recurrent_backward_samples."""
-    batch_sizes, y, gates, saved_states, dy, dh_n, dc_n, x, *rest = tensors
+    batch_sizes, resets, y, gates, saved_states, dy, dh_n, dc_n, x, *rest = tensors
     state0, weights = layer.split(rest)
-    args = (x, batch_sizes, state0, weights, y, gates, saved_states, dy, dh_n, dc_n)
-    args = (*args, layer.cell, layer.directions, mask)
+    args = (x, batch_sizes, resets, state0, weights, y, gates, saved_states, dy, dh_n, dc_n)
+    args = (*args, layer.cell, layer.directions, layer.save_every, mask)
     return (*args, layer.samples) if layer.samples else args
 
 
@@ -269,8 +279,8 @@ class LayerBackward(_SingleLevelFunction):
         # Only recurrent_backward_samples asks for the pre-activations' gradients, below autograd.
         ctx.mark_non_differentiable(*unwanted, *([d_preacts] if mask[-1] else []))
         ctx.set_materialize_grads(False)
-        batch_sizes, _, _, _, dy, dh_n, dc_n, x, *rest = tensors
-        kept = (batch_sizes, dy, dh_n, dc_n, x, *rest)
+        batch_sizes, resets, _, _, _, *rest = tensors
+        kept = (batch_sizes, resets, *rest)
         ctx.save_for_backward(*kept)
         if _follows_tangents():
             ctx.save_for_forward(*kept)
@@ -279,22 +289,23 @@ class LayerBackward(_SingleLevelFunction):
     @staticmethod
     def backward(ctx, *grad_grads):
         if level := level_of(*grad_grads):
-            run = partial(_second_derivatives, ctx.layer, ctx.mask, ctx.needs_input_grad[7:])
+            run = partial(_second_derivatives, ctx.layer, ctx.mask, ctx.needs_input_grad[8:])
             found = each_example(run, level, list(grad_grads), *ctx.saved_tensors)
         else:
             found = _second_derivatives(
-                ctx.layer, ctx.mask, ctx.needs_input_grad[7:], list(grad_grads), *ctx.saved_tensors
+                ctx.layer, ctx.mask, ctx.needs_input_grad[8:], list(grad_grads), *ctx.saved_tensors
             )
-        return (None,) * 7 + tuple(found)
+        return (None,) * 8 + tuple(found)
 
     @staticmethod
     def jvp(ctx, *tangents):
         layer, mask = ctx.layer, ctx.mask
-        batch_sizes, *tensors = ctx.saved_tensors
+        batch_sizes, resets, *tensors = ctx.saved_tensors
         primals = [_primal(t) for t in tensors]
-        moves = tangents[7:]
+        moves = tangents[8:]
         moving = [k for k, t in enumerate(moves) if t is not None]
-        call = with_moved(primals, moving, gradients_of(layer, mask, batch_sizes, INSIDE))
+        gradients = gradients_of(layer, mask, batch_sizes, resets, INSIDE)
+        call = with_moved(primals, moving, gradients)
         found = INSIDE.push(call, [primals[k] for k in moving], [moves[k] for k in moving])
         rest = iter(found)
         return tuple(next(rest) if want else None for want in (*mask[:-1], False))
@@ -304,32 +315,33 @@ class LayerTangents(_SingleLevelFunction):
     """The tangents of a layer's outputs; their derivatives are the reference's."""
 
     @staticmethod
-    def forward(ctx, run, layer, batch_sizes, y, gates, saved_states, x, *tensors):
+    def forward(ctx, run, layer, batch_sizes, resets, y, gates, saved_states, x, *tensors):
         """tensors: the states and the weights, then a tangent of x and of each of them, or None."""
         count = (len(tensors) - 1) // 2
         state0, weights = layer.split(tensors[:count])
         out = run(
-            *(x, batch_sizes, state0, weights, y, gates, saved_states, list(tensors[count:])),
-            *(layer.cell, layer.directions),
+            *(x, batch_sizes, resets, state0, weights, y, gates, saved_states),
+            *(list(tensors[count:]), layer.cell, layer.directions),
         )
         ctx.layer = layer
         if not layer.has_cell_state:
             ctx.mark_non_differentiable(out[2])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(batch_sizes, x, *tensors)
+        ctx.save_for_backward(batch_sizes, resets, x, *tensors)
         if _follows_tangents():
-            ctx.save_for_forward(batch_sizes, x, *tensors)
+            ctx.save_for_forward(batch_sizes, resets, x, *tensors)
         return out
 
     @staticmethod
     def backward(ctx, *d_out):
-        batch_sizes, *tensors = ctx.saved_tensors
-        needs = ctx.needs_input_grad[6:]
+        batch_sizes, resets, *tensors = ctx.saved_tensors
+        needs = ctx.needs_input_grad[7:]
         moving = [k for k, need in enumerate(needs) if need and tensors[k] is not None]
         used = [k for k, d in enumerate(d_out) if d is not None and k < 1 + ctx.layer.outputs]
         found = [None] * len(tensors)
         if moving and used:
-            of_all = with_moved(tensors, moving, tangents_of(ctx.layer, batch_sizes, BETWEEN))
+            of_all = tangents_of(ctx.layer, batch_sizes, resets, BETWEEN)
+            of_all = with_moved(tensors, moving, of_all)
 
             def call(*moved):
                 out = of_all(*moved)
@@ -337,21 +349,21 @@ class LayerTangents(_SingleLevelFunction):
 
             grads = BETWEEN.pull(call, [tensors[k] for k in moving], [d_out[k] for k in used])
             found = replaced(found, moving, grads)
-        return None, None, None, None, None, None, *found
+        return (None,) * 7 + tuple(found)
 
     @staticmethod
     def jvp(ctx, *tangents):
         layer = ctx.layer
-        batch_sizes, *tensors = ctx.saved_tensors
+        batch_sizes, resets, *tensors = ctx.saved_tensors
         primals = [_primal(t) for t in tensors]
-        moves = tangents[6:]
+        moves = tangents[7:]
         moving = [k for k, t in enumerate(moves) if t is not None]
-        call = with_moved(primals, moving, tangents_of(layer, batch_sizes, INSIDE))
+        call = with_moved(primals, moving, tangents_of(layer, batch_sizes, resets, INSIDE))
         out = INSIDE.push(call, [primals[k] for k in moving], [moves[k] for k in moving])
         return out[0], out[1], out[2] if layer.has_cell_state else None
 
 
-def _second_derivatives(layer, mask, needs, grad_grads, batch_sizes, *tensors):
+def _second_derivatives(layer, mask, needs, grad_grads, batch_sizes, resets, *tensors):
     """Gradients of (dy, dh_n, dc_n, x, *state0, *weights), None where needs is not set."""
     weights = [g for g, want in zip(grad_grads[:-1], mask[:-1], strict=True) if want]
     used = [k for k, g in enumerate(weights) if g is not None]
@@ -359,7 +371,8 @@ def _second_derivatives(layer, mask, needs, grad_grads, batch_sizes, *tensors):
     found = [None] * len(tensors)
     if not used or not moving:
         return found
-    gradients = with_moved(tensors, moving, gradients_of(layer, mask, batch_sizes, BETWEEN))
+    of_all = gradients_of(layer, mask, batch_sizes, resets, BETWEEN)
+    gradients = with_moved(tensors, moving, of_all)
 
     def call(*moved):
         first = gradients(*moved)
@@ -398,27 +411,26 @@ def _below(op, keyset):
     return run
 
 
-def _forward_kernel(keyset, x, batch_sizes, state0, weights, cell, directions, training):
+def _forward_kernel(keyset, *args):
+    x, batch_sizes, resets, state0, weights, cell, directions, cell_states, save_every = args
     if not _differentiates(x, *state0, *weights):
         with torch._C._AutoDispatchBelowAutograd():
-            return forward_op.redispatch(
-                keyset & torch._C._after_autograd_keyset,
-                *(x, batch_sizes, state0, weights, cell, directions, training),
-            )
-    layer = Layer(cell, directions, len(state0))
+            return forward_op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+    layer = Layer(cell, directions, len(state0), cell_states, max(save_every, 1))
     with enable_single_level_autograd_function():
         run = _below(forward_op, keyset)
-        return record(run, layer, x, batch_sizes, *state0, *weights)
+        return record(run, layer, x, batch_sizes, resets, *state0, *weights)
 
 
 def _backward_kernel(op, keyset, *args):
-    x, batch_sizes, state0, weights, y, gates, saved_states, dy, dh_n, dc_n, *options = args
-    cell, directions, mask, *samples = options
+    x, batch_sizes, resets, state0, weights, y, gates, saved_states, *rest = args
+    dy, dh_n, dc_n, cell, directions, save_every, mask, *samples = rest
     if not _differentiates(x, *state0, *weights, dy, dh_n, dc_n):
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-    layer = Layer(cell, directions, len(state0), *samples)
-    tensors = (batch_sizes, y, gates, saved_states, dy, dh_n, dc_n, x, *state0, *weights)
+    cell_states = has_cell_states(dy, weights, directions)
+    layer = Layer(cell, directions, len(state0), cell_states, save_every, *samples)
+    tensors = (batch_sizes, resets, y, gates, saved_states, dy, dh_n, dc_n, x, *state0, *weights)
     with enable_single_level_autograd_function():
         dx, dh0, dc0, *dweights, d_preacts = LayerBackward.apply(
             _below(op, keyset), layer, mask, *tensors
@@ -427,12 +439,13 @@ def _backward_kernel(op, keyset, *args):
 
 
 def _jvp_kernel(keyset, *args):
-    x, batch_sizes, state0, weights, y, gates, saved_states, tangents, cell, directions = args
+    x, batch_sizes, resets, state0, weights, y, gates, saved_states, tangents, *rest = args
     if not _differentiates(x, *state0, *weights, *tangents):
         with torch._C._AutoDispatchBelowAutograd():
             return jvp_op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-    layer = Layer(cell, directions, len(state0))
-    tensors = (batch_sizes, y, gates, saved_states, x, *state0, *weights, *tangents)
+    cell, directions = rest
+    layer = Layer(cell, directions, len(state0), has_cell_states(y, weights, directions))
+    tensors = (batch_sizes, resets, y, gates, saved_states, x, *state0, *weights, *tangents)
     with enable_single_level_autograd_function():
         return LayerTangents.apply(_below(jvp_op, keyset), layer, *tensors)
 

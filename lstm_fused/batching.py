@@ -58,23 +58,28 @@ class _Examples:
     def __init__(self, info, x, weights, weight_dims, batch_sizes, batch_sizes_dim, as_models):
         if batch_sizes_dim is not None:
             raise RuntimeError("batch_sizes must be the same for all examples under vmap")
-        self.count, self.as_models = info.batch_size, as_models
+        self.count, self.as_models = info.batch_size, as_models or of_documents(batch_sizes)
         self.gate_rows, self.state_rows = _rows_dim(x, "gates"), _rows_dim(x, "saved_states")
         self.several = weights[1].dim() - (weight_dims[1] is not None) == 3
-        fold_sizes = batch_sizes is not None and not as_models
+        fold_sizes = batch_sizes is not None and not self.as_models
         self.batch_sizes = batch_sizes * self.count if fold_sizes else batch_sizes
 
     def rows(self, t, dim):
         """t (..., N, width) or (S, width)."""
         return self._put(t, dim, -2)
 
-    def gates(self, t, dim):
-        return self._put(t, dim, self.gate_rows).contiguous()
+    def saved(self, gates, saved_states, gates_dim, states_dim):
+        """[gates, saved states] of a forward pass."""
+        checkpoints = _is_empty(gates, gates_dim)
+        return [
+            self._put_saved(gates, gates_dim, self.gate_rows),
+            self._put_saved(saved_states, states_dim, -2 if checkpoints else self.state_rows),
+        ]
 
-    def saved_states(self, t, dim):
-        if t.dim() - (dim is not None) < 2:  # empty: the cell saves none
+    def _put_saved(self, t, dim, at):
+        if _is_empty(t, dim):
             return t if dim is None else t.select(dim, 0)
-        return self._put(t, dim, self.state_rows).contiguous()
+        return self._put(t, dim, at).contiguous()
 
     def _put(self, t, dim, at):
         if self.as_models:
@@ -94,48 +99,58 @@ class _Examples:
             return _of_models(t, self.count, self.several)
         return _unfold(t, self.count, at)
 
-    def part_gates(self, t):
-        return self.part(t, self.gate_rows)
+    def part_saved(self, gates, saved_states):
+        """A part of each of a forward pass's gates and saved states."""
+        checkpoints = _is_empty(gates, None)
+        yield self.part(gates, self.gate_rows)
+        yield self.part(saved_states, -2 if checkpoints else self.state_rows)
 
-    def part_saved_states(self, t):
-        return self.part(t, self.state_rows)
+
+def of_documents(batch_sizes):
+    return batch_sizes is not None and batch_sizes.dim() == 2
+
+
+def _is_empty(t, dim):
+    """Whether t with its examples at dim is what stands for a tensor that is not there, (0,)."""
+    return t.dim() - (dim is not None) == 1 and t.numel() == 0
 
 
 def _any(dims):
     return any(d is not None for d in dims)
 
 
-def _forward_rule(info, in_dims, x, batch_sizes, state0, weights, cell, directions, training):
-    x_dim, sizes_dim, state_dims, weight_dims, *_ = in_dims
+def _forward_rule(info, in_dims, x, batch_sizes, resets, state0, weights, *options):
+    x_dim, sizes_dim, resets_dim, state_dims, weight_dims, *_ = in_dims
     examples = _Examples(info, x, weights, weight_dims, batch_sizes, sizes_dim, _any(weight_dims))
     out = forward_op(
         examples.rows(x, x_dim),
         examples.batch_sizes,
+        examples.rows(resets, resets_dim),
         [examples.rows(t, d) for t, d in zip(state0, state_dims, strict=True)],
         examples.weights(weights, weight_dims),
-        cell,
-        directions,
-        training,
+        *options,
     )
     y, h_n, c_n, gates, saved_states = out
     parts = [examples.part(t) for t in (y, h_n, c_n)]
-    parts += [examples.part_gates(gates), examples.part_saved_states(saved_states)]
+    parts += examples.part_saved(gates, saved_states)
     return tuple(t for t, _ in parts), tuple(d for _, d in parts)
 
 
 def _lay_out_backward(info, in_dims, args, as_models):
     """The examples of a backward operator, and its tensors laid out for it."""
-    x, batch_sizes, state0, weights, y, gates, saved_states, *d_out = args
-    x_dim, sizes_dim, state_dims, weight_dims, y_dim, gates_dim, saved_dim, *d_dims = in_dims
+    x, batch_sizes, resets, state0, weights, y, *saved_and_d_out = args
+    x_dim, sizes_dim, resets_dim, state_dims, weight_dims, y_dim, *saved_and_d_dims = in_dims
+    saved, d_out = saved_and_d_out[:2], saved_and_d_out[2:]
+    saved_dims, d_dims = saved_and_d_dims[:2], saved_and_d_dims[2:]
     examples = _Examples(info, x, weights, weight_dims, batch_sizes, sizes_dim, as_models)
     return examples, (
         examples.rows(x, x_dim),
         examples.batch_sizes,
+        examples.rows(resets, resets_dim),
         [examples.rows(t, d) for t, d in zip(state0, state_dims, strict=True)],
         examples.weights(weights, weight_dims),
         examples.rows(y, y_dim),
-        examples.gates(gates, gates_dim),
-        examples.saved_states(saved_states, saved_dim),
+        *examples.saved(*saved, *saved_dims),
         *(examples.rows(t, d) for t, d in zip(d_out, d_dims, strict=True)),
     )
 
@@ -155,31 +170,32 @@ def _parted_gradients(examples, found, part_weight):
 
 
 def _backward_rule(info, in_dims, *args):
-    *tensors, cell, directions, mask = args
-    *dims, _, _, _ = in_dims
-    weights = tensors[3]
+    *tensors, cell, directions, save_every, mask = args
+    dims = in_dims[: len(tensors)]
+    weights = tensors[4]
     wants_weights = any(mask[3:-1])
     # recurrent_backward_samples has no gradient of a projection.
-    as_models = _any(dims[3]) or (wants_weights and len(weights) // directions % 2 == 1)
+    as_models = _any(dims[4]) or (wants_weights and len(weights) // directions % 2 == 1)
     examples, given = _lay_out_backward(info, dims, tensors, as_models)
-    if wants_weights and not as_models:
-        found = samples_op(*given, cell, directions, mask, info.batch_size)
+    options = (cell, directions, save_every, mask)
+    if wants_weights and not examples.as_models:
+        found = samples_op(*given, *options, info.batch_size)
         sample = 1 if examples.several else 0
         return _parted_gradients(examples, found, lambda t: (t, sample))
-    found = backward_op(*given, cell, directions, mask)
+    found = backward_op(*given, *options)
     return _parted_gradients(examples, found, examples.part)
 
 
 def _samples_rule(info, in_dims, *args):
     """Examples are samples too: rows (n, sample, example), gradients (sample, example)."""
-    *tensors, cell, directions, mask, samples = args
-    *dims, _, _, _, _ = in_dims
-    as_models = _any(dims[3])
-    examples, given = _lay_out_backward(info, dims, tensors, as_models)
-    if as_models:
-        found = samples_op(*given, cell, directions, mask, samples)
+    *tensors, cell, directions, save_every, mask, samples = args
+    dims = in_dims[: len(tensors)]
+    examples, given = _lay_out_backward(info, dims, tensors, _any(dims[4]))
+    options = (cell, directions, save_every, mask)
+    if examples.as_models:
+        found = samples_op(*given, *options, samples)
         return _parted_gradients(examples, found, examples.part)
-    found = samples_op(*given, cell, directions, mask, samples * info.batch_size)
+    found = samples_op(*given, *options, samples * info.batch_size)
     sample = 1 if examples.several else 0
 
     def part_weight(t):
@@ -189,8 +205,8 @@ def _samples_rule(info, in_dims, *args):
 
 
 def _jvp_rule(info, in_dims, *args):
-    x, batch_sizes, state0, weights, y, gates, saved_states, tangents, cell, directions = args
-    x_dim, sizes_dim, state_dims, weight_dims, y_dim, gates_dim, saved_dim, moved, *_ = in_dims
+    x, batch_sizes, resets, state0, weights, y, *saved, tangents, cell, directions = args
+    x_dim, sizes_dim, resets_dim, state_dims, weight_dims, y_dim, *saved_dims, moved, _, _ = in_dims
     rows = 1 + len(state0)
     as_models = _any(weight_dims) or _any(moved[rows:])
     examples = _Examples(info, x, weights, weight_dims, batch_sizes, sizes_dim, as_models)
@@ -198,11 +214,11 @@ def _jvp_rule(info, in_dims, *args):
     out = jvp_op(
         examples.rows(x, x_dim),
         examples.batch_sizes,
+        examples.rows(resets, resets_dim),
         [examples.rows(t, d) for t, d in zip(state0, state_dims, strict=True)],
         examples.weights(weights, weight_dims),
         examples.rows(y, y_dim),
-        examples.gates(gates, gates_dim),
-        examples.saved_states(saved_states, saved_dim),
+        *examples.saved(*saved, *saved_dims),
         [
             *(examples.rows(t, d) for t, d in pairs[:rows]),
             *examples.weights([t for t, _ in pairs[rows:]], [d for _, d in pairs[rows:]]),

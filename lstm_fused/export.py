@@ -45,12 +45,21 @@ def state_or_zeros(x, batch_sizes, state0, weights, cell, directions):
     if state0:
         return list(state0)
     info = CELLS[cell]
-    rows = x.shape[-2] if batch_sizes is None else batch_sizes[0].item()
+    if batch_sizes is None:
+        rows = x.shape[-2]
+    else:
+        documents = batch_sizes.dim() == 2
+        rows = batch_sizes.shape[1] - 1 if documents else batch_sizes[0].item()
     widths = [weights[1].shape[1], weights[0].shape[0] // info["gates"]]
     return [x.new_zeros(directions, rows, w) for w in widths[: 1 + (info["carry"] == "cell")]]
 
 
 def _check_steps(x, batch_sizes=None):
+    if batch_sizes is not None and batch_sizes.dim() == 2:
+        raise NotImplementedError(
+            "documents (cu_seqlens=) have no decomposition into torch's operators: "
+            "give the layer a padded input and lengths="
+        )
     if batch_sizes is not None:
         raise NotImplementedError(
             "packed data has no decomposition into torch's operators: "
@@ -63,35 +72,54 @@ def _check_steps(x, batch_sizes=None):
         )
 
 
-def _forward(x, batch_sizes, state0, weights, cell, directions, training):
-    """``recurrent_forward`` by torch's operator; nothing is saved for backward."""
+def _forward(x, batch_sizes, resets, state0, weights, cell, directions, cell_states, save_every):
+    """``recurrent_forward`` by torch's operator; nothing is saved for backward.
+
+    Step by step with resets or all cell states, for which torch has no operator.
+    """
     _check_steps(x, batch_sizes)
     state0 = state_or_zeros(x, None, state0, weights, cell, directions)
+    none = x.new_empty(0)
+    if resets is not None or cell_states:
+        layer = reference.CELLS[CELLS[cell]["name"]]
+        options = {"resets": resets, "cell_states": cell_states}
+        y, ends, *cells = layer(x, None, state0, weights, directions, **options)
+        return torch.cat((y, *cells), -1), *(*ends, none)[:2], none, none
     has_biases = len(weights) // directions > 3
     op = getattr(torch.ops.aten, CELLS[cell]["name"]).input
     state = state0 if len(state0) > 1 else state0[0]
     y, *ends = op(x, state, weights, has_biases, 1, 0.0, False, directions == 2, False)
-    none = x.new_empty(0)
     return y, *(*ends, none)[:2], none, none
 
 
-def _padded(x, lengths, state0, weights, cell, directions):
+def _padded(x, lengths, resets, state0, weights, cell, directions, cell_states):
     """``recurrent_padded`` step by step, where a row that has ended keeps its state."""
     _check_steps(x)
-    T = x.shape[0]
+    T, N, _ = x.shape
     state0 = state_or_zeros(x, None, state0, weights, cell, directions)
     step = reference.CELLS[CELLS[cell]["name"]]
-    steps, outputs, ends = x.unbind(0), [], []
+    steps, histories, ends = x.unbind(0), [], []
     for d in range(directions):
         each = len(weights) // directions
-        state = [s[d : d + 1] for s in state0]
-        ys = [None] * T
+        state = [s[d : d + 1, :N] for s in state0]
+        reset = [s[d : d + 1, N:] if s.shape[1] > N else 0 for s in state0]
+        history = [None] * T
         for t in reversed(range(T)) if d else range(T):
             here = (lengths > t).to(x.device).unsqueeze(1)
-            _, after = step(steps[t].unsqueeze(0), None, state, weights[d * each : (d + 1) * each])
-            ys[t] = torch.where(here, after[0][0], 0)
+            before, boundary = state, t + 1 if d else t  # of the boundary before that step
+            if resets is not None and boundary < T:
+                # Behind a row's end, in the padding, the reverse direction has not begun yet.
+                anew = resets[boundary].bool() & (lengths > boundary).to(x.device).unsqueeze(1)
+                before = [torch.where(anew, new, s) for new, s in zip(reset, state, strict=True)]
+            _, after = step(steps[t].unsqueeze(0), None, before, weights[d * each : (d + 1) * each])
+            history[t] = [torch.where(here, new[0], 0) for new in after]
             state = [torch.where(here, new, old) for new, old in zip(after, state, strict=True)]
-        outputs.append(torch.stack(ys))
+        histories.append(history)
         ends.append(state)
     ends = [torch.cat(states) for states in zip(*ends, strict=True)]
-    return torch.cat(outputs, dim=-1), *(*ends, x.new_empty(0))[:2]
+    y = [
+        torch.stack([states[k] for states in history])
+        for k in range(1 + cell_states)
+        for history in histories
+    ]
+    return torch.cat(y, dim=-1), *(*ends, x.new_empty(0))[:2]

@@ -22,14 +22,14 @@ def _products(x_shape, batch_sizes_shape, weights_shapes):
     return rows, [rows * prod(w) if len(w) == matrix else 0 for w in weights_shapes]
 
 
-def _forward_flops(x_shape, batch_sizes_shape, state0_shapes, weights_shapes, *_, **__):
+def _forward_flops(x_shape, batch_sizes_shape, resets, state0_shapes, weights_shapes, *_, **__):
     """Every matrix times every row of every step."""
     return 2 * sum(_products(x_shape, batch_sizes_shape, weights_shapes)[1])
 
 
-def _backward_flops(x_shape, batch_sizes_shape, state0_shapes, weights_shapes, *rest, **__):
+def _backward_flops(x_shape, batch_sizes_shape, resets, state0_shapes, weights_shapes, *rest, **__):
     """Every row times W_hh and W_hr, through time, and the products that mask asks for."""
-    directions, mask = rest[7:9]
+    directions, _, mask = rest[7:10]
     rows, products = _products(x_shape, batch_sizes_shape, weights_shapes)
     each = len(products) // directions
     count = 0

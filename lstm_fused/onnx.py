@@ -257,8 +257,15 @@ def _none(g, like):
     return g.op("Expand", _zero_like(g, like), g.constant([0]))
 
 
-def _forward(g, x, batch_sizes, state0, weights, cell, directions, training):
+def _check_options(resets, cell_states):
+    for given, name in ((resets is not None, "resets="), (cell_states, "return_cell_states=")):
+        if given:
+            raise NotImplementedError(f"ONNX has no recurrent operator with {name}")
+
+
+def _forward(g, x, batch_sizes, resets, state0, weights, cell, directions, cell_states, save_every):
     """``lstm_fused::recurrent_forward``, with empty outputs for what is saved for backward."""
+    _check_options(resets, cell_states)
     if batch_sizes is None:
         y, h_n, c_n = _layer(g, x, None, state0, weights, CELLS[cell]["name"], directions)
     else:
@@ -268,8 +275,9 @@ def _forward(g, x, batch_sizes, state0, weights, cell, directions, training):
     return y, h_n, _none(g, x) if c_n is None else c_n, _none(g, x), _none(g, x)
 
 
-def _padded(g, x, lengths, state0, weights, cell, directions):
+def _padded(g, x, lengths, resets, state0, weights, cell, directions, cell_states):
     """``lstm_fused::recurrent_padded``."""
+    _check_options(resets, cell_states)
     y, h_n, c_n = _layer(g, x, lengths, state0, weights, CELLS[cell]["name"], directions)
     return y, h_n, _none(g, x) if c_n is None else c_n
 

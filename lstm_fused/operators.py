@@ -12,24 +12,25 @@ from lstm_fused import _C
 library = torch.library.Library("lstm_fused", "FRAGMENT")
 # recurrent_backward with a gradient of each weight for every sample, see samples.py.
 library.define(
-    "recurrent_backward_samples(Tensor x, Tensor? batch_sizes, Tensor[] state0, Tensor[] weights, "
-    "Tensor? y, Tensor gates, Tensor saved_states, Tensor? dy, Tensor? dh_n, Tensor? dc_n, "
-    "int cell, int directions, bool[] mask, int samples) "
+    "recurrent_backward_samples(Tensor x, Tensor? batch_sizes, Tensor? resets, Tensor[] state0, "
+    "Tensor[] weights, Tensor? y, Tensor gates, Tensor saved_states, Tensor? dy, Tensor? dh_n, "
+    "Tensor? dc_n, int cell, int directions, int save_every, bool[] mask, int samples) "
     "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights, Tensor d_preacts)"
 )
 
 # The tangents of recurrent_forward's y, h_n and c_n, see tangents.py. tangents: of x, of each state
 # and of each weight, None for one that does not move.
 library.define(
-    "recurrent_jvp(Tensor x, Tensor? batch_sizes, Tensor[] state0, Tensor[] weights, Tensor y, "
-    "Tensor gates, Tensor saved_states, Tensor?[] tangents, int cell, int directions) "
+    "recurrent_jvp(Tensor x, Tensor? batch_sizes, Tensor? resets, Tensor[] state0, "
+    "Tensor[] weights, Tensor y, Tensor gates, Tensor saved_states, Tensor?[] tangents, int cell, "
+    "int directions) "
     "-> (Tensor y, Tensor h_n, Tensor c_n)"
 )
 
 # A layer of a padded batch with lengths in an exported graph, see padded.py.
 library.define(
-    "recurrent_padded(Tensor x, Tensor lengths, Tensor[] state0, Tensor[] weights, int cell, "
-    "int directions) -> (Tensor y, Tensor h_n, Tensor c_n)"
+    "recurrent_padded(Tensor x, Tensor lengths, Tensor? resets, Tensor[] state0, Tensor[] weights, "
+    "int cell, int directions, bool cell_states) -> (Tensor y, Tensor h_n, Tensor c_n)"
 )
 
 forward_op = torch.ops.lstm_fused.recurrent_forward.default
@@ -46,22 +47,22 @@ def run_directly(op, *args):
         return op(*args)
 
 
-def forward(x, batch_sizes, state0, weights, cell, directions):
-    """(y, h_n, c_n, gates, saved_states) of recurrent_forward for training, in eager mode.
+def forward(*args):
+    """(y, h_n, c_n, gates, saved_states) of recurrent_forward, in eager mode.
 
     None for what the cell does not have, or an empty tensor.
     """
-    args = x, batch_sizes, state0, weights, cell, directions
-    return _C.forward(*args) or run_directly(forward_op, *args, True)
+    return _C.forward(*args) or run_directly(forward_op, *args)
 
 
 def forward_step(x, state0, weights, cell):
     """(h_1, c_1, gates, saved_states) of a single-step cell: `forward` for x (N, I) or (I,)."""
-    if found := _C.forward(x, None, state0, weights, cell, 0):
+    if found := _C.forward(x, None, None, state0, weights, cell, 0, False, 1):
         return found[1:]
     missing = 3 - x.dim()
     state0 = [lifted(s, missing) for s in state0]
-    _, h, c, *saved = forward(lifted(x, missing), None, state0, weights, cell, 1)
+    x = lifted(x, missing)
+    _, h, c, *saved = forward(x, None, None, state0, weights, cell, 1, False, 1)
     return lowered(h, missing), c if c is None else lowered(c, missing), *saved
 
 

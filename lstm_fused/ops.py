@@ -35,22 +35,35 @@ def layer(
     weights: Sequence[Tensor],
     cell: str = "lstm",
     directions: int = 1,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+    *,
+    resets: Tensor | None = None,
+    cell_states: bool = False,
+    save_every: int = 1,
+) -> Any:
     """Run one layer of a recurrent network in one or two directions.
 
     Args:
-        x: (T, N, I), any strides; or the data of a PackedSequence, (S, I).
-        batch_sizes: None, or the PackedSequence's (T,), int64 on the CPU, never growing.
-        state0: () for zeros, or (h0 (D, N, R),), with c0 (D, N, H) after it for "lstm".
+        x: (T, N, I), any strides; or (S, I), the data of a PackedSequence or the rows of N
+            documents one after the other.
+        batch_sizes: None, or the PackedSequence's (T,), int64 on the CPU, never growing. Of
+            documents (1, N + 1), int64 on the CPU: where each begins, then S.
+        state0: () for zeros, or (h0 (D, N, R),), with c0 (D, N, H) after it for "lstm". With
+            resets, a state may have 2 * N rows: the initial states, then those that resets put in,
+            which are zeros otherwise.
         weights: for each direction w_ih (G*H, I), w_hh (G*H, R), then b_ih (G*H,) and b_hh (G*H,)
             if there are biases, then w_hr (R, H) if there is a projection ("lstm" only); flat, as a
             sequence. G, the gates, are 4 of "lstm", 3 of "gru" and 1 of the others.
         cell: "lstm", "gru", "rnn_tanh" or "rnn_relu".
         directions: 1, or 2: the second runs from the last step to the first.
+        resets: None, or x's shape with 1 for I, uint8: 1 where a row begins anew before that step.
+            The second direction begins anew after it.
+        cell_states: whether the cell states of all steps are returned too, of "lstm" only.
+        save_every: 1, or how many steps lie between two states that are kept for backward, which
+            computes the steps between them again. Packed data and documents keep every step.
 
     Returns:
         y (T, N, D * R) or (S, D * R), and the final states (h_n (D, N, R),), with c_n (D, N, H)
-        after it for "lstm".
+        after it for "lstm". With cell_states, a third: (T, N, D * H) or (S, D * H).
 
     Everything is of one dtype, float32, float64, bfloat16 or float16, and on the CPU or one CUDA
     device. Gradients of any order are given. Raises RuntimeError on shapes, dtypes or devices that
@@ -59,17 +72,22 @@ def layer(
     if not state0 and torch.compiler.is_exporting():
         # As torch.nn's layers do: AOTInductor's runtime, for one, takes no empty list of tensors.
         state0 = state_or_zeros(x, batch_sizes, (), weights, _IDS[cell], directions)
-    args = x, batch_sizes, state0, weights, _IDS[cell], directions
+    args = x, batch_sizes, resets, state0, weights, _IDS[cell], directions, cell_states
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_transformed():
-        y, h_n, c_n, _, _ = forward_op(*args, False)
+        # Whether anything is saved is known to the operator's Autograd kernel, how often is not.
+        y, *ends, _, _ = forward_op(*args, 0 if save_every == 1 else save_every)
     elif torch.is_grad_enabled() and any([t.requires_grad for t in (*weights, x, *state0)]):
-        call = _call(_IDS[cell], directions, len(state0))
-        y, *ends = autograd.record(None, call, x, batch_sizes, *state0, *weights)
-        return y, tuple(ends)
+        call = _call(_IDS[cell], directions, len(state0), cell_states, save_every)
+        y, *ends = autograd.record(None, call, x, batch_sizes, resets, *state0, *weights)
     else:
         with torch._C._AutoDispatchBelowAutograd():
-            y, h_n, c_n, _, _ = forward_op(*args, False)
-    return y, ((h_n, c_n) if CELLS[cell]["carry"] == "cell" else (h_n,))
+            y, *ends, _, _ = forward_op(*args, 0)
+    if CELLS[cell]["carry"] != "cell":
+        return y, (ends[0],)
+    if not cell_states:
+        return y, tuple(ends)
+    width = directions * weights[1].shape[-1]
+    return y[..., :width], tuple(ends), y[..., width:]
 
 
 def step(x: Tensor, state0: Sequence[Tensor], weights: Sequence[Tensor], cell: str) -> Any:
@@ -79,12 +97,13 @@ def step(x: Tensor, state0: Sequence[Tensor], weights: Sequence[Tensor], cell: s
     b_ih and b_hh if there are biases; as `inference.infer_step` found them fit. Returns the states
     after the step, a tensor if the cell has one state, else a tuple.
     """
-    return autograd.record_step(_call(_IDS[cell], 1, len(state0)), x, *state0, *weights)
+    call = _call(_IDS[cell], 1, len(state0), False, 1)
+    return autograd.record_step(call, x, *state0, *weights)
 
 
 @cache
-def _call(cell, directions, states):
-    return Layer(cell, directions, states)
+def _call(cell, directions, states, cell_states, save_every):
+    return Layer(cell, directions, states, cell_states, save_every)
 
 
 def _is_transformed():

@@ -11,28 +11,46 @@ Sizes: T steps, N rows, I inputs, H hidden units, R recurrent width, D direction
 import torch
 
 from lstm_fused import ops
-from lstm_fused.cuda import CELLS
 from lstm_fused.export import state_or_zeros
-from lstm_fused.operators import library, padded_op
+from lstm_fused.operators import forward_op, library, padded_op
 
 
-def layer(x, lengths, state0, weights, cell="lstm", directions=1):
+def layer(
+    x,
+    lengths,
+    state0,
+    weights,
+    cell="lstm",
+    directions=1,
+    *,
+    resets=None,
+    cell_states=False,
+    save_every=1,
+):
     """``ops.layer`` of x (T, N, I) whose row n holds lengths[n] steps, then padding.
 
     lengths: (N,), int64, from 0 to T in any order. Returns y (T, N, D * R), zero in the padding,
     and the final states, each row's at its own end; a row of length 0 keeps its initial state.
+    With cell_states (T, N, D * H) behind them, zero in the padding. save_every is of no effect, as
+    for packed data.
     """
     number = ops.CELLS[cell]["id"]
     # An exported program keeps the operator, which ONNX export needs. A compiled graph must not
     # keep it: the compiler's cache outlives this version of the decomposition.
     compiled = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
     run = _padded if compiled else padded_op
-    y, h_n, c_n = run(x, lengths, list(state0), list(weights), number, directions)
-    return y, ((h_n, c_n) if ops.CELLS[cell]["carry"] == "cell" else (h_n,))
+    tensors = x, lengths, resets, list(state0), list(weights)
+    y, h_n, c_n = run(*tensors, number, directions, cell_states)
+    if ops.CELLS[cell]["carry"] != "cell":
+        return y, (h_n,)
+    if not cell_states:
+        return y, (h_n, c_n)
+    width = directions * weights[1].shape[-1]
+    return y[..., :width], (h_n, c_n), y[..., width:]
 
 
 @torch.library.impl(library, "recurrent_padded", "CompositeImplicitAutograd")
-def _padded(x, lengths, state0, weights, cell, directions):
+def _padded(x, lengths, resets, state0, weights, cell, directions, cell_states):
     T, N, _ = x.shape
     lengths = lengths.to("cpu", torch.int64)
     torch._assert_async(
@@ -45,7 +63,7 @@ def _padded(x, lengths, state0, weights, cell, directions):
     x = torch.where(began, x, 0)
     # Given explicitly, so that the operator's results have N rows, which batch_sizes cannot show.
     state0 = state_or_zeros(x, None, state0, weights, cell, directions)
-    start = [torch.where(began, s, 0) for s in state0]
+    initial = [s[:, :N] for s in state0]
     steps_of = lengths.clamp(min=1)
     order = steps_of.argsort(descending=True)
     alive = torch.arange(T, device="cpu").unsqueeze(1) < steps_of[order]  # (T, N), sorted rows
@@ -59,18 +77,29 @@ def _padded(x, lengths, state0, weights, cell, directions):
     at = at.view(T, N)[:, order.argsort()].flatten()
     source = torch.cat((at.argsort(), at.new_zeros(1))).to(x.device)
     rows = x.flatten(0, 1).index_select(0, source)
+    anew = None if resets is None else resets.flatten(0, 1).index_select(0, source)
     order, back, at = order.to(x.device), order.argsort().to(x.device), at.to(x.device)
-    y, ends = ops.layer(
+    start = [torch.where(began, s, 0).index_select(1, order) for s in initial]
+    if resets is not None:
+        # Of 2 * N rows of a state the last N are those that resets put in.
+        start = [
+            torch.cat((s, given[:, N:].index_select(1, order)), 1) if given.shape[1] > N else s
+            for s, given in zip(start, state0, strict=True)
+        ]
+    y, *ends, _, _ = forward_op(
         rows,
         batch_sizes,
-        [s.index_select(1, order) for s in start],
+        anew,
+        start,
         weights,
-        CELLS[cell]["name"],
+        cell,
         directions,
+        cell_states,
+        0,
     )
     y = y.index_select(0, at).unflatten(0, (T, N)).masked_fill(~began, 0)
     ends = [
-        torch.where(began, end.index_select(1, back), initial)
-        for end, initial in zip(ends, state0, strict=True)
+        torch.where(began, end.index_select(1, back), first)
+        for end, first in zip(ends, initial, strict=False)
     ]
     return y, *(*ends, x.new_empty(0))[:2]

@@ -58,44 +58,109 @@ def _split_weights(weights, directions):
         yield w_ih, w_hh, b_ih, b_hh, w_hr
 
 
-def _layer(step, widths_of, x, batch_sizes, state0, weights, directions=1):
+def _layer(
+    step,
+    widths_of,
+    x,
+    batch_sizes,
+    state0,
+    weights,
+    directions=1,
+    *,
+    resets=None,
+    cell_states=False,
+):
     """One layer, the contract of ``ops.layer``.
 
     x: (T, N, I), or packed (S, I) with batch_sizes (T,), never increasing and batch_sizes[0] == N.
-    A negative entry after those says how many rows of x follow that belong to no step.
-    state0: () for zeros, or the initial states, h0 (D, N, R) first.
+    A negative entry after those says how many rows of x follow that belong to no step. Or the rows
+    (S, I) of N documents with batch_sizes (1, N + 1), where each begins, then S.
+    state0: () for zeros, or the initial states, h0 (D, N, R) first. A state of 2 * N rows holds
+    those that resets put in behind the initial ones.
     weights: per direction w_ih (G*H, I), w_hh (G*H, R)[, b_ih (G*H,), b_hh (G*H,)][, w_hr (R, H)].
     step and widths_of are the cell's: one step of it, and its states' widths by (w_ih, w_hh).
-    Returns y (T, N, D*R) or (S, D*R) and the final states, each (D, N, its width).
+    resets: None, or x's shape with 1 for I: not 0 where a row begins anew before that step.
+    Returns y (T, N, D*R) or (S, D*R), the final states, each (D, N, its width), and with
+    cell_states, of a cell that has them, those of all steps, (T, N, D*H) or (S, D*H).
     """
+    if batch_sizes is not None and batch_sizes.dim() == 2:
+        if not state0:
+            widths = widths_of(*weights[:2])
+            state0 = [x.new_zeros(directions, batch_sizes.numel() - 1, width) for width in widths]
+        run = partial(_layer, step, widths_of, directions=directions, cell_states=cell_states)
+        return _documents(run, x, batch_sizes[0].tolist(), state0, weights, resets)
     if batch_sizes is None:
+        sizes, padding = [x.shape[1]] * x.shape[0], 0
         steps = x.unbind(0)
-        rows = x.shape[1]
+        anew = None if resets is None else resets.bool().unbind(0)
     else:
         sizes = batch_sizes.tolist()
         padding = -sizes.pop() if sizes[-1] < 0 else 0
         steps = x[: sum(sizes)].split(sizes)
-        rows = sizes[0]
-    outputs, ends = [], []
+        anew = None if resets is None else resets[: sum(sizes)].bool().split(sizes)
+    T, rows = len(sizes), sizes[0]
+    histories, ends = [], []
     for d, params in enumerate(_split_weights(weights, directions)):
         if state0:
-            state = tuple(s[d] for s in state0)
+            state = tuple(s[d, :rows] for s in state0)
+            after_reset = tuple(
+                s[d, rows:] if s.shape[1] > rows else torch.zeros_like(s[d]) for s in state0
+            )
         else:
             state = tuple(x.new_zeros(rows, width) for width in widths_of(*params[:2]))
-        ys = []
-        for x_t in reversed(steps) if d else steps:
-            n = x_t.shape[0]
-            after = step(x_t, tuple(s[:n] for s in state), *params)
-            ys.append(after[0])
+            after_reset = state
+        history = [None] * T
+        for t in reversed(range(T)) if d else range(T):
+            # A reset lies between step t - 1 and step t, for the reverse direction too.
+            boundary = t + 1 if d else t
+            if anew is not None and boundary < T:
+                state = _reset(state, after_reset, anew[boundary])
+            n = sizes[t]
+            after = step(steps[t], tuple(s[:n] for s in state), *params)
+            history[t] = after
             # Rows from n on have ended (forward), or have not begun (reverse): their state stays.
             state = tuple(torch.cat((new, old[n:])) for new, old in zip(after, state, strict=True))
-        outputs.append(ys[::-1] if d else ys)
+        histories.append(history)
         ends.append(state)
     join = torch.stack if batch_sizes is None else torch.cat
-    y = torch.cat([join(ys) for ys in outputs], dim=-1)
-    if batch_sizes is not None and padding:
-        y = torch.cat((y, y.new_zeros(padding, y.shape[-1])))
-    return y, tuple(torch.stack(s) for s in zip(*ends, strict=True))
+
+    def of_all_steps(k):
+        """The state number k after each step, the directions side by side."""
+        y = torch.cat([join([state[k] for state in history]) for history in histories], dim=-1)
+        return torch.cat((y, y.new_zeros(padding, y.shape[-1]))) if padding else y
+
+    found = of_all_steps(0), tuple(torch.stack(s) for s in zip(*ends, strict=True))
+    return (*found, of_all_steps(1)) if cell_states else found
+
+
+def _reset(state, after_reset, anew):
+    """The states (N, width) of which the first n rows are replaced where anew (n, 1) is set."""
+    n = anew.shape[0]
+    return tuple(
+        torch.cat((torch.where(anew, new[:n], old[:n]), old[n:]))
+        for new, old in zip(after_reset, state, strict=True)
+    )
+
+
+def _documents(run, x, begins, state0, weights, resets):
+    """run, a layer, of one document after the other; begins: (N + 1,), see ``_layer``."""
+    N = len(begins) - 1
+    parts, ends = [], []
+    for n, (begin, end) in enumerate(zip(begins, begins[1:], strict=False)):
+        if begin == end:
+            ends.append(tuple(s[:, n : n + 1] for s in state0))
+            continue
+        y, after, *cells = run(
+            x[begin:end].unsqueeze(1),
+            None,
+            tuple(s[:, n::N] for s in state0),  # the initial state, then that of resets
+            weights,
+            resets=None if resets is None else resets[begin:end].unsqueeze(1),
+        )
+        parts.append((y, *cells))
+        ends.append(after)
+    y, *cells = (torch.cat(ts).squeeze(1) for ts in zip(*parts, strict=True))
+    return y, tuple(torch.cat(ss, dim=1) for ss in zip(*ends, strict=True)), *cells
 
 
 def _h_and_c(w_ih, w_hh):

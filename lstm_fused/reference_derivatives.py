@@ -22,6 +22,8 @@ class Layer:
     cell: int
     directions: int
     states: int  # initial states given: 0, or as many as the cell has
+    cell_states: bool = False  # whether y holds the cell states behind the hidden ones
+    save_every: int = 1  # 0, or a state of so many steps is saved
     samples: int = 0  # of recurrent_backward_samples, 0 for the other operators
 
     @property
@@ -41,6 +43,11 @@ class Layer:
         """recurrent_backward's mask; x, needs: whether those of x, of states and weights are."""
         absent = (False,) * (2 - self.states)
         return [x, *needs[: self.states], *absent, *needs[self.states :], False]
+
+
+def has_cell_states(y, weights, directions):
+    """Whether y, or its gradient, holds the cell states of all steps behind the hidden ones."""
+    return y is not None and y.shape[-1] > directions * weights[1].shape[-1]
 
 
 def replaced(tensors, places, others):
@@ -133,45 +140,61 @@ BETWEEN = Tools(_func_pull, torch.func.vmap)
 INSIDE = Tools(_pull, _one_by_one)
 
 
-def outputs_of(layer, batch_sizes, tools):
+def outputs_of(layer, batch_sizes, resets, tools):
     """The reference as a function of [x, *state0, *weights]."""
-    return lambda tensors: _reference(layer, batch_sizes, tensors[0], tensors[1:], tools)
+    return lambda tensors: _reference(layer, batch_sizes, resets, tensors, tools)
 
 
-def gradients_of(layer, mask, batch_sizes, tools):
+def gradients_of(layer, mask, batch_sizes, resets, tools):
     """The reference's gradients as a function of [dy, dh_n, dc_n, x, *state0, *weights]."""
     return lambda tensors: _reference_gradients(
-        layer, mask, batch_sizes, tensors[:3], tensors[3:], tools
+        layer, mask, batch_sizes, resets, tensors[:3], tensors[3:], tools
     )
 
 
-def tangents_of(layer, batch_sizes, tools):
+def tangents_of(layer, batch_sizes, resets, tools):
     """The reference's tangents as a function of [x, *state0, *weights], then a tangent of each."""
 
     def call(tensors):
         count = len(tensors) // 2
         primals, moves = tensors[:count], tensors[count:]
         moving = [k for k, t in enumerate(moves) if t is not None]
-        outputs = with_moved(primals, moving, outputs_of(layer, batch_sizes, tools))
+        outputs = with_moved(primals, moving, outputs_of(layer, batch_sizes, resets, tools))
         return tools.push(outputs, [primals[k] for k in moving], [moves[k] for k in moving])
 
     return call
 
 
-def _reference(layer, batch_sizes, x, tensors, tools):
-    """(y, h_n[, c_n]) by the reference; x and tensors may have a first dimension of models."""
+def _reference(layer, batch_sizes, resets, tensors, tools):
+    """(y, h_n[, c_n]) of [x, *state0, *weights] by the reference.
 
-    def one(x, *tensors):
+    The tensors and resets may have a first dimension of models.
+    """
+
+    def one(resets, x, *tensors):
         state0, weights = layer.split(tensors)
         run = reference.CELLS[CELLS[layer.cell]["name"]]
-        y, ends = run(x, batch_sizes, tuple(state0), weights, layer.directions)
-        return y, *ends
+        y, ends, *cells = run(
+            x,
+            batch_sizes,
+            tuple(state0),
+            weights,
+            layer.directions,
+            resets=resets[0] if resets else None,
+            cell_states=layer.cell_states,
+        )
+        return torch.cat((y, *cells), -1) if cells else y, *ends
 
-    run = tools.vmap(one) if models.several(layer.split(tensors)[1]) else one
-    return run(x, *tensors)
+    run = tools.vmap(one) if models.several(layer.split(tensors[1:])[1]) else one
+    return run(_maybe(resets), *tensors)
 
 
-def _reference_gradients(layer, mask, batch_sizes, d_out, tensors, tools):
+def _maybe(t):
+    """t in a tuple, which is empty without it: torch.vmap takes no None."""
+    return () if t is None else (t,)
+
+
+def _reference_gradients(layer, mask, batch_sizes, resets, d_out, tensors, tools):
     """The gradients that mask asks for, as a tuple of those alone.
 
     d_out: of y, h_n and c_n, None where there is none. tensors: x, the states, the weights. With
@@ -185,10 +208,10 @@ def _reference_gradients(layer, mask, batch_sizes, d_out, tensors, tools):
     if batch_sizes is not None and layer.samples:
         sizes = batch_sizes // layer.samples
 
-    def one(d_out, *tensors):
+    def one(d_out, resets, *tensors):
         def outputs(*moved):
             full = replaced(tensors, wanted, moved)
-            out = _reference(layer, sizes, full[0], full[1:], tools)
+            out = _reference(layer, sizes, resets[0] if resets else None, full, tools)
             return tuple(out[k] for k in given)
 
         return tools.pull(outputs, [tensors[k] for k in wanted], d_out)
@@ -196,7 +219,7 @@ def _reference_gradients(layer, mask, batch_sizes, d_out, tensors, tools):
     run = _over_samples(layer, one, wanted, tools) if layer.samples else one
     if models.several(layer.split(tensors[1:])[1]):
         run = tools.vmap(run)
-    return run(tuple(d_out[k] for k in given), *tensors)
+    return run(tuple(d_out[k] for k in given), _maybe(resets), *tensors)
 
 
 def _over_samples(layer, one, wanted, tools):
@@ -205,12 +228,12 @@ def _over_samples(layer, one, wanted, tools):
     def parted(t):
         return t.unflatten(-2, (-1, layer.samples))
 
-    def run(d_out, *tensors):
+    def run(d_out, resets, *tensors):
         rows, weights = tensors[: 1 + layer.states], tensors[1 + layer.states :]
-        in_dims = (-2, *[-2] * len(rows), *[None] * len(weights))
+        in_dims = (-2, -2, *[-2] * len(rows), *[None] * len(weights))
         out_dims = tuple(-2 if k <= layer.states else 0 for k in wanted)
         found = tools.vmap(one, in_dims, out_dims)(
-            tuple(map(parted, d_out)), *map(parted, rows), *weights
+            tuple(map(parted, d_out)), tuple(map(parted, resets)), *map(parted, rows), *weights
         )
         return tuple(
             g.flatten(-3, -2) if k <= layer.states else g

@@ -6,6 +6,8 @@ each sample's own inputs and states, are the gradients of the weights.
 Sizes as in `ops`. Rows are (n, sample), the sample innermost; K rows of all steps to a sample.
 """
 
+from functools import partial
+
 import torch
 
 from lstm_fused import models
@@ -13,31 +15,37 @@ from lstm_fused.cuda import CELLS
 from lstm_fused.operators import backward_op, library, run_directly
 
 
-def run(x, batch_sizes, state0, weights, y, *rest):
+def run(x, batch_sizes, resets, state0, weights, y, *rest):
     """As recurrent_backward, every gradient of a weight with a first dimension of samples.
 
     y is needed for the gradient of w_hh. Weights may be those of several models, no projections.
     """
     if models.several(weights):
-        return models.each(run, x, batch_sizes, state0, weights, y, *rest)
-    *saved_and_d_out, cell, directions, mask, samples = rest
+        return models.each(run, x, batch_sizes, resets, state0, weights, y, *rest)
+    *saved_and_d_out, cell, directions, save_every, mask, samples = rest
     each = len(weights) // directions
     if each % 2:
         raise RuntimeError("recurrent_backward_samples has no gradient of a projection")
+    if batch_sizes is not None and batch_sizes.dim() == 2:
+        raise RuntimeError("recurrent_backward_samples takes no documents")
     only_rows = [*mask[:3], *[False] * len(weights), True]
     dx, dh0, dc0, _, d_preacts = run_directly(
         backward_op,
         x,
         batch_sizes,
+        resets,
         state0,
         weights,
         y,
         *saved_and_d_out,
         cell,
         directions,
+        save_every,
         only_rows,
     )
-    part = _Products(x, batch_sizes, state0, y, d_preacts, CELLS[cell], directions, samples)
+    H = weights[1].shape[-1]
+    before = partial(states_before, x, batch_sizes, resets, state0, y, H)
+    part = _Products(x, before, d_preacts, CELLS[cell], samples)
     dweights = [
         part.gradient(*divmod(k, each)).to(x.dtype) if want else x.new_empty(0)
         for k, want in enumerate(mask[3:-1])
@@ -48,9 +56,10 @@ def run(x, batch_sizes, state0, weights, y, *rest):
 class _Products:
     """The gradients of the weights, each a product over the K rows of a sample."""
 
-    def __init__(self, x, batch_sizes, state0, y, d_preacts, cell, directions, samples):
-        self.x, self.batch_sizes, self.state0, self.y = x, batch_sizes, state0, y
-        self.d_preacts, self.D, self.samples = d_preacts, directions, samples
+    def __init__(self, x, before, d_preacts, cell, samples):
+        """before: h before each row's step in a direction, (S, H)."""
+        self.x, self.before = x, before
+        self.d_preacts, self.samples = d_preacts, samples
         self.compute = torch.float64 if x.dtype is torch.float64 else torch.float32
         self.G, self.input_gates, self.hidden_gates = (
             cell[key] for key in ("gates", "input_gates", "hidden_gates")
@@ -67,10 +76,7 @@ class _Products:
         part = self._by_sample(part.flatten(1)).to(self.compute)  # (samples, K, G * H)
         if which >= 2:
             return part.sum(1)
-        if of_input:
-            factor = self.x.reshape(-1, self.x.shape[-1])
-        else:
-            factor = states_before(self.x, self.batch_sizes, self.state0, self.y, d, self.D)
+        factor = self.x.reshape(-1, self.x.shape[-1]) if of_input else self.before(d)
         return part.mT @ self._by_sample(factor.to(self.compute))
 
     def _by_sample(self, rows):
@@ -78,24 +84,78 @@ class _Products:
         return rows.unflatten(0, (-1, self.samples)).transpose(0, 1)
 
 
-def states_before(x, batch_sizes, state0, y, d, directions):
-    """h before each row's step in direction d, (S, R), of y (T, N, D * R) or (S, D * R)."""
-    width = y.shape[-1] // directions
-    y = y.reshape(-1, directions, width)[:, d]
-    sizes = [x.shape[1]] * x.shape[0] if batch_sizes is None else batch_sizes.tolist()
+def states_before(x, batch_sizes, resets, state0, y, R, d):
+    """h before each row's step in direction d, (S, R), of y (T, N, width) or (S, width)."""
+    y = y.reshape(-1, y.shape[-1])[:, d * R : (d + 1) * R]
+    rows = _rows_of(x, batch_sizes)
+    given = state0[0][d] if state0 else y.new_zeros(rows.N, R)
+    before = rows.before(y, given[: rows.N], d)
+    if resets is None:
+        return before
+    anew = resets.reshape(-1, 1).bool()
+    if d == 1:  # the boundary before step t + 1 is the one that step t comes after
+        anew = rows.before(anew, anew.new_zeros(rows.N, 1), d)
+    reset = rows.each(given[rows.N :]) if len(given) > rows.N else 0
+    return torch.where(anew, reset, before)
+
+
+def _rows_of(x, batch_sizes):
+    if batch_sizes is None:
+        return _Steps([x.shape[1]] * x.shape[0])
+    if batch_sizes.dim() == 2:
+        return _Documents(batch_sizes[0].tolist())
+    sizes = batch_sizes.tolist()
     padding = -sizes.pop() if sizes[-1] < 0 else 0  # rows of no step, csrc/layer.h
-    y = y[: y.shape[0] - padding]
-    h0 = state0[0][d] if state0 else y.new_zeros(sizes[0], width)
-    steps = y.split(sizes)
-    if d == 0:
-        before = [h0]
-        before += [step[:rows] for step, rows in zip(steps, sizes[1:], strict=False)]
-    else:
-        before = [
-            torch.cat((steps[t + 1], h0[sizes[t + 1] : sizes[t]])) for t in range(len(sizes) - 1)
-        ]
-        before.append(h0[: sizes[-1]])
-    return torch.cat((*before, y.new_zeros(padding, width)))
+    return _Steps(sizes, padding)
+
+
+class _Steps:
+    """The rows of all steps, step by step; sizes: how many each has."""
+
+    def __init__(self, sizes, padding=0):
+        self.sizes, self.padding, self.N = sizes, padding, sizes[0]
+
+    def before(self, ts, first, d):
+        """The row of ts (S, width) at the step before each one's, first (N, width) at a first."""
+        sizes = self.sizes
+        steps = ts[: len(ts) - self.padding].split(sizes)
+        if d == 0:
+            found = [first]
+            found += [step[:rows] for step, rows in zip(steps, sizes[1:], strict=False)]
+        else:
+            found = [
+                torch.cat((steps[t + 1], first[sizes[t + 1] : sizes[t]]))
+                for t in range(len(sizes) - 1)
+            ]
+            found.append(first[: sizes[-1]])
+        return self._with_padding(found, ts)
+
+    def each(self, ts):
+        """ts (N, width) at every step, (S, width)."""
+        return self._with_padding([ts[:rows] for rows in self.sizes], ts)
+
+    def _with_padding(self, steps, like):
+        return torch.cat((*steps, like.new_zeros(self.padding, like.shape[1])))
+
+
+class _Documents:
+    """The rows of N documents, one after the other; begins: (N + 1,)."""
+
+    def __init__(self, begins):
+        self.spans, self.N = list(zip(begins, begins[1:], strict=False)), len(begins) - 1
+
+    def before(self, ts, first, d):
+        """As of _Steps."""
+        found = []
+        for n, (begin, end) in enumerate(self.spans):
+            if begin < end:
+                own = first[n : n + 1]
+                found += [own, ts[begin : end - 1]] if d == 0 else [ts[begin + 1 : end], own]
+        return torch.cat(found)
+
+    def each(self, ts):
+        """As of _Steps."""
+        return torch.cat([ts[n : n + 1].expand(e - b, -1) for n, (b, e) in enumerate(self.spans)])
 
 
 def register():

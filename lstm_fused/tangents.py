@@ -11,6 +11,7 @@ import torch
 from lstm_fused import cuda, models
 from lstm_fused.cuda import CELLS
 from lstm_fused.operators import library, run_directly, tangent_op
+from lstm_fused.reference_derivatives import has_cell_states
 from lstm_fused.samples import states_before
 
 
@@ -19,7 +20,9 @@ def has_kernel(x, weights, directions):
     return not cuda.serves(x) and len(weights) // directions % 2 == 0
 
 
-def run(x, batch_sizes, state0, weights, y, gates, saved_states, tangents, cell, directions):
+def run(
+    x, batch_sizes, resets, state0, weights, y, gates, saved_states, tangents, cell, directions
+):
     """The tangents of y, h_n and c_n; of 16-bit tensors computed in float32."""
     info = CELLS[cell]
     compute = gates.dtype
@@ -40,12 +43,13 @@ def run(x, batch_sizes, state0, weights, y, gates, saved_states, tangents, cell,
     matrices_move = any(d is not None and d.dim() == 2 + several for d in d_weights)
     preacts = None
     if matrices_move:
-        args = (x, batch_sizes, state0, y, d_weights, info, directions)
+        args = (x, batch_sizes, resets, state0, weights, y, d_weights, info, directions)
         preacts = models.each(_preacts, *args) if several else _preacts(*args)
     out = run_directly(
         tangent_op,
         torch.zeros_like(x) if dx is None else dx,
         batch_sizes,
+        resets,
         d_states,
         [
             w if w.dim() == 2 + several else torch.zeros_like(w) if d is None else d
@@ -57,6 +61,7 @@ def run(x, batch_sizes, state0, weights, y, gates, saved_states, tangents, cell,
         preacts,
         cell,
         directions,
+        has_cell_states(y, weights, directions),
     )
     return tuple(t.to(tangents_dtype(tangents)) for t in out)
 
@@ -65,11 +70,11 @@ def tangents_dtype(tangents):
     return next(t.dtype for t in tangents if t is not None)
 
 
-def _preacts(x, batch_sizes, state0, y, d_weights, info, directions):
+def _preacts(x, batch_sizes, resets, state0, weights, y, d_weights, info, directions):
     """What the tangents of w_ih and w_hh add to the pre-activations, (S, D, P, H)."""
     each, G, P = len(d_weights) // directions, info["gates"], info["preacts"]
     rows = x.reshape(-1, x.shape[-1])
-    H = y.shape[-1] // directions
+    H = weights[1].shape[-1]
     found = rows.new_zeros(rows.shape[0], directions, P, H)
 
     def add(part, product, order):
@@ -80,7 +85,7 @@ def _preacts(x, batch_sizes, state0, y, d_weights, info, directions):
         if d_ih is not None:
             add(found[:, d, :G], rows @ d_ih.mT, info["input_gates"])
         if d_hh is not None:
-            before = states_before(x, batch_sizes, state0, y, d, directions)
+            before = states_before(x, batch_sizes, resets, state0, y, H, d)
             add(found[:, d, P - G :], before @ d_hh.mT, info["hidden_gates"])
     return found
 

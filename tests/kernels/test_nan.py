@@ -50,7 +50,7 @@ def test_saved_tensors_are_fully_written(dtype):
         module = Problem(3, 2, 6, hidden, dtype, cell=cell).module(lstm_fused)
         weights = [w.detach() for w in module.parameters()]
         _, _, _, gates, cells = torch.ops.lstm_fused.recurrent_forward(
-            x, None, [], weights, ops.CELLS[cell]["id"], 1, True
+            x, None, None, [], weights, ops.CELLS[cell]["id"], 1, False, 1
         )
         assert gates.isfinite().all() and cells.isfinite().all()
 

@@ -168,7 +168,7 @@ def test_gradient_of_padding_is_zero(cell):
 def test_batch_sizes_errors(sizes, words):
     weights = [w.detach() for w in nn.LSTM(I, H).parameters()]
     with pytest.raises(RuntimeError, match=words):
-        forward_op(torch.randn(5, I), torch.tensor(sizes), [], weights, 0, 1, False)
+        forward_op(torch.randn(5, I), torch.tensor(sizes), None, [], weights, 0, 1, False, 0)
 
 
 @each_cell

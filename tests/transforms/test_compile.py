@@ -297,11 +297,12 @@ def sample(cell, name):
 
 
 @pytest.mark.covering(goals=each_cell_and_sample)
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("save_every", [1, 0])
 @each_sample
-def test_opcheck_forward(cell, name, training):
+def test_opcheck_forward(cell, name, save_every):
     x, batch_sizes, state0, weights, D = sample(cell, name)
-    opcheck(FORWARD, (x, batch_sizes, state0, weights, ops.CELLS[cell]["id"], D, training))
+    kind = ops.CELLS[cell]["id"]
+    opcheck(FORWARD, (x, batch_sizes, None, state0, weights, kind, D, False, save_every))
 
 
 @pytest.mark.covering(goals=lambda cell, name: {cell, SAMPLES[name][0].__class__})
@@ -309,7 +310,8 @@ def test_opcheck_forward(cell, name, training):
 def test_opcheck_backward(cell, name):
     x, batch_sizes, state0, weights, D = sample(cell, name)
     kind = ops.CELLS[cell]["id"]
-    y, h_n, c_n, gates, cells = FORWARD(x, batch_sizes, state0, weights, kind, D, True)
+    call = (x, batch_sizes, None, state0, weights)
+    y, h_n, c_n, gates, cells = FORWARD(*call, kind, D, False, 1)
     count = len(weights)
     d_out = [torch.randn_like(t) for t in (y, h_n)]
     d_out.append(torch.randn_like(c_n) if has_cell_state(cell) else None)
@@ -320,7 +322,7 @@ def test_opcheck_backward(cell, name):
         "x only": ([d_out[0], None, None], [True] + [False] * (2 + count)),
     }
     for (dy, dh_n, dc_n), mask in masks.values():
-        given = (x, batch_sizes, state0, weights, y, gates, cells, dy, dh_n, dc_n, kind, D)
+        given = (*call, y, gates, cells, dy, dh_n, dc_n, kind, D, 1)
         for preacts in (False, True):
             opcheck(BACKWARD, (*given, [*mask, preacts]))
 
@@ -330,8 +332,9 @@ def test_opcheck_backward(cell, name):
 def test_opcheck_tangents(cell, name):
     x, batch_sizes, state0, weights, D = sample(cell, name)
     kind = ops.CELLS[cell]["id"]
-    y, _, _, gates, cells = FORWARD(x, batch_sizes, state0, weights, kind, D, True)
+    call = (x, batch_sizes, None, state0, weights)
+    y, _, _, gates, cells = FORWARD(*call, kind, D, False, 1)
     moves = [t.cos() for t in (x, *state0, *weights)]
     if len(weights) // D % 2 == 0:  # without a projection
-        given = (x, batch_sizes, state0, weights, y, gates, cells, moves, kind, D)
+        given = (*call, y, gates, cells, moves, kind, D)
         opcheck(torch.ops.lstm_fused.recurrent_jvp.default, given)
