@@ -95,10 +95,14 @@ def _unpack_odd_state(hx, dims):
     return hx[0], hx[1]
 
 
-def check_state_kind(x, state):
+def names_of_states(argument, state):
+    """What the tensors of a state, (h, c) or (h,), are called in an argument of this name."""
+    return (argument,) if len(state) == 1 else tuple(f"{argument}[{k}]" for k in range(len(state)))
+
+
+def check_state_kind(x, state, argument="hx"):
     """Refuse states, (h_0, c_0) or (h_0,), of another device or dtype than x."""
-    names = ("hx",) if len(state) == 1 else ("hx[0]", "hx[1]")
-    for name, t in zip(names, state, strict=True):
+    for name, t in zip(names_of_states(argument, state), state, strict=True):
         if t.device != x.device:
             raise RuntimeError(
                 "Input and hidden tensors are not at the same device, "
@@ -146,12 +150,18 @@ def check_weights(module, weights, dtype):
 
 
 def check_lengths(input, lengths, batch_first):
-    """lengths as an int64 CPU tensor (N,), refused unless it fits input (T, N, I) or (N, T, I)."""
+    """lengths as an int64 tensor (N,), refused unless it fits input (T, N, I) or (N, T, I).
+
+    On the CPU; lengths on input's CUDA device stay there, and are compared there.
+    """
     if not isinstance(input, Tensor) or input.dim() != 3:
         got = f"{input.dim()}-D" if isinstance(input, Tensor) else type(input).__name__
         raise ValueError(f"lengths needs a padded 3-D input, got {got}")
+    captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    stays = isinstance(lengths, Tensor) and lengths.is_cuda and lengths.device == input.device
     try:
-        lengths = torch.as_tensor(lengths, device="cpu")
+        if not stays or captured:
+            lengths = torch.as_tensor(lengths, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"lengths must be a list or a tensor of integers: {error}") from None
     integers = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -162,10 +172,116 @@ def check_lengths(input, lengths, batch_first):
         raise ValueError(
             f"lengths must hold one length a row, shape ({rows},), got {tuple(lengths.shape)}"
         )
-    captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if rows and not captured and (int(lengths.min()) < 0 or int(lengths.max()) > length):
+    if lengths.is_cuda:
+        torch._assert_async(
+            ((lengths >= 0) & (lengths <= length)).all(),
+            "lengths must be from 0 to the input's length",
+        )
+    elif rows and not captured and (int(lengths.min()) < 0 or int(lengths.max()) > length):
         raise ValueError(
             f"lengths must be from 0 to {length}, the input's length, "
             f"got {int(lengths.min())} to {int(lengths.max())}"
         )
     return lengths.to(torch.int64)
+
+
+def check_together(module, resets, reset_state, cell_states, cu_seqlens, max_seqlen, lengths):
+    """Refuse options of a call that do not go together, or not with the module."""
+    if cell_states and module._states == 1:
+        raise TypeError(
+            f"return_cell_states needs an LSTM, {module._torch_class.__name__} has no cell state"
+        )
+    if reset_state is not None and resets is None:
+        raise ValueError("reset_state is given without resets, which say where it is put in")
+    if cu_seqlens is not None and lengths is not None:
+        raise ValueError("cu_seqlens and lengths are given, it must be one of them")
+    if max_seqlen is not None and cu_seqlens is None:
+        raise ValueError("max_seqlen is given without cu_seqlens")
+
+
+def check_resets(resets, shape, axes, device):
+    """Refuse resets unless a bool tensor of this shape, whose axes are named so, on this device."""
+    if not isinstance(resets, Tensor):
+        raise TypeError(f"resets must be a bool Tensor {axes}, got {type(resets).__name__}")
+    if resets.dtype is not torch.bool:
+        raise TypeError(f"resets must be of dtype torch.bool, got {resets.dtype}")
+    if resets.shape != shape:
+        raise ValueError(
+            f"resets must have shape {axes}, {tuple(shape)} here, got {tuple(resets.shape)}"
+        )
+    if resets.device != device:
+        raise RuntimeError(f"resets must be on {device} as input is, got {resets.device}")
+
+
+def check_reset_state(module, reset_state, rows):
+    """reset_state as a tuple of states (L*D, rows, width); a state (L*D, width) is that of all."""
+    widths = (module.proj_size or module.hidden_size, module.hidden_size)[: module._states]
+    if len(widths) == 1:
+        if not isinstance(reset_state, Tensor):
+            raise TypeError(f"reset_state must be a Tensor, got {type(reset_state).__name__}")
+        reset_state = (reset_state,)
+    elif not isinstance(reset_state, (tuple, list)) or len(reset_state) != 2:
+        got = type(reset_state).__name__
+        raise TypeError(f"reset_state must be a tuple (h, c) of two tensors, got {got}")
+    layers = module.num_layers * (2 if module.bidirectional else 1)
+    found = []
+    names = names_of_states("reset_state", reset_state)
+    for name, t, width in zip(names, reset_state, widths, strict=True):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+        each = t.unsqueeze(1).expand(-1, rows, -1) if t.dim() == 2 else t
+        if each.shape != (layers, rows, width):
+            raise RuntimeError(
+                f"{name} must have shape {(layers, width)}, or {(layers, rows, width)} for a state "
+                f"of each row, got {tuple(t.shape)}"
+            )
+        found.append(each)
+    return tuple(found)
+
+
+def check_cu_seqlens(input, cu_seqlens, max_seqlen):
+    """Refuse cu_seqlens unless it fits documents (S, I), and max_seqlen unless an int or None."""
+    if not isinstance(input, Tensor) or input.dim() != 2:
+        got = f"{input.dim()}-D" if isinstance(input, Tensor) else type(input).__name__
+        raise ValueError(f"cu_seqlens needs an input of concatenated rows (S, I), got {got}")
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be a Tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            "cu_seqlens must have shape (N + 1,) for N documents, at least one, "
+            f"got {tuple(cu_seqlens.shape)}"
+        )
+    if max_seqlen is not None and (isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int)):
+        raise TypeError(f"max_seqlen must be an int, got {type(max_seqlen).__name__}")
+    if not cu_seqlens.is_cpu or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != input.shape[0]:
+        raise ValueError(
+            f"cu_seqlens must begin with 0 and end with {input.shape[0]}, the rows of input, "
+            f"got {first} and {last}"
+        )
+    lengths = cu_seqlens.diff()
+    if bool((lengths < 0).any()):
+        n = int((lengths < 0).nonzero()[0])
+        raise ValueError(
+            "cu_seqlens must not decrease, "
+            f"got {int(cu_seqlens[n])} and then {int(cu_seqlens[n + 1])}"
+        )
+    if max_seqlen is not None and int(lengths.max()) > max_seqlen:
+        raise ValueError(
+            f"max_seqlen must be at least {int(lengths.max())}, the longest document, "
+            f"got {max_seqlen}"
+        )
+
+
+def check_checkpoint_every(value):
+    """Refuse a value of checkpoint_every that is neither None, "auto" nor an int from 1 on."""
+    if value is None or (isinstance(value, str) and value == "auto"):
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f'checkpoint_every must be an int or "auto", got {value!r}')
+    if value < 1:
+        raise ValueError(f'checkpoint_every must be at least 1 or "auto", got {value}')

@@ -129,6 +129,11 @@ class Fused(_Typed[State]):
         torch.jit.script also puts it into the model in this module's place.
         """
         ours = next(cls for cls in type(self).__mro__ if vars(cls).get("_torch_class"))
+        if getattr(self, "learned_initial_state", False):
+            raise RuntimeError(
+                f"torch.jit.script cannot compile {type(self).__name__} with a learned initial "
+                "state, which torch.nn has not; torch.export can"
+            )
         own = overridden(type(self), ours, ("forward", *CALLED_BY_TORCH))
         if own and self._user_class is None:
             raise RuntimeError(
@@ -152,9 +157,10 @@ def overridden(cls, base, names=CALLED_BY_TORCH):
     return tuple(n for n in names if getattr(cls, n, None) is not getattr(base, n, None))
 
 
-def warn_once(module, reason):
+def warn_once(module, reason, through=None):
     original = module._torch_class
-    message = f"lstm_fused.{original.__name__} ran through torch.nn.{original.__name__}: {reason}"
+    through = through or f"torch.nn.{original.__name__}"
+    message = f"lstm_fused.{original.__name__} ran through {through}: {reason}"
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, stacklevel=6)

@@ -258,14 +258,26 @@ def _none(g, like):
 
 
 def _check_options(resets, cell_states):
-    for given, name in ((resets is not None, "resets="), (cell_states, "return_cell_states=")):
-        if given:
-            raise NotImplementedError(f"ONNX has no recurrent operator with {name}")
+    """Refuse what ONNX's operators of a layer do not have."""
+    if resets is not None:
+        raise NotImplementedError(
+            "ONNX's LSTM, GRU and RNN have no resets: export a model that is called for one step, "
+            "or for the steps between two resets, and give it the state to begin with"
+        )
+    if cell_states:
+        raise NotImplementedError(
+            "ONNX's LSTM does not return the cell states of all steps: "
+            "export a model that is called for one step, whose c_n is that step's"
+        )
 
 
 def _forward(g, x, batch_sizes, resets, state0, weights, cell, directions, cell_states, save_every):
     """``lstm_fused::recurrent_forward``, with empty outputs for what is saved for backward."""
     _check_options(resets, cell_states)
+    if batch_sizes is not None and len(g.shape(batch_sizes)) == 2:
+        raise NotImplementedError(
+            "documents (cu_seqlens=) cannot be exported to ONNX: give a padded input and lengths="
+        )
     if batch_sizes is None:
         y, h_n, c_n = _layer(g, x, None, state0, weights, CELLS[cell]["name"], directions)
     else:

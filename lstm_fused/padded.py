@@ -1,11 +1,13 @@
-"""A layer over a padded batch with lengths, in a graph: no shape depends on the lengths' values.
+"""A layer over a padded batch with lengths whose values are not read.
 
-``lstm(x, lengths=lengths)`` packs its input in eager mode, and how many rows that gives depends on
-the values, which torch.compile and torch.export do not know. Here the steps of all rows are moved
-to the front of T * N + 1 rows, the padding behind them, and the operator runs the steps that the
-batch sizes count.
+``lstm(x, lengths=lengths)`` packs its input in eager mode on the CPU, and how many rows that gives
+depends on the values. `layer` is for graphs, where torch.compile and torch.export do not know them:
+the steps of all rows are moved to the front of T * N + 1 rows, the padding behind them, and the
+operator runs the steps that the batch sizes count. `masked` is for lengths on a CUDA device, where
+to read them is to wait for the device: all steps are run.
 
-Sizes: T steps, N rows, I inputs, H hidden units, R recurrent width, D directions.
+Sizes: T steps, N rows, I inputs, H hidden units, R recurrent width, S rows of documents, D
+directions.
 """
 
 import torch
@@ -103,3 +105,91 @@ def _padded(x, lengths, resets, state0, weights, cell, directions, cell_states):
         for end, first in zip(ends, initial, strict=False)
     ]
     return y, *(*ends, x.new_empty(0))[:2]
+
+
+def is_maskable(module, x, state, given):
+    """Whether `masked` can run a call of the module.
+
+    Not where the reverse direction begins with another state than resets put in.
+    """
+    if not module.bidirectional or given is None or given.resets is None:
+        return True
+    return not state and given.reset_state is None and module._learned_state() is None
+
+
+def masked(
+    x,
+    lengths,
+    state0,
+    weights,
+    cell="lstm",
+    directions=1,
+    *,
+    resets=None,
+    cell_states=False,
+    save_every=1,
+):
+    """`layer` with lengths on x's device: all steps are run, and those of the padding dropped.
+
+    The reverse direction runs through the padding first. A reset behind the last step of each row,
+    to its initial state, is where it begins. Resets of the caller must be to the initial state as
+    well then, see is_maskable.
+    """
+    T, N, _ = x.shape
+    steps = torch.arange(T, device=x.device).unsqueeze(1)
+    here = (steps < lengths).unsqueeze(2)  # (T, N, 1)
+    began = (lengths > 0).unsqueeze(1)
+    x = torch.where(here, x, 0)
+    initial = [s[:, :N] for s in state0]
+    if directions == 2:
+        behind = (steps == lengths).unsqueeze(2).to(torch.uint8)
+        resets = behind if resets is None else torch.where(here, resets, behind)
+        state0 = [torch.cat((s, s), dim=1) for s in initial]
+    info = ops.CELLS[cell]
+    has_cell_state = info["carry"] == "cell"
+    y, ends, *cells = ops.layer(
+        *(x, None, state0, weights, cell, directions),
+        resets=resets,
+        cell_states=has_cell_state,
+        save_every=save_every,
+    )
+    last = (lengths - 1).clamp(min=0).view(1, N, 1)
+    initial = initial or [torch.zeros_like(end) for end in ends]
+    found = []
+    for end, states, start in zip(ends, (y, *cells), initial, strict=True):
+        forward = states[..., : end.shape[2]].gather(0, last.expand(1, N, end.shape[2]))
+        found.append(torch.where(began, torch.cat((forward, end[1:])), start))
+    y, *cells = (torch.where(here, t, 0) for t in (y, *cells))
+    return y, tuple(found), *(cells if cell_states else ())
+
+
+class Documents:
+    """N documents, one after the other in S rows, as N rows of max_seqlen steps, and back.
+
+    cu_seqlens: (N + 1,), int64, where each begins, then S; its values are not read.
+    """
+
+    def __init__(self, cu_seqlens, max_seqlen, S):
+        begins = cu_seqlens[:-1]
+        self.lengths = cu_seqlens.diff()
+        fits = (self.lengths >= 0).all() & (self.lengths <= max_seqlen).all()
+        fits = fits & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == S)
+        torch._assert_async(
+            fits,
+            "cu_seqlens must begin with 0, end with the rows of input and not decrease, and "
+            "max_seqlen must be at least the longest document",
+        )
+        steps = torch.arange(max_seqlen, device=cu_seqlens.device).unsqueeze(1)
+        # (max_seqlen, N), any row of x in the padding.
+        self._row_of = (begins + steps).clamp(max=S - 1)
+        s = torch.arange(S, device=cu_seqlens.device)
+        document = torch.searchsorted(cu_seqlens[1:], s, right=True)
+        self._place_of = (s - begins[document]) * len(begins) + document
+
+    def padded(self, t):
+        """t (S, ...) as (max_seqlen, N, ...)."""
+        return t.index_select(0, self._row_of.flatten()).unflatten(0, self._row_of.shape)
+
+    def concatenated(self, t):
+        """t (max_seqlen, N, ...) as (S, ...)."""
+        return t.flatten(0, 1).index_select(0, self._place_of)

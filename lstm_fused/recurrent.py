@@ -2,36 +2,53 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
-from lstm_fused import autocast, errors, inference, ops, padded
-from lstm_fused.fallback import (
-    CALLED_BY_TORCH,
-    TRACED,
-    Fused,
-    State,
-    fallback_reason,
-    overridden,
-)
+from lstm_fused import autocast, call_options, errors, inference, ops, padded, states
+from lstm_fused.fallback import CALLED_BY_TORCH, State, fallback_reason, overridden
+from lstm_fused.sequences import Sequences
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Lengths = Sequence[int] | Tensor
 _NOT_PROFILED = nullcontext()
 
 
-class Recurrent(Fused[State]):
+class Options(TypedDict, total=False):
+    """Keyword arguments of a call, for type checkers; see Recurrent.forward."""
+
+    resets: Tensor | PackedSequence | None
+    reset_state: Any
+    cu_seqlens: Tensor | None
+    max_seqlen: int | None
+    checkpoint_every: int | Literal["auto"] | None
+
+
+class Recurrent(Sequences[State]):
     """The fused forward of a recurrent layer, before torch.nn's own class in the order of bases.
 
     A subclass names the number of its final states as ``_states``. Inside, the states of a call
     are always a tuple, (h,) or (h, c), and () if none were given.
+
+    checkpoint_every: what forward's argument of that name is where a call leaves it out.
     """
 
+    checkpoint_every: int | Literal["auto"] | None = None
     _states = 1
+    # Names of the parameters of a learned initial state, as states.add_learned sets them.
+    _learned: tuple[str, ...] = ()
     # Names of CALLED_BY_TORCH: a subclass's, or of the instance as well.
     _overridden: tuple[str, ...] = ()
+
+    def __init__(self, *args: Any, learned_initial_state: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if learned_initial_state:
+            states.add_learned(self)
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -80,13 +97,55 @@ class Recurrent(Fused[State]):
 
     @overload
     def forward(
-        self, input: Tensor, hx: State | None = None, *, lengths: Lengths | None = None
+        self,
+        input: Tensor,
+        hx: State | None = None,
+        lengths: Lengths | None = None,
+        *,
+        return_cell_states: Literal[False] = False,
+        **options: "Unpack[Options]",
     ) -> tuple[Tensor, State]: ...
     @overload
     def forward(
-        self, input: PackedSequence, hx: State | None = None
+        self,
+        input: Tensor,
+        hx: State | None = None,
+        lengths: Lengths | None = None,
+        *,
+        return_cell_states: Literal[True],
+        **options: "Unpack[Options]",
+    ) -> tuple[Tensor, State, Tensor]: ...
+    @overload
+    def forward(
+        self,
+        input: PackedSequence,
+        hx: State | None = None,
+        *,
+        return_cell_states: Literal[False] = False,
+        **options: "Unpack[Options]",
     ) -> tuple[PackedSequence, State]: ...
-    def forward(self, input, hx=None, lengths=None):
+    @overload
+    def forward(
+        self,
+        input: PackedSequence,
+        hx: State | None = None,
+        *,
+        return_cell_states: Literal[True],
+        **options: "Unpack[Options]",
+    ) -> tuple[PackedSequence, State, PackedSequence]: ...
+    def forward(
+        self,
+        input,
+        hx=None,
+        lengths=None,
+        *,
+        resets=None,
+        reset_state=None,
+        return_cell_states=False,
+        cu_seqlens=None,
+        max_seqlen=None,
+        checkpoint_every=None,
+    ):
         """Run all layers over a sequence.
 
         Sizes: T length, N batch, I ``input_size``, H ``hidden_size``, R ``proj_size`` or else H,
@@ -101,22 +160,61 @@ class Recurrent(Fused[State]):
                 (T, I) input.
             lengths: N integers from 0 to T in any order, a list or a tensor: row n of a padded
                 (T, N, I) or (N, T, I) input ends after ``lengths[n]`` steps. ``output`` is zero in
-                the padding.
+                the padding. On a CUDA device nothing waits for their values.
+            resets: where rows begin anew, a bool tensor: True at step t puts ``reset_state`` in
+                place of the state before step t. (T, N), or (N, T) if ``batch_first``, (T,) for one
+                sequence, (S,) for documents; for a ``PackedSequence`` padded as one of those two,
+                in the order before packing, or packed as it is. Nothing passes a reset in either
+                direction, forward or backward: the reverse direction begins anew at step t - 1.
+            reset_state: the state that resets put in, zeros if left out, or the learned initial
+                state: in the form of hx, each (L*D, N, width), or (L*D, width) for all rows.
+            return_cell_states: also return c of every step, of the last layer (LSTM only).
+            cu_seqlens: (N + 1,), int32 or int64: input (S, I) is N documents one after the other,
+                document n the rows from ``cu_seqlens[n]`` to ``cu_seqlens[n + 1]``. The first is
+                0, the last S. A document without a row keeps its initial state.
+            max_seqlen: with cu_seqlens on a CUDA device, at least the longest document's rows.
+                Given, nothing waits for the values of cu_seqlens.
+            checkpoint_every: keep the states of every so many steps for backward, which computes
+                the steps between them again: less memory, more time, the same results. "auto"
+                chooses the number for the least memory. Packed data and documents keep every step.
 
         Returns:
             ``(output, (h_n, c_n))`` of an LSTM, ``(output, h_n)`` of a GRU or RNN: output
             (T, N, D*R) laid out as the input, h_n (L*D, N, R), c_n (L*D, N, H), in the dtype of
-            input. With ``lengths``, final states are those at each row's own end.
+            input. With ``lengths``, final states are those at each row's own end; N is that of the
+            documents with ``cu_seqlens``, and output (S, D*R). With ``return_cell_states`` a third,
+            (T, N, D*H) laid out as output.
 
         Raises:
-            ValueError: input is not 2-D or 3-D or not of the weights' dtype, or ``lengths`` does
-                not fit input.
-            RuntimeError: a size, device or dtype of input, hx or a weight does not fit, or T is 0.
+            ValueError: input is not 2-D or 3-D or not of the weights' dtype; ``lengths``,
+                ``resets`` or ``cu_seqlens`` does not fit input; options exclude each other.
+            RuntimeError: a size, device or dtype of input, hx, reset_state or a weight does not
+                fit, or T is 0; or an option beyond torch.nn in a call that only torch.nn can run.
             TypeError, IndexError, AttributeError: an argument is of the wrong kind.
         """
+        if hx is None and self._learned:
+            hx = states.for_call(self, input, cu_seqlens)
+        given = None
+        if (
+            resets is not None
+            or return_cell_states
+            or cu_seqlens is not None
+            or checkpoint_every is not None
+            or reset_state is not None
+            or max_seqlen is not None
+        ):
+            errors.check_together(
+                *(self, resets, reset_state, return_cell_states, cu_seqlens, max_seqlen, lengths)
+            )
+            errors.check_checkpoint_every(checkpoint_every)
+            every_step = bool(return_cell_states)
+            given = call_options.Given(resets, reset_state, every_step, checkpoint_every)
         if lengths is not None:
-            return self._forward_padded(input, hx, lengths)
-        if not self._overridden and not torch.compiler.is_compiling():
+            return self._forward_padded(input, hx, lengths, given)
+        if given is not None:
+            if cu_seqlens is not None:
+                return self._forward_documents(input, hx, cu_seqlens, max_seqlen, given)
+        elif not self._overridden and not torch.compiler.is_compiling():
             found = inference.infer(self, input, hx)
             if type(found) is list:
                 return self._forward_recorded(*found)
@@ -124,15 +222,17 @@ class Recurrent(Fused[State]):
                 return found
         if type(input) is not Tensor:
             if isinstance(input, PackedSequence):
-                return self._forward_packed(input, hx)
+                return self._forward_packed(input, hx, given)
             if isinstance(input, torch.fx.Proxy):
-                return self._fx_leaf(input, hx)
+                return self._fx_leaf(input, hx, **call_options.keywords(given))
         dim = input.dim()
         if dim != 3 and dim != 2:
             return super().forward(input, hx)  # raises torch.nn's error
         weights = self._weights()
         if reason := self._fallback_reason(input, hx, weights):
-            return self._through_torch(reason, input, hx)
+            given = call_options.for_fallback(self, input, reason, given)
+            if given is None:
+                return self._through_torch(reason, input, hx)
         x = input
         if dim == 2:
             x = input.unsqueeze(1)
@@ -143,21 +243,58 @@ class Recurrent(Fused[State]):
         if not plain or self._overridden:
             errors.check_input(self, input, None)
         state = () if hx is None else self._check_state(hx, dim, rows)
-        y, state = self._run(x, None, state, weights)
+        options = None
+        if given is not None:
+            resets = call_options.dense_resets(resets, x, dim, self.batch_first)
+            state, options = call_options.prepared(self, given, x, state, rows, resets)
+        y, state, *cells = self._run(x, None, state, weights, options)
         if dim == 2:
-            return y.squeeze(1), self._as_given(tuple([s.squeeze(1) for s in state]))
-        return (y.transpose(0, 1) if self.batch_first else y), self._as_given(state)
+            y, *cells = (t.squeeze(1) for t in (y, *cells))
+            return y, self._as_given(tuple([s.squeeze(1) for s in state])), *cells
+        if self.batch_first:
+            y, *cells = (t.transpose(0, 1) for t in (y, *cells))
+        return y, self._as_given(state), *cells
 
     if TYPE_CHECKING:  # as forward, where torch.nn.Module's gives Any
 
         @overload
         def __call__(
-            self, input: Tensor, hx: State | None = None, *, lengths: Lengths | None = None
+            self,
+            input: Tensor,
+            hx: State | None = None,
+            lengths: Lengths | None = None,
+            *,
+            return_cell_states: Literal[False] = False,
+            **options: Unpack[Options],
         ) -> tuple[Tensor, State]: ...
         @overload
         def __call__(
-            self, input: PackedSequence, hx: State | None = None
+            self,
+            input: Tensor,
+            hx: State | None = None,
+            lengths: Lengths | None = None,
+            *,
+            return_cell_states: Literal[True],
+            **options: Unpack[Options],
+        ) -> tuple[Tensor, State, Tensor]: ...
+        @overload
+        def __call__(
+            self,
+            input: PackedSequence,
+            hx: State | None = None,
+            *,
+            return_cell_states: Literal[False] = False,
+            **options: Unpack[Options],
         ) -> tuple[PackedSequence, State]: ...
+        @overload
+        def __call__(
+            self,
+            input: PackedSequence,
+            hx: State | None = None,
+            *,
+            return_cell_states: Literal[True],
+            **options: Unpack[Options],
+        ) -> tuple[PackedSequence, State, PackedSequence]: ...
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def _forward_recorded(self, x, *tensors):
@@ -166,93 +303,38 @@ class Recurrent(Fused[State]):
         y, state = self._run(x, None, tensors[:count], tensors[count:])
         return (y.transpose(0, 1) if self.batch_first else y), self._as_given(state)
 
-    def _forward_packed(self, packed, hx):
-        x, batch_sizes, sorted_indices, unsorted_indices = packed
-        weights = self._weights()
-        # torch.onnx on TorchScript looks for torch's operator between packing and padding.
-        if reason := TRACED if torch.jit.is_tracing() else self._fallback_reason(x, hx, weights):
-            return self._through_torch(reason, packed, hx)
-        errors.check_batch_sizes(batch_sizes)
-        plain = x.dim() == 2 and x.shape[1] == self.input_size and x.dtype is weights[0].dtype
-        if not plain or self._overridden:
-            errors.check_input(self, x, batch_sizes)
-        state = ()
-        if hx is not None:
-            if sorted_indices is not None:
-                rows = sorted_indices.shape[0]
-            elif _is_captured():
-                rows = self._as_state(hx)[0].shape[1]  # the operator compares
-            else:
-                rows = int(batch_sizes[0])
-            state = _permuted(self._check_state(hx, None, rows), sorted_indices)
-        y, state = self._run(x, batch_sizes, state, weights)
-        state = self._as_given(_permuted(state, unsorted_indices))
-        return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), state
+    def init_state(self, batch_size: int | None = None) -> State:
+        """The state to begin with: zeros, or the learned initial state if the module has one.
 
-    def _forward_padded(self, input, hx, lengths):
-        """input (T, N, I) or (N, T, I) whose row n holds lengths[n] steps, then padding."""
-        if isinstance(input, torch.fx.Proxy):
-            return self._fx_leaf(input, hx, lengths=lengths)
-        lengths = errors.check_lengths(input, lengths, self.batch_first)
-        x = input.transpose(0, 1) if self.batch_first else input
-        total, count, width = x.shape
-        plain = width == self.input_size and total and x.dtype is self._weights()[0].dtype
-        if not plain or self._overridden:
-            errors.check_input(self, input, None)
-        state = () if hx is None else self._check_state(hx, 3, count)
-        if _is_captured():
-            return self._forward_padded_graph(x, lengths, state)
-        if count == 0 or int(lengths.min()) == total:
-            return self.forward(input, hx)
-        rows = lengths.nonzero().squeeze(1)
-        if len(rows) == 0:
-            y, state = self._no_steps(x, state)
-        elif len(rows) == count:
-            y, state = self._forward_rows(x, lengths, state)
-        else:
-            at = rows.to(x.device)
-            part_state = tuple(s.index_select(1, at) for s in state)
-            part, ends = self._forward_rows(x.index_select(1, at), lengths[rows], part_state)
-            y, zeros = self._zeros(part, total, count)
-            y = y.index_copy(1, at, part)
-            state = tuple(
-                s.to(end.dtype).index_copy(1, at, end)
-                for s, end in zip(state or zeros, ends, strict=True)
-            )
-        return (y.transpose(0, 1) if self.batch_first else y), self._as_given(state)
+        Args:
+            batch_size: N, the number of rows; None for the state of one sequence without rows.
 
-    def _forward_padded_graph(self, x, lengths, state):
-        """As _forward_padded, x (T, N, I), where the lengths' values are not known yet."""
-        weights = self._weights()
-        if reason := self._fallback_reason(x, None, weights):
-            raise RuntimeError(f"lengths= cannot be recorded in a graph: {reason}")
-        y, state = self._run(x, lengths, state, weights)
-        return (y.transpose(0, 1) if self.batch_first else y), self._as_given(state)
+        Returns:
+            What a call takes as hx, of the weights' dtype and device: ``(h_0, c_0)`` of an LSTM,
+            (L*D, N, R) and (L*D, N, H), else ``h_0``; (L*D, width) each if batch_size is None.
+            Gradients flow into a learned one.
+        """
+        return states.initial(self, batch_size)
 
-    def _forward_rows(self, x, lengths, state):
-        """x (T, N, I), lengths (N,) from 1 to T, in any order; state as _run takes it."""
-        packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
-        y, state = self._forward_packed(packed, self._as_given(state) if state else None)
-        return pad_packed_sequence(y, total_length=x.shape[0])[0], self._as_state(state)
+    @property
+    def learned_initial_state(self) -> bool:
+        """Whether the initial state is a parameter: ``initial_h``, of an LSTM ``initial_c`` too."""
+        return bool(self._learned)
 
-    def _no_steps(self, x, state):
-        """The result of _forward_rows for x (T, N, I) without a row of at least one step."""
-        y, zeros = self._zeros(x, *x.shape[:2])
-        h_n, *c_n = state or zeros
-        if not torch.is_autocast_enabled(x.device.type):
-            return y, (h_n, *c_n)
-        grad = torch.is_grad_enabled()
-        dtype, h_dtype = self._autocast_dtypes(x, True, state, self._weights(), grad)
-        return y.to(h_dtype), (h_n.to(h_dtype), *(c.to(dtype) for c in c_n))
+    def extra_repr(self):
+        learned = ", learned_initial_state=True" if self._learned else ""
+        every = self.checkpoint_every
+        return super().extra_repr() + learned + (f", checkpoint_every={every!r}" if every else "")
 
-    def _zeros(self, like, total, count):
-        """Zeros for y (T, N, D*R) and the final states."""
-        directions = 2 if self.bidirectional else 1
-        width = self.proj_size or self.hidden_size
-        layers = self.num_layers * directions
-        y = like.new_zeros(total, count, directions * width)
-        widths = (width, self.hidden_size)[: self._states]
-        return y, tuple(like.new_zeros(layers, count, w) for w in widths)
+    def reset_parameters(self):
+        super().reset_parameters()
+        states.reset_learned(self)
+
+    def _learned_state(self):
+        """The learned initial state as a call takes it, each (L*D, width), or None."""
+        if not self._learned:
+            return None
+        return self._as_given(tuple(getattr(self, name) for name in self._learned))
 
     def _weights(self):
         """The current weights, in the order of _flat_weights_names."""
@@ -262,22 +344,28 @@ class Recurrent(Fused[State]):
         except KeyError:  # parametrized, pruned, weight-normed, or a replica: plain attributes
             return [getattr(self, name) for name in self._flat_weights_names]
 
-    def _run(self, x, batch_sizes, state, weights):
+    def _run(self, x, batch_sizes, state, weights, options=None):
         """All layers: x (T, N, I) or packed (S, I), state () or each (L*D, N, R or H).
 
-        batch_sizes: None for all steps of all rows, else the packed data's; of a padded (T, N, I)
-        the lengths (N,).
+        batch_sizes: None for all steps of all rows, else the packed data's, or of documents
+        cu_seqlens (1, N + 1); of a padded (T, N, I) the lengths (N,). options: of call_options, and
+        state has 2 * N rows where these have resets to a state. Returns y, the final states and,
+        where options say so, the cell states.
         """
         if torch.is_autocast_enabled(x.device.type):
-            return self._run_autocast(x, batch_sizes, state, weights)
+            return self._run_autocast(x, batch_sizes, state, weights, options)
         for s in state:
             if s.dtype is not x.dtype or s.device != x.device:
                 errors.check_state_kind(x, state)
-        layer = padded.layer if batch_sizes is not None and x.dim() == 3 else ops.layer
+        more = None
+        if options is None and self.checkpoint_every is None:
+            layer = padded.layer if batch_sizes is not None and x.dim() == 3 else ops.layer
+        else:
+            layer, more = call_options.arguments(self, options, x, batch_sizes)
         cell, directions, layers = self._cell(), 2 if self.bidirectional else 1, self.num_layers
         each = len(weights) // layers
         dropout = self.dropout if self.training else 0.0
-        ends = []
+        ends, cells = [], ()
         try:
             for k in range(layers):
                 if k and dropout:
@@ -287,14 +375,21 @@ class Recurrent(Fused[State]):
                 if state and layers > 1:
                     state0 = [s.narrow(0, k * directions, directions) for s in state]
                 with self._profiled(k):
-                    x, end = layer(x, batch_sizes, state0, part, cell, directions)
+                    if more is None:
+                        x, end = layer(x, batch_sizes, state0, part, cell, directions)
+                    else:
+                        if options is not None and options.cell_states:
+                            more["cell_states"] = k == layers - 1
+                        x, end, *cells = layer(
+                            x, batch_sizes, state0, part, cell, directions, **more
+                        )
                 ends.append(end)
         except RuntimeError:
             errors.check_weights(self, weights, x.dtype)
             raise
         if layers == 1:
-            return x, end
-        return x, tuple([torch.cat(s) for s in zip(*ends, strict=True)])
+            return x, end, *cells
+        return x, tuple([torch.cat(s) for s in zip(*ends, strict=True)]), *cells
 
     def _profiled(self, k):
         """A context that names layer k to a running profiler."""
@@ -302,14 +397,15 @@ class Recurrent(Fused[State]):
             return _NOT_PROFILED
         return torch.profiler.record_function(f"lstm_fused.{self._torch_class.__name__} layer {k}")
 
-    def _run_autocast(self, x, batch_sizes, state, weights):
+    def _run_autocast(self, x, batch_sizes, state, weights, options):
         packed, grad = batch_sizes is not None, torch.is_grad_enabled()
         dtype, h_dtype = self._autocast_dtypes(x, packed, state, weights, grad)
         state = tuple(s.to(dtype) for s in state)
         with torch.autocast(x.device.type, enabled=False):
             weights = [w.to(dtype) for w in weights]
-            y, (h_n, *c_n) = self._run(x.to(dtype), batch_sizes, state, weights)
-        return y.to(h_dtype), (h_n.to(h_dtype), *c_n)
+            x = x.to(dtype)
+            y, (h_n, *c_n), *cells = self._run(x, batch_sizes, state, weights, options)
+        return y.to(h_dtype), (h_n.to(h_dtype), *c_n), *cells
 
     def _autocast_dtypes(self, x, packed, state, weights, grad):
         """The dtypes of (c_n and everything computed, output and h_n) under autocast.
@@ -339,12 +435,3 @@ class Recurrent(Fused[State]):
             grad,
         )
         return autocast.dtypes(call, narrow, autocast.onednn())
-
-
-def _is_captured():
-    """Whether a graph is being captured, so that no tensor's values may be read."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
-def _permuted(state, permutation):
-    return state if permutation is None else tuple(s.index_select(1, permutation) for s in state)

@@ -57,7 +57,7 @@ def restore(model: M, *, verbose: bool = False) -> M:
     knows torch's own modules only, or to a program without lstm_fused.
 
     Left alone, with a warning that names them: modules of a class that the user has derived from
-    ours, and those that ``fully_shard`` has given a class.
+    ours, those with a learned initial state, and those that ``fully_shard`` has given a class.
 
     Args:
         model: a ``torch.nn.Module``.
@@ -192,6 +192,8 @@ def _torch_class(module):
         return None
     _check_not_wrapped(module)
     cls = _plain_class(module)
+    if getattr(module, "learned_initial_state", False):
+        raise _LeftAlone(f"a {cls.__name__} with a learned initial state, which torch.nn has not")
     if cls in OURS.values():
         return cls._torch_class
     if "_user_class" in vars(cls):
@@ -209,9 +211,14 @@ def _check_not_wrapped(module):
 
 
 def _names_of(ours):
-    """The attribute names that our classes use internally; a user's class must not define them."""
+    """The attribute names that our classes use internally; a user's class must not define them.
+
+    Methods that torch.nn's classes have too call those of the user's class. init_state, which
+    nothing of ours calls on a module, is the user's where there is one.
+    """
     names = {name for cls in ours.__mro__ if issubclass(cls, Fused) for name in vars(cls)}
-    return sorted(name for name in names if name != "forward" and not name.startswith("__"))
+    free = ("init_state", *dir(ours._torch_class))
+    return sorted(name for name in names if name not in free and not name.startswith("__"))
 
 
 class _Derived:
@@ -235,6 +242,8 @@ def _derived(ours, theirs):
         for name in ("__module__", "__qualname__", "__doc__"):
             namespace[name] = getattr(theirs, name)
         namespace["_user_class"] = theirs
+        if hasattr(theirs, "init_state"):
+            namespace["init_state"] = theirs.init_state
 
     return types.new_class(theirs.__name__, (_Derived, ours, theirs), exec_body=fill)
 
