@@ -36,6 +36,30 @@ class Options(NamedTuple):
     layer: Callable[..., Any] | None
 
 
+def from_call(
+    module,
+    lengths,
+    *,
+    resets=None,
+    reset_state=None,
+    return_cell_states=False,
+    cu_seqlens=None,
+    max_seqlen=None,
+    checkpoint_every=None,
+):
+    """The Given of a call, None if it gives nothing, and (cu_seqlens, max_seqlen) or None."""
+    states = bool(return_cell_states)
+    errors.check_together(
+        *(module, resets, reset_state, states, cu_seqlens, max_seqlen, lengths),
+    )
+    errors.check_checkpoint_every(checkpoint_every)
+    given = Given(resets, reset_state, states, checkpoint_every)
+    if cu_seqlens is not None:
+        return given, (cu_seqlens, max_seqlen)
+    nothing = resets is None and not states and checkpoint_every is None
+    return None if nothing else given, None
+
+
 def keywords(given):
     """given as the keyword arguments of a call."""
     if given is None:

@@ -7,7 +7,7 @@ D directions, S rows of packed data.
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -28,6 +28,32 @@ samples.register()
 tangents.register()
 
 
+@overload
+def layer(
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    state0: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    cell: str = "lstm",
+    directions: int = 1,
+    *,
+    resets: Tensor | None = None,
+    cell_states: Literal[False] = False,
+    save_every: int = 1,
+) -> tuple[Tensor, tuple[Tensor, ...]]: ...
+@overload
+def layer(
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    state0: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    cell: str = "lstm",
+    directions: int = 1,
+    *,
+    resets: Tensor | None = None,
+    cell_states: Literal[True],
+    save_every: int = 1,
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor]: ...
 def layer(
     x: Tensor,
     batch_sizes: Tensor | None,

@@ -133,23 +133,12 @@ class Recurrent(Sequences[State]):
         return_cell_states: Literal[True],
         **options: "Unpack[Options]",
     ) -> tuple[PackedSequence, State, PackedSequence]: ...
-    def forward(
-        self,
-        input,
-        hx=None,
-        lengths=None,
-        *,
-        resets=None,
-        reset_state=None,
-        return_cell_states=False,
-        cu_seqlens=None,
-        max_seqlen=None,
-        checkpoint_every=None,
-    ):
+    def forward(self, input, hx=None, lengths=None, **options):
         """Run all layers over a sequence.
 
         Sizes: T length, N batch, I ``input_size``, H ``hidden_size``, R ``proj_size`` or else H,
-        L ``num_layers``, D 2 if ``bidirectional`` else 1.
+        L ``num_layers``, D 2 if ``bidirectional`` else 1. From ``resets`` on the arguments are
+        keywords.
 
         Args:
             input: (T, N, I), or (N, T, I) if ``batch_first``, or (T, I) for one sequence, or a
@@ -192,29 +181,18 @@ class Recurrent(Sequences[State]):
                 fit, or T is 0; or an option beyond torch.nn in a call that only torch.nn can run.
             TypeError, IndexError, AttributeError: an argument is of the wrong kind.
         """
+        # Not written out in the signature: torch.onnx on TorchScript passes the default of each
+        # parameter by position.
         if hx is None and self._learned:
-            hx = states.for_call(self, input, cu_seqlens)
+            hx = states.for_call(self, input, options.get("cu_seqlens"))
         given = None
-        if (
-            resets is not None
-            or return_cell_states
-            or cu_seqlens is not None
-            or checkpoint_every is not None
-            or reset_state is not None
-            or max_seqlen is not None
-        ):
-            errors.check_together(
-                *(self, resets, reset_state, return_cell_states, cu_seqlens, max_seqlen, lengths)
-            )
-            errors.check_checkpoint_every(checkpoint_every)
-            every_step = bool(return_cell_states)
-            given = call_options.Given(resets, reset_state, every_step, checkpoint_every)
+        if options:
+            given, documents = call_options.from_call(self, lengths, **options)
+            if documents is not None:
+                return self._forward_documents(input, hx, *documents, given)
         if lengths is not None:
             return self._forward_padded(input, hx, lengths, given)
-        if given is not None:
-            if cu_seqlens is not None:
-                return self._forward_documents(input, hx, cu_seqlens, max_seqlen, given)
-        elif not self._overridden and not torch.compiler.is_compiling():
+        if given is None and not self._overridden and not torch.compiler.is_compiling():
             found = inference.infer(self, input, hx)
             if type(found) is list:
                 return self._forward_recorded(*found)
@@ -245,7 +223,7 @@ class Recurrent(Sequences[State]):
         state = () if hx is None else self._check_state(hx, dim, rows)
         options = None
         if given is not None:
-            resets = call_options.dense_resets(resets, x, dim, self.batch_first)
+            resets = call_options.dense_resets(given.resets, x, dim, self.batch_first)
             state, options = call_options.prepared(self, given, x, state, rows, resets)
         y, state, *cells = self._run(x, None, state, weights, options)
         if dim == 2:

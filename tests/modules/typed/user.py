@@ -43,6 +43,18 @@ def packed(module: lstm_fused.LSTM, gru: Named) -> PackedSequence:
     return both[0]
 
 
+def options(lstm: lstm_fused.LSTM, gru: lstm_fused.GRU, x: Tensor, mask: Tensor) -> Tensor:
+    reset = torch.zeros(1, 8), torch.zeros(1, 8)
+    y, (h_n, c_n), cells = lstm(x, resets=mask, reset_state=reset, return_cell_states=True)
+    z, (h_n, c_n) = lstm(x[0], cu_seqlens=torch.tensor([0, 4]), max_seqlen=4)
+    packed, _, packed_cells = lstm(pack_sequence([x]), return_cell_states=True, resets=mask)
+    both: tuple[PackedSequence, PackedSequence] = packed, packed_cells
+    gru.checkpoint_every = "auto"
+    w, h = gru(x, resets=None, checkpoint_every=16)
+    data, _, more = ops.layer(x, None, (), [x], cell_states=True, save_every=2)
+    return y + cells + h_n + c_n + z + both[0].data + w + h + data + more
+
+
 def steps(x: Tensor) -> Tensor:
     lstm, gru = lstm_fused.LSTMCell(4, 4), lstm_fused.GRUCell(4, 4, False, "cpu")
     rnn = lstm_fused.RNNCell(4, 4, nonlinearity="relu", dtype=torch.float32)

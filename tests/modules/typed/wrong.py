@@ -19,12 +19,16 @@ lstm_fused.GRUCell(4, 8, dtype="float32")  # error: arg-type
 lstm(x, x)  # error: call-overload
 lstm([1.0])  # error: call-overload
 lstm(x, lengths=3)  # error: call-overload
+lstm(x, resets=[True])  # error: call-overload
+lstm(x, reset=x)  # error: call-overload
+lstm(x, checkpoint_every="all")  # error: call-overload
 lstm.forward(x, x)  # error: call-overload
 gru(x, (x, x))  # error: call-overload
 h: Tensor = lstm(x)[1]  # error: assignment
 y: PackedSequence = gru(x)[0]  # error: assignment
 cell(x, x)  # error: arg-type
 h = cell(x)  # error: assignment
+h = lstm(x, return_cell_states=True)[1]  # error: assignment
 other: nn.GRU = lstm_fused.replace(nn.LSTM(4, 8))  # error: assignment
 lstm_fused.replace({"lstm": lstm})  # error: type-var
 lstm_fused.gradient_flow(nn.Linear(1, 1), x)  # error: arg-type
@@ -32,4 +36,4 @@ lstm_fused.explain(lstm)  # error: call-arg
 runtime.set_isa(2)  # error: arg-type
 print(runtime.build_info()["isa"])  # error: typeddict-item
 print(runtime.plan("lstm", torch.float32, 1, 1, 4, 8, 8, 1).kernl)  # error: union-attr
-ops.layer(x, None, None, [x])  # error: arg-type
+ops.layer(x, None, None, [x])  # error: call-overload
