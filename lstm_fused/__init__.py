@@ -7,6 +7,13 @@ from lstm_fused.gradient_flow import gradient_flow
 from lstm_fused.nn import GRU, LSTM, RNN
 from lstm_fused.replace import replace, restore
 from lstm_fused.single_step import GRUCell, LSTMCell, RNNCell
+from lstm_fused.states import (
+    batch_first_state,
+    detach_state,
+    select_state,
+    truncated_bptt,
+    where_state,
+)
 
 __version__ = "0.1.0"
 
@@ -18,11 +25,16 @@ __all__ = [
     "RNN",
     "RNNCell",
     "__version__",
+    "batch_first_state",
     "decompositions",
+    "detach_state",
     "explain",
     "gradient_flow",
     "replace",
     "restore",
+    "select_state",
+    "truncated_bptt",
+    "where_state",
 ]
 
 integrations.register()

@@ -7,7 +7,7 @@ matrix product, the error here has the same type and names the argument.
 import torch
 from torch import Tensor
 
-from lstm_fused import ops
+from lstm_fused import ops, padded
 
 
 def check_input(module, input, batch_sizes):
@@ -158,9 +158,10 @@ def check_lengths(input, lengths, batch_first):
         got = f"{input.dim()}-D" if isinstance(input, Tensor) else type(input).__name__
         raise ValueError(f"lengths needs a padded 3-D input, got {got}")
     captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    stays = isinstance(lengths, Tensor) and lengths.is_cuda and lengths.device == input.device
+    stays = isinstance(lengths, Tensor) and padded.stays_on_device(lengths) and not captured
+    stays = stays and lengths.device == input.device
     try:
-        if not stays or captured:
+        if not stays:
             lengths = torch.as_tensor(lengths, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"lengths must be a list or a tensor of integers: {error}") from None
@@ -172,7 +173,7 @@ def check_lengths(input, lengths, batch_first):
         raise ValueError(
             f"lengths must hold one length a row, shape ({rows},), got {tuple(lengths.shape)}"
         )
-    if lengths.is_cuda:
+    if stays:
         torch._assert_async(
             ((lengths >= 0) & (lengths <= length)).all(),
             "lengths must be from 0 to the input's length",

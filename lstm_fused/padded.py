@@ -12,7 +12,7 @@ directions.
 
 import torch
 
-from lstm_fused import ops
+from lstm_fused import cuda, ops
 from lstm_fused.export import state_or_zeros
 from lstm_fused.operators import forward_op, library, padded_op
 
@@ -107,7 +107,12 @@ def _padded(x, lengths, resets, state0, weights, cell, directions, cell_states):
     return y, *(*ends, x.new_empty(0))[:2]
 
 
-def is_maskable(module, x, state, given):
+def stays_on_device(t):
+    """Whether t's values are not read, since that waits for the device."""
+    return cuda.serves(t)
+
+
+def is_maskable(module, state, given):
     """Whether `masked` can run a call of the module.
 
     Not where the reverse direction begins with another state than resets put in.

@@ -73,8 +73,8 @@ class Sequences(Fused[State]):
             dense = given._replace(resets=resets)
         if _is_captured():
             return self._laid_out(*self._run_lengths(x, lengths, state, dense))
-        if lengths.is_cuda:
-            if padded.is_maskable(self, x, state, dense):
+        if padded.stays_on_device(lengths):
+            if padded.is_maskable(self, state, dense):
                 return self._laid_out(*self._run_lengths(x, lengths, state, dense, padded.masked))
             lengths = lengths.cpu()
         if count == 0 or int(lengths.min()) == total:
@@ -183,7 +183,7 @@ class Sequences(Fused[State]):
         state = () if hx is None else self._check_state(hx, None, rows)
         if given.resets is not None:
             errors.check_resets(given.resets, (S,), "(S,)", input.device)
-        if input.is_cuda and reason is None:
+        if padded.stays_on_device(input) and reason is None:
             return self._documents_padded(input, cu_seqlens, max_seqlen, state, given)
         prepared = self, given, input, state, rows, given.resets
         state, options = call_options.prepared(*prepared)
@@ -199,7 +199,7 @@ class Sequences(Fused[State]):
         resets = given.resets
         given = given._replace(resets=None if resets is None else layout.padded(resets))
         x = layout.padded(x)
-        if padded.is_maskable(self, x, state, given):
+        if padded.is_maskable(self, state, given):
             y, state, *cells = self._run_lengths(x, layout.lengths, state, given, padded.masked)
         else:
             y, state, *cells = self._run_rows(x, layout.lengths.cpu(), state, given)

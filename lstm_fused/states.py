@@ -27,7 +27,7 @@ def select_state(state: S, rows: Tensor | Sequence[int]) -> S:
 
     Raises:
         TypeError: state is neither a tensor nor a tuple of two.
-        IndexError: a row is not from 0 to N - 1.
+        IndexError, RuntimeError: a row is not from 0 to N - 1.
     """
     tensors = _tensors_of(state)
     at = torch.as_tensor(rows, device=tensors[0].device)
