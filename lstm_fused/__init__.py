@@ -1,6 +1,6 @@
 """torch.nn.LSTM, GRU and RNN, fused: drop-in modules on our own kernels."""
 
-from lstm_fused import _loaded, integrations  # noqa: F401  _loaded first
+from lstm_fused import _loaded, integrations, rl  # noqa: F401  _loaded first
 from lstm_fused.explain import explain
 from lstm_fused.export import decompositions
 from lstm_fused.gradient_flow import gradient_flow
