@@ -45,7 +45,7 @@ LSTM_FUSED_DEVICE int& wrong_of(const ExchangeParams& p) {
 }
 
 // Grid: (CTAs that share a barrier, independent groups). Shared memory: (bytes).
-LSTM_FUSED_KERNEL(kExchangeThreads)
+LSTM_FUSED_KERNEL(kExchangeThreads, 1)
 grid_exchange(const LSTM_FUSED_CONSTANT ExchangeParams p) {
   const int ctas = block_count().x, self = block_index().x, group = block_index().y;
   const int round = ctas * kWritten;
@@ -69,7 +69,7 @@ grid_exchange(const LSTM_FUSED_CONSTANT ExchangeParams p) {
 }
 
 // Grid: one cluster. Shared memory: (2, CTAs, bytes).
-LSTM_FUSED_KERNEL(kExchangeThreads)
+LSTM_FUSED_KERNEL(kExchangeThreads, 1)
 cluster_exchange(const LSTM_FUSED_CONSTANT ExchangeParams p) {
   const int ctas = cluster_size(), self = cluster_rank(), pieces = p.bytes / 16;
   int wrong = 0;

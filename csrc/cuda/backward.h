@@ -11,22 +11,46 @@ template <class S>
 LSTM_FUSED_DEVICE Compute<S> outer_gradient(const RecurrenceParams& p, const StepRows& rows, int d,
                                             int64_t n, int64_t u) {
   Compute<S> dh = 0;
-  if (p.dy) dh += load(as<S>(p.dy)[data_row(p, rows, d, n) * p.R + u]);
+  if (p.dy) dh += load(as<S>(p.dy)[hidden_at(p, rows, d, n, u)]);
   if (p.dh_n && n >= rows.active_prev) dh += load(as<S>(p.dh_n)[(d * p.N + n) * p.R + u]);
   return dh;
 }
 
-// Stores h of the time step before, which the gradient of w_hh is a product of.
+// Whether a reset parts row n's step from the time step after it, so that the gradients that come
+// from there are the reset state's.
+LSTM_FUSED_DEVICE bool reset_follows(const RecurrenceParams& p, const StepRows& rows, int d,
+                                     int64_t n) {
+  return n < rows.active_prev && reset_before(p, rows, d == 0, n);
+}
+
+// Adds to the gradient of the reset state, where it is wanted. One thread has all steps of an
+// element.
+template <class S>
+LSTM_FUSED_DEVICE void add_reset_gradient(const RecurrenceParams& p, void* sums, int64_t width,
+                                          int d, int64_t n, int64_t u, Compute<S> value) {
+  if (sums) as<Compute<S>>(sums)[(d * p.N + n) * width + u] += value;
+}
+
+// Stores the gradient of an initial state, and that of the reset state in the rows after it.
+template <class S>
+LSTM_FUSED_DEVICE void store_state_gradient(const RecurrenceParams& p, void* gradient,
+                                            const void* sums, int64_t width, int d, int64_t n,
+                                            int64_t u, Compute<S> value) {
+  if (!gradient) return;
+  S* to = as<S>(gradient) + (d * p.state_rows + n) * width + u;
+  *to = round_to<S>(value);
+  if (sums) to[p.N * width] = round_to<S>(as<Compute<S>>(sums)[(d * p.N + n) * width + u]);
+}
+
+// Stores h that the time step began with, which the gradient of w_hh is a product of.
 template <class S>
 LSTM_FUSED_DEVICE void store_h_prev(const RecurrenceParams& p, const StepRows& rows, int d,
                                     int64_t n, int64_t u) {
   if (!p.h_prev) return;
-  S h{};
-  if (n < rows.active_next)
-    h = as<S>(p.h)[((rows.offset_next + n) * p.D + d) * p.R + u];
-  else if (p.h0)
-    h = as<S>(p.h0)[(d * p.N + n) * p.R + u];
-  as<S>(p.h_prev)[data_row(p, rows, d, n) * p.R + u] = h;
+  const bool reset = reset_after(p, rows, d == 0, n);
+  as<S>(p.h_prev)[data_row(p, rows, d, n) * p.R + u] =
+      n < rows.active_next && !reset ? as<S>(p.h)[(rows.offset_next + n) * p.y_width + d * p.R + u]
+                                     : initial_state<S>(p, p.h0, d, n, p.R, u, reset);
 }
 
 // Active rows, and those whose backward pass ended with the previous step: the product of that
@@ -46,9 +70,12 @@ struct BackwardCell {
 
   struct Unit {
     C saved[Cell::kPreacts];
-    C c_prev, c, dh, dc;  // dh is the gradient of h0 for a row that is no longer active
+    // Until apply, dh is what comes from outside the layer. After it, it is what goes to h0 or to
+    // the reset state.
+    C c_prev, c, dh, dc;
     C d_preact[Cell::kPreacts];
     C h;
+    bool reset;  // reset_follows
   };
 
   static LSTM_FUSED_DEVICE int64_t gate(int) { return 0; }
@@ -60,36 +87,45 @@ struct BackwardCell {
                                       int64_t n, int64_t u, Unit& f) {
     const int64_t state = (d * p.N + n) * p.H + u;
     f.dc = 0;
+    f.reset = reset_follows(p, rows, d, n);
     if constexpr (Cell::kCarry != Carry::kNone) {
-      if (n < rows.active_prev)
+      if (n >= rows.active_prev) {
+        if (Cell::kCarry == Carry::kCell && p.dc_n) f.dc = load(as<S>(p.dc_n)[state]);
+      } else if (!f.reset) {
         f.dc = as<C>(p.carry)[state];
-      else if (Cell::kCarry == Carry::kCell && p.dc_n)
-        f.dc = load(as<S>(p.dc_n)[state]);
+      }
     }
     if (n >= rows.active) return;
+    if constexpr (Cell::kCarry == Carry::kCell)
+      if (p.cell_states && p.dy) f.dc += load(as<S>(p.dy)[cell_at(p, rows, d, n, u)]);
     const C* saved = as<C>(p.gates) + data_row(p, rows, d, n) * Cell::kPreacts * p.H + u;
     LSTM_FUSED_UNROLL
     for (int j = 0; j < Cell::kPreacts; ++j) f.saved[j] = saved[j * p.H];
     f.c = f.c_prev = 0;
     if constexpr (Cell::kCarry != Carry::kNone) {
       const C* cells = as<C>(p.saved_states) + u;
-      const void* initial = Cell::kCarry == Carry::kCell ? p.c0 : p.h0;
+      const bool reset = reset_after(p, rows, d == 0, n);
       f.c = cells[data_row(p, rows, d, n) * p.H];
-      if (n < rows.active_next)
+      if (n < rows.active_next && !reset)
         f.c_prev = cells[((rows.offset_next + n) * p.D + d) * p.H];
-      else if (initial)
-        f.c_prev = load(as<S>(initial)[state]);
+      else
+        f.c_prev = load(
+            initial_state<S>(p, Cell::kCarry == Carry::kCell ? p.c0 : p.h0, d, n, p.H, u, reset));
     }
     f.dh = p.projection ? C(0) : outer_gradient<S>(p, rows, d, n, u);
   }
 
-  static LSTM_FUSED_DEVICE bool apply(const StepRows& rows, int64_t n, Unit& f,
-                                      const C (&product)[1], S (&out)[kOut]) {
+  static LSTM_FUSED_DEVICE bool apply(const RecurrenceParams& p, const StepRows& rows, int,
+                                      int64_t n, int64_t, Unit& f, const C (&product)[1],
+                                      S (&out)[kOut]) {
     if (n >= rows.active) {
       f.dh = Cell::kCarry == Carry::kHidden ? product[0] + f.dc : product[0];
       return false;
     }
-    f.h = Cell::backward(f.saved, f.c_prev, f.c, f.dh + product[0], f.dc, f.d_preact);
+    // With a projection the product is within the step.
+    const C dh = f.reset && !p.projection ? f.dh : f.dh + product[0];
+    f.dh = product[0];
+    f.h = Cell::backward(f.saved, f.c_prev, f.c, dh, f.dc, f.d_preact);
     LSTM_FUSED_UNROLL
     for (int j = 0; j < kOut; ++j)
       out[Cell::hidden_gate(j)] = round_to<S>(f.d_preact[kFirstHidden + j]);
@@ -99,9 +135,17 @@ struct BackwardCell {
   static LSTM_FUSED_DEVICE void store(const RecurrenceParams& p, const StepRows& rows, int d,
                                       int64_t n, int64_t u, const Unit& f) {
     const int64_t state = (d * p.N + n) * p.H + u;
+    if (f.reset) {
+      const C carried = Cell::kCarry == Carry::kNone ? C(0) : as<C>(p.carry)[state];
+      if (Cell::kCarry == Carry::kCell) add_reset_gradient<S>(p, p.dc_reset, p.H, d, n, u, carried);
+      if (!p.projection)
+        add_reset_gradient<S>(p, p.dh_reset, p.R, d, n, u,
+                              Cell::kCarry == Carry::kHidden ? f.dh + carried : f.dh);
+    }
     if (n >= rows.active) {
-      if (p.dh0 && !p.projection) as<S>(p.dh0)[state] = round_to<S>(f.dh);
-      if (p.dc0) as<S>(p.dc0)[state] = round_to<S>(f.dc);
+      if (!p.projection)
+        store_state_gradient<S>(p, p.dh0, p.dh_reset, p.R, d, n, u, f.reset ? C(0) : f.dh);
+      store_state_gradient<S>(p, p.dc0, p.dc_reset, p.H, d, n, u, f.dc);
       return;
     }
     if constexpr (Cell::kCarry != Carry::kNone) as<C>(p.carry)[state] = f.dc;
@@ -123,8 +167,9 @@ struct ProjectedGradient {
   static constexpr int kOut = 1;
   static constexpr bool kBackward = true;
   struct Unit {
-    C dh;
+    C dh;  // after apply what goes to the reset state
     S dh_total;
+    bool reset;  // reset_follows
   };
 
   static LSTM_FUSED_DEVICE int64_t gate(int) { return 0; }
@@ -135,18 +180,21 @@ struct ProjectedGradient {
   static LSTM_FUSED_DEVICE void fetch(const RecurrenceParams& p, const StepRows& rows, int d,
                                       int64_t n, int64_t u, Unit& f) {
     f.dh = n < rows.active ? outer_gradient<S>(p, rows, d, n, u) : C(0);
+    f.reset = reset_follows(p, rows, d, n);
   }
 
-  static LSTM_FUSED_DEVICE bool apply(const StepRows& rows, int64_t n, Unit& f,
-                                      const C (&product)[1], S (&out)[1]) {
-    out[0] = f.dh_total = round_to<S>(f.dh + product[0]);
+  static LSTM_FUSED_DEVICE bool apply(const RecurrenceParams&, const StepRows& rows, int, int64_t n,
+                                      int64_t, Unit& f, const C (&product)[1], S (&out)[1]) {
+    out[0] = f.dh_total = round_to<S>(f.reset ? f.dh : f.dh + product[0]);
+    f.dh = product[0];
     return n < rows.active;
   }
 
   static LSTM_FUSED_DEVICE void store(const RecurrenceParams& p, const StepRows& rows, int d,
                                       int64_t n, int64_t u, const Unit& f) {
+    if (f.reset) add_reset_gradient<S>(p, p.dh_reset, p.R, d, n, u, f.dh);
     if (n >= rows.active) {
-      if (p.dh0) as<S>(p.dh0)[(d * p.N + n) * p.R + u] = f.dh_total;
+      store_state_gradient<S>(p, p.dh0, p.dh_reset, p.R, d, n, u, load(f.dh_total));
       return;
     }
     as<S>(p.d_hidden)[data_row(p, rows, d, n) * p.R + u] = f.dh_total;

@@ -35,4 +35,35 @@ LSTM_FUSED_DEVICE int64_t data_row(const RecurrenceParams& p, const StepRows& ro
   return (rows.offset + n) * p.D + d;
 }
 
+// Element u of row n's hidden state, or of its cell state, in y or dy.
+LSTM_FUSED_DEVICE int64_t hidden_at(const RecurrenceParams& p, const StepRows& rows, int d,
+                                    int64_t n, int64_t u) {
+  return (rows.offset + n) * p.y_width + d * p.R + u;
+}
+LSTM_FUSED_DEVICE int64_t cell_at(const RecurrenceParams& p, const StepRows& rows, int d, int64_t n,
+                                  int64_t u) {
+  return (rows.offset + n) * p.y_width + p.D * p.R + d * p.H + u;
+}
+
+// Whether a reset parts row n's step from the one before it in the order of the pass, and from the
+// one after it. Of two steps the later one in time has the flag: in a reversed pass the one before.
+LSTM_FUSED_DEVICE bool reset_before(const RecurrenceParams& p, const StepRows& rows, bool reversed,
+                                    int64_t n) {
+  if (!p.resets || n >= (reversed ? rows.active_prev : rows.active)) return false;
+  return p.resets[rows.offset + (reversed ? rows.active : 0) + n] != 0;
+}
+LSTM_FUSED_DEVICE bool reset_after(const RecurrenceParams& p, const StepRows& rows, bool reversed,
+                                   int64_t n) {
+  if (!p.resets || n >= (reversed ? rows.active : rows.active_next)) return false;
+  return p.resets[rows.offset + (reversed ? 0 : rows.active) + n] != 0;
+}
+
+// What row n begins with, of h0 or c0: the initial state, or the reset state.
+template <class S>
+LSTM_FUSED_DEVICE S initial_state(const RecurrenceParams& p, const void* state, int d, int64_t n,
+                                  int64_t width, int64_t u, bool reset) {
+  if (!state || (reset && p.state_rows == p.N)) return S{};
+  return as<S>(state)[(d * p.state_rows + (reset ? p.N : 0) + n) * width + u];
+}
+
 }  // namespace lstm_fused::cuda

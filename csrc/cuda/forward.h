@@ -5,6 +5,14 @@
 
 namespace lstm_fused::cuda {
 
+// What the next step takes for h: the reset state if it begins anew. The flag is read only here,
+// since one more value that a unit keeps during the product would spill.
+template <class S>
+LSTM_FUSED_DEVICE S passed_on(const RecurrenceParams& p, const StepRows& rows, int d, int64_t n,
+                              int64_t u, S h) {
+  return reset_after(p, rows, d == 1, n) ? initial_state<S>(p, p.h0, d, n, p.R, u, true) : h;
+}
+
 // The product with w_hh, and the cell: a unit is one of H.
 template <class Cell, class S>
 struct ForwardCell {
@@ -41,22 +49,23 @@ struct ForwardCell {
     }
     f.c_prev = 0;
     if constexpr (Cell::kCarry != Carry::kNone) {
-      const void* initial = Cell::kCarry == Carry::kCell ? p.c0 : p.h0;
-      const int64_t at = (d * p.N + n) * p.H + u;
-      if (n < rows.active_prev)
-        f.c_prev = as<C>(p.carry)[at];
-      else if (initial)
-        f.c_prev = load(as<S>(initial)[at]);
+      const bool reset = reset_before(p, rows, d == 1, n);
+      if (n < rows.active_prev && !reset)
+        f.c_prev = as<C>(p.carry)[(d * p.N + n) * p.H + u];
+      else
+        f.c_prev = load(
+            initial_state<S>(p, Cell::kCarry == Carry::kCell ? p.c0 : p.h0, d, n, p.H, u, reset));
     }
   }
 
-  static LSTM_FUSED_DEVICE bool apply(const StepRows&, int64_t, Unit& f, const C (&product)[kGates],
+  static LSTM_FUSED_DEVICE bool apply(const RecurrenceParams& p, const StepRows& rows, int d,
+                                      int64_t n, int64_t u, Unit& f, const C (&product)[kGates],
                                       S (&out)[kOut]) {
     LSTM_FUSED_UNROLL
     for (int j = 0; j < kGates; ++j) f.preact[kFirstHidden + j] += product[j];
     f.c = 0;
     f.h = round_to<S>(Cell::forward(f.preact, f.c_prev, f.c));
-    out[0] = f.h;
+    out[0] = p.projection ? f.h : passed_on<S>(p, rows, d, n, u, f.h);
     return true;
   }
 
@@ -68,10 +77,12 @@ struct ForwardCell {
       as<C>(p.carry)[state] = f.c;
       if (p.saved_states) as<C>(p.saved_states)[row * p.H + u] = f.c;
     }
-    if constexpr (Cell::kCarry == Carry::kCell)
+    if constexpr (Cell::kCarry == Carry::kCell) {
       if (last) as<S>(p.c_n)[state] = round_to<S>(f.c);
+      if (p.cell_states) as<S>(p.y)[cell_at(p, rows, d, n, u)] = round_to<S>(f.c);
+    }
     if (!p.projection) {
-      as<S>(p.y)[row * p.R + u] = f.h;
+      as<S>(p.y)[hidden_at(p, rows, d, n, u)] = f.h;
       if (last) as<S>(p.h_n)[state] = f.h;
     }
     if (p.gates) {
@@ -98,15 +109,17 @@ struct Project {
   static LSTM_FUSED_DEVICE void fetch(const RecurrenceParams&, const StepRows&, int, int64_t,
                                       int64_t, Unit&) {}
 
-  static LSTM_FUSED_DEVICE bool apply(const StepRows&, int64_t, Unit& f, const C (&product)[1],
+  static LSTM_FUSED_DEVICE bool apply(const RecurrenceParams& p, const StepRows& rows, int d,
+                                      int64_t n, int64_t u, Unit& f, const C (&product)[1],
                                       S (&out)[1]) {
-    out[0] = f.h = round_to<S>(product[0]);
+    f.h = round_to<S>(product[0]);
+    out[0] = passed_on<S>(p, rows, d, n, u, f.h);
     return true;
   }
 
   static LSTM_FUSED_DEVICE void store(const RecurrenceParams& p, const StepRows& rows, int d,
                                       int64_t n, int64_t u, const Unit& f) {
-    as<S>(p.y)[data_row(p, rows, d, n) * p.R + u] = f.h;
+    as<S>(p.y)[hidden_at(p, rows, d, n, u)] = f.h;
     if (n >= rows.active_next) as<S>(p.h_n)[(d * p.N + n) * p.R + u] = f.h;
   }
 };

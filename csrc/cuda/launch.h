@@ -8,6 +8,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "initial.h"
 #include "kernel_launch.h"
 #include "kernels.h"
 #include "pointwise.h"
@@ -58,6 +59,19 @@ LaunchConfig configure(const Plan& plan, const RecurrenceParams& p, int64_t unit
           plan.kind == PlanKind::kCluster ? plan.unit_ctas : 0,
           plan.kind == PlanKind::kGrid,
           stream};
+}
+
+// The B that a forward pass begins with, which is zeros without an initial state.
+template <class S>
+const char* launch_initial(const RecurrenceParams& p, void* stream) {
+  if (!p.h0) return nullptr;
+  const dim3 grid(
+      static_cast<unsigned>(ceil_div(p.R, kPointwiseUnits)),
+      static_cast<unsigned>(std::min<int64_t>(ceil_div(p.N, kPointwiseRows), kMaxGridY)),
+      static_cast<unsigned>(p.D));
+  return launch_kernel(initial_kernel<S>,
+                       {grid, kPointwiseUnits * kPointwiseRows, 0, 0, false, stream}, p,
+                       configured_devices<S>());
 }
 
 // A step's product and epilogue. Its rows are partitioned anew: a packed batch shrinks or grows.
@@ -118,6 +132,8 @@ const char* launch_plan(const Plan& plan, const RecurrenceParams& p, const Produ
   using S = typename Math::Storage;
   using Forward = ForwardCell<Cell, S>;
   using Backward = BackwardCell<Cell, S>;
+  if (!plan.backward)
+    if (const char* error = launch_initial<S>(p, stream)) return error;
   if (is_stepwise(plan.kind)) {
     if (!plan.backward)
       return launch_steps<Math, Forward, Project<S>>(plan, p, second, steps, gemm, stream);

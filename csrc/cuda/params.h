@@ -76,7 +76,13 @@ struct RecurrenceParams {
   StepRows rows[2];  // of step s_begin for each direction, for a launch of one step
   int64_t N, H, R;
   int D;
-  bool projection;  // the cell's h is projected by w_hr before the recurrence uses it
+  bool projection;     // the cell's h is projected by w_hr before the recurrence uses it
+  bool cell_states;    // y holds those of all steps, and dy their gradients
+  int64_t y_width;     // of a row of y: D * R, with cell states D * R + D * H
+  int64_t state_rows;  // of h0, c0 and their gradients: N, or 2 * N with a reset state
+  // Not 0 where a row begins anew before the step, (S,); or null. It begins with the last N rows of
+  // h0 and c0, or with zeros.
+  const uint8_t* resets;
   Product product;
   // Counters of the barriers of a grid plan, (D, row groups), kBarrierBytes apart. The CTAs of a
   // group share one. Zero at the launch.
@@ -89,25 +95,29 @@ struct RecurrenceParams {
   const void* pre;      // compute (S, D, G, H): x.W_ih, in w_ih's gate order
   const void* b_ih[2];  // storage (G * H,) or null
   const void* b_hh[2];  // storage (G * H,) or null
-  const void* h0;       // storage (D, N, R) or null for zeros
-  const void* c0;       // storage (D, N, H) or null for zeros
-  void* y;              // storage (S, D * R)
+  const void* h0;       // storage (D, state_rows, R) or null for zeros
+  const void* c0;       // storage (D, state_rows, H) or null for zeros
+  void* y;              // storage (S, y_width)
   void* h_n;            // storage (D, N, R)
   void* c_n;            // storage (D, N, H), or null where the cell has no state of its own
   void* carry;          // compute (D, N, H): what the cell carries; its gradient backward
   void* gates;          // compute (S, D, P, H), P preacts a unit, or null; may alias pre
   void* saved_states;   // compute (S, D, H): what the cell carries after each step, or null
   // Backward.
-  const void* h;     // storage (S, D * R): y, where h_prev is wanted
-  void* h_prev;      // storage (S, D, R): h of the step before, or null
-  const void* dy;    // storage (S, D * R) or null
+  const void* h;     // storage (S, y_width): y, where h_prev is wanted
+  void* h_prev;      // storage (S, D, R): h that the step began with, or null
+  const void* dy;    // storage (S, y_width) or null
   const void* dh_n;  // storage (D, N, R) or null
   const void* dc_n;  // storage (D, N, H) or null
   void* d_gates;     // storage (S, D, P, H): gradients of the preacts
   void* hidden;      // storage (S, D, H): h before the projection, or null without one
   void* d_hidden;    // storage (S, D, R): gradient of h after the projection, or null without one
-  void* dh0;         // storage (D, N, R) or null
-  void* dc0;         // storage (D, N, H) or null
+  void* dh0;         // storage (D, state_rows, R) or null
+  void* dc0;         // storage (D, state_rows, H) or null
+  // Sums of the reset state's gradients over the steps that began with it, which start as zeros;
+  // null where they are not wanted.
+  void* dh_reset;  // compute (D, N, R)
+  void* dc_reset;  // compute (D, N, H)
 };
 
 }  // namespace lstm_fused::cuda

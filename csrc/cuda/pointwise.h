@@ -9,7 +9,7 @@
 namespace lstm_fused::cuda {
 
 template <class Epilogue, class S>
-LSTM_FUSED_KERNEL(kPointwiseUnits* kPointwiseRows)
+LSTM_FUSED_KERNEL(kPointwiseUnits* kPointwiseRows, sizeof(S) == 8 ? 3 : 4)
 pointwise_kernel(const LSTM_FUSED_CONSTANT RecurrenceParams p) {
   using C = Compute<S>;
   const int d = block_index().z;
@@ -29,7 +29,7 @@ pointwise_kernel(const LSTM_FUSED_CONSTANT RecurrenceParams p) {
     typename Epilogue::Unit unit;
     S out[Epilogue::kOut];
     Epilogue::fetch(p, rows, d, n, u, unit);
-    if (Epilogue::apply(rows, n, unit, product, out)) {
+    if (Epilogue::apply(p, rows, d, n, u, unit, product, out)) {
       S* to = reinterpret_cast<S*>(next.at(p.s_begin + 1, d, n)) + u;
       LSTM_FUSED_UNROLL
       for (int v = 0; v < Epilogue::kOut; ++v) to[v * columns] = out[v];

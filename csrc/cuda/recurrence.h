@@ -296,7 +296,8 @@ struct Recurrence {
       Acc product[kM];
       reduce(row, product);
       S out[Epilogue::kOut];
-      if (!Epilogue::apply(rows, n0 + row, units[i], product, out)) return;
+      const int u = first_unit + owned_unit;
+      if (!Epilogue::apply(p, rows, d, n0 + row, u, units[i], product, out)) return;
       S* to = next_row(s, n0, row) + first_unit + owned_unit;
       LSTM_FUSED_UNROLL
       for (int v = 0; v < Epilogue::kOut; ++v) to[v * columns] = out[v];
@@ -386,7 +387,7 @@ struct Recurrence {
 };
 
 template <class Math, class Epilogue, int kRowTiles, PlanKind kKind, int kCompiledUnitTiles>
-LSTM_FUSED_KERNEL(max_threads(kKind, kCompiledUnitTiles))
+LSTM_FUSED_KERNEL(max_threads(kKind, kCompiledUnitTiles), 1)
 recurrence_kernel(const LSTM_FUSED_CONSTANT RecurrenceParams p) {
   if constexpr (kKind != PlanKind::kCluster || kHasClusters)
     Recurrence<Math, Epilogue, kRowTiles, kKind, kCompiledUnitTiles>(p).run();

@@ -28,7 +28,7 @@ struct Recurred {
   const Tensor& d_preacts;  // (S, D, P, H)
   const void* hidden;       // (S, D, H): h before a projection, or null
   const void* d_hidden;     // (S, D, R): gradient of h after it, or null
-  const void* h_prev;       // (S, D, R): h of the step before, of packed data; or null
+  const void* h_prev;       // (S, D, R): h that each step began with; or null
 };
 
 class Gradients {
@@ -130,10 +130,11 @@ class Gradients {
     }
   }
 
-  // Of w_hh: every step's gradients times what h was before it.
+  // Of w_hh: every step's gradients times what h was before it. Without resets, dense data's is y,
+  // a step later.
   void of_recurrent_weights(void* out, int d) const {
     const LayerSizes& s = layer_.size;
-    const int64_t N = s.steps.N, width = s.R * bytes_;
+    const int64_t N = s.steps.N, width = s.R * bytes_, pitch = s.y_width() * bytes_;
     if (recurred_.h_prev) {
       const Matrix h_prev{part(recurred_.h_prev, d, s.R), S_, s.R, s.D * s.R, false};
       return by_gate(out, d, P_ - G_, orders_.hidden, h_prev);
@@ -143,8 +144,8 @@ class Gradients {
     char* first = d == 0 ? to : to + (S_ - N) * width;  // the direction's first step
     char* later = d == 0 ? to + N * width : to;
     const char* y = static_cast<const char*>(part(p_.y, d, s.R));
-    const char* earlier = d == 0 ? y : y + N * s.D * width;
-    if (S_ > N) pass_.copy_rows(later, width, earlier, s.D * width, width, S_ - N);
+    const char* earlier = d == 0 ? y : y + N * pitch;
+    if (S_ > N) pass_.copy_rows(later, width, earlier, pitch, width, S_ - N);
     if (layer_.h0)
       pass_.copy_rows(first, N * width, part(layer_.h0, d, N * s.R), N * width, N * width, 1);
     else

@@ -71,19 +71,17 @@ void Cuda::forward(const std::vector<Layer>& layers, const std::vector<ForwardPa
     const Layer& layer = layers[m];
     const ForwardParams& given = params[m];
     const LayerSizes& s = layer.size;
-    const Steps& steps = s.steps;
     Pass pass(layer, x, false);
     // Each unit's pre-activations are read before its gates are written, so that both may share
     // memory.
     const bool in_place = given.gates && info(layer.cell).preacts == pass.gates();
     std::optional<Tensor> separate;
     if (!in_place)
-      separate = pass.empty({steps.rows(), s.D * pass.gates() * s.H}, compute_dtype(layer.dtype));
+      separate = pass.empty({s.steps.rows(), s.D * pass.gates() * s.H}, compute_dtype(layer.dtype));
     void* const pre = in_place ? given.gates : separate->data_ptr();
     input_product(pass, layer, pre);
 
-    const int64_t width = row_bytes(layer.dtype, s.R);
-    const auto h = pass.reserve_exchange(2, width);
+    const auto h = pass.reserve_exchange(2, row_bytes(layer.dtype, s.R));
     const auto hidden =
         layer.projection ? pass.reserve_exchange(1, row_bytes(layer.dtype, s.H)) : h;
     std::vector<Pass::OperandSlot> w_hh, w_hr;
@@ -107,12 +105,6 @@ void Cuda::forward(const std::vector<Layer>& layers, const std::vector<ForwardPa
       p.b_hh[d] = layer.weights[d].b_hh;
       p.product.a[d] = pass.resolve(w_hh[d]);
       if (layer.projection) second.a[d] = pass.resolve(w_hr[d]);
-      const int64_t bytes = s.R * storage_bytes(layer.dtype);
-      // Both buffers: a row of packed data may begin at any step.
-      for (int buffer = 0; layer.h0 && buffer < (steps.sizes ? 2 : 1); ++buffer)
-        pass.copy_rows(p.product.in.at(buffer, d, 0), width,
-                       static_cast<const char*>(layer.h0) + d * steps.N * bytes, bytes, bytes,
-                       steps.N);
     }
     pass.launch(p, layer.projection ? &second : nullptr);
   }
@@ -140,7 +132,7 @@ void Cuda::backward(const std::vector<Layer>& layers, const std::vector<Backward
     const auto maybe = [&](bool wanted, const Shape& shape) {
       return pass.empty(wanted ? shape : Shape{0});
     };
-    const bool saves_h_prev = s.steps.sizes && hidden_weights;
+    const bool saves_h_prev = (s.steps.sizes || s.steps.resets) && hidden_weights;
     const Tensor hidden = maybe(layer.projection, {S, s.D, s.H});
     const Tensor d_hidden = maybe(layer.projection, {S, s.D, s.R});
     const Tensor h_prev = maybe(saves_h_prev, {S, s.D, s.R});
@@ -148,6 +140,9 @@ void Cuda::backward(const std::vector<Layer>& layers, const std::vector<Backward
     const int64_t hidden_row = row_bytes(layer.dtype, s.H), width = row_bytes(layer.dtype, s.R);
     const auto of_gates = pass.reserve_exchange(2, pass.gates() * hidden_row);
     const auto of_h = layer.projection ? pass.reserve_exchange(1, width) : of_gates;
+    const bool reset_state = s.state_rows > s.steps.N;
+    const Workspace::Slot dh_reset = pass.reserve_sums(reset_state && given.dh0 ? s.R : 0);
+    const Workspace::Slot dc_reset = pass.reserve_sums(reset_state && given.dc0 ? s.H : 0);
     pass.allocate();
 
     RecurrenceParams p = pass.params();
@@ -166,6 +161,8 @@ void Cuda::backward(const std::vector<Layer>& layers, const std::vector<Backward
     }
     p.dh0 = given.dh0;
     p.dc0 = given.dc0;
+    if (reset_state && given.dh0) p.dh_reset = pass.resolve_sums(dh_reset);
+    if (reset_state && given.dc0) p.dc_reset = pass.resolve_sums(dc_reset);
     p.product = {{}, layer.projection ? s.R : s.H, pass.resolve(of_gates), pass.resolve(of_h)};
     Product second{{}, s.H, p.product.out, p.product.in};
     Tensors kept;

@@ -23,6 +23,9 @@ class Pass {
         size_(layer.size),
         guard_(x.get_device_index()),
         stream_(stream_of(x)) {
+    LSTM_FUSED_CHECK(!layer.size.steps.starts, "batch_sizes has shape (1, ", layer.size.steps.N + 1,
+                     "), cu_seqlens of documents, but on a CUDA device it must be the (T,) of "
+                     "packed data");
     plan_ = choose_plan(backward);
     last_run().set({layer.dtype, plan_});
   }
@@ -79,6 +82,13 @@ class Pass {
     return workspace_.at(w.slot);
   }
 
+  // Sums in the compute dtype for every row, `width` wide, which start as zeros.
+  Workspace::Slot reserve_sums(int64_t width) {
+    const int64_t values = size_.D * size_.steps.N * width;
+    return workspace_.reserve_zeros(values * compute_bytes(layer_.dtype));
+  }
+  void* resolve_sums(Workspace::Slot slot) const { return workspace_.at(slot); }
+
   // Makes the workspace, with what every pass needs beside what was reserved.
   void allocate() {
     const Steps& steps = size_.steps;
@@ -106,6 +116,10 @@ class Pass {
     p.R = size_.R;
     p.D = size_.D;
     p.projection = layer_.projection;
+    p.cell_states = size_.cell_states;
+    p.y_width = size_.y_width();
+    p.state_rows = size_.state_rows;
+    p.resets = host.resets;
     p.h0 = layer_.h0;
     p.c0 = layer_.c0;
     p.carry = workspace_.at(carry_);

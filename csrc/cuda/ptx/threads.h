@@ -10,7 +10,8 @@
 #include <cstdint>
 
 #define LSTM_FUSED_DEVICE __device__ __forceinline__
-#define LSTM_FUSED_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+// With so few registers that an SM has space for so many CTAs.
+#define LSTM_FUSED_KERNEL(threads, ctas) __global__ void __launch_bounds__(threads, ctas)
 #define LSTM_FUSED_CONSTANT __grid_constant__
 #define LSTM_FUSED_UNROLL _Pragma("unroll")
 #define LSTM_FUSED_NO_UNROLL _Pragma("unroll 1")

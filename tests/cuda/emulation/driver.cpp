@@ -2,7 +2,6 @@
 // the results with a plain loop over time. Arguments: the plans to run, all without any.
 #include <cmath>
 #include <cstdio>
-#include <cstring>
 #include <string>
 #include <vector>
 
@@ -21,6 +20,7 @@ struct Case {
   int64_t T, N, H;
   int D;
   bool state, packed;
+  bool resets;  // also a reset state where there is an initial one, and all cell states
 };
 
 uint32_t state = 1;
@@ -34,13 +34,15 @@ std::vector<float> random(int64_t count, float scale = 1) {
   return v;
 }
 
-// One layer's data, forward and backward; (S, D, ...) and (D, N, H) as params.h has them.
+// One layer's data, forward and backward; (S, D, ...) and (D, N, H) as params.h has them. Initial
+// states and their gradients have state_rows rows, y and dy y_width columns.
 template <class Cell>
 struct Layer {
   static constexpr int G = Cell::kGates, preacts = Cell::kPreacts;
   Case c;
-  int64_t S = 0;
+  int64_t S = 0, state_rows, y_width;
   std::vector<int64_t> sizes, offsets{0};
+  std::vector<uint8_t> resets;
   std::vector<float> pre, b_ih[2], b_hh[2], w[2], h0, c0, dy, dh_n, dc_n;
   std::vector<float> y, h_n, c_n, gates, saved_states, d_gates, dh0, dc0;
 
@@ -50,6 +52,9 @@ struct Layer {
       offsets.push_back(offsets.back() + sizes.back());
     }
     S = offsets.back();
+    for (int64_t row = 0; c.resets && row < S; ++row) resets.push_back(next() > 0.3f);
+    state_rows = c.resets && c.state ? 2 * c.N : c.N;
+    y_width = c.D * c.H * (cell_states() ? 2 : 1);
     pre = random(S * c.D * G * c.H);
     for (int d = 0; d < c.D; ++d) {
       w[d] = random(G * c.H * c.H, 0.3f);
@@ -57,17 +62,31 @@ struct Layer {
       b_hh[d] = random(G * c.H);
     }
     const int64_t states = c.D * c.N * c.H;
-    h0 = random(states);
-    c0 = random(states);
-    dy = random(S * c.D * c.H);
+    h0 = random(c.D * state_rows * c.H);
+    c0 = random(c.D * state_rows * c.H);
+    dy = random(S * y_width);
     dh_n = random(states);
     dc_n = random(states);
-    y.assign(S * c.D * c.H, NAN);
+    y.assign(S * y_width, NAN);
     h_n.assign(states, NAN);
-    c_n = dh0 = dc0 = h_n;
+    c_n = h_n;
+    dh0.assign(c.D * state_rows * c.H, NAN);
+    dc0 = dh0;
     gates.assign(S * c.D * preacts * c.H, NAN);
     saved_states.assign(S * c.D * c.H, NAN);
     d_gates = gates;
+  }
+
+  bool cell_states() const { return c.resets && Cell::kCarry == Carry::kCell; }
+  // Whether step t of row n begins anew in direction d: before it in time, or after it.
+  bool anew(int d, int64_t t, int64_t n) const {
+    const int64_t later = d == 0 ? t : t + 1;
+    return c.resets && later < c.T && n < sizes[later] && resets[offsets[later] + n];
+  }
+  // Element u of what row n begins with, of h0 or c0.
+  float initial(const std::vector<float>& states, int d, int64_t n, int64_t u, bool reset) const {
+    if (!c.state) return 0;
+    return states[(d * state_rows + (reset ? c.N : 0) + n) * c.H + u];
   }
 
   Steps steps() const {
@@ -104,15 +123,23 @@ void compute_preacts(const Layer<Cell>& l, const std::vector<float>& h, int64_t 
 template <class Cell>
 bool check_forward(const Layer<Cell>& l) {
   const Case& c = l.c;
-  std::vector<float> h = c.state ? l.h0 : std::vector<float>(l.h0.size(), 0.0f);
-  std::vector<float> carried = h;
-  if (Cell::kCarry == Carry::kCell)
-    carried = c.state ? l.c0 : std::vector<float>(l.c0.size(), 0.0f);
+  const std::vector<float>& start = Cell::kCarry == Carry::kCell ? l.c0 : l.h0;
+  std::vector<float> h(l.h_n.size()), carried(h.size());
+  const auto begin = [&](int d, int64_t n, bool reset) {
+    for (int64_t u = 0; u < c.H; ++u) {
+      h[(d * c.N + n) * c.H + u] = l.initial(l.h0, d, n, u, reset);
+      carried[(d * c.N + n) * c.H + u] = l.initial(start, d, n, u, reset);
+    }
+  };
+  for (int d = 0; d < c.D; ++d)
+    for (int64_t n = 0; n < c.N; ++n) begin(d, n, false);
   bool good = true;
   for (int64_t s = 0; s < c.T; ++s)
     for (int d = 0; d < c.D; ++d) {
-      const std::vector<float> h_prev = h;
       const int64_t active = gpu::rows_at(l.steps(), s, d == 1).active;
+      for (int64_t n = 0; n < active; ++n)
+        if (l.anew(d, d == 0 ? s : c.T - 1 - s, n)) begin(d, n, true);
+      const std::vector<float> h_prev = h;
       for (int64_t n = 0; n < active; ++n)
         for (int64_t u = 0; u < c.H; ++u) {
           const int64_t row = l.at(s, d, false, n), at = (d * c.N + n) * c.H + u;
@@ -120,7 +147,9 @@ bool check_forward(const Layer<Cell>& l) {
           compute_preacts(l, h_prev, row, d, n, u, preacts);
           h[at] = Cell::forward(preacts, carried[at], cell);
           carried[at] = cell;
-          good = good && close(l.y[row * c.H + u], h[at]);
+          const float* y = &l.y[row / c.D * l.y_width + d * c.H + u];
+          good = good && close(*y, h[at]);
+          if (l.cell_states()) good = good && close(y[c.D * c.H], cell);
         }
     }
   for (size_t i = 0; i < h.size(); ++i) {
@@ -139,7 +168,7 @@ bool check_backward(const Layer<Cell>& l) {
   bool good = true;
   for (int d = 0; d < c.D; ++d)
     for (int64_t n = 0; n < c.N; ++n) {
-      std::vector<float> dh(H), dc(H);
+      std::vector<float> dh(H), dc(H), dh_reset(H, 0.0f), dc_reset(H, 0.0f);
       for (int64_t u = 0; u < H; ++u) {
         dh[u] = l.dh_n[(d * c.N + n) * H + u];
         dc[u] = Cell::kCarry == Carry::kCell ? l.dc_n[(d * c.N + n) * H + u] : 0;
@@ -148,6 +177,7 @@ bool check_backward(const Layer<Cell>& l) {
         const gpu::StepRows rows = gpu::rows_at(l.steps(), s, d == 0);
         if (n >= rows.active) continue;
         const int64_t row = (rows.offset + n) * c.D + d;
+        const bool anew = l.anew(d, d == 0 ? c.T - 1 - s : s, n);
         std::vector<float> through(H, 0.0f);
         for (int64_t u = 0; u < H; ++u) {
           float saved[kPreacts], d_sum[kPreacts], prev = 0, cell = 0;
@@ -155,12 +185,14 @@ bool check_backward(const Layer<Cell>& l) {
           if (Cell::kCarry != Carry::kNone) {
             const std::vector<float>& start = Cell::kCarry == Carry::kCell ? l.c0 : l.h0;
             cell = l.saved_states[row * H + u];
-            if (n < rows.active_next)
+            if (n < rows.active_next && !anew)
               prev = l.saved_states[((rows.offset_next + n) * c.D + d) * H + u];
-            else if (c.state)
-              prev = start[(d * c.N + n) * H + u];
+            else
+              prev = l.initial(start, d, n, u, anew);
           }
-          Cell::backward(saved, prev, cell, dh[u] + l.dy[row * H + u], dc[u], d_sum);
+          const float* dy = &l.dy[(rows.offset + n) * l.y_width + d * H + u];
+          if (l.cell_states()) dc[u] += dy[c.D * H];
+          Cell::backward(saved, prev, cell, dh[u] + *dy, dc[u], d_sum);
           for (int j = 0; j < kPreacts; ++j)
             good = good && close(l.d_gates[(row * kPreacts + j) * H + u], d_sum[j]);
           for (int j = 0; j < G; ++j)
@@ -169,12 +201,21 @@ bool check_backward(const Layer<Cell>& l) {
                   d_sum[kPreacts - G + j] * l.w[d][(Cell::hidden_gate(j) * H + u) * H + k];
         }
         dh = through;
+        if (!anew) continue;
+        for (int64_t u = 0; u < H; ++u) {
+          dh_reset[u] += dh[u];
+          dc_reset[u] += dc[u];
+          dh[u] = dc[u] = 0;
+        }
       }
-      for (int64_t u = 0; u < H; ++u) {
-        const float more = Cell::kCarry == Carry::kHidden ? dc[u] : 0;
-        good = good && close(l.dh0[(d * c.N + n) * H + u], dh[u] + more);
-        if (Cell::kCarry == Carry::kCell) good = good && close(l.dc0[(d * c.N + n) * H + u], dc[u]);
-      }
+      for (int64_t part = 0; part < l.state_rows / c.N; ++part)
+        for (int64_t u = 0; u < H; ++u) {
+          const int64_t at = (d * l.state_rows + part * c.N + n) * H + u;
+          const float d_h = part ? dh_reset[u] : dh[u], d_c = part ? dc_reset[u] : dc[u];
+          const float more = Cell::kCarry == Carry::kHidden ? d_c : 0;
+          good = good && close(l.dh0[at], d_h + more);
+          if (Cell::kCarry == Carry::kCell) good = good && close(l.dc0[at], d_c);
+        }
     }
   return good;
 }
@@ -223,11 +264,7 @@ const char* run(Layer<Cell>& l, gpu::PlanKind kind, bool backward) {
       gpu::row_bytes(DType::kFloat32, c.H) * (backward ? int64_t{Cell::kGates} : 1);
   const int64_t rows = round_up(c.N, plan->tile_rows);
   std::vector<float> exchange(2 * c.D * rows * bytes / 4, 0.0f), carry(c.D * c.N * c.H, NAN);
-  if (!backward && c.state)
-    for (int buffer = 0; buffer < 2; ++buffer)
-      for (int64_t i = 0; i < c.D * c.N; ++i)
-        std::memcpy(&exchange[((buffer * c.D + i / c.N) * rows + i % c.N) * bytes / 4],
-                    &l.h0[i * c.H], c.H * 4);
+  std::vector<float> dh_reset(c.D * c.N * c.H, 0.0f), dc_reset = dh_reset;
   std::vector<char> barrier(c.D * plan->row_groups * gpu::kBarrierBytes, 0);
   std::vector<float> a[2];
   gpu::RecurrenceParams p{};
@@ -236,6 +273,10 @@ const char* run(Layer<Cell>& l, gpu::PlanKind kind, bool backward) {
   p.N = c.N;
   p.H = p.R = c.H;
   p.D = c.D;
+  p.cell_states = l.cell_states();
+  p.y_width = l.y_width;
+  p.state_rows = l.state_rows;
+  if (c.resets) p.resets = l.resets.data();
   const gpu::Exchange e{reinterpret_cast<char*>(exchange.data()), c.D * rows * bytes, rows, bytes};
   p.product = {{nullptr, nullptr}, c.H, e, e};
   for (int d = 0; d < c.D; ++d) {
@@ -260,6 +301,10 @@ const char* run(Layer<Cell>& l, gpu::PlanKind kind, bool backward) {
   p.d_gates = l.d_gates.data();
   p.dh0 = l.dh0.data();
   p.dc0 = l.dc0.data();
+  if (l.state_rows > c.N) {
+    p.dh_reset = dh_reset.data();
+    p.dc_reset = dc_reset.data();
+  }
   const Steps steps = l.steps();
   LoopGemm loop;
   return gpu::launch_plan<Cell, Math>(*plan, p, nullptr, steps, loop, nullptr);
@@ -273,16 +318,19 @@ bool passes(const Case& c, gpu::PlanKind kind) {
   if (!error) error = run<Cell, gpu::FusedMultiplyAdd<float>>(l, kind, true);
   good = good && !error && check_backward(l);
   if (!good)
-    std::printf("wrong: %s plan, %d gates, %d preacts, T%ld N%ld H%ld D%d%s%s: %s\n",
+    std::printf("wrong: %s plan, %d gates, %d preacts, T%ld N%ld H%ld D%d%s%s%s: %s\n",
                 gpu::name(kind), Cell::kGates, Cell::kPreacts, c.T, c.N, c.H, c.D,
-                c.state ? " state" : "", c.packed ? " packed" : "", error ? error : "numbers");
+                c.state ? " state" : "", c.packed ? " packed" : "", c.resets ? " resets" : "",
+                error ? error : "numbers");
   return good;
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
-  const Case cases[] = {{4, 11, 40, 2, true, true}, {3, 9, 36, 1, false, false}};
+  const Case cases[] = {{4, 11, 40, 2, true, true, true},
+                        {3, 9, 36, 1, false, false, false},
+                        {4, 9, 20, 2, false, false, true}};
   int ran = 0, failed = 0;
   for (int kind = 0; kind < gpu::kPlanKinds; ++kind) {
     const gpu::PlanKind k = static_cast<gpu::PlanKind>(kind);

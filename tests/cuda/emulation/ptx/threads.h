@@ -6,7 +6,7 @@
 #include "../fibers.h"
 
 #define LSTM_FUSED_DEVICE inline
-#define LSTM_FUSED_KERNEL(threads) void
+#define LSTM_FUSED_KERNEL(threads, ctas) void
 #define LSTM_FUSED_CONSTANT
 #define LSTM_FUSED_UNROLL
 #define LSTM_FUSED_NO_UNROLL

@@ -1,0 +1,28 @@
+// The kernel that writes B of a row's first step: h0, or the reset state where the row begins anew
+// before that step. A thread for each unit of a row. Grid: (units, rows, directions).
+#pragma once
+
+#include "epilogue.h"
+#include "plan.h"
+#include "ptx/threads.h"
+
+namespace lstm_fused::cuda {
+
+template <class S>
+LSTM_FUSED_KERNEL(kPointwiseUnits* kPointwiseRows, 4)
+initial_kernel(const LSTM_FUSED_CONSTANT RecurrenceParams p) {
+  const int d = block_index().z;
+  const int64_t u = int64_t{block_index().x} * kPointwiseUnits + thread_index() % kPointwiseUnits;
+  if (u >= p.R) return;
+  const int64_t first =
+      int64_t{block_index().y} * kPointwiseRows + thread_index() / kPointwiseUnits;
+  for (int64_t n = first; n < p.N; n += int64_t{block_count().y} * kPointwiseRows) {
+    // In reverse a row's first step is its last one in time, which no flag parts from another.
+    const bool reset = d == 0 && p.resets && p.resets[n] != 0;
+    const S h = initial_state<S>(p, p.h0, d, n, p.R, u, reset);
+    // Both buffers: a row of packed data may begin at any step.
+    for (int64_t s = 0; s < 2; ++s) reinterpret_cast<S*>(p.product.in.at(s, d, n))[u] = h;
+  }
+}
+
+}  // namespace lstm_fused::cuda
