@@ -216,7 +216,8 @@ def check_resets(resets, shape, axes, device):
 
 def check_reset_state(module, reset_state, rows):
     """reset_state as a tuple of states (L*D, rows, width); a state (L*D, width) is that of all."""
-    widths = (module.proj_size or module.hidden_size, module.hidden_size)[: module._states]
+    widths = module.proj_size or module.hidden_size, module.hidden_size
+    widths = widths if isinstance(module, torch.nn.LSTM) else widths[:1]
     if len(widths) == 1:
         if not isinstance(reset_state, Tensor):
             raise TypeError(f"reset_state must be a Tensor, got {type(reset_state).__name__}")

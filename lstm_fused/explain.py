@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from lstm_fused import _plan, runtime
+from lstm_fused import _plan, call_options, checkpointing, padded, runtime
 from lstm_fused.fallback import Fused
 from lstm_fused.single_step import Cell
 
@@ -22,6 +22,9 @@ class Layer:
     ``runtime.plan``), and what the layer is predicted to take on the CPU.
 
     seconds: of the forward pass, and where training is true of the backward pass; None on a GPU.
+    save_every: how many steps lie between the states kept for backward; 1 keeps every step.
+    kept_bytes: what is kept for backward beside arguments and results; without ``checkpoint_every``
+    it would be kept_bytes_of_every_step.
     """
 
     T: int
@@ -33,12 +36,23 @@ class Layer:
     training: bool
     plan: _plan.Plan | Any  # Any: CudaPlan, on a GPU
     seconds: tuple[float, ...] | None = None
+    save_every: int = 1
+    kept_bytes: int = 0
+    kept_bytes_of_every_step: int = 0
 
     def __str__(self) -> str:
         sizes = f"T={self.T} N={self.N} I={self.I} H={self.H}"
         sizes += f" R={self.R}" if self.R != self.H else ""
         sizes += ", two directions" if self.directions == 2 else ""
-        return f"{sizes}{', keeps gates for backward' if self.training else ''}: {self.plan}"
+        return f"{sizes}{self._kept() if self.training else ''}: {self.plan}"
+
+    def _kept(self):
+        if self.save_every == 1:
+            return ", keeps gates for backward"
+        return (
+            f", keeps the states of every {self.save_every} steps for backward "
+            f"({_size(self.kept_bytes)} in place of {_size(self.kept_bytes_of_every_step)})"
+        )
 
     def prediction(self, total: float) -> str:
         """The predicted times, and their share of `total` seconds, in words."""
@@ -54,6 +68,7 @@ class Call:
     """One call of an LSTM, GRU or RNN or of a cell: what would run fused, or why torch would.
 
     layers: a ``Layer`` for each layer, one for a single-step cell.
+    options: what the call's options beyond torch.nn do, a sentence each.
     """
 
     name: str
@@ -61,6 +76,7 @@ class Call:
     reason: str | None
     layers: tuple[Layer, ...]
     step: bool = False
+    options: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -74,9 +90,10 @@ class Call:
         """As printed, where all calls are predicted to take `total` seconds."""
         head = f"{self.name}: {self.module}" if self.name else self.module
         if self.reason is not None:
-            return f"{head}\n  runs through torch: {self.reason}"
+            through = "its reference in pure torch" if self.options else "torch"
+            return f"{head}\n  runs through {through}: {self.reason}"
         names = ["step"] if self.step else [f"layer {k}" for k in range(len(self.layers))]
-        lines = [head]
+        lines = [head, *(f"  {option}" for option in self.options)]
         for name, layer in zip(names, self.layers, strict=True):
             lines.append(f"  {name}: {layer}")
             lines += [f"    {layer.prediction(total)}"] if layer.seconds else []
@@ -100,7 +117,10 @@ class Explanation:
 
 
 def explain(
-    model: torch.nn.Module, input: Any, hx: Tensor | tuple[Tensor, Tensor] | None = None
+    model: torch.nn.Module,
+    input: Any,
+    hx: Tensor | tuple[Tensor, Tensor] | None = None,
+    **options: Any,
 ) -> Explanation:
     """Say which kernel, instruction set, thread partition and tile would run, or why torch would.
 
@@ -112,22 +132,26 @@ def explain(
         input: what model is called with; for a module that is no layer or cell a tuple is its
             positional and a dict its keyword arguments.
         hx: the states, ``(h_0, c_0)`` of an LSTM, else ``h_0``; None for any other module.
+        options: further keyword arguments of a layer's call, such as ``lengths``, ``resets``,
+            ``cu_seqlens`` and ``checkpoint_every``.
 
     Returns:
         An ``Explanation``; ``print`` it, or read ``.calls[i].reason`` and
         ``.calls[i].layers[k].plan``. A layer counts as training if autograd would record it now.
 
     Raises:
-        TypeError: model is not a ``torch.nn.Module``, or hx is given with one that is no layer or
-            cell.
+        TypeError: model is not a ``torch.nn.Module``, or hx or options are given with one that is
+            no layer or cell.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     grad = torch.is_grad_enabled()
     if isinstance(model, _KINDS):
-        return Explanation((_explain_call("", grad, model, (input, hx), {}),))
-    if hx is not None:
-        raise TypeError(f"hx goes with a layer or a cell, model is a {type(model).__name__}")
+        return Explanation((_explain_call("", grad, model, (input, hx), options),))
+    for argument in (["hx"] if hx is not None else []) + list(options):
+        raise TypeError(
+            f"{argument} goes with a layer or a cell, model is a {type(model).__name__}"
+        )
     calls = []
 
     def note(name, module, args, kwargs):
@@ -161,27 +185,61 @@ def _explain_call(name, grad, module, args, kwargs):
         return Call(name, text, "it is not of lstm_fused, see lstm_fused.replace", ())
     if isinstance(module, Cell):
         return _explain_step(name, text, grad, module, *args, **kwargs)
-    input, hx, lengths = _arguments(*args, **kwargs)
+    input, hx, lengths, options = _arguments(*args, **kwargs)
+    given, documents = call_options.from_call(module, lengths, **options)
     packed = isinstance(input, PackedSequence)
     x, batch_sizes = (input.data, input.batch_sizes) if packed else (input, None)
     weights = module._weights()
     state = () if hx is None else module._as_state(hx)
     if reason := module._fallback_reason(x, hx, weights):
-        return Call(name, text, reason, ())
+        return Call(name, text, reason, (), options=_sentences(module, given, documents, x, False))
     if packed:
         T, N = len(batch_sizes), int(batch_sizes[0])
+    elif documents is not None:
+        packed = not padded.stays_on_device(x)
+        T, N = _sizes_of_documents(*documents, packed)
     elif x.dim() == 2:
         T, N = x.shape[0], 1
     else:
         T, N = x.shape[:2] if not module.batch_first else (x.shape[1], x.shape[0])
-    lengths = torch.as_tensor([] if lengths is None else lengths)
+    on_device = isinstance(lengths, Tensor) and padded.stays_on_device(lengths)
+    lengths = torch.as_tensor([] if lengths is None or on_device else lengths)
     if lengths.numel() and int(lengths.min()) < T:  # else it runs as if there were no lengths
         packed, T, N = True, max(1, int(lengths.max())), int((lengths > 0).sum())
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype, _ = module._autocast_dtypes(x, packed, state, weights, grad)
     training = grad and any(t.requires_grad for t in (x, *state, *weights))
-    return Call(name, text, None, _layers(module, x.device, dtype, T, N, training))
+    every = given.checkpoint_every if given else None
+    every = None if packed else every if every is not None else module.checkpoint_every
+    layers = _layers(module, x.device, dtype, T, N, training, every)
+    return Call(name, text, None, layers, options=_sentences(module, given, documents, x, True))
+
+
+def _sizes_of_documents(cu_seqlens, max_seqlen, in_place):
+    """T and N of the kernel's call."""
+    N = cu_seqlens.shape[0] - 1
+    if max_seqlen is not None and not in_place:
+        return max_seqlen, N
+    return int(cu_seqlens.diff().max()), N
+
+
+def _sentences(module, given, documents, x, fused):
+    """What the options of a call do."""
+    if given is None:
+        return ()
+    found = []
+    if documents is not None:
+        in_place = "read in place" if not fused or not padded.stays_on_device(x) else None
+        found.append(f"documents: {in_place or 'copied to rows of max_seqlen steps and back'}")
+    if given.resets is not None:
+        where = "in the kernel" if fused else "step by step"
+        state = "the learned initial state" if module.learned_initial_state else "zeros"
+        state = state if given.reset_state is None else "reset_state"
+        found.append(f"resets: {where}, to {state}")
+    if given.cell_states:
+        found.append("cell states: of every step, of the last layer")
+    return tuple(found)
 
 
 def _explain_step(name, text, grad, module, input, hx=None):
@@ -200,29 +258,46 @@ def _explain_step(name, text, grad, module, input, hx=None):
     return Call(name, text, None, (layer,), step=True)
 
 
-def _arguments(input, hx=None, lengths=None):
-    return input, hx, lengths
+def _arguments(input, hx=None, lengths=None, **options):
+    return input, hx, lengths, options
 
 
-def _layers(module, device, dtype, T, N, training):
+def _layers(module, device, dtype, T, N, training, checkpoint_every):
     directions = 2 if module.bidirectional else 1
     H, R = module.hidden_size, module.proj_size or module.hidden_size
     layers = []
     for k in range(module.num_layers):
         I = directions * R if k else module.input_size  # noqa: E741
         sizes = (T, N, I, H, R, directions)
-        layers.append(_layer(module._cell(), dtype, sizes, training, device))
+        layers.append(_layer(module._cell(), dtype, sizes, training, device, checkpoint_every))
     return tuple(layers)
 
 
-def _layer(cell, dtype, sizes, training, device):
+def _layer(cell, dtype, sizes, training, device, checkpoint_every=None):
     plan = runtime.plan(cell, dtype, *sizes, training=training, device=device)
+    kept = {}
+    if training:
+        T, N, _, H, R, directions = sizes
+        every = checkpointing.interval(checkpoint_every, cell, T, N, H, R)
+        itemsize = 8 if dtype is torch.float64 else 4  # of the compute dtype
+        block = _plan.block if device.type == "cpu" else 1
+        both = [
+            checkpointing.kept_bytes(cell, T, N, H, R, directions, k, itemsize, block)
+            for k in (every, 1)
+        ]
+        kept = {"save_every": every, "kept_bytes": both[0], "kept_bytes_of_every_step": both[1]}
     if device.type != "cpu":
-        return Layer(*sizes, training, plan)
+        return Layer(*sizes, training, plan, **kept)
     plans = [plan]
     if training:
         plans.append(runtime.plan(cell, dtype, *sizes, backward=True))
-    return Layer(*sizes, training, plan, tuple(p.nanoseconds / 1e9 for p in plans))
+    return Layer(*sizes, training, plan, tuple(p.nanoseconds / 1e9 for p in plans), **kept)
+
+
+def _size(count):
+    """Bytes in two digits and a unit."""
+    scale, unit = (1e9, "GB") if count >= 1e9 else (1e6, "MB") if count >= 1e6 else (1e3, "kB")
+    return f"{float(f'{count / scale:.2g}'):g} {unit}"
 
 
 def _duration(seconds):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lstm_fused import call_options, errors
 from lstm_fused.nn import MODULES
 
 _KINDS = (*MODULES, torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN)
@@ -16,6 +17,8 @@ def gradient_flow(
     hx: Tensor | tuple[Tensor, Tensor] | None = None,
     *,
     loss: Callable[[Tensor], Tensor] | None = None,
+    resets: Tensor | None = None,
+    reset_state: Tensor | tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """d loss / d h_t for every step, layer and direction of an LSTM, GRU or RNN.
 
@@ -33,16 +36,19 @@ def gradient_flow(
         hx: the states to begin with, as the module takes them; zeros if left out.
         loss: a callable from ``output``, laid out as the module returns it, to a tensor of one
             element. Left out, it is the sum of the last step's output.
+        resets, reset_state: as our modules take them; also with a module of ``torch.nn``. A
+            document of ``cu_seqlens`` is a row with a reset where it begins.
 
     Returns:
         (T, L*D, N, R), or (T, L*D, R) for one sequence: at each step what ``h_n`` is laid out as,
-        in the dtype of the hidden state. A step that the loss does not depend on has zeros.
+        in the dtype of the hidden state. A step that the loss does not depend on has zeros, such as
+        those before a reset for a loss of later steps.
         ``flow[:, -1].norm(dim=-1)`` is (T, N): the norms in the last layer.
 
     Raises:
         TypeError: module is no such layer, or input is no tensor (a ``PackedSequence`` is none).
         ValueError: T is 0, or loss does not return a tensor of one element made from output; and
-            whatever the module raises of an input or hx that does not fit.
+            whatever the module raises of an input, hx, resets or reset_state that does not fit.
 
     That the norms fall or grow with a power of the distance: Bengio, Simard and Frasconi, Learning
     Long-Term Dependencies with Gradient Descent is Difficult, 1994; Pascanu, Mikolov and Bengio,
@@ -57,7 +63,7 @@ def gradient_flow(
         input = input.detach().clone()
         _check(module, input, hx)
         input.requires_grad_()
-        output, steps = _run_steps(module, input, hx)
+        output, steps = _run_steps(module, input, hx, resets, reset_state)
         value = _last_sum(module, output) if loss is None else loss(output)
         if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.requires_grad:
             raise ValueError("loss must return a tensor of one element made from output")
@@ -84,36 +90,55 @@ def _last_sum(module, output):
     return output.select(1 if module.batch_first and output.dim() == 3 else 0, -1).sum()
 
 
-def _run_steps(module, input, hx):
+def _run_steps(module, input, hx, resets, reset_state):
     """The output of the module, and of each layer and direction h_t (1, N, R) of every step."""
     single = input.dim() == 2
     swap = module.batch_first and not single
     x = input.unsqueeze(1) if single else input.transpose(0, 1) if swap else input
-    states = () if hx is None else tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
-    if single:
-        states = tuple(state.unsqueeze(1) for state in states)
+    resets = call_options.dense_resets(resets, x, input.dim(), module.batch_first)
+    learned = module._learned_state() if isinstance(module, MODULES) else None
+    begin = _states(module, hx if hx is not None else learned, x, single)
+    after_reset = _states(module, reset_state if reset_state is not None else learned, x, single)
     directions = 2 if module.bidirectional else 1
     found = []
     for k in range(module.num_layers):
         if k:
             x = torch.nn.functional.dropout(x, module.dropout, module.training)
         for d in range(directions):
-            row = k * directions + d
-            begin = tuple(state[row : row + 1].detach() for state in states)
-            found.append(_steps(_one_layer(module, k, d), x, begin, backwards=d == 1))
+            row = slice(k * directions + d, k * directions + d + 1)
+            states = [[s[row] for s in begin], [s[row] for s in after_reset]]
+            found.append(_steps(_one_layer(module, k, d), x, *states, resets, backwards=d == 1))
         x = torch.cat([torch.cat(steps) for steps in found[-directions:]], dim=-1)
     return x.squeeze(1) if single else x.transpose(0, 1) if swap else x, found
 
 
-def _steps(layer, x, state, backwards):
+def _states(module, given, x, single):
+    """A state as given, or zeros for None, as a list of (L*D, N, width)."""
+    rows = x.shape[1]
+    if given is not None:
+        if single and isinstance(given, torch.Tensor) and isinstance(module, torch.nn.LSTM):
+            given = given.unbind()  # torch.nn.LSTM takes two states stacked
+        return [s.detach() for s in errors.check_reset_state(module, given, rows)]
+    layers = module.num_layers * (2 if module.bidirectional else 1)
+    widths = [module.proj_size or module.hidden_size, module.hidden_size]
+    widths = widths if isinstance(module, torch.nn.LSTM) else widths[:1]
+    return [x.new_zeros(layers, rows, width) for width in widths]
+
+
+def _steps(layer, x, state, after_reset, resets, backwards):
     """h_t (1, N, R) of every step, in the order of time, each the start of the step after it."""
-    found = []
     rows = x.split(1)
-    state = state if len(state) > 1 else state[0] if state else None
-    for row in reversed(rows) if backwards else rows:
-        _, state = layer(row, state)
-        found.append(state[0] if isinstance(state, tuple) else state)
-    return found[::-1] if backwards else found
+    T = len(rows)
+    found = [None] * T
+    for t in reversed(range(T)) if backwards else range(T):
+        boundary = t + 1 if backwards else t
+        if resets is not None and boundary < T:
+            anew = resets[boundary].unsqueeze(1)
+            state = [torch.where(anew, *pair) for pair in zip(after_reset, state, strict=True)]
+        _, state = layer(rows[t], tuple(state) if len(state) > 1 else state[0])
+        state = [state] if isinstance(state, torch.Tensor) else state
+        found[t] = state[0]
+    return found
 
 
 def _one_layer(module, k, d):

@@ -264,3 +264,73 @@ def test_error_messages():
         lstm_fused.explain("lstm", torch.ones(T, N, I))
     with pytest.raises(TypeError, match="hx goes with a layer or a cell, model is a Linear"):
         lstm_fused.explain(nn.Linear(I, 2), torch.ones(3, I), hx=())
+
+
+# Options of a call, and the T and N to be told.
+WITH_OPTIONS = {
+    "resets": (lambda x: {"resets": torch.rand(T, N) < 0.5}, (T, N)),
+    "cell states": (lambda x: {"return_cell_states": True}, (T, N)),
+    "lengths": (
+        lambda x: {"lengths": [0, 3, 5], "resets": torch.rand(T, N) < 0.5},
+        (5, 2),
+    ),
+    "documents": (lambda x: {"cu_seqlens": torch.tensor([0, 4, 4, 9, 21])}, (12, 4)),
+}
+
+
+@pytest.mark.parametrize("grad", (True, False), ids=("grad", "no_grad"))
+@pytest.mark.parametrize("options, sizes", WITH_OPTIONS.values(), ids=WITH_OPTIONS)
+def test_explained_plan_runs_with_options(options, sizes, grad):
+    module = make("lstm", bidirectional=True)
+    x = torch.randn(T, N, I)
+    more = options(x)
+    x = x.flatten(0, 1) if "cu_seqlens" in more else x
+    with torch.set_grad_enabled(grad):
+        (call,) = lstm_fused.explain(module, x, **more).calls
+        module(x, **more)
+    ran = runtime.last_run()
+    (layer,) = call.layers
+    assert sizes == (layer.T, layer.N)
+    assert ran.pop("pass") == "forward"
+    assert {key: getattr(layer.plan, key) for key in ran} == ran
+
+
+def test_printed_options():
+    module = make("lstm", num_layers=2)
+    x, mask = torch.randn(100, N, I), torch.rand(100, N) < 0.5
+    more = {"resets": mask, "return_cell_states": True, "checkpoint_every": 10}
+    lines = str(lstm_fused.explain(module, x, **more)).splitlines()
+    assert lines[1] == "  resets: in the kernel, to zeros"
+    assert lines[2] == "  cell states: of every step, of the last layer"
+    # 9 states of h and c; 100 steps of 4 gates and c, H padded to 16.
+    kept = "(2.6 kB in place of 96 kB)"
+    assert f"keeps the states of every 10 steps for backward {kept}" in lines[3]
+    (call,) = lstm_fused.explain(module, x, checkpoint_every=10).calls
+    assert call.layers[0].save_every == 10
+    assert call.layers[0].kept_bytes == 9 * N * 2 * H * 4
+    assert call.layers[0].kept_bytes_of_every_step == 100 * N * 5 * 16 * 4
+    module.checkpoint_every = 1
+    assert "keeps gates for backward" in str(lstm_fused.explain(module, x))
+    more["reset_state"] = state_for(module, N, torch.float32)
+    assert "resets: in the kernel, to reset_state" in str(lstm_fused.explain(module, x, **more))
+    rows = x.flatten(0, 1)
+    text = str(lstm_fused.explain(module, rows, cu_seqlens=torch.tensor([0, 300])))
+    assert "  documents: read in place" in text
+    learned = lstm_fused.GRU(I, H, learned_initial_state=True)
+    assert "to the learned initial state" in str(lstm_fused.explain(learned, x, resets=mask))
+
+
+def test_options_that_the_reference_runs():
+    module = make("gru").to("meta")
+    x, mask = torch.randn(T, N, I, device="meta"), torch.zeros(T, N, dtype=torch.bool)
+    text = str(lstm_fused.explain(module, x, resets=mask))
+    assert "  runs through its reference in pure torch: the input is on meta" in text
+
+
+def test_options_go_with_a_layer():
+    with pytest.raises(
+        TypeError, match="resets goes with a layer or a cell, model is a Sequential"
+    ):
+        lstm_fused.explain(nn.Sequential(make("gru")), torch.randn(T, N, I), resets=None)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'reset'"):
+        lstm_fused.explain(make("gru"), torch.randn(T, N, I), reset=None)

@@ -197,3 +197,82 @@ def test_error_messages(error, kind, input, options):
         options = {"hx": draw(*options["hx"])}
     with pytest.raises(error):
         lstm_fused.gradient_flow(kind(I, H), input(), **options)
+
+
+def begins_at(*steps, rows=N):
+    mask = torch.zeros(T, rows, dtype=torch.bool)
+    mask[list(steps)] = True
+    return mask
+
+
+@each_cell
+@pytest.mark.parametrize("library", (nn, lstm_fused), ids=("torch.nn", "ours"))
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
+def test_resets_are_separate_sequences(options, library, cell):
+    """Each part by itself, from the initial state or that of the reset, by its direction."""
+    module = make(library, cell, dtype=torch.float64, **options)
+    x = torch.randn(T, N, I, dtype=torch.float64)
+    directions = 2 if module.bidirectional else 1
+    hx, reset = (states_for(module, cell, x) for _ in range(2))
+
+    def mixed(starts):
+        """Per direction the states of one of the two, as hx."""
+        pairs = zip(states(hx), states(reset), strict=True)
+        found = []
+        for pair in pairs:
+            each = [pair[starts[k % directions]][k] for k in range(len(pair[0]))]
+            found.append(torch.stack(each))
+        return tuple(found) if len(found) > 1 else found[0]
+
+    def states(given):
+        return given if isinstance(given, tuple) else (given,)
+
+    def loss(y):
+        return y.square().sum()
+
+    # Reads the parts 0:2, 2:3 and 3:T; the forward direction begins the first with hx, the reverse
+    # direction the last.
+    expected = [
+        lstm_fused.gradient_flow(module, part, mixed(starts), loss=loss)
+        for part, starts in zip(x.split([2, 1, T - 3]), ((0, 1), (1, 1), (1, 0)), strict=True)
+    ]
+    flow = lstm_fused.gradient_flow(
+        module, x, hx, loss=loss, resets=begins_at(2, 3), reset_state=reset
+    )
+    torch.testing.assert_close(flow, torch.cat(expected))
+
+
+@pytest.mark.parametrize("batch_first", (False, True))
+def test_gradient_stops_at_a_reset(batch_first):
+    module = lstm_fused.LSTM(I, H, batch_first=batch_first)
+    x = torch.randn(N, T, I) if batch_first else torch.randn(T, N, I)
+    mask = begins_at()
+    mask[4, 1] = True
+    flow = lstm_fused.gradient_flow(module, x, resets=mask.t() if batch_first else mask)
+    plain = lstm_fused.gradient_flow(module, x)
+    assert flow[:4, :, 1].eq(0).all() and flow[4:, :, 1].ne(0).any(-1).all()
+    torch.testing.assert_close(flow[:, :, ::2], plain[:, :, ::2], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("single", (False, True))
+def test_flow_of_a_learned_initial_state(single):
+    module = lstm_fused.LSTM(I, H, 2, learned_initial_state=True)
+    for p in (module.initial_h, module.initial_c):
+        nn.init.normal_(p)
+    x = torch.randn(T, I) if single else torch.randn(T, N, I)
+    mask = torch.rand(x.shape[:-1]) < 0.5
+    state = module.init_state(None if single else N)
+    plain = lstm_fused.LSTM(I, H, 2)
+    plain.load_state_dict(module.state_dict(), strict=False)
+    expected = lstm_fused.gradient_flow(plain, x, state, resets=mask, reset_state=state)
+    flow = lstm_fused.gradient_flow(module, x, resets=mask)
+    torch.testing.assert_close(flow, expected, rtol=0, atol=0)
+
+
+def test_bad_resets():
+    for resets, error in (
+        (torch.zeros(N, T).bool(), ValueError),
+        (torch.zeros(T, N), TypeError),
+    ):
+        with pytest.raises(error, match="resets must"):
+            lstm_fused.gradient_flow(nn.GRU(I, H), draw(T, N, I), resets=resets)
