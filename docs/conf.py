@@ -29,7 +29,10 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 nitpicky = True
 # Torch's and Python's own names, whose documentation is not read here; types in signatures of ours.
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|collections|typing|types)\..*|\w+|lstm_fused\.(replace|explain)\.\w+")
+    (
+        "py:.*",
+        r"(torch|collections|typing|types)\..*|\w+|lstm_fused\.(replace|explain|states|rl|fallback)\.\w+",
+    )
 ]
 
 myst_heading_anchors = 3

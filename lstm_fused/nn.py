@@ -34,16 +34,35 @@ class LSTM(Recurrent[tuple[Tensor, Tensor]], torch.nn.LSTM):
             goes into the padding, ``output`` is zero there, and ``h_n``, ``c_n`` are those at each
             row's own end (``hx`` for a row of length 0). It may be a tensor that ``torch.compile``
             and ``torch.export`` do not know the values of.
+        resets: beyond ``torch.nn.LSTM``, as is all that follows, and a keyword: bool, (T, N) or
+            (N, T) as the input, (T,) or (S,): True where a row begins anew before that step.
+            Nothing passes such a place, in either direction, forward or backward. For a
+            ``PackedSequence`` padded, or packed as it is.
+        reset_state: the state that resets put in, as ``hx``, or (L*D, width) each for all rows;
+            zeros if left out.
+        return_cell_states: return c of every step as well.
+        cu_seqlens: (N + 1,), int32 or int64: the input (S, I) is N documents one after the other,
+            each from ``cu_seqlens[n]`` to ``cu_seqlens[n + 1]``.
+        max_seqlen: at least the longest document; on a CUDA device nothing waits for ``cu_seqlens``
+            where it is given.
+        checkpoint_every: keep the states of every so many steps for backward, which computes the
+            others again, or "auto" for the least memory. Also an attribute, for every call.
 
     Returns:
-        ``output, (h_n, c_n)``: (T, N, D*R) laid out as the input was, (L*D, N, R), (L*D, N, H).
+        ``output, (h_n, c_n)``: (T, N, D*R) laid out as the input was, (L*D, N, R), (L*D, N, H);
+        with ``return_cell_states`` a third, (T, N, D*H), of the last layer.
 
     Raises:
-        ValueError: ``input`` is not 2-D or 3-D, its dtype is not the weights', or ``lengths``
-            does not fit the input.
-        RuntimeError: a size or a device of ``input``, ``hx`` or a weight does not fit, T is 0, or
-            ``hx`` has another dtype.
+        ValueError: ``input`` is not 2-D or 3-D, its dtype is not the weights', ``lengths``,
+            ``resets`` or ``cu_seqlens`` does not fit the input, or options exclude each other.
+        RuntimeError: a size or a device of ``input``, ``hx``, ``reset_state`` or a weight does not
+            fit, T is 0, ``hx`` has another dtype, or an option beyond torch.nn is given where only
+            torch.nn can run the call.
         TypeError, IndexError, AttributeError: an argument is of the wrong kind.
+
+    The constructor's ``learned_initial_state=True`` adds parameters ``initial_h`` and
+    ``initial_c``, (L*D, R) and (L*D, H), zeros at first. A call without ``hx`` begins with them,
+    and resets without ``reset_state`` put them in.
 
     Every transform of ``torch.func`` is fused: ``grad`` and ``vjp`` at any level, ``vmap`` over
     inputs and over stacked weights (an ensemble runs in one call), per-sample gradients by
@@ -82,6 +101,8 @@ class LSTM(Recurrent[tuple[Tensor, Tensor]], torch.nn.LSTM):
             proj_size: int = 0,
             device: Device = None,
             dtype: torch.dtype | None = None,
+            *,
+            learned_initial_state: bool = False,
         ) -> None: ...
 
     def _check_state(self, hx, dims, rows):
@@ -97,14 +118,15 @@ class LSTM(Recurrent[tuple[Tensor, Tensor]], torch.nn.LSTM):
 class GRU(Recurrent[Tensor], torch.nn.GRU):
     """``torch.nn.GRU`` computed by fused kernels: same constructor, weights, inputs and results.
 
-    Everything said of ``LSTM`` holds, with one state instead of two and no ``proj_size``.
+    Everything said of ``LSTM`` holds, with one state instead of two, no ``proj_size`` and no
+    ``return_cell_states``.
 
     Args:
         input: (T, N, I), or (N, T, I) if ``batch_first``, or (T, I) for one sequence, or a
             ``PackedSequence``. float32, float64, bfloat16 or float16, the weights' dtype unless
             autocast is on.
         hx: ``h_0`` of shape (L*D, N, H), without N for a (T, I) input; zeros if left out.
-        lengths: as in ``LSTM``.
+        lengths, resets, reset_state, cu_seqlens, max_seqlen, checkpoint_every: as in ``LSTM``.
 
     Returns:
         ``output, h_n``: (T, N, D*H) laid out as the input was, (L*D, N, H).
@@ -132,6 +154,8 @@ class GRU(Recurrent[Tensor], torch.nn.GRU):
             bidirectional: bool = False,
             device: Device = None,
             dtype: torch.dtype | None = None,
+            *,
+            learned_initial_state: bool = False,
         ) -> None: ...
 
 
@@ -159,6 +183,8 @@ class RNN(Recurrent[Tensor], torch.nn.RNN):
             bidirectional: bool = False,
             device: Device = None,
             dtype: torch.dtype | None = None,
+            *,
+            learned_initial_state: bool = False,
         ) -> None: ...
 
 

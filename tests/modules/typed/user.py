@@ -50,6 +50,15 @@ def options(lstm: lstm_fused.LSTM, gru: lstm_fused.GRU, x: Tensor, mask: Tensor)
     packed, _, packed_cells = lstm(pack_sequence([x]), return_cell_states=True, resets=mask)
     both: tuple[PackedSequence, PackedSequence] = packed, packed_cells
     gru.checkpoint_every = "auto"
+    learned = lstm_fused.LSTM(4, 8, learned_initial_state=True)
+    h_n, c_n = lstm_fused.select_state(learned.init_state(3), [0, 2])
+    only: Tensor = lstm_fused.where_state(mask, lstm_fused.detach_state(h_n), gru.init_state(3))
+    h_n = lstm_fused.batch_first_state(only)
+    for chunk in lstm_fused.truncated_bptt(learned, x, 5, resets=mask):
+        print(chunk[0])
+    print(
+        lstm_fused.explain(learned, x, resets=mask), lstm_fused.gradient_flow(gru, x, resets=mask)
+    )
     w, h = gru(x, resets=None, checkpoint_every=16)
     data, _, more = ops.layer(x, None, (), [x], cell_states=True, save_every=2)
     return y + cells + h_n + c_n + z + both[0].data + w + h + data + more

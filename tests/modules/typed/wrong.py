@@ -11,6 +11,7 @@ lstm, gru, cell = lstm_fused.LSTM(4, 8), lstm_fused.GRU(4, 8), lstm_fused.LSTMCe
 x = torch.ones(3, 2, 4)
 
 lstm_fused.LSTM("4", 8)  # error: arg-type
+lstm_fused.RNN(4, 8, learned_initial_state="yes")  # error: arg-type
 lstm_fused.LSTM(4)  # error: call-arg
 lstm_fused.LSTM(4, 8, layers=2)  # error: call-arg
 lstm_fused.GRU(4, 8, proj_size=2)  # error: call-arg
@@ -26,6 +27,8 @@ lstm.forward(x, x)  # error: call-overload
 gru(x, (x, x))  # error: call-overload
 h: Tensor = lstm(x)[1]  # error: assignment
 y: PackedSequence = gru(x)[0]  # error: assignment
+gru.checkpoint_every = "all"  # error: assignment
+lstm_fused.detach_state(3)  # error: type-var
 cell(x, x)  # error: arg-type
 h = cell(x)  # error: assignment
 h = lstm(x, return_cell_states=True)[1]  # error: assignment
