@@ -10,7 +10,10 @@ Sizes: T steps, N rows, I inputs, H hidden units, R recurrent width, S rows of d
 directions.
 """
 
+from contextlib import nullcontext
+
 import torch
+from torch._guards import detect_fake_mode
 
 from lstm_fused import cuda, ops
 from lstm_fused.export import state_or_zeros
@@ -88,23 +91,37 @@ def _padded(x, lengths, resets, state0, weights, cell, directions, cell_states):
             torch.cat((s, given[:, N:].index_select(1, order)), 1) if given.shape[1] > N else s
             for s, given in zip(start, state0, strict=True)
         ]
-    y, *ends, _, _ = forward_op(
-        rows,
-        batch_sizes,
-        anew,
-        start,
-        weights,
-        cell,
-        directions,
-        cell_states,
-        0,
-    )
+    with _known_sizes(x):
+        y, *ends, _, _ = forward_op(
+            rows,
+            batch_sizes,
+            anew,
+            start,
+            weights,
+            cell,
+            directions,
+            cell_states,
+            0,
+        )
+        for end in ends[: len(initial)]:
+            torch._check(end.shape[1] == N)
     y = y.index_select(0, at).unflatten(0, (T, N)).masked_fill(~began, 0)
     ends = [
         torch.where(began, end.index_select(1, back), first)
         for end, first in zip(ends, initial, strict=False)
     ]
     return y, *(*ends, x.new_empty(0))[:2]
+
+
+def _known_sizes(x):
+    """A context in which a fake kernel's new size is to be found equal to one that is known.
+
+    With resets the states do not show how many rows packed data has: one more size of a graph,
+    which would have to be found in the results of the graph's node.
+    """
+    mode = None if torch.compiler.is_dynamo_compiling() else detect_fake_mode([x])
+    sizes = mode and mode.shape_env
+    return sizes.ignore_fresh_unbacked_symbols() if sizes else nullcontext()
 
 
 def stays_on_device(t):

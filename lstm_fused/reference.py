@@ -88,13 +88,13 @@ def _layer(
             widths = widths_of(*weights[:2])
             state0 = [x.new_zeros(directions, batch_sizes.numel() - 1, width) for width in widths]
         run = partial(_layer, step, widths_of, directions=directions, cell_states=cell_states)
-        return _documents(run, x, batch_sizes[0].tolist(), state0, weights, resets)
+        return _documents(run, x, _numbers(batch_sizes), state0, weights, resets)
     if batch_sizes is None:
         sizes, padding = [x.shape[1]] * x.shape[0], 0
         steps = x.unbind(0)
         anew = None if resets is None else resets.bool().unbind(0)
     else:
-        sizes = batch_sizes.tolist()
+        sizes = _numbers(batch_sizes)
         padding = -sizes.pop() if sizes[-1] < 0 else 0
         steps = x[: sum(sizes)].split(sizes)
         anew = None if resets is None else resets[: sum(sizes)].bool().split(sizes)
@@ -131,6 +131,11 @@ def _layer(
 
     found = of_all_steps(0), tuple(torch.stack(s) for s in zip(*ends, strict=True))
     return (*found, of_all_steps(1)) if cell_states else found
+
+
+def _numbers(batch_sizes):
+    """The entries, one after the other: torch.compile knows those of a constant only so."""
+    return [entry.item() for entry in batch_sizes.unbind(-1)]
 
 
 def _reset(state, after_reset, anew):

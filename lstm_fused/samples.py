@@ -103,7 +103,7 @@ def _rows_of(x, batch_sizes):
     if batch_sizes is None:
         return _Steps([x.shape[1]] * x.shape[0])
     if batch_sizes.dim() == 2:
-        return _Documents(batch_sizes[0].tolist())
+        return _Documents(batch_sizes.tolist()[0])
     sizes = batch_sizes.tolist()
     padding = -sizes.pop() if sizes[-1] < 0 else 0  # rows of no step, csrc/layer.h
     return _Steps(sizes, padding)

@@ -172,7 +172,10 @@ class Call {
   const uint8_t* read_resets(const MaybeTensor& resets, const TensorView& x, int64_t m) {
     if (!resets) return nullptr;
     LSTM_FUSED_CHECK(resets->scalar_type() == ScalarType::Byte, "resets must be of dtype uint8");
-    const TensorView view = of_model(*resets, m, "resets");
+    TensorView view = of_model(*resets, m, "resets");
+    // of_model counts in bytes of the layers' dtypes, of which uint8 is none.
+    if (several_)
+      view.data = const_cast<uint8_t*>(resets->const_data_ptr<uint8_t>()) + m * resets->stride(0);
     LSTM_FUSED_CHECK(view.device == x.device, "resets must be on the device of x");
     if (x.dim == 3)
       check_shape(view, {x.size(0), x.size(1), 1}, "resets");

@@ -275,7 +275,7 @@ class Relu:
         return torch.relu(preacts) if self.signs is None else preacts * next(self.signs).flip(-1)
 
 
-def reversed_layer(cell, layer, x, batch_sizes, state0, weights, directions):
+def reversed_layer(cell, layer, x, batch_sizes, state0, weights, directions, **options):
     """layer, of the reference, with its features and hidden units in reverse order."""
 
     gates = ops.CELLS[cell]["gates"]
@@ -289,9 +289,9 @@ def reversed_layer(cell, layer, x, batch_sizes, state0, weights, directions):
     each = len(weights) // directions
     weights = [reversed_weight(w, each % 2 and k % each == each - 1) for k, w in enumerate(weights)]
     state0 = tuple(s.flip(-1) for s in state0)
-    y, states = layer(x.flip(-1), batch_sizes, state0, weights, directions)
-    y = y.unflatten(-1, (directions, -1)).flip(-1).flatten(-2)
-    return y, tuple(s.flip(-1) for s in states)
+    y, states, *cells = layer(x.flip(-1), batch_sizes, state0, weights, directions, **options)
+    y, *cells = (t.unflatten(-1, (directions, -1)).flip(-1).flatten(-2) for t in (y, *cells))
+    return y, tuple(s.flip(-1) for s in states), *cells
 
 
 def run_reference(problem, draw=0, signs=None):
