@@ -66,9 +66,9 @@ class Call {
       std::vector<TensorView> states, w;
       for (const Tensor& t : given.state0) states.push_back(contiguous_state(t, m, "state0"));
       for (const Tensor& t : weights) w.push_back(contiguous(t, m, "every weight"));
-      layers_.push_back(describe_layer({x_[m], sizes, states, w, given.cell, given.directions,
-                                        documents, read_resets(given.resets, x_[m], m),
-                                        given.cell_states}));
+      layers_.push_back(
+          describe_layer({x_[m], sizes, states, w, given.cell, given.directions, documents,
+                          read_resets(given.resets, x_[m], m), given.cell_states}));
     }
     LSTM_FUSED_CHECK(layer().size.steps.T > 0 || (sizes && !documents),
                      "x must have at least one time step");
