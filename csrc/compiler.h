@@ -17,6 +17,9 @@
 #define LSTM_FUSED_INLINE inline __attribute__((always_inline))
 #endif
 
+// For functions that most calls do not need: inlined, they would slow the loops around them down.
+#define LSTM_FUSED_COLD __attribute__((noinline, cold))
+
 #define LSTM_FUSED_PRAGMA(...) _Pragma(#__VA_ARGS__)
 
 // The instructions that functions from here to LSTM_FUSED_TARGET_END may use beyond those of every

@@ -279,6 +279,7 @@ struct BackwardSteps {
   void run_step(int64_t step, int64_t carried, int64_t active) const {
     const Panels<M> panels = k.hidden_panels(d, place.unit_group);
     if (k.in_place && carried > 0) multiply_rows_in_place(step, carried);
+    if (k.p.size.cell_states && k.p.dy) add_cell_gradients(step, active);
     for (int64_t i = 0; i < panels.count(); ++i) {
       // Boustrophedon traversal of the weights, as in forward.
       const int64_t panel = step % 2 ? panels.count() - 1 - i : i;
@@ -299,6 +300,7 @@ struct BackwardSteps {
       barrier.wait();
       through_projection(step, active);
     }
+    if (k.p.size.steps.resets && kCarries) cut_carried(step, active);
     barrier.wait();
   }
 
@@ -399,10 +401,7 @@ struct BackwardSteps {
         }
         const int64_t t = k.time(d, step);
         const int64_t s = k.p.size.steps.row(t, row);
-        if (k.p.size.steps.resets && k.p.size.steps.ends_before_reset(d, t, row)) {
-          add_to_reset(k.dh_reset, k.Rp, row, u, dh);
-          dh = V{};
-        }
+        if (k.p.size.steps.resets) dh = within_boundaries(t, row, u, dh);
         const V total = dh + output_gradient(s, u);
         if (k.projection) {
           // A pair of lanes may hold one past the last hidden unit, read times a zero weight.
@@ -417,11 +416,40 @@ struct BackwardSteps {
   void put_initial(int64_t row, int64_t u, V dh) const {
     // A carried h enters the first step twice: in the product and in the cell.
     if constexpr (Cell::kCarry == Carry::kHidden) dh += load<V>(k.dc + (d * k.N + row) * k.Hp + u);
-    if (d == 0 && k.p.size.steps.begins_anew(d, 0, row)) {
-      add_to_reset(k.dh_reset, k.Rp, row, u, dh);
-      dh = V{};
-    }
+    if (k.p.size.steps.resets && d == 0) dh = within_boundaries(-1, row, u, dh);
     put_state(k.p.dh0, row, false, k.R, u, dh);
+  }
+
+  // The gradient of the hidden state after step t, less what a boundary there gives to the reset.
+  LSTM_FUSED_COLD V within_boundaries(int64_t t, int64_t row, int64_t u, const V& dh) const {
+    if (!k.p.size.steps.ends_before_reset(d, t, row)) return dh;
+    add_to_reset(k.dh_reset, k.Rp, row, u, dh);
+    return V{};
+  }
+
+  // The same for the carried states before a step.
+  LSTM_FUSED_COLD void cut_carried(int64_t step, int64_t active) const {
+    const bool own = Cell::kCarry == Carry::kCell;
+    for (int64_t i = 0; i < active; ++i) {
+      const int64_t n = group.row(i);
+      if (!k.p.size.steps.begins_anew(d, k.time(d, step), n)) continue;
+      for (int64_t u = units.begin * lanes; u < units.end * lanes; u += lanes) {
+        A* dc = k.dc + (d * k.N + n) * k.Hp + u;
+        add_to_reset(own ? k.dc_reset : k.dh_reset, own ? k.Hp : k.Rp, n, u, load<V>(dc));
+        store(dc, V{});
+      }
+    }
+  }
+
+  // The gradients of the cell states of a step that y holds.
+  LSTM_FUSED_COLD void add_cell_gradients(int64_t step, int64_t active) const {
+    for (int64_t i = 0; i < active; ++i) {
+      const int64_t s = row_of(k.time(d, step), i);
+      const S* from = static_cast<const S*>(k.p.dy) + k.p.size.cell_at(d, s);
+      A* dc = k.dc + (d * k.N + group.row(i)) * k.Hp;
+      for (int64_t u = units.begin * lanes; u < units.end * lanes; u += lanes)
+        store(dc + u, load<V>(dc + u) + load_first<V>(from + u, k.H - u));
+    }
   }
 
   // sums (D, N, width), or null where they are not wanted.
@@ -463,14 +491,7 @@ struct BackwardSteps {
       c_prev = load<V>(carried_into(t, n, u));
       c = load<V>(k.saved_state(d, block, s) + lane);
       dc = load<V>(k.dc + (d * k.N + n) * k.Hp + u);
-      if (k.p.size.steps.resets && k.p.size.steps.ends_before_reset(d, t, n)) {
-        const bool own = Cell::kCarry == Carry::kCell;
-        add_to_reset(own ? k.dc_reset : k.dh_reset, own ? k.Hp : k.Rp, n, u, dc);
-        dc = V{};
-      }
     }
-    if (Cell::kCarry == Carry::kCell && k.p.size.cell_states && k.p.dy)
-      dc += load_first<V>(static_cast<const S*>(k.p.dy) + k.p.size.cell_at(d, s) + u, k.H - u);
     const V h = Cell::backward(saved, c_prev, c, dh, dc, d_preact);
     if (k.H - u < lanes)
       for (int j = 0; j < P; ++j) d_preact[j] = keep_first(d_preact[j], k.H - u);
@@ -525,12 +546,7 @@ struct BackwardSteps {
         each_vector(hiddens, [&](int64_t u) { put_state(k.p.dh0, n, false, k.R, u, final(n, u)); });
       if (own && k.p.dc0)
         each_vector(units, [&](int64_t u) {
-          V dc = load<V>(k.dc + at * k.Hp + u);
-          if (d == 0 && k.p.size.steps.begins_anew(d, 0, n)) {
-            add_to_reset(k.dc_reset, k.Hp, n, u, dc);
-            dc = V{};
-          }
-          put_state(k.p.dc0, n, false, k.H, u, dc);
+          put_state(k.p.dc0, n, false, k.H, u, load<V>(k.dc + at * k.Hp + u));
         });
       if (k.dh_reset)
         each_vector(hiddens, [&](int64_t u) {

@@ -160,7 +160,7 @@ struct DirectForward : ForwardState<Cell, S, Multiply<A_>> {
         barrier.wait();
         for (int64_t step = 0; step < k.T; ++step) {
           run_step(d, step);
-          k.store_final(d, step, group, units, units);
+          k.finish_step(d, step, group, units, units);
           barrier.wait();
         }
       }

@@ -220,7 +220,7 @@ struct PersistentForward : ForwardState<Cell, S, M> {
         barrier.wait();
         project(active);
       }
-      k.store_final(d, step, group, units, hiddens);
+      k.finish_step(d, step, group, units, hiddens);
       barrier.wait();
     }
 

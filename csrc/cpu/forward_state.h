@@ -102,7 +102,7 @@ struct ForwardState {
   }
 
   // A document without a step keeps its initial state.
-  void store_initial(int d, int64_t n) const {
+  LSTM_FUSED_COLD void store_initial(int d, int64_t n) const {
     const int64_t row = p.size.final_row(d, n);
     const auto copy = [&](const void* from, void* to, int64_t width) {
       const S* state = initial(from, d, n, false, width);
@@ -113,17 +113,6 @@ struct ForwardState {
     if (Cell::kCarry == Carry::kCell) copy(p.c0, p.c_n, H);
   }
 
-  // One vector of the state that a reset puts in.
-  V reset_to(const void* states, int d, int64_t n, int64_t u, int64_t width) const {
-    const S* state = initial(states, d, n, true, width);
-    return state ? load_first<V>(state + u, width - u) : V{};
-  }
-
-  // Whether row n begins anew after this step.
-  bool resets_after(int d, int64_t step, int64_t n) const {
-    return p.size.steps.resets && p.size.steps.ends_before_reset(d, time(d, step), n);
-  }
-
   int64_t time(int d, int64_t step) const { return d == 0 ? step : T - 1 - step; }
   int64_t active_at(int d, int64_t step) const {
     return step < T ? p.size.steps.active(time(d, step)) : 0;
@@ -132,7 +121,6 @@ struct ForwardState {
   void put_hidden(int d, int64_t step, int64_t n, int64_t u, V v) const {
     const int64_t s = p.size.steps.row(time(d, step), n);
     store_first(static_cast<S*>(p.y) + p.size.hidden_at(d, s) + u, v, R - u);
-    if (resets_after(d, step, n)) v = reset_to(p.h0, d, n, u, R);
     store(hidden(d, step + 1, n) + u, round_to(v, S{}));
   }
 
@@ -161,14 +149,7 @@ struct ForwardState {
     } else {
       h_new = Cell::forward(preact, c_old, c_new);
     }
-    if constexpr (kCarries) {
-      const bool reset = resets_after(d, step, n);
-      store(cell(d, n) + u, reset ? reset_to(carried0(), d, n, u, H) : c_new);
-    }
-    if (Cell::kCarry == Carry::kCell && p.size.cell_states) {
-      const int64_t s = p.size.steps.row(time(d, step), n);
-      store_first(static_cast<S*>(p.y) + p.size.cell_at(d, s) + u, c_new, H - u);
-    }
+    if constexpr (kCarries) store(cell(d, n) + u, c_new);
     if (p.gates) save(d, step, n, vec, preact, c_new);
     if (full) {
       store(full + (d * N + n) * Hp + u, h_new);
@@ -221,6 +202,40 @@ struct ForwardState {
     };
     LSTM_FUSED_UNROLLED_FOR (int j = 0; j < P; ++j) put(p.gates, at * P + j, preact[j]);
     if constexpr (kCarries) put(p.saved_states, at, c_new);
+  }
+
+  // What a step leaves for other steps and for the caller, of the thread's own vectors: c_vectors of
+  // the carried state, h_vectors of the hidden state.
+  void finish_step(int d, int64_t step, const RowGroup& group, Range c_vectors,
+                   Range h_vectors) const {
+    store_final(d, step, group, c_vectors, h_vectors);
+    if (p.size.cell_states) store_cell_states(d, step, group, c_vectors);
+    if (p.size.steps.resets) put_resets(d, step, group, c_vectors, h_vectors);
+  }
+
+  LSTM_FUSED_COLD void store_cell_states(int d, int64_t step, const RowGroup& group, Range vectors) const {
+    for (int64_t i = 0; i < group.active(active_at(d, step)); ++i) {
+      const int64_t n = group.row(i), s = p.size.steps.row(time(d, step), n);
+      for (int64_t u = vectors.begin * lanes; u < vectors.end * lanes; u += lanes)
+        store_first(static_cast<S*>(p.y) + p.size.cell_at(d, s) + u, load<V>(cell(d, n) + u),
+                    H - u);
+    }
+  }
+
+  // Where a row begins anew, the next step finds the reset state in the place of this step's.
+  LSTM_FUSED_COLD void put_resets(int d, int64_t step, const RowGroup& group, Range c_vectors,
+                  Range h_vectors) const {
+    for (int64_t i = 0; i < group.active(active_at(d, step)); ++i) {
+      const int64_t n = group.row(i);
+      if (!p.size.steps.ends_before_reset(d, time(d, step), n)) continue;
+      const auto put = [&](const void* states, auto* to, Range vectors, int64_t width) {
+        const S* from = initial(states, d, n, true, width);
+        for (int64_t u = vectors.begin * lanes; u < vectors.end * lanes; u += lanes)
+          store(to + u, from ? load_first<V>(from + u, width - u) : V{});
+      };
+      put(p.h0, hidden(d, step + 1, n), h_vectors, R);
+      if constexpr (kCarries) put(carried0(), cell(d, n), c_vectors, H);
+    }
   }
 
   // Copies the states of rows that end with this step to h_n and c_n.
