@@ -211,7 +211,9 @@ def _explain_call(name, grad, module, args, kwargs):
         dtype, _ = module._autocast_dtypes(x, packed, state, weights, grad)
     training = grad and any(t.requires_grad for t in (x, *state, *weights))
     every = given.checkpoint_every if given else None
-    every = None if packed else every if every is not None else module.checkpoint_every
+    every = module.checkpoint_every if every is None else every
+    if packed or padded.stays_on_device(x):
+        every = None  # of no effect
     layers = _layers(module, x.device, dtype, T, N, training, every)
     return Call(name, text, None, layers, options=_sentences(module, given, documents, x, True))
 

@@ -30,6 +30,7 @@ def leaves_of(module, x, state):
     }
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.covering
 @each_option
 @pytest.mark.parametrize("with_resets", (False, True), ids=("", "resets"))

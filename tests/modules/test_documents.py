@@ -44,6 +44,7 @@ class Alone:
         return torch.cat(outputs), loops.as_hx(self.module, ends)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.covering
 @each_option
 @pytest.mark.parametrize("dtype", (torch.int32, torch.int64))

@@ -19,6 +19,7 @@ from tests.helpers.compare_modules import (
     state_for,
     states_of,
 )
+from tests.helpers.oracle import CELLS
 
 N = 4
 
@@ -80,6 +81,7 @@ def compare(form, cell, options, mask, with_state=True, kind="row", **more):
     return found
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.covering
 @each_option
 @pytest.mark.parametrize("kind", ("zeros", "one", "row"))
@@ -89,6 +91,41 @@ def compare(form, cell, options, mask, with_state=True, kind="row", **more):
 def test_resets(form, mask, with_state, kind, cell, options):
     compare(form, cell, options, mask, with_state, kind)
     assert runtime.last_run()["pass"] == "backward"
+
+
+def test_random_masks():
+    """Of any form, size and mask; lengths are drawn for the forms that have them."""
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+
+    @hypothesis.settings(max_examples=40)
+    @hypothesis.given(data=st.data())
+    def check(data):
+        cell = data.draw(st.sampled_from(tuple(CELLS)))
+        form = data.draw(st.sampled_from(tuple(loops.FORMS)))
+        T, N, features, hidden = (data.draw(st.integers(1, most)) for most in (6, 4, 3, 19))
+        options = {"num_layers": data.draw(st.integers(1, 2))}
+        options |= {name: data.draw(st.booleans()) for name in ("bidirectional", "batch_first")}
+        theirs, ours = pair(features, hidden, cell=cell, **options)
+        row = st.lists(st.booleans(), min_size=N, max_size=N)
+        mask = torch.tensor(data.draw(st.lists(row, min_size=T, max_size=T)))
+        call, lengths = loops.FORMS[form]
+        if lengths is not None:
+            least = 1 if "packed" in call.__name__ else 0
+            each = st.lists(st.integers(least, T), min_size=N, max_size=N)
+            lengths = data.draw(each.filter(lambda found: sum(found) > 0))
+            if least:  # a PackedSequence is as long as its longest row
+                mask = mask[: max(lengths)]
+        x = draw(len(mask), N, features)
+        state, reset = (states_of(state_for(ours, N)) for _ in range(2))
+        results = []
+        for run, module in ((loops.by_steps, theirs), (call, ours)):
+            leaves = leaves_of(module, x, state, reset)
+            given = x, state, mask, reset, lengths
+            results.append(loops.results(run, module, *given, leaves=leaves))
+        torch.testing.assert_close(*results)
+
+    check()
 
 
 @each_option
@@ -104,6 +141,7 @@ def test_unbatched(kind, cell, options):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.usefixtures("device")
 @each_cell
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("directions", (1, 2))
