@@ -13,7 +13,8 @@ steps and the same batches. The gates of GRU and LSTM are initialised with biase
 for up to T steps (Tallec and Ollivier, Can recurrent neural networks warp time?, 2018); an RNN has
 no such gate. The plot shows the gradients after torch's initialisation, with those biases, and
 after training. For an LSTM it shows the gradients of h alone, although most of its long-range
-gradient flows through c.
+gradient flows through c. Another plot shows what resets inside a sequence do to them: the gradient
+of the last step ends where its row last began anew.
 """
 
 import itertools
@@ -33,6 +34,7 @@ TESTED = 500
 LENGTHS = [10, 20, 50, 100, 200, 400]
 QUICK_LENGTHS = [20, 100]
 DISTANCE = 1000
+RESET_STEPS, RESETS = 200, 0.01  # steps of the rows with resets, and the share of steps with one
 STARTS = ("torch's start", "gates set", "trained")
 
 
@@ -141,6 +143,8 @@ def run(args, report):
     flows = gradients(args, models, lengths[-1], drawn)
     tabulate_flows(report, flows)
     plot_flows(report, flows, lengths[-1])
+    resets, by_row = gradients_with_resets(args, lengths[-1], drawn[:RESET_STEPS])
+    plot_resets(report, resets, by_row)
     plot_accuracy(report, found, lengths)
     short = sequences.draw(lengths[0], 16, generator)
     return {
@@ -148,6 +152,7 @@ def run(args, report):
         "accuracy": {at: accuracy for at, (accuracy, *_) in found.items()},
         "parameters": {kind: found[kind, lengths[0]][2] for kind in KINDS},
         "flows": flows,
+        "resets": (resets, by_row),
         "outputs": torch.cat([scores for _, scores, *_ in found.values()]),
         "problem": (models["lstm", lengths[0]], loss_of, short),
     }
@@ -161,6 +166,16 @@ def gradients(args, models, length, x):
         flows[STARTS[1], kind] = norms(begin(kind, args, length), x)
         flows[STARTS[2], kind] = norms(models[kind, length], x)
     return flows
+
+
+def gradients_with_resets(args, length, x):
+    """Resets (T, N), and norms (T, N) without and with them, of an LSTM whose gates are set."""
+    module = begin("lstm", args, length).layer
+    resets = torch.rand(x.shape[:2], generator=torch.Generator().manual_seed(args.seed)) < RESETS
+    found = {}
+    for name, mask in (("no resets", None), ("resets", resets)):
+        found[name] = lstm_fused.gradient_flow(module, x, resets=mask)[:, 0].norm(dim=-1)
+    return resets, found
 
 
 def tabulate(report, rows, found, lengths):
@@ -202,6 +217,25 @@ def plot_flows(report, flows, length):
             axis.set(title=title, xlabel="steps from the end", ylim=(1e-12, None))
         axes[0].set_ylabel("norm of the gradient")
         axes[0].legend(loc="lower left")
+
+
+def plot_resets(report, resets, by_row):
+    title = "Resets end the gradient: norm of d loss / d h_t, the loss being of the last step"
+    with report.plot("resets", title, 1, 2, sharey=True, figsize=(7, 2.6)) as axes:
+        if axes is None:
+            return
+        for axis, (name, norm) in zip(axes, by_row.items(), strict=True):
+            # No gradient at all is NaN, which is left white.
+            image = torch.where(norm > 0, norm, torch.nan).log10().t()
+            drawn = axis.imshow(
+                image.numpy(), aspect="auto", vmin=-4, vmax=1, interpolation="nearest"
+            )
+            axis.set(title=name, xlabel="step")
+        steps, rows = resets.nonzero(as_tuple=True)
+        axes[1].scatter(steps, rows, marker="|", color="tab:red", s=120)
+        axes[1].set_title("resets, in red")
+        axes[0].set_ylabel("row of the batch")
+        axes[1].figure.colorbar(drawn, ax=list(axes), label="log10 of the norm")
 
 
 def plot_accuracy(report, found, lengths):

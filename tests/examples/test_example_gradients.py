@@ -28,6 +28,18 @@ def test_learns(tmp_path):
     assert before["rnn"][-101] < 1e-6 * before["gru"][-101]
 
 
+def test_resets_end_the_gradient():
+    """Each row has gradients from its last reset on, the others from its first step."""
+    args = gradients.EXAMPLE.parse([])
+    x, _ = gradients.Sequences(None).draw(200, 8, torch.Generator().manual_seed(0))
+    resets, by_row = gradients.gradients_with_resets(args, 100, x)
+    assert by_row["no resets"].gt(0).all()
+    assert resets.any(0).sum() > 1
+    for row, norm in zip(resets.unbind(1), by_row["resets"].unbind(1), strict=True):
+        begin = int(row.nonzero().max()) if row.any() else 0
+        assert norm[:begin].eq(0).all() and norm[begin:].gt(0).all()
+
+
 def test_backends_agree(tmp_path):
     example_checks.assert_agree(gradients.EXAMPLE, tmp_path, "--quick")
 
