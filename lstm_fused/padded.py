@@ -136,7 +136,7 @@ def is_maskable(module, state, given):
     """
     if not module.bidirectional or given is None or given.resets is None:
         return True
-    return not state and given.reset_state is None and module._learned_state() is None
+    return len(state) == 0 and given.reset_state is None and module._learned_state() is None
 
 
 def masked(

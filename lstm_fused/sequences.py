@@ -201,6 +201,8 @@ class Sequences(Fused[State]):
         x = layout.padded(x)
         if padded.is_maskable(self, state, given):
             y, state, *cells = self._run_lengths(x, layout.lengths, state, given, padded.masked)
+        elif _is_captured():
+            y, state, *cells = self._run_lengths(x, layout.lengths, state, given)
         else:
             y, state, *cells = self._run_rows(x, layout.lengths.cpu(), state, given)
         y, *cells = (layout.concatenated(t) for t in (y, *cells))

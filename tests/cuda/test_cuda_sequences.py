@@ -1,0 +1,142 @@
+"""The CUDA kernels, emulated, with resets, reset states and all cell states: every plan."""
+
+from itertools import product
+
+import pytest
+import torch
+
+import lstm_fused
+from lstm_fused import cuda, ops
+from lstm_fused.operators import forward_op
+from tests.helpers import emulated, loops
+from tests.helpers.compare_modules import I, T, draw, pair, state_for, states_of
+from tests.helpers.cuda_cases import KINDS, STEPWISE
+from tests.helpers.oracle import CELLS
+from tests.helpers.plan_coverage import DTYPES
+from tests.helpers.sequences import MASKS, Sequence, violations
+
+STATES = ("none", "given", "with reset")
+# Ragged tiles of units, more rows than a tile has.
+SIZES = {"T": 5, "N": 19, "I": 3, "H": 20}
+
+
+@pytest.fixture(autouse=True)
+def emulation():
+    with emulated.kernels():
+        yield
+
+
+def cases():
+    """(plan, dtype, Sequence) with every mask, in every order of the rows that the kernels have."""
+    for kind, dtype, cell, directions, rows, mask, state in product(
+        KINDS, DTYPES, CELLS, (1, 2), ("dense", "packed"), MASKS, STATES
+    ):
+        if dtype is torch.float64 and kind not in STEPWISE:
+            continue
+        if cell == "rnn_relu" and dtype.itemsize == 2:  # which branch it takes is up to rounding
+            continue
+        shared = (cell, directions, rows, mask, state)
+        yield kind, dtype, Sequence(*shared, **SIZES)
+        if cell == "lstm":
+            yield kind, dtype, Sequence(*shared, cells=True, **SIZES)
+            if kind in STEPWISE:
+                yield kind, dtype, Sequence(*shared, cells=True, proj=7, **SIZES)
+
+
+def goals_of(kind, dtype, sequence):
+    """Each plan with each dtype, cell and option; each mask of each plan with the other options."""
+    s = sequence
+    options = [("rows", s.rows), ("directions", s.directions), ("state", s.state)]
+    options += [("cells", s.cells, bool(s.proj))]
+    found = {(kind, dtype), (kind, s.cell, s.state)}
+    found |= {(kind, s.mask, s.rows, s.directions), (kind, s.mask, s.state)}
+    return found | {(kind, *option) for option in options} | {(s.cell, *o) for o in options}
+
+
+@pytest.mark.covering(goals=goals_of)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "sequence"),
+    [pytest.param(*case, id="-".join(map(str, case))) for case in cases()],
+)
+def test_agrees(kind, dtype, sequence):
+    cuda.set_plan(kind)
+    lines = violations(sequence, dtype)
+    assert not lines, "\n".join(lines)
+    assert cuda.last_run()["kernel"] == kind and cuda.last_run()["pass"] == "backward"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_reset_nothing_changes(kind):
+    """Bit for bit, with flags that are all 0, and the gradient of an unused reset state is 0."""
+    cuda.set_plan(kind)
+    marked = Sequence(mask="none", state="with reset", directions=2, **SIZES)
+    plain = Sequence(mask="", state="given", directions=2, **SIZES)
+    weights = list(marked.module().parameters())
+    x, *states = (t.requires_grad_() for t in marked.inputs())
+    initial = [s[:, : marked.N].detach().requires_grad_() for s in states]
+    outcomes = []
+    for sequence, given in ((marked, states), (plain, initial)):
+        leaves = [x, *given, *weights]
+        out = sequence.run(sequence.layer, weights, x, *given)
+        sums = [(t * t.detach().cos()).sum() for t in out]
+        outcomes.append((out, torch.autograd.grad(sum(sums), leaves)))
+    (ours, grads), (theirs, plain_grads) = outcomes
+    assert all(map(torch.equal, ours, theirs))
+    for k, (found, wanted) in enumerate(zip(grads, plain_grads, strict=True)):
+        if 1 <= k <= 2:
+            assert not found[:, marked.N :].any()
+            found = found[:, : marked.N]
+        assert torch.equal(found, wanted), k
+
+
+@pytest.mark.parametrize("kind", ("step", "grid"))
+@pytest.mark.parametrize("form", loops.FORMS)
+@pytest.mark.parametrize("with_state", (False, True))
+def test_modules(with_state, form, kind):
+    """Against torch.nn's called for one step of one row, in every form of input."""
+    cuda.set_plan(kind)
+    options = {"num_layers": 2, "bidirectional": True, "dtype": torch.float32}
+    theirs, ours = pair(**options)
+    call, lengths = loops.FORMS[form]
+    x, mask = draw(T, 4, I, dtype=torch.float32), torch.rand(T, 4) < 0.4
+    state = states_of(state_for(ours, 4, torch.float32)) if with_state else ()
+    reset = states_of(state_for(ours, 4, torch.float32)) if with_state else None
+    given = x, state, mask, reset, lengths
+    leaves = [
+        {"x": x, **dict(enumerate((*state, *(reset or ()), *module.parameters())))}
+        for module in (theirs, ours)
+    ]
+    expected = loops.results(loops.by_steps, theirs, *given, leaves=leaves[0], cells=True)
+    found = loops.results(call, ours, *given, leaves=leaves[1], cells=True)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert cuda.last_run()["kernel"] == kind
+
+
+@pytest.mark.parametrize("resets", (False, True))
+def test_documents_compile(resets):
+    module = lstm_fused.LSTM(3, 5, bidirectional=True)
+    states = torch.randn(2, 2, 3, 5)
+    given = {"cu_seqlens": torch.tensor([0, 2, 2, 8]), "max_seqlen": 6}
+    given |= {"resets": torch.arange(8) % 3 == 1} if resets else {}
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    x = torch.randn(8, 3)
+    torch.testing.assert_close(compiled(x, (*states,), **given), module(x, (*states,), **given))
+
+
+def test_documents_are_refused():
+    bounds = torch.tensor([[0, 2, 6]])
+    weights = torch.randn(20, 3), torch.randn(20, 5)
+    with pytest.raises(RuntimeError, match=r"shape \(1, 3\), cu_seqlens of documents, but on a"):
+        ops.layer(torch.randn(6, 3), bounds, (), weights)
+
+
+def test_every_step_is_kept():
+    """Whatever save_every is, with the shapes that a fake tensor has too."""
+    x, weights = torch.randn(7, 2, 3), [torch.randn(20, 3), torch.randn(20, 5)]
+
+    def saved(every):
+        return [t.shape for t in forward_op(x, None, None, (), weights, 0, 1, False, every)[3:]]
+
+    assert saved(3) == saved(1)
+    torch.library.opcheck(forward_op, (x, None, None, [], weights, 0, 1, False, 3))
