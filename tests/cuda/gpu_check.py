@@ -142,8 +142,11 @@ def tiny():
         for dtype in (torch.float32, torch.bfloat16):
             module = lstm_fused.LSTM(6, 40, bidirectional=True, device="cuda", dtype=dtype)
             x = torch.randn(4, 19, 6, device="cuda", dtype=dtype, requires_grad=True)
-            y, states = module(x)
-            (y.sum() + states[0].sum() + states[1].sum()).backward()
+            resets = torch.rand(4, 19, device="cuda") < 0.3
+            reset_state = tuple(torch.randn(2, 2, 40, device="cuda", dtype=dtype))
+            more = {"resets": resets, "reset_state": reset_state, "return_cell_states": True}
+            y, states, cells = module(x, **more)
+            (y.sum() + states[0].sum() + states[1].sum() + cells.sum()).backward()
             torch.cuda.synchronize()
             print(kind, dtype, cuda.last_run(), flush=True)
     return 0

@@ -118,6 +118,41 @@ def packed_of(x):
     return PackedSequence(packed.data.detach().clone(), packed.batch_sizes)
 
 
+def with_resets(module, x, form):
+    """Outputs and gradients of a call with resets, a reset state and all cell states of an LSTM;
+    the same numbers on every device."""
+    generator = torch.Generator().manual_seed(3)
+    T, N, _ = x.shape
+    mask = (torch.rand(T, N, generator=generator) < 0.3).to(x.device)
+    own = isinstance(module, lstm_fused.LSTM)
+    states = [
+        torch.randn(2, N, module.hidden_size, generator=generator).to(x).requires_grad_()
+        for _ in range(2 + 2 * own)
+    ]
+    hx, reset_state = (states[:2], states[2:]) if own else states
+    data = x if form == "dense" else pack_padded_sequence(x, LENGTHS)
+    more = {"return_cell_states": True} if own else {}
+    out = module(data, hx, resets=mask, reset_state=reset_state, **more)
+    outputs = [t if form == "dense" else t.data for t in (out[0], *out[2:])]
+    outputs += out[1] if own else out[1:2]
+    loss = sum((t * t.detach().cos()).sum() for t in outputs)
+    return [*outputs, *torch.autograd.grad(loss, [x, *states, *module.parameters()])]
+
+
+@each_cell
+@each_kind
+@pytest.mark.parametrize("form", ["dense", "packed"])
+def test_resets(form, kind, cell):
+    """Against the CPU's kernels."""
+    cuda.set_plan(kind)
+    module, x = layer(cell, bidirectional=True)
+    copied = copy.deepcopy(module).cpu(), x.cpu().requires_grad_()
+    found = with_resets(module, x.requires_grad_(), form)
+    assert runtime.last_run("cuda")["kernel"] == kind
+    wanted = with_resets(*copied, form)
+    torch.testing.assert_close([t.cpu() for t in found], wanted, rtol=1e-4, atol=1e-4)
+
+
 def capture(run):
     """A graph of run, and what it gives there; first run outside, as torch asks of a capture.
 

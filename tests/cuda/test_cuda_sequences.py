@@ -11,7 +11,7 @@ from lstm_fused.operators import forward_op
 from tests.helpers import emulated, loops
 from tests.helpers.compare_modules import I, T, draw, pair, state_for, states_of
 from tests.helpers.cuda_cases import KINDS, STEPWISE
-from tests.helpers.oracle import CELLS
+from tests.helpers.oracle import CELLS, has_cell_state
 from tests.helpers.plan_coverage import DTYPES
 from tests.helpers.sequences import MASKS, Sequence, violations
 
@@ -63,6 +63,42 @@ def test_agrees(kind, dtype, sequence):
     lines = violations(sequence, dtype)
     assert not lines, "\n".join(lines)
     assert cuda.last_run()["kernel"] == kind and cuda.last_run()["pass"] == "backward"
+
+
+try:
+    from hypothesis import given
+    from hypothesis import strategies as st
+except ImportError:
+    pass
+else:
+
+    @st.composite
+    def any_sequence(draw):
+        cell, hidden = draw(st.sampled_from(tuple(CELLS))), draw(st.integers(1, 40))
+        own = has_cell_state(cell)
+        return Sequence(
+            cell=cell,
+            directions=draw(st.integers(1, 2)),
+            rows=draw(st.sampled_from(("dense", "packed"))),
+            mask=draw(st.sampled_from(MASKS)),
+            state=draw(st.sampled_from(STATES)),
+            cells=own and draw(st.booleans()),
+            proj=draw(st.integers(0, hidden - 1)) if own else 0,
+            bias=draw(st.booleans()),
+            T=draw(st.integers(1, 7)),
+            N=draw(st.integers(1, 20)),
+            I=draw(st.integers(1, 5)),
+            H=hidden,
+        )
+
+    @pytest.mark.full
+    @given(any_sequence(), st.sampled_from(KINDS), st.sampled_from(DTYPES))
+    def test_random_sequences(sequence, kind, dtype):
+        if sequence.cell == "rnn_relu" and dtype.itemsize == 2:
+            dtype = torch.float32
+        cuda.set_plan(kind)
+        lines = violations(sequence, dtype)
+        assert not lines, "\n".join(lines)
 
 
 @pytest.mark.parametrize("kind", KINDS)
