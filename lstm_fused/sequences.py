@@ -74,7 +74,8 @@ class Sequences(Fused[State]):
         if _is_captured():
             return self._laid_out(*self._run_lengths(x, lengths, state, dense))
         if padded.stays_on_device(lengths):
-            if padded.is_maskable(self, state, dense):
+            fused = self._fallback_reason(x, hx, self._weights()) is None
+            if fused and padded.is_maskable(self, state, dense):
                 return self._laid_out(*self._run_lengths(x, lengths, state, dense, padded.masked))
             lengths = lengths.cpu()
         if count == 0 or int(lengths.min()) == total:
@@ -145,7 +146,8 @@ class Sequences(Fused[State]):
         h_n, *c_n = state or zeros
         cells = []
         if given is not None and given.cell_states:
-            cells = [x.new_zeros(*x.shape[:2], (1 + self.bidirectional) * self.hidden_size)]
+            directions = 2 if self.bidirectional else 1
+            cells = [x.new_zeros(*x.shape[:2], directions * self.hidden_size)]
         if not torch.is_autocast_enabled(x.device.type):
             return y, (h_n, *c_n), *cells
         grad = torch.is_grad_enabled()
@@ -194,6 +196,11 @@ class Sequences(Fused[State]):
     def _documents_padded(self, x, cu_seqlens, max_seqlen, state, given):
         """As _forward_documents, where each document becomes a row of max_seqlen steps."""
         if max_seqlen is None:
+            if _is_captured():
+                raise RuntimeError(
+                    "max_seqlen must be given with cu_seqlens where a graph is captured on a CUDA "
+                    "device, its values are not known there"
+                )
             max_seqlen = int(cu_seqlens.diff().max())
         layout = padded.Documents(cu_seqlens.to(x.device, torch.int64), max_seqlen, x.shape[0])
         resets = given.resets

@@ -128,6 +128,28 @@ def test_without_reading_the_lengths(form, kind, cell, options, monkeypatch):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*ran through torch.nn")
+def test_lengths_on_the_device_where_torch_runs_the_call(monkeypatch):
+    theirs, ours = pair()
+    ours.check_hidden_size = theirs.check_hidden_size  # a method that only torch.nn calls
+    x, lengths = draw(T, 4, I), torch.tensor(loops.LENGTHS)
+    expected = ours(x, lengths=lengths)
+    monkeypatch.setattr(padded, "stays_on_device", lambda t: True)
+    torch.testing.assert_close(ours(x, lengths=lengths), expected)
+
+
+def test_compiled_documents_on_the_device_need_max_seqlen(monkeypatch):
+    _, ours = pair(bidirectional=True)
+    x, cu_seqlens = draw(9, I), torch.tensor([0, 2, 2, 9])
+    expected = ours(x, cu_seqlens=cu_seqlens)
+    monkeypatch.setattr(padded, "stays_on_device", lambda t: True)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, cu_seqlens=cu_seqlens, max_seqlen=7), expected)
+    with pytest.raises(Exception, match="max_seqlen must be given with cu_seqlens where a graph"):
+        compiled(x, cu_seqlens=cu_seqlens)
+
+
 def test_checks_on_the_device(monkeypatch):
     monkeypatch.setattr(padded, "stays_on_device", lambda t: True)
     for wrong in ([3, T + 1], [-1, 2]):
