@@ -26,7 +26,7 @@ from torch import nn
 
 from examples import common
 from examples.layers import KINDS, layer
-from lstm_fused.states import select_state, where_state
+from lstm_fused import rl, select_state, where_state
 
 HIDDEN = 64
 CARTS, STEPS = 16, 128  # of a rollout
@@ -245,7 +245,6 @@ def learn_sb3(args, report):
         from stable_baselines3.common.env_util import make_vec_env
     except ImportError as error:
         raise common.DataError(f"--sb3 needs sb3-contrib: {error}") from None
-    from lstm_fused import rl
 
     def without_speeds(env):
         low, high = env.observation_space.low[::2], env.observation_space.high[::2]

@@ -309,6 +309,26 @@ def test_torchrl_loss_of_ppo(torchrl):
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_torchrl_several_critics_by_vmap(torchrl, kind):
+    """Of one module with stacked parameters, as the losses of several critics call it."""
+    from tensordict import from_modules
+
+    modules = [module_of(torchrl, kind) for _ in range(3)]
+    data = rollout(modules[0], 2, 7)
+    with torchrl.set_recurrent_mode(True):
+        expected = torch.stack([module(data.clone())["y"] for module in modules])
+        for module in modules:
+            rl.replace(module)
+
+        def call(parameters):
+            with parameters.to_module(modules[0]):
+                return modules[0](data.clone())["y"]
+
+        found = torch.vmap(call)(from_modules(*modules, as_module=False))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 def test_torchrl_restored_pickled_and_compiled(torchrl, kind):
     module = module_of(torchrl, kind)
     before = {name: type(m) for name, m in module.named_modules()}
