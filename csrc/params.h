@@ -75,6 +75,7 @@ struct Steps {
   const int64_t* ranks;   // (N,) the inverse of places
   // Not 0 where a row begins anew before the step, in the order of the data: (S,); or null.
   const uint8_t* resets;
+  bool continues;  // these are some of a row's steps: others follow, and the flag of the next is there
 
   LSTM_FUSED_INLINE int64_t active(int64_t t) const { return sizes ? sizes[t] : N; }
   LSTM_FUSED_INLINE int64_t offset(int64_t t) const { return offsets ? offsets[t] : t * N; }
@@ -88,7 +89,8 @@ struct Steps {
   // Whether row n has a step t, before which it begins anew: nothing passes from step t - 1 to
   // step t, nor the other way.
   LSTM_FUSED_INLINE bool parted(int64_t t, int64_t n) const {
-    return resets && t >= 0 && t < T && n < active(t) && resets[row(t, n)];
+    if (!resets || t < 0 || t >= T + continues) return false;
+    return (t == T || n < active(t)) && resets[row(t, n)];
   }
   // Whether the state before step t of row n in direction d is the one that resets put in, and
   // whether the state after it is not passed on.
@@ -138,8 +140,11 @@ struct LayerSizes {
   // Rows of an initial state: N, or 2 * N: then the last N are what resets put in, else zeros are.
   int64_t state_rows;
   bool cell_states;  // y holds the cell states of all steps, too
+  int only;          // 1 + the one direction that is run; 0: all
 
   LSTM_FUSED_INLINE int64_t blocks() const { return ceil_div(H, kBlock); }
+  LSTM_FUSED_INLINE int first_direction() const { return only ? only - 1 : 0; }
+  LSTM_FUSED_INLINE int end_direction() const { return only ? only : D; }
   // Of a row of y: the hidden states of all directions, then their cell states if wanted.
   LSTM_FUSED_INLINE int64_t y_width() const { return D * (cell_states ? R + H : R); }
   LSTM_FUSED_INLINE int64_t hidden_at(int d, int64_t s) const { return s * y_width() + d * R; }
@@ -170,6 +175,12 @@ struct ForwardParams {
   // Saved for backward, in the compute dtype; null without gradients. Layouts: saved.h.
   void* gates;         // (D, H/16, S, P, 16) the pre-activations as the cell's forward left them
   void* saved_states;  // (D, H/16, S, 16) the carried state, or null if the cell carries none
+  // The states between steps k * checkpoint_every - 1 and k * checkpoint_every of dense data, for k
+  // from 1 on: (count, D, N, checkpoint_width) in the compute dtype, h and, if there is one, c; of
+  // a cell that carries h, that alone. Or null.
+  void* checkpoints;
+  int64_t checkpoint_every;
+  const void* resume;  // one of them, (D, N, checkpoint_width): where the pass begins; or null
   int64_t calls;       // of this thread until now
   void* scratch;       // forward_scratch() bytes, 64-byte aligned, owned by the calling thread
 };
@@ -208,6 +219,19 @@ struct BackwardParams {
   void* dh0;                 // (D, state_rows, R), or null where it is not wanted
   void* dc0;                 // (D, state_rows, H), or null where it is not wanted
   WeightGradients dweights[2];
+  // What forward stored, and then neither gates nor saved_states.
+  const void* checkpoints;
+  int64_t checkpoint_every;
+  // A call for the steps between two checkpoints, in one direction. The gradients of the states at
+  // either end are (D, N, R + H) in the compute dtype, of h and of what is carried; null: dh_n and
+  // dc_n, dh0 and dc0. Sums over the steps of all calls are in lasting, backward_lasting() bytes.
+  const void* resume;
+  const void* d_after;
+  void* d_before;
+  void* lasting;    // or null: one call for all steps
+  bool continued;   // lasting holds sums
+  bool unfinished;  // more calls follow
+  bool add_dx;      // to what dx holds
   void* d_preacts;  // (S, D, P, H) gradients of the pre-activations, in the compute dtype, or null
   void* scratch;    // backward_scratch() bytes, 64-byte aligned, owned by the calling thread
 };

@@ -68,6 +68,11 @@ inline constexpr const CellInfo& info(CellKind cell) {
   return kCells[static_cast<int>(cell)];
 }
 
+// Of a row of ForwardParams::checkpoints.
+inline constexpr int64_t checkpoint_width(CellKind cell, const LayerSizes& size) {
+  return size.R + (info(cell).carry == Carry::kCell ? size.H : 0);
+}
+
 inline constexpr const char* name(CellKind cell) {
   return info(cell).name;
 }

@@ -40,6 +40,7 @@ struct BackwardState {
   E* d_hidden;   // (D, Rb, S, 16) gradients of the projected state, projection only
   A* full;       // (D, S, Hp) hidden states before the projection, projection only
   S* hidden;     // (D, S, H) hidden states as forward gave them, for d_w_hh without a projection
+  S* resumed;    // (D, N, R) the hidden states of the checkpoint, for d_w_hh
   A* db;         // (threads, 2, D, Hb, P, 16) sums over rows: recent ones, and all before
   E* packed_hh;  // (D, Rp, G * Hp) in panels: columns of W_hh
   E* packed_hr;  // (D, Hp, R) in panels: columns of W_hr, projection only
@@ -53,7 +54,8 @@ struct BackwardState {
   int64_t Ip() const { return round_up(I, kBlock); }
   int groups() const { return plan.direction_groups * plan.row_groups; }
 
-  BackwardState(const BackwardParams& params, const Plan& the_plan, Arena& arena)
+  // lasting: what the calls for the steps between checkpoints share.
+  BackwardState(const BackwardParams& params, const Plan& the_plan, Arena& arena, Arena& lasting)
       : p(params),
         plan(the_plan),
         T(p.size.steps.T),
@@ -68,19 +70,20 @@ struct BackwardState {
         Rp(Rb * kBlock),
         projection(p.weights[0].w_hr != nullptr),
         in_place(plan.kernel == KernelKind::kDirect),
-        recurs(T > 1 || p.dh0) {
+        recurs(T > 1 || wants_initial()) {
     const int D = p.size.D;
     d_preacts = arena.take<E>(D * Hb * S_rows * P * kBlock);
     dc = kCarries ? arena.take<A>(D * N * Hp) : nullptr;
     c0 = kCarries ? arena.take<A>(D * c0_rows() * Hp) : nullptr;
     const bool learned = p.size.state_rows > N;
-    dh_reset = learned && p.dh0 ? arena.take<A>(D * N * Rp) : nullptr;
-    dc_reset = learned && p.dc0 ? arena.take<A>(D * N * Hp) : nullptr;
+    dh_reset = learned && p.dh0 ? lasting.take<A>(D * N * Rp) : nullptr;
+    dc_reset = learned && p.dc0 ? lasting.take<A>(D * N * Hp) : nullptr;
     d_hidden = projection ? arena.take<E>(D * Rb * S_rows * kBlock) : nullptr;
     full = projection ? arena.take<A>(D * S_rows * Hp) : nullptr;
     const bool wanted = p.dweights[0].w_hh || p.dweights[1].w_hh;
     hidden = wanted && !projection ? arena.take<S>(D * S_rows * H) : nullptr;
-    db = arena.take<A>(plan.threads * 2 * D * Hb * P * kBlock);
+    resumed = wanted && p.resume ? arena.take<S>(D * N * R) : nullptr;
+    db = lasting.take<A>(plan.threads * 2 * D * Hb * P * kBlock);
     packed_hh = recurs && !in_place ? arena.take<E>(D * Rp * G * Hp) : nullptr;
     packed_hr = projection ? arena.take<E>(D * Hp * Rp) : nullptr;
     packed_ih = p.dx && !in_place ? arena.take<E>(D * Ip() * G * Hp) : nullptr;
@@ -92,6 +95,14 @@ struct BackwardState {
     for (int i = 0; i < groups(); ++i) barriers[i].init(plan.unit_groups);
     barriers[groups()].init(plan.threads);
   }
+
+  bool wants_initial() const { return p.dh0 || p.d_before; }
+  // A row of a checkpoint, and of the gradients d_after and d_before.
+  const A* checkpoint(int d, int64_t n) const {
+    const bool own = Cell::kCarry == Carry::kCell;
+    return static_cast<const A*>(p.resume) + (d * N + n) * (R + (own ? H : 0));
+  }
+  int64_t between(int d, int64_t n) const { return (d * N + n) * (R + H); }
 
   int64_t c0_rows() const { return p.size.steps.resets ? 2 * N : N; }
   A* carried0(int d, int64_t n, bool reset) const {
@@ -187,11 +198,14 @@ struct BackwardSteps {
   const Range hiddens;  // vectors of the recurrent state: columns of W_hh
   Barrier& barrier;
   int d = 0;
-  int64_t recent = 0;  // rows in the recent bias sums
 
   // Bias gradients are summed over so many rows at a time, and these sums are summed: one chain of
-  // additions over all rows would lose digits.
+  // additions over all rows would lose digits. Where the pieces begin depends on the rows alone, so
+  // that calls for the steps between checkpoints sum in the same order as one call does.
   static constexpr int64_t kRecentRows = 64;
+  int64_t piece_of(int64_t step) const {
+    return k.p.size.steps.offset(k.time(d, step)) / kRecentRows;
+  }
 
   BackwardSteps(const K& kernel, int i)
       : k(kernel),
@@ -203,18 +217,19 @@ struct BackwardSteps {
         barrier(k.barriers[place.direction_group * k.plan.row_groups + place.row_group]) {}
 
   void run() {
-    for (d = place.direction_group; d < k.p.size.D; d += k.plan.direction_groups) prepare();
+    const int first = k.p.size.first_direction() + place.direction_group;
+    const int end = k.p.size.end_direction();
+    for (d = first; d < end; d += k.plan.direction_groups) prepare();
     k.barriers[k.groups()].wait();
-    for (d = place.direction_group; d < k.p.size.D; d += k.plan.direction_groups) {
+    for (d = first; d < end; d += k.plan.direction_groups) {
       int64_t carried = 0;  // rows of the previous step
       for (int64_t step = 0; step < k.T; ++step) {
         const int64_t active = group.active(k.p.size.steps.active(k.time(d, step)));
         run_step(step, carried, active);
         carried = active;
-        recent += active;
-        if (recent >= kRecentRows || step == k.T - 1) keep_bias_sums();
+        if (step == k.T - 1 || piece_of(step) != piece_of(step + 1)) keep_bias_sums();
       }
-      if (k.p.dh0) run_step(k.T, carried, 0);
+      if (k.wants_initial()) run_step(k.T, carried, 0);
       finish_states();
     }
   }
@@ -236,8 +251,12 @@ struct BackwardSteps {
     for (int64_t i = place.unit_group; i < group.count; i += k.plan.unit_groups) {
       const int64_t n = group.row(i);
       if constexpr (kCarries) prepare_carried(n);
-      if (k.dh_reset) clear(k.dh_reset + (d * k.N + n) * k.Rp, k.Rp);
-      if (k.dc_reset) clear(k.dc_reset + (d * k.N + n) * k.Hp, k.Hp);
+      if (k.dh_reset && !k.p.continued) clear(k.dh_reset + (d * k.N + n) * k.Rp, k.Rp);
+      if (k.dc_reset && !k.p.continued) clear(k.dc_reset + (d * k.N + n) * k.Hp, k.Hp);
+      if (k.resumed)
+        for (int64_t u = 0; u < k.R; u += lanes)
+          store_first(k.resumed + (d * k.N + n) * k.R + u,
+                      load_first<V>(k.checkpoint(d, n) + u, k.R - u), k.R - u);
     }
   }
 
@@ -253,10 +272,17 @@ struct BackwardSteps {
                 k.Hp);
     };
     const void* c0 = own ? k.p.c0 : k.p.h0;
-    stage(k.carried0(d, n, false), c0, k.p.size.initial_row(d, n, false));
+    if (k.p.resume)
+      stage_row(k.carried0(d, n, false), k.checkpoint(d, n) + (own ? k.R : 0), k.H, k.Hp);
+    else
+      stage(k.carried0(d, n, false), c0, k.p.size.initial_row(d, n, false));
     if (k.p.size.steps.resets)
       stage(k.carried0(d, n, true), c0, k.p.size.initial_row(d, n, true));
-    stage(k.dc + (d * k.N + n) * k.Hp, own ? k.p.dc_n : nullptr, k.p.size.final_row(d, n));
+    A* dc = k.dc + (d * k.N + n) * k.Hp;
+    if (k.p.d_after)
+      stage_row(dc, static_cast<const A*>(k.p.d_after) + k.between(d, n) + k.R, k.H, k.Hp);
+    else
+      stage(dc, own ? k.p.dc_n : nullptr, k.p.size.final_row(d, n));
   }
 
   A* bias_sums(bool all, int64_t block) const { return k.bias_sums(worker, all, d, block); }
@@ -271,7 +297,6 @@ struct BackwardSteps {
         store(recent_sum, V{});
       }
     }
-    recent = 0;
   }
 
   // Rows [0, carried) receive a gradient through W_hh; those past `active` end here, in dh0. Rows
@@ -293,7 +318,7 @@ struct BackwardSteps {
         });
       };
       each(0, min64(carried, active), true);
-      if (k.p.dh0) each(active, carried, true);
+      if (k.wants_initial()) each(active, carried, true);
       each(carried, active, false);
     }
     if (k.projection && active > 0) {
@@ -374,6 +399,8 @@ struct BackwardSteps {
 
   // The gradient of h_n.
   V final(int64_t n, int64_t u) const {
+    if (k.p.d_after)
+      return load_first<V>(static_cast<const A*>(k.p.d_after) + k.between(d, n) + u, k.R - u);
     const int64_t at = k.p.size.final_row(d, n) * k.R + u;
     return k.p.dh_n ? load_first<V>(static_cast<const S*>(k.p.dh_n) + at, k.R - u) : V{};
   }
@@ -396,7 +423,7 @@ struct BackwardSteps {
         const int64_t row = group.row(first + r);
         V dh = load<V>(out + (r * kMaxCols + c) * lanes);
         if (ended) {
-          if (k.p.dh0) put_initial(row, u, dh);
+          if (k.wants_initial()) put_initial(row, u, dh);
           continue;
         }
         const int64_t t = k.time(d, step);
@@ -415,9 +442,13 @@ struct BackwardSteps {
 
   void put_initial(int64_t row, int64_t u, V dh) const {
     // A carried h enters the first step twice: in the product and in the cell.
-    if constexpr (Cell::kCarry == Carry::kHidden) dh += load<V>(k.dc + (d * k.N + row) * k.Hp + u);
-    if (k.p.size.steps.resets && d == 0) dh = within_boundaries(-1, row, u, dh);
-    put_state(k.p.dh0, row, false, k.R, u, dh);
+    if (Cell::kCarry == Carry::kHidden && !k.p.d_before)
+      dh += load<V>(k.dc + (d * k.N + row) * k.Hp + u);
+    if (k.p.size.steps.resets) dh = within_boundaries(d == 0 ? -1 : k.T, row, u, dh);
+    if (k.p.d_before)
+      store_first(static_cast<A*>(k.p.d_before) + k.between(d, row) + u, dh, k.R - u);
+    else
+      put_state(k.p.dh0, row, false, k.R, u, dh);
   }
 
   // The gradient of the hidden state after step t, less what a boundary there gives to the reset.
@@ -544,10 +575,16 @@ struct BackwardSteps {
       // A document without a step keeps its initial state.
       if (k.p.dh0 && n >= k.p.size.steps.active(0))
         each_vector(hiddens, [&](int64_t u) { put_state(k.p.dh0, n, false, k.R, u, final(n, u)); });
-      if (own && k.p.dc0)
+      if (kCarries && k.p.d_before)
+        each_vector(units, [&](int64_t u) {
+          store_first(static_cast<A*>(k.p.d_before) + k.between(d, n) + k.R + u,
+                      load<V>(k.dc + at * k.Hp + u), k.H - u);
+        });
+      else if (own && k.p.dc0)
         each_vector(units, [&](int64_t u) {
           put_state(k.p.dc0, n, false, k.H, u, load<V>(k.dc + at * k.Hp + u));
         });
+      if (k.p.unfinished) continue;
       if (k.dh_reset)
         each_vector(hiddens, [&](int64_t u) {
           put_state(k.p.dh0, n, true, k.R, u, load<V>(k.dh_reset + at * k.Rp + u));

@@ -118,7 +118,7 @@ struct DirectForward : ForwardState<Cell, S, Multiply<A_>> {
     for (int r = 0; r < Rows; ++r) h[r] = this->hidden(d, step, n[r]);
     const GateRows ih(w.w_ih, Cell::input_gate, H, I, u0), hh(w.w_hh, Cell::hidden_gate, H, R, u0);
     V dots[P][Rows][lanes];
-    const bool has_hidden = step > 0 || p.h0;
+    const bool has_hidden = step > 0 || this->has_initial();
     const int64_t last = min64(lanes, H - u0) - 1;
     for (int64_t u = 0; u < lanes; u += kUnits) {
       V acc[kUnits * P][Rows] = {};
@@ -154,7 +154,8 @@ struct DirectForward : ForwardState<Cell, S, Multiply<A_>> {
           barrier(k.barriers[place.direction_group * k.plan.row_groups + place.row_group]) {}
 
     void run() const {
-      for (int d = place.direction_group; d < k.p.size.D; d += k.plan.direction_groups) {
+      const int first = k.p.size.first_direction() + place.direction_group;
+      for (int d = first; d < k.p.size.end_direction(); d += k.plan.direction_groups) {
         for (int64_t i = place.unit_group; i < group.count; i += k.plan.unit_groups)
           k.init_row(d, group.row(i));
         barrier.wait();

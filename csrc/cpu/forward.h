@@ -48,7 +48,7 @@ struct PersistentForward : ForwardState<Cell, S, M> {
       : Base(params, arena),
         plan(the_plan),
         depth_x(steps_of(I)),
-        depth_h(T == 1 && !params.h0 ? 0 : steps_of(R)),
+        depth_h(T == 1 && !this->has_initial() ? 0 : steps_of(R)),
         chunk_rows(max64(1, plan.hoist_steps) * ceil_div(N, plan.row_groups)) {
     const int D = p.size.D;
     const int threads = plan.threads;
@@ -66,7 +66,7 @@ struct PersistentForward : ForwardState<Cell, S, M> {
     barriers[groups()].init(plan.threads);
   }
 
-  bool has_hidden(int64_t step) const { return step > 0 || p.h0; }
+  bool has_hidden(int64_t step) const { return step > 0 || this->has_initial(); }
   int64_t panel_size() const { return (depth_x + depth_h) * G * lanes * M::kPair; }
   E* panel(int d, int64_t vec) const { return packed + (d * this->vectors + vec) * panel_size(); }
   E* hidden_panel(int d, int64_t vec, int cols) const {
@@ -124,9 +124,11 @@ struct PersistentForward : ForwardState<Cell, S, M> {
           barrier(k.barriers[place.direction_group * k.plan.row_groups + place.row_group]) {}
 
     void run() {
-      for (d = place.direction_group; d < k.p.size.D; d += k.plan.direction_groups) prepare();
+      const int first = k.p.size.first_direction() + place.direction_group;
+      const int end = k.p.size.end_direction();
+      for (d = first; d < end; d += k.plan.direction_groups) prepare();
       k.barriers[k.groups()].wait();
-      for (d = place.direction_group; d < k.p.size.D; d += k.plan.direction_groups) {
+      for (d = first; d < end; d += k.plan.direction_groups) {
         const int64_t chunk = max64(1, k.plan.hoist_steps);
         for (int64_t first = 0; first < k.T; first += chunk) {
           const int64_t end = min64(k.T, first + chunk);

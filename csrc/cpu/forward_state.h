@@ -81,6 +81,7 @@ struct ForwardState {
   }
   A* cell(int d, int64_t n) const { return c + (d * N + n) * Hp; }
 
+  bool has_initial() const { return p.h0 || p.resume; }
   const void* carried0() const { return Cell::kCarry == Carry::kHidden ? p.h0 : p.c0; }
 
   // Row n of initial states, or of those that resets put in; null for zeros.
@@ -91,7 +92,8 @@ struct ForwardState {
 
   // Both hidden buffers start as h0: rows of the reverse direction that begin later read it there.
   void init_row(int d, int64_t n) const {
-    const bool reset = d == 0 && p.size.steps.begins_anew(d, 0, n);
+    const bool reset = p.size.steps.begins_anew(d, d == 0 ? 0 : T - 1, n);
+    if (p.resume && !reset) return resume_row(d, n);
     const S* h0 = initial(p.h0, d, n, reset, R);
     for (int step = 0; step < 2; ++step) stage_row(hidden(d, step, n), h0, h0 ? R : 0, Rp);
     if constexpr (kCarries) {
@@ -99,6 +101,43 @@ struct ForwardState {
       stage_row(cell(d, n), c0, c0 ? H : 0, Hp);
     }
     if (n >= p.size.steps.active(0)) store_initial(d, n);
+  }
+
+  // In a checkpoint h is what it was when rounded to S, except a carried h.
+  LSTM_FUSED_COLD void resume_row(int d, int64_t n) const {
+    const A* row = checkpoint(p.resume, d, n);
+    for (int step = 0; step < 2; ++step) {
+      E* to = hidden(d, step, n);
+      stage_row(to, static_cast<const E*>(nullptr), 0, Rp);
+      for (int64_t u = 0; u < R; u += lanes)
+        store(to + u, round_to(load_first<V>(row + u, R - u), S{}));
+    }
+    if constexpr (kCarries)
+      stage_row(cell(d, n), Cell::kCarry == Carry::kCell ? row + R : row, H, Hp);
+  }
+
+  static constexpr bool kOwnCell = Cell::kCarry == Carry::kCell;
+  const A* checkpoint(const void* all, int d, int64_t n) const {
+    return static_cast<const A*>(all) + (d * N + n) * (R + (kOwnCell ? H : 0));
+  }
+
+  // The states after a step, where a checkpoint is due.
+  LSTM_FUSED_COLD void store_checkpoint(int d, int64_t step, const RowGroup& group,
+                                        Range c_vectors, Range h_vectors) const {
+    const int64_t t = time(d, step) + (d == 0);  // the step that follows the boundary
+    if (t % p.checkpoint_every != 0 || t == 0 || t == T) return;
+    const int64_t entry = (t / p.checkpoint_every - 1) * p.size.D;
+    for (int64_t i = 0; i < group.count; ++i) {
+      const int64_t n = group.row(i);
+      A* row = const_cast<A*>(checkpoint(p.checkpoints, entry + d, n));
+      const auto put = [&](A* to, const auto* from, Range vectors, int64_t width) {
+        for (int64_t u = vectors.begin * lanes; u < vectors.end * lanes; u += lanes)
+          store_first(to + u, load<V>(from + u), width - u);
+      };
+      if constexpr (kCarries) put(kOwnCell ? row + R : row, cell(d, n), c_vectors, H);
+      if constexpr (Cell::kCarry != Carry::kHidden)
+        put(row, hidden(d, step + 1, n), h_vectors, R);
+    }
   }
 
   // A document without a step keeps its initial state.
@@ -211,6 +250,7 @@ struct ForwardState {
     store_final(d, step, group, c_vectors, h_vectors);
     if (p.size.cell_states) store_cell_states(d, step, group, c_vectors);
     if (p.size.steps.resets) put_resets(d, step, group, c_vectors, h_vectors);
+    if (p.checkpoints) store_checkpoint(d, step, group, c_vectors, h_vectors);
   }
 
   LSTM_FUSED_COLD void store_cell_states(int d, int64_t step, const RowGroup& group, Range vectors) const {

@@ -13,6 +13,19 @@ struct RowCursor {
   int64_t t = 0, n = 0;
   int64_t run = 0;  // the step, or the document
 
+  // To row s, from which on advance goes.
+  void seek(int64_t s) {
+    const int64_t* const begins = steps.bounds ? steps.bounds : steps.offsets;
+    if (!begins) {
+      run = s / steps.N;
+      return;
+    }
+    int64_t end = steps.bounds ? steps.N : steps.T;
+    for (run = 0; end - run > 1;) {
+      const int64_t middle = (run + end) / 2;
+      (begins[middle] <= s ? run : end) = middle;
+    }
+  }
   // s never gets less.
   void advance(int64_t s) {
     if (steps.bounds) {
@@ -43,19 +56,25 @@ struct Gradients : BackwardState<Cell, S, M> {
   // Blocks of hidden units of such a panel between two passes.
   static constexpr int64_t kBlocksPerPass = 16;
 
-  A* sums;     // of one matrix at a time: (column groups, panels, rows, kMaxCols, lanes)
+  // Of one matrix at a time, or of each of a direction where several calls add to them: (column
+  // groups, panels, rows, kMaxCols, lanes).
+  A* sums;
+  int64_t sums_size;  // of a matrix
   E* b;        // (threads, columns, kDepth)
   A* dx_sums;  // (threads, kRowsPerPass, kMaxCols, lanes), dx only
   E* a;        // (threads, kDepth, columns of a block) pairs of rows interleaved, pairs only
 
+  static constexpr int kMatrices = 3;  // w_ih, w_hh, w_hr
+
   int64_t packed_rows_size() const { return kDepth * round_up(max64(max64(I, R), H), kBlock); }
 
-  Gradients(const BackwardParams& params, const Plan& the_plan, Arena& arena)
-      : Base(params, the_plan, arena) {
+  Gradients(const BackwardParams& params, const Plan& the_plan, Arena& arena, Arena& lasting)
+      : Base(params, the_plan, arena, lasting) {
     const int64_t gate_panels = max64(Split(plan, Hb, I).panels(), Split(plan, Hb, R).panels());
     const int64_t sum_rows =
         max64(G * Hp * gate_panels, this->Rp * Split(plan, this->Rb, H).panels());
-    sums = arena.take<A>(sum_rows * kMaxCols * lanes);
+    sums_size = sum_rows * kMaxCols * lanes;
+    sums = lasting.take<A>(sums_size * (p.lasting ? kMatrices : 1));
     b = arena.take<E>(plan.threads * packed_rows_size());
     dx_sums = p.dx ? arena.take<A>(plan.threads * kRowsPerPass * kMaxCols * lanes) : nullptr;
     a = M::kPair > 1 ? arena.take<E>(plan.threads * kDepth * G * kBlock) : nullptr;
@@ -67,7 +86,7 @@ struct Gradients : BackwardState<Cell, S, M> {
 
   void pack_input_weights(int worker) const {
     if (!this->packed_ih) return;
-    for (int d = 0; d < p.size.D; ++d) {
+    for (int d = p.size.first_direction(); d < p.size.end_direction(); ++d) {
       const Panels<M> panels = input_panels(d);
       pack_gate_rows<G>(panels, split(panels.depth, plan.threads, worker), Cell::input_gate,
                         static_cast<const S*>(p.weights[d].w_ih), H, I);
@@ -94,21 +113,27 @@ struct Gradients : BackwardState<Cell, S, M> {
       const InPlaceSums<A> sums = this->row_sums_of(worker);
       for (int64_t first = 0; first < S_rows; first += kInPlaceRows) {
         const int count = static_cast<int>(min64(kInPlaceRows, S_rows - first));
-        for (int d = 0; d < p.size.D; ++d) {
+        const int begin = p.size.first_direction();
+        for (int d = begin; d < p.size.end_direction(); ++d) {
           const A* rows[kInPlaceRows];
           for (int r = 0; r < count; ++r) rows[r] = this->preact_gradients(d, 0, first + r);
           with_constant<kInPlaceRows>(count, [&](auto n) {
             multiply_in_place<G, decltype(n)::value>(rows, S_rows * P * kBlock, Cell::input_gate,
                                                      static_cast<const S*>(p.weights[d].w_ih), H, I,
-                                                     columns, sums, 0, d > 0);
+                                                     columns, sums, 0, d > begin);
           });
         }
         for (int r = 0; r < count; ++r)
           for (int64_t i = columns.begin; i < columns.end; i += lanes)
-            store_first(static_cast<S*>(p.dx) + (first + r) * I + i, load<V>(sums.all[r] + i),
-                        I - i);
+            put_input_gradient(first + r, i, load<V>(sums.all[r] + i));
       }
     }
+  }
+
+  void put_input_gradient(int64_t s, int64_t i, V v) const {
+    S* to = static_cast<S*>(p.dx) + s * I + i;
+    if (p.add_dx) v = load_first<V>(to, I - i) + v;
+    store_first(to, v, I - i);
   }
 
   // Rows [begin, end) of one panel of columns. The panel is used in parts, each for all rows, that
@@ -117,7 +142,8 @@ struct Gradients : BackwardState<Cell, S, M> {
                             int64_t end) const {
     const int cols = shape.cols(panel);
     A* sums = dx_sums + worker * kRowsPerPass * kMaxCols * lanes;
-    for (int d = 0; d < p.size.D; ++d)
+    const int first_direction = p.size.first_direction();
+    for (int d = first_direction; d < p.size.end_direction(); ++d)
       for (int64_t block = 0; block < Hb; block += kBlocksPerPass) {
         GateProduct<G, M> tile(*this, input_panels(d), panel,
                                {block, min64(block + kBlocksPerPass, Hb)});
@@ -125,14 +151,13 @@ struct Gradients : BackwardState<Cell, S, M> {
           tile.set_rows(
               n, [&](int r, int64_t block) { return this->preact_gradients(d, block, first + r); });
           multiply_tile(n, cols, tile.first(), sums + (first - begin) * kMaxCols * lanes,
-                        d + block > 0);
+                        d > first_direction || block > 0);
         });
       }
     for (int64_t s = begin; s < end; ++s)
       for (int c = 0; c < cols; ++c) {
         const int64_t i = (shape.first_vector(panel) + c) * lanes;
-        store_first(static_cast<S*>(p.dx) + s * I + i,
-                    load<V>(sums + ((s - begin) * kMaxCols + c) * lanes), I - i);
+        put_input_gradient(s, i, load<V>(sums + ((s - begin) * kMaxCols + c) * lanes));
       }
   }
 
@@ -155,7 +180,9 @@ struct Gradients : BackwardState<Cell, S, M> {
     int64_t blocks, gates, pitch;
     int (*gate_of)(int);
     int64_t units, columns;
-    void* to;  // (gates * units, columns) in S
+    void* to;      // (gates * units, columns) in S
+    int matrix;    // its number among the direction's
+    bool forward;  // of the first direction
 
     int64_t width() const { return gates * kBlock; }
     // Only lanes that hold a unit are multiplied: as many of each gate, side by side.
@@ -173,27 +200,30 @@ struct Gradients : BackwardState<Cell, S, M> {
       return this->projection ? static_cast<const S*>(p.y) + p.size.hidden_at(d, s)
                               : this->hidden + (d * S_rows + s) * H;
     }
-    const int64_t row = p.size.initial_row(d, n, p.size.steps.begins_anew(d, t, n));
+    const bool reset = p.size.steps.begins_anew(d, t, n);
+    if (this->resumed && !reset) return this->resumed + (d * N + n) * R;
+    const int64_t row = p.size.initial_row(d, n, reset);
     return p.h0 && row >= 0 ? static_cast<const S*>(p.h0) + row * R : nullptr;
   }
 
   void weight_gradients(int worker) const {
-    for (int d = 0; d < p.size.D; ++d) {
+    for (int d = p.size.first_direction(); d < p.size.end_direction(); ++d) {
       const WeightGradients& dw = p.dweights[d];
       if (dw.w_ih)
         weight_gradient<S>(
             worker,
-            {this->preact_gradients(d, 0, 0), Hb, G, P * kBlock, Cell::input_gate, H, I, dw.w_ih},
+            {this->preact_gradients(d, 0, 0), Hb, G, P * kBlock, Cell::input_gate, H, I, dw.w_ih,
+             0, d == 0},
             [&](int64_t, int64_t t, int64_t n) { return input_row(t, n); });
       if (dw.w_hh)
         weight_gradient<S>(worker,
                            {this->hidden_preact_gradients(d, 0, 0), Hb, G, P * kBlock,
-                            Cell::hidden_gate, H, R, dw.w_hh},
+                            Cell::hidden_gate, H, R, dw.w_hh, 1, d == 0},
                            [&](int64_t, int64_t t, int64_t n) { return previous_hidden(d, t, n); });
       if (dw.w_hr)
         weight_gradient<A>(worker,
                            {this->hidden_gradients(d, 0, 0), this->Rb, 1, kBlock,
-                            [](int) { return 0; }, R, H, dw.w_hr},
+                            [](int) { return 0; }, R, H, dw.w_hr, 2, d == 0},
                            [&](int64_t s, int64_t, int64_t) {
                              return static_cast<const A*>(this->full + (d * S_rows + s) * Hp);
                            });
@@ -203,7 +233,7 @@ struct Gradients : BackwardState<Cell, S, M> {
   template <class B, class RowOf>
   void weight_gradient(int worker, const Product& w, const RowOf& row_of) const {
     if constexpr (Same<E, A>::value) {
-      if (this->in_place) return gradient_in_place<B>(worker, w, row_of);
+      if (this->in_place && !p.lasting) return gradient_in_place<B>(worker, w, row_of);
     }
     const Split shares(plan, w.blocks, w.columns);
     if (worker < shares.threads()) own_gradient<B>(worker, w, row_of, shares);
@@ -244,16 +274,21 @@ struct Gradients : BackwardState<Cell, S, M> {
     const Range blocks = split(w.blocks, shares.block_groups, worker % shares.block_groups);
     const Range vectors = split(ceil_div(w.columns, lanes), shares.column_groups, column_group);
     const Panels<M> panels{vectors, kDepth / M::kPair, b + worker * packed_rows_size()};
-    A* own_sums =
-        sums + column_group * shares.group_panels * w.blocks * w.width() * kMaxCols * lanes;
+    A* own_sums = sums + (p.lasting ? w.matrix * sums_size : 0) +
+        column_group * shares.group_panels * w.blocks * w.width() * kMaxCols * lanes;
     // With one pass no sum is kept: every block uses the same memory, which stays in the cache.
-    const bool once = S_rows <= kDepth;
+    const bool once = S_rows <= kDepth && !p.lasting;
     const auto sums_of = [&](int64_t panel, int64_t j) {
       const int64_t at = once ? blocks.begin : panel * w.blocks + j;
       return own_sums + at * w.width() * kMaxCols * lanes;
     };
-    RowCursor at{p.size.steps};
-    for (int64_t s0 = 0; s0 < S_rows; s0 += kDepth) {
+    // In the order in which backward reached the rows, last steps first in the first direction, so
+    // that calls for the steps between checkpoints add in the order of one call.
+    const int64_t pieces = ceil_div(S_rows, kDepth);
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      const int64_t s0 = (w.forward ? pieces - 1 - piece : piece) * kDepth;
+      RowCursor at{p.size.steps};
+      at.seek(s0);
       const int64_t rows = min64(kDepth, S_rows - s0), depth = Base::steps_of(rows);
       for (int64_t step = 0; step < depth; ++step)
         pack_panel_step(panels, step, w.columns, [&](int64_t i) -> const B* {
@@ -269,8 +304,9 @@ struct Gradients : BackwardState<Cell, S, M> {
                            rows, panels.count()};
         for (int64_t panel = 0; panel < panels.count(); ++panel) {
           A* to = sums_of(panel, j);
-          add_block(w, w.lanes_of(j), block, panels, panel, depth, s0 > 0, to, next);
-          if (s0 + rows == S_rows) put_rows(w, j, panels, panel, to);
+          add_block(w, w.lanes_of(j), block, panels, panel, depth, piece > 0 || p.continued, to,
+                    next);
+          if (piece == pieces - 1 && !p.unfinished) put_rows(w, j, panels, panel, to);
         }
       }
     }
@@ -344,7 +380,8 @@ struct Gradients : BackwardState<Cell, S, M> {
   }
 
   void bias_gradients(int worker) const {
-    for (int d = 0; d < p.size.D; ++d) {
+    if (p.unfinished) return;
+    for (int d = p.size.first_direction(); d < p.size.end_direction(); ++d) {
       const WeightGradients& dw = p.dweights[d];
       if (!dw.b_ih && !dw.b_hh) continue;
       const Range vectors = split(ceil_div(H, lanes), plan.threads, worker);
@@ -367,7 +404,7 @@ struct Gradients : BackwardState<Cell, S, M> {
     if (!p.d_preacts) return;
     const Range own = split(S_rows, plan.threads, worker);
     for (int64_t s = own.begin; s < own.end; ++s)
-      for (int d = 0; d < p.size.D; ++d)
+      for (int d = p.size.first_direction(); d < p.size.end_direction(); ++d)
         for (int j = 0; j < P; ++j) {
           A* to = static_cast<A*>(p.d_preacts) + ((s * p.size.D + d) * P + j) * H;
           for (int64_t u = 0; u < H; u += lanes) {
@@ -394,6 +431,7 @@ struct Gradients : BackwardState<Cell, S, M> {
   };
 
   void clear_bias_sums(int worker) const {
+    if (p.continued) return;
     const int64_t each = 2 * p.size.D * Hb * P * kBlock;
     std::memset(this->db + worker * each, 0, each * sizeof(A));
   }

@@ -37,14 +37,19 @@ template <class Cell, class S>
 using Backward = Gradients<Cell, S, typename MultiplyOf<S>::type>;
 
 // A kernel lays out its scratch memory when it is made; its Worker is one thread's part.
-template <class Kernel, class Params>
-bool run(const Params& params, const Plan& plan) {
-  Arena arena(params.scratch);
-  Kernel kernel(params, plan, arena);
+template <class Kernel>
+bool run_made(Kernel& kernel, const Plan& plan) {
   kernel.init_barriers();
   return run_team(
       plan.threads,
       [](void* k, int i) { typename Kernel::Worker(*static_cast<Kernel*>(k), i).run(); }, &kernel);
+}
+
+template <class Kernel, class Params>
+bool run(const Params& params, const Plan& plan) {
+  Arena arena(params.scratch);
+  Kernel kernel(params, plan, arena);
+  return run_made(kernel, plan);
 }
 
 template <class Kernel, class Params>
@@ -72,11 +77,33 @@ int64_t forward_scratch(const ForwardParams& p, const Plan& plan) {
 }
 
 template <class Cell, class S>
+bool backward(const BackwardParams& p, const Plan& plan) {
+  Arena arena(p.scratch), lasting(p.lasting);
+  Backward<Cell, S> kernel(p, plan, arena, p.lasting ? lasting : arena);
+  return run_made(kernel, plan);
+}
+
+template <class Cell, class S>
+int64_t backward_scratch(const BackwardParams& p, const Plan& plan) {
+  Arena arena(nullptr), lasting(nullptr);
+  Backward<Cell, S> kernel(p, plan, arena, p.lasting ? lasting : arena);
+  return arena.used();
+}
+
+template <class Cell, class S>
+int64_t backward_lasting(const BackwardParams& p, const Plan& plan) {
+  Arena arena(nullptr), lasting(nullptr);
+  Backward<Cell, S> kernel(p, plan, arena, lasting);
+  return lasting.used();
+}
+
+template <class Cell, class S>
 constexpr Kernel kernel() {
   Kernel k = {forward_scratch<Cell, S>,
               forward<Cell, S>,
-              scratch_bytes<Backward<Cell, S>, BackwardParams>,
-              run<Backward<Cell, S>, BackwardParams>,
+              backward_scratch<Cell, S>,
+              backward<Cell, S>,
+              backward_lasting<Cell, S>,
               nullptr,
               nullptr};
   if constexpr (sizeof(S) >= sizeof(float)) {

@@ -12,6 +12,7 @@ struct Kernel {
   bool (*forward)(const ForwardParams&, const Plan&);
   int64_t (*backward_scratch)(const BackwardParams&, const Plan&);
   bool (*backward)(const BackwardParams&, const Plan&);
+  int64_t (*backward_lasting)(const BackwardParams&, const Plan&);  // bytes of params.lasting
   // Null for the 16-bit dtypes: a tangent would lose digits in them.
   int64_t (*tangent_scratch)(const TangentParams&, const Plan&);
   bool (*tangent)(const TangentParams&, const Plan&);

@@ -6,8 +6,8 @@
 #include <new>
 #include <stdexcept>
 
+#include "checkpoints.h"
 #include "load.h"
-#include "system.h"
 #include "team.h"
 #include "topology.h"
 
@@ -16,42 +16,6 @@ namespace {
 
 thread_local Run last;
 
-// Scratch memory stays with its thread between calls: touching new pages costs more than
-// many a kernel. Large pages where the system lends them: weights are read in long runs.
-constexpr size_t kHugePage = size_t{2} << 20;
-constexpr size_t kMaxKept = size_t{64} << 20;
-
-class Scratch {
- public:
-  ~Scratch() { free_aligned(data_); }
-
-  void* of(size_t bytes) {
-    if (bytes > size_) grow(bytes);
-    if (poisoning()) std::memset(data_, 0xff, bytes);
-    return data_;
-  }
-  void done() {
-    if (size_ > kMaxKept) release();
-  }
-
- private:
-  void grow(size_t bytes) {
-    release();
-    const size_t unit = bytes >= kHugePage ? kHugePage : 4096;
-    const size_t size = (bytes + unit - 1) / unit * unit;
-    data_ = allocate_aligned(unit, size, unit == kHugePage);
-    if (!data_) throw std::bad_alloc();
-    size_ = size;
-  }
-  void release() {
-    free_aligned(data_);
-    data_ = nullptr;
-    size_ = 0;
-  }
-
-  void* data_ = nullptr;
-  size_t size_ = 0;
-};
 thread_local Scratch scratch;
 
 Isa checked_isa(const std::string& wanted, const std::string& where) {
@@ -126,6 +90,18 @@ void launch_pass(const Problem& problem, Params& params, Pass pass, MakePlan mak
   }
 }
 
+void launch_from_checkpoints(const Problem& problem, const BackwardParams& params) {
+  for (int threads = usable_threads();; threads = 1) {
+    const Machine machine = machine_for(threads);
+    const Plan forward = plan_forward(problem, machine), backward = plan_backward(problem, machine);
+    const bool ran = backward_from_checkpoints(problem, forward, backward, params, scratch);
+    scratch.done();
+    if (!ran) continue;
+    last = {Pass::kBackward, backward};
+    return;
+  }
+}
+
 }  // namespace
 
 Problem problem_of(CellKind cell, DType dtype, const LayerSizes& size, bool projection,
@@ -144,6 +120,7 @@ void launch(const Problem& problem, ForwardParams& params) {
 }
 
 void launch(const Problem& problem, BackwardParams& params) {
+  if (params.checkpoints) return launch_from_checkpoints(problem, params);
   launch_pass(problem, params, Pass::kBackward, plan_backward, &Kernel::backward_scratch,
               &Kernel::backward);
 }

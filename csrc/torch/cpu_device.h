@@ -14,7 +14,7 @@ inline Problem problem_of(const Layer& layer, bool training) {
 
 struct Cpu {
   static constexpr SavedLayouts kSaved = kCpuSaved;
-  static constexpr bool kNeedsOutput = false, kNeedsUniformRows = false;
+  static constexpr bool kNeedsOutput = false, kNeedsUniformRows = false, kCheckpoints = true;
 
   static void forward(std::vector<Layer>& layers, std::vector<ForwardParams>& params, const Tensor&,
                       bool training) {

@@ -49,7 +49,7 @@ Tensor transposed_weights(const Pass& pass, const Layer& layer, const void* w, i
 
 struct Cuda {
   static constexpr SavedLayouts kSaved = kCudaSaved;
-  static constexpr bool kNeedsOutput = true, kNeedsUniformRows = true;
+  static constexpr bool kNeedsOutput = true, kNeedsUniformRows = true, kCheckpoints = false;
 
   static void forward(const std::vector<Layer>& layers, const std::vector<ForwardParams>& params,
                       const Tensor& x, bool training);

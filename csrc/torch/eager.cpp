@@ -125,11 +125,11 @@ PyObject* forward_checked(const Torch& torch, PyObject* const* args) {
   const int64_t states = arguments.add_all(args[3]), count = arguments.add_all(args[4]);
   const LayerArguments given(arguments.tensors(), states, count);
   Call call = given.call(integer(args[5]), integer(args[6]), args[7] == Py_True);
-  const bool saves = integer(args[8]) > 0;
+  const int64_t save_every = integer(args[8]);
   if (call.layer().size.steps.T == 0) throw Left();
   const Outputs out = [&] {
     const MaybeUnlocked lock(given.products);
-    return run_forward<Cpu>(call, given.x, saves);
+    return run_forward<Cpu>(call, given.x, save_every);
   }();
   return results(torch, {out.y, out.h_n, out.c_n, out.gates, out.saved_states});
 }
@@ -147,6 +147,7 @@ PyObject* backward_checked(const Torch& torch, PyObject* const* args) {
   const bool cell_states =
       directions > 0 && has_cell_states(after(0) ? after(0) : after(3), given.weights, directions);
   Call call = given.call(integer(args[11]), directions, cell_states);
+  const int64_t save_every = integer(args[13]);
   PyObject* const wanted = args[14];
   if (!after(1) || !PyList_CheckExact(wanted)) throw Left();
   std::vector<bool> mask;
@@ -155,7 +156,7 @@ PyObject* backward_checked(const Torch& torch, PyObject* const* args) {
   const GradientTensors out = [&] {
     const MaybeUnlocked lock(2 * given.products);
     return run_backward<Cpu>(call, given.x, given.weights, after(0), *after(1), after(2), after(3),
-                             after(4), after(5), mask);
+                             after(4), after(5), save_every, mask);
   }();
   std::vector<MaybeTensor> found = {out.dx, out.dh0, out.dc0};
   found.insert(found.end(), out.dweights.begin(), out.dweights.end());

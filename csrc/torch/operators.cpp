@@ -18,7 +18,7 @@ Tangents recurrent_tangent(Tensor x, MaybeTensor batch_sizes, MaybeTensor resets
   const Layer& layer = call.layer();
   LSTM_FUSED_CHECK(storage_bytes(layer.dtype) >= 4 && !layer.projection,
                    "tangents are of float32 or float64, without a projection");
-  const Outputs out = allocate_forward<Cpu>(call, x, false);
+  const Outputs out = allocate_forward<Cpu>(call, x, 0);
   const bool carries = info(layer.cell).carry != Carry::kNone;
   const LayerSizes& s = layer.size;
   Tensors kept;

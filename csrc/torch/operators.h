@@ -3,6 +3,7 @@
 //   kSaved                what a forward pass saves, and how it is laid out
 //   kNeedsOutput          whether the gradient of w_hh reads y without a projection too
 //   kNeedsUniformRows     whether all rows of x must be one stride apart
+//   kCheckpoints          whether states may be kept instead of what each step's backward needs
 //   forward(layers, params, x, training), backward(layers, params, x)   run the kernels
 //   fill(pointer, byte, bytes, x), move(to, from, bytes, x)              of memory where x is
 #pragma once
@@ -284,8 +285,20 @@ struct Outputs {
   MaybeTensor y, h_n, c_n, gates, saved_states;
 };
 
+// Of states alone, those between every `every` steps: (count, D, N, width).
+inline Shape checkpoints_shape(const Layer& layer, int64_t every) {
+  const LayerSizes& s = layer.size;
+  return {ceil_div(s.steps.T, every) - 1, s.D, s.steps.N, checkpoint_width(layer.cell, s)};
+}
+
+// Whether a pass keeps them.
 template <class Device>
-Outputs allocate_forward(const Call& call, const Tensor& x, bool training) {
+bool keeps_checkpoints(const Layer& layer, int64_t save_every) {
+  return Device::kCheckpoints && save_every > 1 && !layer.size.steps.sizes;
+}
+
+template <class Device>
+Outputs allocate_forward(const Call& call, const Tensor& x, int64_t save_every) {
   const Layer& layer = call.layer();
   const ScalarType dtype = x.scalar_type(), compute = compute_dtype(layer.dtype);
   const auto make = [&](bool wanted, const Shape& shape, ScalarType type) {
@@ -293,28 +306,39 @@ Outputs allocate_forward(const Call& call, const Tensor& x, bool training) {
   };
   const bool carries = info(layer.cell).carry != Carry::kNone;
   const int64_t N = layer.size.steps.N;
+  const bool checkpoints = keeps_checkpoints<Device>(layer, save_every);
+  const Shape gates =
+      checkpoints ? Shape{0} : call.of_all(layer.saved_shape(Device::kSaved.gates));
+  const Shape saved_states = call.of_all(checkpoints
+                                             ? checkpoints_shape(layer, save_every)
+                                             : layer.saved_shape(Device::kSaved.saved_states));
   return {make(!call.is_step(), call.output_shape(), dtype),
           make(true, call.state_shape(N, layer.size.R), dtype),
           make(layer.has_cell_state(), call.state_shape(N, layer.size.H), dtype),
-          make(training, call.of_all(layer.saved_shape(Device::kSaved.gates)), compute),
-          make(training && carries, call.of_all(layer.saved_shape(Device::kSaved.saved_states)),
-               compute)};
+          make(save_every > 0, gates, compute),
+          make(save_every > 0 && (carries || checkpoints), saved_states, compute)};
 }
 
 template <class Device>
-Outputs run_forward(Call& call, const Tensor& x, bool training) {
+Outputs run_forward(Call& call, const Tensor& x, int64_t save_every) {
   const Layer& layer = call.layer();
-  const Outputs out = allocate_forward<Device>(call, x, training);
+  const Outputs out = allocate_forward<Device>(call, x, save_every);
+  const bool checkpoints = keeps_checkpoints<Device>(layer, save_every);
   std::vector<ForwardParams> params;
   for (int64_t m = 0; m < call.models(); ++m) {
     ForwardParams& p = params.emplace_back(params_of<ForwardParams>(call.layers()[m]));
     p.h_n = call.part(out.h_n, m);
     p.y = call.is_step() ? p.h_n : call.part(out.y, m);
     p.c_n = call.part(out.c_n, m);
+    if (checkpoints) {
+      p.checkpoints = call.part(out.saved_states, m);
+      p.checkpoint_every = save_every;
+      continue;
+    }
     p.gates = call.part(out.gates, m);
     p.saved_states = call.part(out.saved_states, m);
   }
-  if (layer.size.steps.N > 0) Device::forward(call.layers(), params, x, training);
+  if (layer.size.steps.N > 0) Device::forward(call.layers(), params, x, save_every > 0);
   clear_padding<Device>(call, layer, out.y, x);
   insert_padding<Device>(call, layer, Device::kSaved.gates, out.gates, x);
   insert_padding<Device>(call, layer, Device::kSaved.saved_states, out.saved_states, x);
@@ -329,7 +353,7 @@ Forward recurrent_forward(Tensor x, MaybeTensor batch_sizes, MaybeTensor resets,
                           int64_t save_every) {
   Call call({x, batch_sizes, resets, state0, weights, cell, directions, cell_states},
             Device::kNeedsUniformRows);
-  const Outputs out = run_forward<Device>(call, x, save_every > 0);
+  const Outputs out = run_forward<Device>(call, x, save_every);
   const ScalarType dtype = x.scalar_type(), compute = compute_dtype(call.layer().dtype);
   return {*out.y, *out.h_n, or_empty(out.c_n, x, dtype), or_empty(out.gates, x, compute),
           or_empty(out.saved_states, x, compute)};
@@ -437,20 +461,29 @@ template <class Device>
 GradientTensors run_backward(Call& call, const Tensor& x, const Tensors& weights,
                              const MaybeTensor& y, const Tensor& gates,
                              const MaybeTensor& saved_states, const MaybeTensor& dy,
-                             const MaybeTensor& dh_n, const MaybeTensor& dc_n,
+                             const MaybeTensor& dh_n, const MaybeTensor& dc_n, int64_t save_every,
                              const std::vector<bool>& mask) {
   const Layer& layer = call.layer();
   const Wanted wanted(mask, weights.size());
   LSTM_FUSED_CHECK(layer.has_cell_state() || (!wanted.c0 && !dc_n), "cell ", info(layer.cell).name,
                    " has no c0 or c_n to have a gradient");
   const bool carries = info(layer.cell).carry != Carry::kNone;
-  LSTM_FUSED_CHECK(!carries || saved_states, "saved_states must be as the forward pass saved it");
+  const bool checkpoints = keeps_checkpoints<Device>(layer, save_every);
+  LSTM_FUSED_CHECK(!(carries || checkpoints) || saved_states, "saved_states must be as the forward pass saved it");
   Tensors kept;
   std::vector<BackwardParams> params;
   for (int64_t m = 0; m < call.models(); ++m) {
     BackwardParams& p = params.emplace_back(params_of<BackwardParams>(call.layers()[m]));
-    p.gates = read_saved<Device>(call, m, gates, x, Device::kSaved.gates, false, "gates", kept);
-    if (saved_states)
+    if (checkpoints) {
+      const Shape shape = checkpoints_shape(layer, save_every);
+      const TensorView view = call.contiguous(*saved_states, m, "saved_states");
+      check_shape(view, {shape[0], shape[1], shape[2], shape[3]}, "saved_states");
+      p.checkpoints = view.data ? view.data : params.data();  // of one part there is none to read
+      p.checkpoint_every = save_every;
+    } else {
+      p.gates = read_saved<Device>(call, m, gates, x, Device::kSaved.gates, false, "gates", kept);
+    }
+    if (saved_states && !checkpoints)
       p.saved_states = read_saved<Device>(call, m, *saved_states, x, Device::kSaved.saved_states,
                                           !carries, "saved_states", kept);
     read_outputs<Device>(call, m, wanted, y, dy, dh_n, dc_n, p);
@@ -488,7 +521,7 @@ Backward recurrent_backward(Tensor x, MaybeTensor batch_sizes, MaybeTensor reset
   Call call({x, batch_sizes, resets, state0, weights, cell, directions, cell_states},
             Device::kNeedsUniformRows);
   const GradientTensors out =
-      run_backward<Device>(call, x, weights, y, gates, saved_states, dy, dh_n, dc_n, mask);
+      run_backward<Device>(call, x, weights, y, gates, saved_states, dy, dh_n, dc_n, save_every, mask);
   const ScalarType dtype = x.scalar_type();
   Tensors dweights;
   for (const MaybeTensor& t : out.dweights) dweights.push_back(or_empty(t, x, dtype));
