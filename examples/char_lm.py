@@ -4,6 +4,9 @@ An ordinary PyTorch model is built twice from one seed, and `lstm_fused.replace`
 one of the two. Before training, outputs and all gradients are compared. Then both are trained on
 the same batches, a few steps of one and a few steps of the other, so that other load on the machine
 affects both alike.
+
+Training is truncated backpropagation through time: each row of a batch reads on where it stopped in
+the batch before, from the state that it had there, detached.
 """
 
 import argparse
@@ -121,12 +124,13 @@ class Corpus:
         p = torch.bincount(self.codes).double() / len(self.codes)
         return max(0.0, -(p * p.clamp_min(1e-300).log()).sum().item())
 
-    def batch(self, generator: torch.Generator):
-        """Inputs and targets, (T, N) each, from random positions."""
-        starts = torch.randint(len(self.codes) - LENGTH, (BATCH,), generator=generator)
-        rows = starts + torch.arange(LENGTH + 1)[:, None]
-        window = self.codes[rows]
-        return window[:-1], window[1:]
+    def batches(self, generator: torch.Generator):
+        """Inputs and targets, (T, N) each: rows from random positions, each read on and on."""
+        starts = torch.randint(len(self.codes), (BATCH,), generator=generator)
+        for step in itertools.count():
+            rows = starts + step * LENGTH + torch.arange(LENGTH + 1)[:, None]
+            window = self.codes[rows % len(self.codes)]
+            yield window[:-1], window[1:]
 
 
 def loss_of(logits, targets):
@@ -170,17 +174,19 @@ class Trainee:
 
     def __init__(self, model: CharModel, corpus: Corpus, seed: int):
         self.model = model
-        self.corpus = corpus
-        self.generator = torch.Generator().manual_seed(seed)
+        self.vocabulary = corpus.vocabulary
+        self.batches = corpus.batches(torch.Generator().manual_seed(seed))
+        self.state = None
         self.optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
         self.losses = []
         self.seconds = []
 
     def step(self):
-        inputs, targets = self.corpus.batch(self.generator)
+        inputs, targets = next(self.batches)
         begin = time.perf_counter()
         self.optimizer.zero_grad()
-        logits, _ = self.model(inputs)
+        logits, state = self.model(inputs, self.state)
+        self.state = lstm_fused.detach_state(state)
         loss = loss_of(logits, targets)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -258,7 +264,7 @@ class Writer:
 def write(trainees: dict[str, Trainee], prompt: str, length: int, seed: int) -> dict[str, Writer]:
     """Text of each model, sampled in alternating blocks as in training."""
     writers = {
-        name: Writer(trainee.model, trainee.corpus.vocabulary, prompt, seed)
+        name: Writer(trainee.model, trainee.vocabulary, prompt, seed)
         for name, trainee in trainees.items()
     }
     for _ in range(0, length, BLOCK):
@@ -316,7 +322,7 @@ def run(args, console: Console) -> int:
         f"{len(text):,} characters, {len(corpus.vocabulary)} kinds; "
         f"2-layer LSTM of {args.hidden}; {torch.get_num_threads()} threads\n"
     )
-    batch = corpus.batch(torch.Generator().manual_seed(args.seed + 1))
+    batch = next(corpus.batches(torch.Generator().manual_seed(args.seed + 1)))
     if not check_agreement(original, fused, batch, console):
         return 1
     trainees = {

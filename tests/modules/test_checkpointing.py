@@ -180,7 +180,7 @@ def test_bytes_kept(directions, cell):
     module = pair(I, H, cell=cell, bidirectional=directions == 2)[1]
     weights = [w.detach() for w in module.parameters()]
     number = ops.CELLS[cell]["id"]
-    for k in (1,):
+    for k in (1, 4):
         call = torch.randn(T, N, I).double(), None, None, [], weights, number, directions, False, k
         *_, gates, states = torch.ops.lstm_fused.recurrent_forward(*call)
         size = sum(t.numel() * t.element_size() for t in (gates, states) if t is not None)
