@@ -233,3 +233,47 @@ def test_fallback_keeps_every_k_steps_as_well():
     torch.testing.assert_close([g.as_subclass(torch.Tensor) for g in grads[0]], list(grads[1]))
     with torch.no_grad():
         assert ours(named, checkpoint_every=2)[0].shape == (T, N, 2 * H)
+
+
+@each_cell
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
+@pytest.mark.parametrize(
+    "T, N, every", ((700, 1, 256), (41, 32, 8), (41, 32, 16), (23, 64, "auto"))
+)
+def test_same_bits_of_gradients(T, N, every, dtype, cell):
+    """Where the rows of an interval are a multiple of those of a sum.
+
+    In 16 bits two directions round x's gradient where they meet, which is elsewhere.
+    """
+    both = dtype is not torch.bfloat16
+    _, ours = pair(I, 17, cell=cell, bidirectional=both, dtype=dtype)
+    x = draw(T, N, I, dtype=dtype)
+    leaves = {"x": x, **dict(ours.named_parameters())}
+    expected = loops.results(loops.dense, ours, x, leaves=leaves)
+    found = loops.results(loops.dense, ours, x, leaves=leaves, checkpoint_every=every)
+    for name, t in expected.items():
+        assert torch.equal(found[name], t), name
+
+
+def test_less_is_saved():
+    """What autograd keeps between forward and backward, by its own count."""
+    module = lstm_fused.LSTM(I, 32)
+    x = torch.randn(1000, 1, I)
+
+    def kept(every):
+        sizes = {}
+
+        def pack(t):
+            sizes[t.data_ptr()] = t.numel() * t.element_size()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            module(x, checkpoint_every=every)[0].sum().backward()
+        given = [x, *module.parameters()]
+        return sum(sizes.values()) - sum(t.numel() * t.element_size() for t in given)
+
+    sizes = "lstm", 1000, 1, 32, 32
+    k = checkpointing.least_memory(*sizes)
+    for every, save_every in ((None, 1), (4, 4), ("auto", k)):
+        assert kept(every) == checkpointing.kept_bytes(*sizes, 1, save_every, 4)
+    assert kept("auto") < kept(None) / 30
