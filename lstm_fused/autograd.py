@@ -21,6 +21,7 @@ from torch.autograd.function import _SingleLevelFunction
 
 from lstm_fused import _C, cuda, operators
 from lstm_fused.batched_grads import each_example, level_of
+from lstm_fused.dynamo import untraced
 from lstm_fused.operators import (
     backward_op,
     forward_op,
@@ -452,10 +453,11 @@ def _jvp_kernel(keyset, *args):
 
 def register():
     """Register the rules as the operators' Autograd kernels."""
-    library.impl("recurrent_forward", _forward_kernel, "Autograd", with_keyset=True)
-    library.impl("recurrent_jvp", _jvp_kernel, "Autograd", with_keyset=True)
-    for op, name in (
-        (backward_op, "recurrent_backward"),
-        (samples_op, "recurrent_backward_samples"),
-    ):
-        library.impl(name, partial(_backward_kernel, op), "Autograd", with_keyset=True)
+    kernels = {
+        "recurrent_forward": _forward_kernel,
+        "recurrent_backward": partial(_backward_kernel, backward_op),
+        "recurrent_backward_samples": partial(_backward_kernel, samples_op),
+        "recurrent_jvp": _jvp_kernel,
+    }
+    for name, kernel in kernels.items():
+        library.impl(name, untraced(kernel), "Autograd", with_keyset=True)

@@ -11,6 +11,7 @@ Sizes as in `ops`; B examples.
 from torch.library import register_vmap
 
 from lstm_fused import cuda
+from lstm_fused.dynamo import untraced
 from lstm_fused.operators import backward_op, forward_op, jvp_op, samples_op
 
 
@@ -232,7 +233,7 @@ def _jvp_rule(info, in_dims, *args):
 
 def register():
     """Register the rules with torch.vmap."""
-    register_vmap(forward_op, _forward_rule)
-    register_vmap(backward_op, _backward_rule)
-    register_vmap(samples_op, _samples_rule)
-    register_vmap(jvp_op, _jvp_rule)
+    register_vmap(forward_op, untraced(_forward_rule))
+    register_vmap(backward_op, untraced(_backward_rule))
+    register_vmap(samples_op, untraced(_samples_rule))
+    register_vmap(jvp_op, untraced(_jvp_rule))

@@ -5,9 +5,28 @@ set: then it unrolls them, step by step. Ours is one op a layer and needs the fi
 that globally would do the second to torch's own. So it is set only while Dynamo looks at ours.
 """
 
-from functools import partial
+import sys
+from functools import cache, partial, wraps
 
 from lstm_fused.hooks import when_imported
+
+
+def untraced(run):
+    """run, an operator's kernel in Python, whose frames Dynamo leaves alone.
+
+    Behind a break of the graph, calls run eagerly and Dynamo tries to compile every function that
+    they reach. It takes long to trace kernels and rules, and some of what they do it cannot.
+    """
+
+    @cache
+    def disabled():
+        return sys.modules["torch._dynamo"].disable(run)
+
+    @wraps(run)
+    def call(*args):
+        return (disabled() if "torch._dynamo" in sys.modules else run)(*args)
+
+    return call
 
 
 def allow(classes):

@@ -41,9 +41,10 @@ def layer(
     """
     number = ops.CELLS[cell]["id"]
     # An exported program keeps the operator, which ONNX export needs. A compiled graph must not
-    # keep it: the compiler's cache outlives this version of the decomposition.
-    compiled = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
-    run = _padded if compiled else padded_op
+    # keep it: the compiler's cache outlives this version of the decomposition. torch.vmap has no
+    # rule for it.
+    exported = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    run = padded_op if exported else _padded
     tensors = x, lengths, resets, list(state0), list(weights)
     y, h_n, c_n = run(*tensors, number, directions, cell_states)
     if ops.CELLS[cell]["carry"] != "cell":

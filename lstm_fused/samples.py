@@ -12,6 +12,7 @@ import torch
 
 from lstm_fused import models
 from lstm_fused.cuda import CELLS
+from lstm_fused.dynamo import untraced
 from lstm_fused.operators import backward_op, library, run_directly
 
 
@@ -160,4 +161,4 @@ class _Documents:
 
 def register():
     """Register `run` as the operator's kernel, on every device."""
-    library.impl("recurrent_backward_samples", run, "CompositeExplicitAutograd")
+    library.impl("recurrent_backward_samples", untraced(run), "CompositeExplicitAutograd")

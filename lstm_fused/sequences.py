@@ -7,7 +7,7 @@ documents, L layers, D directions.
 import torch
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from lstm_fused import by_reference, call_options, errors, padded
+from lstm_fused import by_reference, call_options, errors, ops, padded
 from lstm_fused.call_options import Given
 from lstm_fused.fallback import TRACED, Fused, State
 
@@ -71,7 +71,7 @@ class Sequences(Fused[State]):
         if given is not None:
             resets = call_options.dense_resets(given.resets, x, 3, self.batch_first)
             dense = given._replace(resets=resets)
-        if _is_captured():
+        if _is_captured() or ops.is_transformed():
             return self._laid_out(*self._run_lengths(x, lengths, state, dense))
         if padded.stays_on_device(lengths):
             fused = self._fallback_reason(x, hx, self._weights()) is None

@@ -10,6 +10,7 @@ import torch
 
 from lstm_fused import cuda, models
 from lstm_fused.cuda import CELLS
+from lstm_fused.dynamo import untraced
 from lstm_fused.operators import library, run_directly, tangent_op
 from lstm_fused.reference_derivatives import has_cell_states
 from lstm_fused.samples import states_before
@@ -92,4 +93,4 @@ def _preacts(x, batch_sizes, resets, state0, weights, y, d_weights, info, direct
 
 def register():
     """Register `run` as the operator's kernel."""
-    library.impl("recurrent_jvp", run, "CompositeExplicitAutograd")
+    library.impl("recurrent_jvp", untraced(run), "CompositeExplicitAutograd")
