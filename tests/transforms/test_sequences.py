@@ -32,6 +32,11 @@ FORMS = [
     Sequence("gru", 2, rows="documents", state="with reset"),
     Sequence("lstm", 2, proj=2, state="with reset", cells=True, bias=False),
     Sequence("lstm", mask="", cells=True),
+    Sequence("lstm", 2, state="with reset", cells=True, save_every=2),
+    Sequence("gru", mask="", save_every=3),
+    Sequence("rnn_tanh", 2, save_every=2, state="with reset"),
+    Sequence("lstm", proj=2, mask="", bias=False, save_every=2),
+    Sequence("rnn_relu", rows="packed", mask="", save_every=2),
 ]
 
 
@@ -61,6 +66,7 @@ def sequences(draw):
         N=draw(st.integers(1, 12)),
         I=draw(st.integers(1, 20)),
         H=hidden,
+        save_every=draw(st.sampled_from((1, 1, 2, 3, 7))),
     )
 
 
@@ -236,12 +242,13 @@ def test_opcheck(form):
     opcheck(backward_op, (*call, y, gates, saved, *d_out, *options, [*mask, False]))
     no_y = None if not form.proj else y
     opcheck(backward_op, (*call, no_y, gates, saved, *d_out, *options, [*mask, True]))
-    if not form.proj:
-        moves = [t.cos() for t in (x, *states, *weights)]
-        opcheck(jvp_op, (*call, y, gates, saved, moves, kind, D))
-        if form.rows != "documents":
-            given = (*call, y, gates, saved, *d_out, *options, [*mask, False], 1)
-            opcheck(samples_op, given)
+    if form.proj:
+        return
+    if form.rows != "documents":
+        opcheck(samples_op, (*call, y, gates, saved, *d_out, *options, [*mask, False], 1))
+    moves = [t.cos() for t in (x, *states, *weights)]
+    y, _, _, gates, saved = forward_op(*call, kind, D, form.cells, 1)
+    opcheck(jvp_op, (*call, y, gates, saved, moves, kind, D))
 
 
 @pytest.mark.parametrize("how", ["called", "compiled", "exported"])
