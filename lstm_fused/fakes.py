@@ -48,7 +48,7 @@ def _forward(x, batch_sizes, resets, state0, weights, cell, directions, cell_sta
     gates, saved_states = _saved_shapes(x, rows, directions, hidden, info["preacts"])
     saves_steps, saves_states = save_every > 0, save_every > 0 and info["carry"] != "none"
     has_cell_state = info["carry"] == "cell"
-    if save_every > 1 and batch_sizes is None and not cuda.serves(x):  # CUDA keeps every step
+    if save_every > 1 and batch_sizes is None:
         chunks = (x.shape[-3] + save_every - 1) // save_every
         saves_steps, saves_states = False, True
         saved_states = (chunks - 1, directions, n, width + hidden * has_cell_state)

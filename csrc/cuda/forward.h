@@ -33,7 +33,7 @@ struct ForwardCell {
 
   static LSTM_FUSED_DEVICE void fetch(const RecurrenceParams& p, const StepRows& rows, int d,
                                       int64_t n, int64_t u, Unit& f) {
-    const C* pre = as<C>(p.pre) + data_row(p, rows, d, n) * kGates * p.H + u;
+    const C* pre = as<C>(p.pre[d]) + data_row(p, rows, d, n) * kGates * p.H + u;
     LSTM_FUSED_UNROLL
     for (int j = 0; j < Cell::kPreacts; ++j) f.preact[j] = 0;
     LSTM_FUSED_UNROLL
@@ -75,18 +75,18 @@ struct ForwardCell {
     const bool last = n >= rows.active_next;
     if constexpr (Cell::kCarry != Carry::kNone) {
       as<C>(p.carry)[state] = f.c;
-      if (p.saved_states) as<C>(p.saved_states)[row * p.H + u] = f.c;
+      if (p.saved_states[d]) as<C>(p.saved_states[d])[row * p.H + u] = f.c;
     }
     if constexpr (Cell::kCarry == Carry::kCell) {
-      if (last) as<S>(p.c_n)[state] = round_to<S>(f.c);
-      if (p.cell_states) as<S>(p.y)[cell_at(p, rows, d, n, u)] = round_to<S>(f.c);
+      if (last && p.c_n) as<S>(p.c_n)[state] = round_to<S>(f.c);
+      if (p.cell_states && p.y) as<S>(p.y)[cell_at(p, rows, d, n, u)] = round_to<S>(f.c);
     }
-    if (!p.projection) {
+    if (!p.projection && p.y) {
       as<S>(p.y)[hidden_at(p, rows, d, n, u)] = f.h;
       if (last) as<S>(p.h_n)[state] = f.h;
     }
-    if (p.gates) {
-      C* gates = as<C>(p.gates) + row * Cell::kPreacts * p.H + u;
+    if (p.gates[d]) {
+      C* gates = as<C>(p.gates[d]) + row * Cell::kPreacts * p.H + u;
       LSTM_FUSED_UNROLL
       for (int j = 0; j < Cell::kPreacts; ++j) gates[j * p.H] = f.preact[j];
     }
@@ -119,6 +119,7 @@ struct Project {
 
   static LSTM_FUSED_DEVICE void store(const RecurrenceParams& p, const StepRows& rows, int d,
                                       int64_t n, int64_t u, const Unit& f) {
+    if (!p.y) return;
     as<S>(p.y)[hidden_at(p, rows, d, n, u)] = f.h;
     if (n >= rows.active_next) as<S>(p.h_n)[(d * p.N + n) * p.R + u] = f.h;
   }

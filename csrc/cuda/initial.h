@@ -1,5 +1,5 @@
-// The kernel that writes B of a row's first step: h0, or the reset state where the row begins anew
-// before that step. A thread for each unit of a row. Grid: (units, rows, directions).
+// The kernel that writes B of a forward pass's first step: h0 or that of a checkpoint, or the reset
+// state where a row begins anew. A thread for each unit of a row. Grid: (units, rows, directions).
 #pragma once
 
 #include "epilogue.h"
@@ -17,9 +17,10 @@ initial_kernel(const LSTM_FUSED_CONSTANT RecurrenceParams p) {
   const int64_t first =
       int64_t{block_index().y} * kPointwiseRows + thread_index() / kPointwiseUnits;
   for (int64_t n = first; n < p.N; n += int64_t{block_count().y} * kPointwiseRows) {
-    // In reverse a row's first step is its last one in time, which no flag parts from another.
-    const bool reset = d == 0 && p.resets && p.resets[n] != 0;
-    const S h = initial_state<S>(p, p.h0, d, n, p.R, u, reset);
+    const bool reset = reset_before(p, p.rows[d], d == 1, n);
+    const S h = p.resume && !reset
+                    ? round_to<S>(as<Compute<S>>(p.resume)[(d * p.N + n) * p.resume_width + u])
+                    : initial_state<S>(p, p.h0, d, n, p.R, u, reset);
     // Both buffers: a row of packed data may begin at any step.
     for (int64_t s = 0; s < 2; ++s) reinterpret_cast<S*>(p.product.in.at(s, d, n))[u] = h;
   }

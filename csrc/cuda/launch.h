@@ -63,8 +63,9 @@ LaunchConfig configure(const Plan& plan, const RecurrenceParams& p, int64_t unit
 
 // The B that a forward pass begins with, which is zeros without an initial state.
 template <class S>
-const char* launch_initial(const RecurrenceParams& p, void* stream) {
-  if (!p.h0) return nullptr;
+const char* launch_initial(RecurrenceParams p, const Steps& steps, void* stream) {
+  if (!p.h0 && !p.in_parts) return nullptr;
+  for (int d = 0; d < p.D; ++d) p.rows[d] = rows_at(steps, p.s_begin, d == 1);
   const dim3 grid(
       static_cast<unsigned>(ceil_div(p.R, kPointwiseUnits)),
       static_cast<unsigned>(std::min<int64_t>(ceil_div(p.N, kPointwiseRows), kMaxGridY)),
@@ -133,7 +134,7 @@ const char* launch_plan(const Plan& plan, const RecurrenceParams& p, const Produ
   using Forward = ForwardCell<Cell, S>;
   using Backward = BackwardCell<Cell, S>;
   if (!plan.backward)
-    if (const char* error = launch_initial<S>(p, stream)) return error;
+    if (const char* error = launch_initial<S>(p, steps, stream)) return error;
   if (is_stepwise(plan.kind)) {
     if (!plan.backward)
       return launch_steps<Math, Forward, Project<S>>(plan, p, second, steps, gemm, stream);

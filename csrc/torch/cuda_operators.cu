@@ -1,5 +1,8 @@
 // The operators on a CUDA device (bodies in operators.h): the product of x and W_ih, the
 // recurrence, and after its backward pass the other gradients.
+#include <type_traits>
+
+#include "cuda_forward.h"
 #include "cuda_gradients.h"
 #include "operators.h"
 
@@ -13,24 +16,6 @@
 
 namespace lstm_fused::cuda {
 namespace {
-
-// x.W_ih of all steps into out, compute (S, D * G * H).
-void input_product(const Pass& pass, const Layer& layer, void* out) {
-  const LayerSizes& s = layer.size;
-  const int64_t height = pass.gates() * s.H;
-  const Matrix x = input_of(layer);
-  Matrix weights{layer.weights[0].w_ih, s.I, s.D * height, s.I, true};
-  std::optional<Tensor> both;
-  if (s.D == 2) {
-    const int64_t bytes = height * s.I * storage_bytes(layer.dtype);
-    both = pass.empty({2 * height, s.I});
-    for (int d = 0; d < 2; ++d)
-      pass.copy_rows(static_cast<char*>(both->data_ptr()) + d * bytes, bytes, layer.weights[d].w_ih,
-                     bytes, bytes, 1);
-    weights.data = both->data_ptr();
-  }
-  multiply_into(out, false, x, weights, layer.dtype, pass.tf32());
-}
 
 // w (gates * n, m) as (m, gates * n), n padded with zeros to whole matrix instructions.
 Tensor transposed_weights(const Pass& pass, const Layer& layer, const void* w, int gates, int64_t n,
@@ -49,7 +34,7 @@ Tensor transposed_weights(const Pass& pass, const Layer& layer, const void* w, i
 
 struct Cuda {
   static constexpr SavedLayouts kSaved = kCudaSaved;
-  static constexpr bool kNeedsOutput = true, kNeedsUniformRows = true, kCheckpoints = false;
+  static constexpr bool kNeedsOutput = true, kNeedsUniformRows = true, kCheckpoints = true;
 
   static void forward(const std::vector<Layer>& layers, const std::vector<ForwardParams>& params,
                       const Tensor& x, bool training);
@@ -65,48 +50,29 @@ struct Cuda {
   }
 };
 
+// Checkpoint k of those that a pass keeps, after (k + 1) * checkpoint_every steps; null for k ==
+// -1.
+template <class Data>
+Data* checkpoint(const Layer& layer, Data* all, int64_t k) {
+  const int64_t bytes = layer.size.D * layer.size.steps.N *
+                        checkpoint_width(layer.cell, layer.size) * compute_bytes(layer.dtype);
+  using Byte = std::conditional_t<std::is_const_v<Data>, const char, char>;
+  return k < 0 ? nullptr : static_cast<Byte*>(all) + k * bytes;
+}
+
 void Cuda::forward(const std::vector<Layer>& layers, const std::vector<ForwardParams>& params,
                    const Tensor& x, bool) {
   for (size_t m = 0; m < layers.size(); ++m) {
     const Layer& layer = layers[m];
     const ForwardParams& given = params[m];
-    const LayerSizes& s = layer.size;
-    Pass pass(layer, x, false);
-    // Each unit's pre-activations are read before its gates are written, so that both may share
-    // memory.
-    const bool in_place = given.gates && info(layer.cell).preacts == pass.gates();
-    std::optional<Tensor> separate;
-    if (!in_place)
-      separate = pass.empty({s.steps.rows(), s.D * pass.gates() * s.H}, compute_dtype(layer.dtype));
-    void* const pre = in_place ? given.gates : separate->data_ptr();
-    input_product(pass, layer, pre);
-
-    const auto h = pass.reserve_exchange(2, row_bytes(layer.dtype, s.R));
-    const auto hidden =
-        layer.projection ? pass.reserve_exchange(1, row_bytes(layer.dtype, s.H)) : h;
-    std::vector<Pass::OperandSlot> w_hh, w_hr;
-    for (int d = 0; d < s.D; ++d) {
-      w_hh.push_back(pass.reserve_operand(layer.weights[d].w_hh, pass.gates() * s.H, s.R));
-      if (layer.projection) w_hr.push_back(pass.reserve_operand(layer.weights[d].w_hr, s.R, s.H));
+    const int64_t T = layer.size.steps.T;
+    const int64_t every = given.checkpoint_every ? given.checkpoint_every : T;
+    ForwardPass pass(layer, given, x, every, false);
+    for (int64_t begin = 0, k = 0; begin < T; begin += every, ++k) {
+      const int64_t end = std::min(begin + every, T);
+      pass.run(begin, end, checkpoint(layer, given.checkpoints, k - 1));
+      if (end < T) pass.store(checkpoint(layer, given.checkpoints, k), end);
     }
-    pass.allocate();
-
-    RecurrenceParams p = pass.params();
-    p.pre = pre;
-    p.y = given.y;
-    p.h_n = given.h_n;
-    p.c_n = given.c_n;
-    p.gates = given.gates;
-    p.saved_states = given.saved_states;
-    p.product = {{}, s.H, pass.resolve(h), pass.resolve(hidden)};
-    Product second{{}, s.R, p.product.out, p.product.in};
-    for (int d = 0; d < s.D; ++d) {
-      p.b_ih[d] = layer.weights[d].b_ih;
-      p.b_hh[d] = layer.weights[d].b_hh;
-      p.product.a[d] = pass.resolve(w_hh[d]);
-      if (layer.projection) second.a[d] = pass.resolve(w_hr[d]);
-    }
-    pass.launch(p, layer.projection ? &second : nullptr);
   }
 }
 
@@ -117,7 +83,11 @@ void Cuda::backward(const std::vector<Layer>& layers, const std::vector<Backward
     const BackwardParams& given = params[m];
     const LayerSizes& s = layer.size;
     const int64_t S = s.steps.rows();
-    Pass pass(layer, x, true);
+    const int64_t T = s.steps.T, every = given.checkpoint_every ? given.checkpoint_every : T;
+    // The forward pass of the steps between two checkpoints, again.
+    std::optional<ForwardPass> again;
+    if (given.checkpoints) again.emplace(layer, ForwardParams{}, x, every, true);
+    Pass pass(layer, x, true, every < T);
     const Shape preacts_shape{S, s.D, info(layer.cell).preacts, s.H};
     const bool in_place =
         given.d_preacts && storage_bytes(layer.dtype) == compute_bytes(layer.dtype);
@@ -146,11 +116,6 @@ void Cuda::backward(const std::vector<Layer>& layers, const std::vector<Backward
     pass.allocate();
 
     RecurrenceParams p = pass.params();
-    // A step past the end where the initial state's gradients are wanted.
-    p.s_end += given.dh0 || given.dc0;
-    // Read only.
-    p.gates = const_cast<void*>(given.gates);
-    p.saved_states = const_cast<void*>(given.saved_states);
     p.dy = given.dy;
     p.dh_n = given.dh_n;
     p.dc_n = given.dc_n;
@@ -168,6 +133,9 @@ void Cuda::backward(const std::vector<Layer>& layers, const std::vector<Backward
     Tensors kept;
     for (int d = 0; d < s.D; ++d) {
       const Weights& w = layer.weights[d];
+      // Read only.
+      p.gates[d] = const_cast<void*>(given.gates);
+      p.saved_states[d] = const_cast<void*>(given.saved_states);
       kept.push_back(transposed_weights(pass, layer, w.w_hh, pass.gates(), s.H, s.R, x));
       p.product.a[d] = static_cast<const char*>(kept.back().data_ptr());
       if (!layer.projection) continue;
@@ -178,7 +146,18 @@ void Cuda::backward(const std::vector<Layer>& layers, const std::vector<Backward
       p.hidden = hidden.data_ptr();
       p.d_hidden = d_hidden.data_ptr();
     }
-    pass.launch(p, layer.projection ? &second : nullptr);
+    for (int64_t k = ceil_div(T, every) - 1; k >= 0; --k) {
+      const int64_t begin = k * every, end = std::min(begin + every, T);
+      if (again) again->run(begin, end, checkpoint(layer, given.checkpoints, k - 1));
+      for (int d = 0; again && d < s.D; ++d) {
+        p.gates[d] = again->gates(d);
+        p.saved_states[d] = again->saved_states(d);
+      }
+      p.s_begin = T - end;
+      // A step past the last where the initial state's gradients are wanted.
+      p.s_end = T - begin + (k == 0 && (given.dh0 || given.dc0));
+      pass.launch(p, layer.projection ? &second : nullptr);
+    }
     const Recurred recurred{d_preacts, p.hidden, p.d_hidden, p.h_prev};
     Gradients(pass, layer, given, recurred).compute();
   }

@@ -17,7 +17,8 @@ inline Matrix input_of(const Layer& layer) {
 
 class Pass {
  public:
-  Pass(const Layer& layer, const Tensor& x, bool backward)
+  // in_parts: whether some steps are launched at a time.
+  Pass(const Layer& layer, const Tensor& x, bool backward, bool in_parts = false)
       : layer_(layer),
         x_(x),
         size_(layer.size),
@@ -26,7 +27,7 @@ class Pass {
     LSTM_FUSED_CHECK(!layer.size.steps.starts, "batch_sizes has shape (1, ", layer.size.steps.N + 1,
                      "), cu_seqlens of documents, but on a CUDA device it must be the (T,) of "
                      "packed data");
-    plan_ = choose_plan(backward);
+    plan_ = choose_plan(backward, in_parts);
     last_run().set({layer.dtype, plan_});
   }
 
@@ -138,7 +139,11 @@ class Pass {
     return p;
   }
 
-  void launch(const RecurrenceParams& p, const Product* second) const {
+  void launch(const RecurrenceParams& p, const Product* second) {
+    if (launched_ && plan_.kind == PlanKind::kGrid)
+      check(fill_async(p.barrier, 0, size_.D * plan_.row_groups * kBarrierBytes, stream_),
+            "barrier");
+    launched_ = true;
     StepProducts products(layer_.dtype, plan_.tf32, x_);
     Launcher* const launch = launcher_of(layer_.cell, arithmetic_of(layer_.dtype, plan_.tf32));
     check(launch(plan_, p, second, size_.steps, products, stream_), name(plan_.kind));
@@ -147,7 +152,7 @@ class Pass {
  private:
   bool persistent() const { return !is_stepwise(plan_.kind); }
 
-  Plan choose_plan(bool backward) const {
+  Plan choose_plan(bool backward, bool in_parts) const {
     const Device device = device_of(x_.get_device_index());
     LSTM_FUSED_CHECK(supported(device),
                      "the fused kernels need compute capability 8.0 or later, not ", device.major,
@@ -159,10 +164,16 @@ class Pass {
     // A CUDA graph cannot copy packed data's sizes to the device, as persistent plans need them.
     const bool stepwise = steps.sizes && is_capturing(stream_);
     const std::optional<PlanKind> kind = forced_kind().get();
+    std::optional<Plan> plan;
     if (!kind || (stepwise && !is_stepwise(*kind)))
-      return make_plan(problem, device, backward, stepwise);
-    const std::optional<Plan> forced = plan_as(*kind, problem, device, backward);
-    return forced ? *forced : *plan_as(PlanKind::kStep, problem, device, backward);
+      plan = make_plan(problem, device, backward, stepwise);
+    else
+      plan = plan_as(*kind, problem, device, backward);
+    // What a cluster exchanges is in its shared memory, where the next launch does not find it. A
+    // forward pass begins from a checkpoint.
+    if (plan && plan->kind == PlanKind::kCluster && backward && in_parts)
+      plan = plan_as(PlanKind::kGrid, problem, device, backward);
+    return plan ? *plan : *plan_as(PlanKind::kStep, problem, device, backward);
   }
 
   const Layer& layer_;
@@ -171,6 +182,7 @@ class Pass {
   const Guard guard_;
   void* const stream_;
   Plan plan_{};
+  bool launched_ = false;
   Workspace workspace_;
   Workspace::Slot barrier_ = 0, steps_ = 0, carry_ = 0;
 };

@@ -13,7 +13,7 @@ from tests.helpers.compare_modules import I, T, draw, pair, state_for, states_of
 from tests.helpers.cuda_cases import KINDS, STEPWISE
 from tests.helpers.oracle import CELLS, has_cell_state
 from tests.helpers.plan_coverage import DTYPES
-from tests.helpers.sequences import MASKS, Sequence, violations
+from tests.helpers.sequences import MASKS, Sequence, results, violations
 
 STATES = ("none", "given", "with reset")
 # Ragged tiles of units, more rows than a tile has.
@@ -167,12 +167,47 @@ def test_documents_are_refused():
         ops.layer(torch.randn(6, 3), bounds, (), weights)
 
 
-def test_every_step_is_kept():
-    """Whatever save_every is, with the shapes that a fake tensor has too."""
+@pytest.mark.covering
+@pytest.mark.parametrize("kind", ("step", "grid", "gemm"))
+@pytest.mark.parametrize("every", (2, 4, 5))
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("cell", ("lstm", "gru", "rnn_tanh"))
+def test_checkpoints(cell, dtype, state, every, kind):
+    """Bit for bit what is computed where every step is kept, in 5 steps and both directions."""
+    cuda.set_plan(kind)
+    same = {"cell": cell, "directions": 2, "state": state, "cells": cell == "lstm"} | SIZES
+    plain, found = (
+        results(sequence, sequence.layer, dtype, dtype, 0)
+        for sequence in (Sequence(**same), Sequence(**same, save_every=every))
+    )
+    assert [name for name in plain if not torch.equal(found[name], plain[name])] == []
+    assert cuda.last_run()["kernel"] == kind
+
+
+@pytest.mark.parametrize("every, kernel", ((2, "grid"), (5, "cluster")))
+@pytest.mark.parametrize("cell", ("lstm", "gru", "rnn_tanh"))
+def test_checkpoints_of_a_cluster(cell, every, kernel):
+    """Backward runs another plan where there is a launch for each part."""
+    cuda.set_plan("cluster")
+    sequence = Sequence(cell, directions=2, state="with reset", save_every=every, **SIZES)
+    lines = violations(sequence, torch.float32)
+    assert not lines, "\n".join(lines)
+    assert cuda.last_run()["kernel"] == kernel
+
+
+@pytest.mark.parametrize("kind", STEPWISE)
+def test_checkpoints_with_a_projection(kind):
+    cuda.set_plan(kind)
+    for every in (1, 2):
+        sequence = Sequence(directions=2, proj=7, state="with reset", save_every=every, **SIZES)
+        lines = violations(sequence, torch.float16)
+        assert not lines, "\n".join(lines)
+
+
+def test_what_is_kept():
+    """States of every third step alone, with the shapes that a fake tensor has too."""
     x, weights = torch.randn(7, 2, 3), [torch.randn(20, 3), torch.randn(20, 5)]
-
-    def saved(every):
-        return [t.shape for t in forward_op(x, None, None, (), weights, 0, 1, False, every)[3:]]
-
-    assert saved(3) == saved(1)
+    *_, gates, states = forward_op(x, None, None, (), weights, 0, 1, False, 3)
+    assert gates.shape == (0,) and states.shape == (2, 1, 2, 10)
     torch.library.opcheck(forward_op, (x, None, None, [], weights, 0, 1, False, 3))

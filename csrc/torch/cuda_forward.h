@@ -1,0 +1,195 @@
+// The forward pass of a layer on a CUDA device: of all steps, or of some steps at a time.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda_pass.h"
+
+namespace lstm_fused::cuda {
+
+// x.W_ih of rows [first, first + count) of x into out, compute (count, D * G * H).
+inline void input_product(const Pass& pass, const Layer& layer, int64_t first, int64_t count,
+                          void* out) {
+  const LayerSizes& s = layer.size;
+  const int64_t height = pass.gates() * s.H;
+  Matrix x = input_of(layer);
+  x.data = static_cast<const char*>(x.data) + first * x.stride * storage_bytes(layer.dtype);
+  x.rows = count;
+  Matrix weights{layer.weights[0].w_ih, s.I, s.D * height, s.I, true};
+  std::optional<Tensor> both;
+  if (s.D == 2) {
+    const int64_t bytes = height * s.I * storage_bytes(layer.dtype);
+    both = pass.empty({2 * height, s.I});
+    for (int d = 0; d < 2; ++d)
+      pass.copy_rows(static_cast<char*>(both->data_ptr()) + d * bytes, bytes, layer.weights[d].w_ih,
+                     bytes, bytes, 1);
+    weights.data = both->data_ptr();
+  }
+  multiply_into(out, false, x, weights, layer.dtype, pass.tf32());
+}
+
+// Steps are counted in the order of the pass, so that those of both directions differ. A checkpoint
+// is (D, N, checkpoint_width) in the compute dtype, as ForwardParams has them, but each direction's
+// after so many of its own steps.
+class ForwardPass {
+ public:
+  // most: steps that are run at once. saves: what backward needs of those that were run last is
+  // kept here, where `given` has no place for it.
+  ForwardPass(const Layer& layer, const ForwardParams& given, const Tensor& x, int64_t most,
+              bool saves)
+      : layer_(layer),
+        size_(layer.size),
+        x_(x),
+        most_(std::min(most, layer.size.steps.T)),
+        width_(checkpoint_width(layer.cell, layer.size)),
+        computed_(compute_bytes(layer.dtype)),
+        pass_(layer, x, false) {
+    reserve();
+    params(given);
+    make_buffers(given, saves);
+  }
+
+  // Steps [begin, end). resume: the checkpoint before them, or null.
+  void run(int64_t begin, int64_t end, const void* resume) {
+    const int64_t count = is_whole() ? size_.steps.rows() : (end - begin) * size_.steps.N;
+    for (int d = 0; d < size_.D; ++d) {
+      const int64_t first = first_row(d, begin, end);
+      const int64_t states = size_.D * size_.H * computed_;
+      if (d == 0 || pre_[1] != pre_[0]) input_product(pass_, layer_, first, count, pre_[d]);
+      p_.pre[d] = before(pre_[d], first * states * pass_.gates());
+      p_.gates[d] = before(gates_[d], first * states * info(layer_.cell).preacts);
+      p_.saved_states[d] = before(states_[d], first * states);
+      if (resume && pass_.carry() != Carry::kNone) take_carry(d, resume, begin, end);
+    }
+    p_.s_begin = begin;
+    p_.s_end = end;
+    p_.resume = resume;
+    pass_.launch(p_, layer_.projection ? &second_ : nullptr);
+  }
+
+  // Writes the checkpoint after step end - 1, which was the last that was run.
+  void store(void* checkpoint, int64_t end) const {
+    const int64_t N = size_.steps.N;
+    const int64_t pitch = width_ * computed_, bytes = size_.H * computed_;
+    char* to = static_cast<char*>(checkpoint);
+    if (pass_.carry() != Carry::kNone)
+      pass_.copy_rows(to + carry_at(), pitch, p_.carry, bytes, bytes, size_.D * N);
+    if (pass_.carry() == Carry::kHidden) return;
+    const ScalarType compute = compute_dtype(layer_.dtype);
+    for (int d = 0; d < size_.D; ++d) {
+      const int64_t row = first_row(d, end - 1, end);
+      char* y = static_cast<char*>(p_.y) + size_.hidden_at(d, row) * storage_bytes(layer_.dtype);
+      const Shape shape{N, size_.R};
+      const Tensor from = torch::stable::from_blob(y, shape, Shape{size_.y_width(), 1}, x_.device(),
+                                                   x_.scalar_type());
+      Tensor h = torch::stable::from_blob(to + d * N * pitch, shape, Shape{width_, 1}, x_.device(),
+                                          compute);
+      torch::stable::copy_(h, from);
+    }
+  }
+
+  // What backward needs of the steps that were run last, as RecurrenceParams has it.
+  void* gates(int d) const { return p_.gates[d]; }
+  void* saved_states(int d) const { return p_.saved_states[d]; }
+
+ private:
+  bool is_whole() const { return most_ == size_.steps.T; }
+
+  // Byte of a checkpoint's row where what the cell carries begins: a cell state is behind h.
+  int64_t carry_at() const { return pass_.carry() == Carry::kCell ? size_.R * computed_ : 0; }
+
+  // The first row of all steps' data that direction d has in [begin, end).
+  int64_t first_row(int d, int64_t begin, int64_t end) const {
+    return is_whole() ? 0 : (d == 0 ? begin : size_.steps.T - end) * size_.steps.N;
+  }
+
+  static void* before(void* data, int64_t bytes) {
+    return data ? reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(data) - bytes) : nullptr;
+  }
+
+  void reserve() {
+    h_ = pass_.reserve_exchange(2, row_bytes(layer_.dtype, size_.R));
+    hidden_ = layer_.projection ? pass_.reserve_exchange(1, row_bytes(layer_.dtype, size_.H)) : h_;
+    for (int d = 0; d < size_.D; ++d) {
+      const Weights& w = layer_.weights[d];
+      w_hh_[d] = pass_.reserve_operand(w.w_hh, pass_.gates() * size_.H, size_.R);
+      if (layer_.projection) w_hr_[d] = pass_.reserve_operand(w.w_hr, size_.R, size_.H);
+    }
+    pass_.allocate();
+  }
+
+  void params(const ForwardParams& given) {
+    p_ = pass_.params();
+    p_.y = given.y;
+    p_.h_n = given.h_n;
+    p_.c_n = given.c_n;
+    p_.in_parts = !is_whole();
+    p_.resume_width = width_;
+    p_.product = {{}, size_.H, pass_.resolve(h_), pass_.resolve(hidden_)};
+    second_ = {{}, size_.R, p_.product.out, p_.product.in};
+    for (int d = 0; d < size_.D; ++d) {
+      p_.b_ih[d] = layer_.weights[d].b_ih;
+      p_.b_hh[d] = layer_.weights[d].b_hh;
+      p_.product.a[d] = pass_.resolve(w_hh_[d]);
+      if (layer_.projection) second_.a[d] = pass_.resolve(w_hr_[d]);
+    }
+  }
+
+  // Of some steps each direction has buffers of its own, whose other direction is unused.
+  void make_buffers(const ForwardParams& given, bool saves) {
+    const int64_t rows = is_whole() ? size_.steps.rows() : most_ * size_.steps.N;
+    const int P = info(layer_.cell).preacts;
+    for (int d = 0; d < size_.D; ++d) {
+      const bool shared = d > 0 && is_whole();
+      gates_[d] = shared        ? gates_[0]
+                  : given.gates ? given.gates
+                  : saves       ? make({rows, size_.D, P, size_.H})
+                                : nullptr;
+      // Each unit's pre-activations are read before its gates are written, so that both may share
+      // memory.
+      const bool in_place = gates_[d] && P == pass_.gates();
+      pre_[d] = shared     ? pre_[0]
+                : in_place ? gates_[d]
+                           : make({rows, size_.D * pass_.gates() * size_.H});
+      const bool carries = pass_.carry() != Carry::kNone;
+      states_[d] = shared ? states_[0] : given.saved_states;
+      if (shared || given.saved_states || !saves || !carries) continue;
+      // The step before those that are run has a place too, on the side where it lies in time.
+      states_[d] = make({rows + size_.steps.N, size_.D, size_.H});
+      if (d == 0) states_[d] = before(states_[d], -size_.steps.N * size_.D * size_.H * computed_);
+    }
+  }
+
+  void* make(const Shape& shape) {
+    kept_.push_back(pass_.empty(shape, compute_dtype(layer_.dtype)));
+    return kept_.back().data_ptr();
+  }
+
+  // Copies what the cell carries from a checkpoint to where step `begin` takes it from, and to
+  // where its backward pass does.
+  void take_carry(int d, const void* resume, int64_t begin, int64_t end) const {
+    const int64_t N = size_.steps.N, bytes = size_.H * computed_, pitch = width_ * computed_;
+    const char* from = static_cast<const char*>(resume) + d * N * pitch + carry_at();
+    pass_.copy_rows(static_cast<char*>(p_.carry) + d * N * bytes, bytes, from, pitch, bytes, N);
+    if (!p_.saved_states[d]) return;
+    const int64_t first = first_row(d, begin, end);
+    const int64_t row = d == 0 ? first - N : first + (end - begin) * N;
+    char* to = static_cast<char*>(p_.saved_states[d]) + (row * size_.D + d) * bytes;
+    pass_.copy_rows(to, size_.D * bytes, from, pitch, bytes, N);
+  }
+
+  const Layer& layer_;
+  const LayerSizes& size_;
+  const Tensor& x_;
+  const int64_t most_, width_, computed_;
+  Pass pass_;
+  Pass::ExchangeSlot h_, hidden_;
+  Pass::OperandSlot w_hh_[2], w_hr_[2];
+  RecurrenceParams p_{};
+  Product second_{};
+  std::vector<Tensor> kept_;
+  // Of the rows of the steps that are run, in the compute dtype: as RecurrenceParams has them.
+  void *pre_[2] = {}, *gates_[2] = {}, *states_[2] = {};
+};
+
+}  // namespace lstm_fused::cuda
