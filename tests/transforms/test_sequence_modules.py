@@ -130,7 +130,7 @@ def goals_of(name, called):
     return {name, called}
 
 
-@pytest.mark.covering
+@pytest.mark.covering(goals=goals_of)
 @each_called
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transform(name, called):

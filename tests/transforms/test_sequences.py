@@ -11,6 +11,7 @@ from torch.library import opcheck
 import lstm_fused
 from lstm_fused import ops, padded, reference, runtime
 from lstm_fused.operators import backward_op, forward_op, jvp_op, samples_op
+from tests.helpers import emulated
 from tests.helpers.oracle import CELLS, has_cell_state
 from tests.helpers.plan_coverage import DTYPES
 from tests.helpers.sequences import MASKS, ROWS, Sequence, violations
@@ -18,7 +19,7 @@ from tests.helpers.transforms import TRANSFORMS, assert_close, run, total
 
 pytest.importorskip("hypothesis")
 
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 FORMS = [
@@ -72,6 +73,8 @@ def sequences(draw):
 
 @given(sequence=sequences(), dtype=st.sampled_from(DTYPES), threads=st.integers(1, 3))
 def test_parity(sequence, dtype, threads):
+    # relu's slope jumps at 0, so that a rounding error may decide a gradient.
+    assume(sequence.cell != "rnn_relu" or dtype is torch.float64)
     torch.set_num_threads(threads)
     lines = violations(sequence, dtype)
     assert not lines, "\n".join([f"{sequence} {dtype}", *lines])
@@ -79,10 +82,21 @@ def test_parity(sequence, dtype, threads):
     assert (last["pass"], last["dtype"]) == ("backward", str(dtype).removeprefix("torch."))
 
 
+@pytest.mark.covering(goals=lambda name, form: {form, (name, form.rows), (name, form.save_every)})
 @each_form
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transform(name, form):
     assert_close(run(name, form, lstm_fused), run(name, form, "reference"))
+
+
+@pytest.mark.covering(goals=lambda name, form: {name, form})
+@pytest.mark.parametrize("form", [FORMS[1], FORMS[2], FORMS[5], FORMS[10]], ids=str)
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_on_cuda_kernels(name, form):
+    """As the CUDA kernels save tensors (emulated)."""
+    with emulated.kernels():
+        found = run(name, form, lstm_fused)
+    assert_close(found, run(name, form, "reference"))
 
 
 @pytest.fixture
@@ -208,7 +222,9 @@ class Exported(torch.nn.Module):
         return self.form.run(self.form.layer, list(self.weights), *tensors, resets=resets)
 
 
-@each_form
+@pytest.mark.parametrize(
+    "form", [*FORMS, Sequence("lstm", rows="documents", mask="", state="none")], ids=str
+)
 def test_export(form):
     model, given = Exported(form), (form.resets, *form.inputs())
     with torch.no_grad():
