@@ -212,8 +212,7 @@ def _explain_call(name, grad, module, args, kwargs):
     training = grad and any(t.requires_grad for t in (x, *state, *weights))
     every = given.checkpoint_every if given else None
     every = module.checkpoint_every if every is None else every
-    if packed or padded.stays_on_device(x):
-        every = None  # of no effect
+    every = None if packed else every  # packed data keeps every step
     layers = _layers(module, x.device, dtype, T, N, training, every)
     return Call(name, text, None, layers, options=_sentences(module, given, documents, x, True))
 

@@ -165,8 +165,7 @@ class Recurrent(Sequences[State]):
                 Given, nothing waits for the values of cu_seqlens.
             checkpoint_every: keep the states of every so many steps for backward, which computes
                 the steps between them again: less memory, more time, the same results. "auto"
-                chooses the number for the least memory. Packed data, documents and CUDA devices
-                keep every step.
+                chooses the number for the least memory. Packed data and documents keep every step.
 
         Returns:
             ``(output, (h_n, c_n))`` of an LSTM, ``(output, h_n)`` of a GRU or RNN: output
