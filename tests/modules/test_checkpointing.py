@@ -26,6 +26,7 @@ N = 4
 EVERY = (1, 2, 3, T - 1, T, T + 1, "auto")
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.covering
 @each_option
 @pytest.mark.parametrize("with_options", (False, True), ids=("", "resets and cell states"))
