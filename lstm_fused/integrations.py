@@ -28,11 +28,14 @@ def _forward_flops(x_shape, batch_sizes_shape, resets, state0_shapes, weights_sh
 
 
 def _backward_flops(x_shape, batch_sizes_shape, resets, state0_shapes, weights_shapes, *rest, **__):
-    """Every row times W_hh and W_hr, through time, and the products that mask asks for."""
-    directions, _, mask = rest[7:10]
+    """Every row times W_hh and W_hr, through time, and the products that mask asks for.
+
+    With checkpoints, which are saved in place of gates, the forward pass once more.
+    """
+    gates_shape, directions, mask = rest[1], rest[7], rest[9]
     rows, products = _products(x_shape, batch_sizes_shape, weights_shapes)
     each = len(products) // directions
-    count = 0
+    count = sum(products) if len(gates_shape) == 1 else 0
     for k, product in enumerate(products):
         w_ih = k % each == 0
         count += product * mask[3 + k]

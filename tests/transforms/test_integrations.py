@@ -30,6 +30,20 @@ def test_flops(cell, options, hx):
     assert counts[1] == counts[0] and min(counts[0]) > 0
 
 
+def test_flops_of_checkpoints():
+    """Backward runs the forward pass again."""
+    module, x = lstm_fused.LSTM(3, 5), torch.randn(6, 2, 3)
+    counts = {}
+    for every in (None, 2):
+        with FlopCounterMode(display=False) as forward:
+            y, _ = module(x, checkpoint_every=every)
+        with FlopCounterMode(display=False) as backward:
+            y.sum().backward()
+        counts[every] = forward.get_total_flops(), backward.get_total_flops()
+    assert counts[2][0] == counts[None][0]
+    assert counts[2][1] == counts[None][1] + counts[None][0]
+
+
 def test_flops_of_packed_data_are_those_of_its_rows():
     module = lstm_fused.GRU(3, 5)
     rows = nn.utils.rnn.pack_padded_sequence(torch.randn(4, 2, 3), [4, 1])
