@@ -10,7 +10,11 @@ import torch
 TORCH, OURS, CELL = "torch.nn", "lstm_fused", "torch.nn cell"
 ONNX, OPENVINO = "ONNX Runtime", "OpenVINO"
 GRAPH, CHUNK = "torch.nn graph", "torch.nn one chunk"
-GOALS = {"torch": TORCH, "onnx": ONNX, "cell": CELL, "graph": GRAPH, "chunk": CHUNK}
+WITHOUT = "lstm_fused without"  # ours without the row's option
+GOALS = {
+    **{"torch": TORCH, "onnx": ONNX, "cell": CELL, "graph": GRAPH, "chunk": CHUNK},
+    "without": WITHOUT,
+}
 
 # "tf32" is float32 whose products a GPU may round to TF32; a CPU computes it as float32.
 NAMES = ("float32", "float64", "bfloat16", "float16")
@@ -18,6 +22,9 @@ DTYPES = {name: getattr(torch, name) for name in NAMES} | {"tf32": torch.float32
 CELLS = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN"}  # and torch.nn's name of each
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1}
 MODES = ("forward", "training", "step", "loop")
+# What a call is given beyond x and hx: 5% resets; every cell state; documents of T to T/2 steps one
+# after the other; checkpoints.
+OPTIONS = ("resets", "cell states", "documents", "checkpoints")
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,7 @@ class Workload:
     dropout: float = 0.0
     lengths: str = "full"  # "full", or "half": packed, spread evenly from T to T/2
     dtype: str = "float32"
+    option: str = ""  # of OPTIONS
     mode: str = "forward"
     # At least so many times a provider's speed; at most so many microseconds a time step, 0: any.
     goals: Mapping[str, float] = field(default_factory=dict, hash=False)
@@ -62,13 +70,13 @@ class Workload:
     @property
     def plain(self) -> bool:
         """A dense LSTM layer with biases and no option beyond that."""
-        options = (self.proj, self.batch_first, self.lengths != "full", not self.bias)
+        options = (self.proj, self.batch_first, self.lengths != "full", not self.bias, self.option)
         return self.cell == "lstm" and self.layers == self.directions == 1 and not any(options)
 
 
 def lengths_of(work: Workload) -> list[int]:
     """The length of each batch row, longest first."""
-    if work.lengths == "full":
+    if work.lengths == "full" and work.option != "documents":
         return [work.T] * work.N
     return torch.linspace(work.T, work.T // 2, work.N).round().long().tolist()
 
@@ -83,6 +91,7 @@ def regime(work: Workload) -> str:
     """The heading a row belongs under: what decides its speed more than its exact size does."""
     rules = {
         work.group: work.group,
+        work.option: work.option,
         "few steps with gradients": work.mode == "loop" or (work.training and work.T <= 8),
         "GRU and RNN": work.cell != "lstm",
         "one step": work.T == 1,
@@ -115,6 +124,7 @@ def parse(name: str, shape: str, **more) -> Workload:
         "RNN": {"cell": "rnn_tanh"},
         **{dtype: {"dtype": dtype} for dtype in DTYPES},
         **{mode: {"mode": mode} for mode in MODES},
+        **{option: {"option": option} for option in OPTIONS},
     }
     for word, option in options.items():
         sizes |= option if re.search(rf"\b{word}\b", shape) else {}
@@ -309,6 +319,15 @@ SWEEP = tuple(  # none of which may be slower than torch's
     for T, N, H in shapes
     for row in rows(f"{group}: T{T} N{N} H{H} {BOTH}", torch=1.0, group=group, N=N)
 )
+SEQUENCES = (  # beside loops over torch.nn's steps, and beside ours without the option
+    *rows(f"resets T128 B16 H64 {BOTH}", torch=5.0, without=1 / 1.1),
+    *rows(f"resets {{GRU,RNN,both directions}} T128 B16 H64 {BOTH}", without=1 / 1.1),
+    *rows(f"resets T{{64,512}} B{{1,64}} H256 {BOTH}", without=1 / 1.1),
+    *rows(f"cell states {{T128 B16 H64,T100 B32 H256}} {BOTH}", torch=1.0),
+    *rows(f"documents {{T128 B16 H64,T100 B32 H256,T500 B8 H256}} {BOTH}", torch=1.0),
+    *rows("checkpoints T100000 B1 H256 training", without=1 / 1.35),
+    *rows("checkpoints {T2000 B16 H256,GRU T2000 B16 H256} training", without=1 / 1.35),
+)
 PLANS = rows(  # for choosing between CUDA plans and their tilings
     f"{{float16,bfloat16,tf32}} T1024 B16 H768 {BOTH}",
     f"tf32 T300 B20 H800 {BOTH}",
@@ -327,5 +346,6 @@ SETS = {
     "real": REAL,
     "sweep": SWEEP,
     "grid": GRID,
+    "sequences": SEQUENCES,
     "plans": PLANS,
 }

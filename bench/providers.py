@@ -23,10 +23,11 @@ from bench.cases import (
     OPENVINO,
     OURS,
     TORCH,
+    WITHOUT,
     Workload,
     lengths_of,
 )
-from bench.runs import Case, GraphRun, LoopRun, ModuleRun, cell_of, named
+from bench.runs import Case, GraphRun, LoopRun, ModuleRun, WithTorch, cell_of, named
 from lstm_fused import cuda, reference
 
 OURS_GRAPH, AGAIN = f"{OURS} graph", f"{TORCH} again"
@@ -42,12 +43,19 @@ class Unsupported(Exception):
 def torch_nn(case: Case):
     if case.workload.mode == "loop":
         return LoopRun(torch.nn, case)
+    if case.options:
+        return ModuleRun(WithTorch(case.copied()), case, options=case.options)
     return ModuleRun(case.copied(), case)
 
 
 def ours(case: Case):
     if case.workload.mode == "loop":
         return LoopRun(lstm_fused, case)
+    return ModuleRun(case.fused(), case, options=case.options)
+
+
+def without_option(case: Case):
+    """Ours on the same input without the row's option: what the option costs."""
     return ModuleRun(case.fused(), case)
 
 
@@ -287,11 +295,13 @@ class FlashModule(torch.nn.Module):
 @dataclass(frozen=True)
 class Provider:
     """build(case) -> run; needs: by reason against it, a function of (workload, device) that tells
-    whether it does not apply; modules: what must be installed."""
+    whether it does not apply; modules: what must be installed; judged: False for one that is to
+    compute something else than the row."""
 
     build: Callable[[Case], object]
     needs: dict[str, Callable[[Workload, str], bool]] = field(default_factory=dict)
     modules: tuple[str, ...] = ()
+    judged: bool = True
     default: bool = True  # False: only when named by --providers
 
     def unsupported_reason(self, work: Workload, device: str) -> str | None:
@@ -303,7 +313,7 @@ class Provider:
 ON_CUDA = {"needs a CUDA device": lambda work, device: device == "cuda"}
 STATELESS = {"a step's state is carried from call to call": lambda work, _: work.mode != "step"}
 NO_DROPOUT = {"dropout masks cannot be compared": lambda work, _: not work.dropout}
-PLAIN = {"measured for one plain layer only": lambda work, _: work.plain}
+ONE_LAYER = {"measured for one plain layer only": lambda work, _: work.plain}
 ONE_STEP = {"measured for single steps only": lambda work, _: work.T == 1 and not work.training}
 BFLOAT16 = {"torch does so itself in other dtypes": lambda work, _: work.dtype == "bfloat16"}
 WIDE = {"runs float32 and float64": lambda work, _: work.dtype in ("float32", "float64")}
@@ -314,16 +324,23 @@ ON_ONNX = {
     ),
     "measured for one layer only": lambda work, _: work.layers == 1,
     "ONNX has no projection": lambda work, _: not work.proj,
+    "ONNX has no such option": lambda work, _: not work.option,
     "cannot be held to an instruction set": lambda work, _: not environment.isa(),
+}
+COMPARABLE = {
+    "measured for an option on the same input": lambda work, _: (
+        work.option in ("resets", "cell states", "checkpoints")
+    )
 }
 GRAPHED = ON_CUDA | STATELESS | NO_DROPOUT
 
 PROVIDERS = {
     TORCH: Provider(torch_nn),
     OURS: Provider(ours),
+    WITHOUT: Provider(without_option, COMPARABLE, judged=False),
     ONNX: Provider(OnnxRuntimeRun, ON_ONNX, ("onnx", "onnxruntime")),
     OPENVINO: Provider(OpenVinoRun, ON_ONNX, ("onnx", "openvino")),
-    CELL: Provider(CellRun, PLAIN | ONE_STEP),
+    CELL: Provider(CellRun, ONE_LAYER | ONE_STEP),
     AGAIN: Provider(torch_nn, default=False),
     "torch.compile": Provider(
         lambda case: ModuleRun(torch.compile(case.copied()), case), NO_DROPOUT, default=False
@@ -332,10 +349,10 @@ PROVIDERS = {
     CHUNK: Provider(one_chunk, ON_CUDA | BFLOAT16),
     GRAPH: Provider(lambda case: GraphRun(case.copied(), case), GRAPHED),
     OURS_GRAPH: Provider(lambda case: GraphRun(case.fused(), case), GRAPHED),
-    "haste": Provider(haste, ON_CUDA | PLAIN | WIDE | STATELESS, ("haste_pytorch",)),
+    "haste": Provider(haste, ON_CUDA | ONE_LAYER | WIDE | STATELESS, ("haste_pytorch",)),
     "FlashRNN": Provider(
         lambda case: ModuleRun(FlashModule(case.module), case, OTHER_WEIGHTS),
-        ON_CUDA | PLAIN | NARROW | STATELESS,
+        ON_CUDA | ONE_LAYER | NARROW | STATELESS,
         ("flashrnn",),
     ),
     **{

@@ -34,7 +34,7 @@ class RowMeasurer:
         on_cpu = self.device == "cpu"
         try:
             entries = self._call(self.worker, work, names, None if on_cpu else sampling)
-            right = [name for name in names if "parity" in entries[name]]
+            right = [name for name in names if entries[name].keys() & {"parity", "unjudged"}]
             if on_cpu and right:
                 with Worker(self.variables) as fresh:
                     timed = self._call(fresh, work, right, sampling, gate=False)

@@ -1,10 +1,17 @@
 """A case, a workload's tensors, and its runs: what is timed, and what is compared before."""
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils.rnn import (
+    PackedSequence,
+    pack_padded_sequence,
+    pack_sequence,
+    unpack_sequence,
+)
+from torch.utils._pytree import tree_map
 
 import lstm_fused
 from bench.cases import CELLS, DTYPES, Workload, lengths_of
@@ -19,7 +26,8 @@ WARM_UP = 3  # steps before a capture: what is loaded or allocated once, is by t
 class Case:
     """A workload's tensors, the same for every provider.
 
-    x is (T, N, I), (N, T, I) with batch_first, or a PackedSequence. state is None, or in mode
+    x is (T, N, I), (N, T, I) with batch_first, a PackedSequence, or (S, I) of documents. options:
+    the row's, as our modules' calls take them. state is None, or in mode
     "step" h0 (L*D, N, R) and for an LSTM c0 (L*D, N, H), as a tuple.
     """
 
@@ -28,6 +36,7 @@ class Case:
     x: torch.Tensor | PackedSequence
     state: tuple[torch.Tensor, ...] | None
     device: str
+    options: dict = field(default_factory=dict)
 
     def copied(self) -> torch.nn.Module:
         """A copy of the module. Copied parameters lie apart, which cuDNN would gather into one
@@ -68,7 +77,18 @@ def build_case(work: Workload, device: str = "cpu", seed: int = 0) -> Case:
         state = tuple(draw(work.layers * work.directions, work.N, width) for width in widths)
     if work.lengths != "full":
         x = pack_padded_sequence(x, torch.tensor(lengths_of(work)), work.batch_first)
-    return Case(work, module, x, state, device)
+    options = {}
+    if work.option == "resets":
+        options["resets"] = torch.rand(x.shape[:2], device=device) < 0.05
+    elif work.option == "cell states":
+        options["return_cell_states"] = True
+    elif work.option == "checkpoints":
+        options["checkpoint_every"] = "auto"
+    elif work.option == "documents":
+        lengths = torch.tensor(lengths_of(work))
+        x = torch.cat([x[:length, n] for n, length in enumerate(lengths)])
+        options["cu_seqlens"] = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
+    return Case(work, module, x, state, device, options)
 
 
 def data_of(x):
@@ -86,11 +106,18 @@ def named(y, states, leaves=None) -> dict[str, torch.Tensor]:
 class ModuleRun:
     """A module on a case: `step` is what the clock sees, `results` what the gate compares.
 
-    tensors: the names of the results that are compared, None for all.
+    tensors: the names of the results that are compared, None for all. options: of the call.
     """
 
-    def __init__(self, module, case: Case, tensors: tuple[str, ...] | None = None):
+    def __init__(
+        self,
+        module,
+        case: Case,
+        tensors: tuple[str, ...] | None = None,
+        options: dict | None = None,
+    ):
         self.module, self.case, self.tensors = module, case, tensors
+        self.options = options or {}
         self.training = case.workload.training
         data = data_of(case.x).clone().requires_grad_(self.training)
         self.x = PackedSequence(data, *case.x[1:]) if data_of(case.x) is not case.x else data
@@ -104,7 +131,8 @@ class ModuleRun:
         self.state = state[0] if state and len(state) == 1 else state
 
     def _forward(self):
-        return self.module(self.x, self.state)
+        y, state, *cells = self.module(self.x, self.state, **self.options)
+        return (torch.cat((y, *cells), -1) if cells else y), state
 
     def _carry(self):
         y, self.state = self.module(self.x, self.state)
@@ -113,7 +141,7 @@ class ModuleRun:
     def _training(self):
         for leaf in self.leaves.values():
             leaf.grad = None
-        y, state = self.module(self.x, self.state)
+        y, state = self._forward()
         data_of(y).sum().backward()
         return y, state
 
@@ -131,7 +159,7 @@ class ModuleRun:
         if not type(self.module).__module__.startswith("lstm_fused"):
             return []
         with torch.set_grad_enabled(self.training):
-            y, _ = self.module(self.x, self.state)
+            y, _ = self._forward()
             ran = [runtime.last_run(self.case.device)]
             if self.training:
                 data_of(y).sum().backward()
@@ -147,6 +175,53 @@ def cell_of(library, case: Case):
     weights = case.module.named_parameters()
     cell.load_state_dict({name.removesuffix("_l0"): w for name, w in weights})
     return cell
+
+
+class WithTorch(torch.nn.Module):
+    """torch.nn's module with the options of ours, as Python code around it."""
+
+    def __init__(self, module: torch.nn.RNNBase):
+        super().__init__()
+        self.module = module
+
+    def named_parameters(self, *args, **kwargs):
+        return self.module.named_parameters(*args, **kwargs)
+
+    def forward(self, x, state, resets=None, return_cell_states=False, cu_seqlens=None, **_):
+        if cu_seqlens is not None:
+            documents = x.split(cu_seqlens.diff().tolist())
+            y, state = self.module(pack_sequence(documents))
+            return torch.cat(unpack_sequence(y)), state
+        if resets is not None and self.module.bidirectional:
+            return self._by_segments(x, resets)
+        if resets is None and not return_cell_states:
+            return self.module(x, state)
+        keep = None if resets is None else (~resets).to(x.dtype).unsqueeze(-1)
+        outputs, cells = [], []
+        for t in range(x.shape[0]):
+            if keep is not None and state is not None:
+                state = tree_map(lambda s, k=keep[t]: s * k, state)
+            y, state = self.module(x[t : t + 1], state)
+            outputs.append(y)
+            cells.append(state[-1])
+        y = torch.cat(outputs)
+        return (y, state, torch.cat(cells)) if return_cell_states else (y, state)
+
+    def _by_segments(self, x, resets):
+        """Each row's segments as sequences of one packed batch; the final states are theirs."""
+        first = resets.clone()
+        first[0] = True
+        starts = [first[:, n].nonzero().squeeze(1).tolist() + [len(x)] for n in range(x.shape[1])]
+        pieces = [(n, a, b) for n, s in enumerate(starts) for a, b in pairwise(s)]
+        packed = pack_sequence([x[a:b, n] for n, a, b in pieces], enforce_sorted=False)
+        y, state = self.module(packed)
+        parts = iter(unpack_sequence(y))
+        rows = [torch.cat([next(parts) for _ in s[1:]]) for s in starts]
+        counts = torch.tensor([len(s) - 1 for s in starts])
+        last, begin = counts.cumsum(0) - 1, counts.cumsum(0) - counts
+        # The first direction ends with a row's last segment, the second with its first one.
+        ends = tree_map(lambda s: torch.stack((s[0][last], s[1][begin])), state)
+        return torch.stack(rows, 1), ends
 
 
 class LoopRun(ModuleRun):
@@ -179,7 +254,8 @@ class LoopRun(ModuleRun):
 def exact_results(case: Case) -> dict[str, torch.Tensor]:
     """The case's results in float64, through the naive reference."""
     exact = replace(case, x=in_float64(case.x), state=in_float64(case.state))
-    return ModuleRun(Oracle(case.module), exact).results()
+    options = {k: v for k, v in case.options.items() if k != "checkpoint_every"}
+    return ModuleRun(Oracle(case.module), exact, options=options).results()
 
 
 class GraphRun(ModuleRun):

@@ -84,8 +84,7 @@ inline void describe_documents(Layer& layer, std::span<const int64_t> bounds, in
   int64_t *const starts = sizes + T, *const places = starts + N, *const ranks = places + N;
   const auto length = [&](int64_t i) { return bounds[i + 1] - bounds[i]; };
   std::iota(places, places + N, int64_t{0});
-  std::stable_sort(places, places + N,
-                   [&](int64_t a, int64_t b) { return length(a) > length(b); });
+  std::stable_sort(places, places + N, [&](int64_t a, int64_t b) { return length(a) > length(b); });
   for (int64_t n = 0; n < N; ++n) {
     starts[n] = bounds[places[n]];
     ranks[places[n]] = n;

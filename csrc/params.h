@@ -60,9 +60,10 @@ LSTM_FUSED_INLINE constexpr int64_t round_up(int64_t a, int64_t b) {
 }
 
 // Which rows of the batch are alive at each step, and where their data is. Dense: `sizes ==
-// nullptr`, all N of them. Otherwise rows are sorted by length, descending, and step t has the first
-// sizes[t] of them. Packed (torch's PackedSequence): the data of a step is contiguous, from row
-// offsets[t] of all steps' rows on. Documents: the data of a row is contiguous, from starts[n] on.
+// nullptr`, all N of them. Otherwise rows are sorted by length, descending, and step t has the
+// first sizes[t] of them. Packed (torch's PackedSequence): the data of a step is contiguous, from
+// row offsets[t] of all steps' rows on. Documents: the data of a row is contiguous, from starts[n]
+// on.
 struct Steps {
   int64_t T;
   int64_t N;
@@ -75,7 +76,8 @@ struct Steps {
   const int64_t* ranks;   // (N,) the inverse of places
   // Not 0 where a row begins anew before the step, in the order of the data: (S,); or null.
   const uint8_t* resets;
-  bool continues;  // these are some of a row's steps: others follow, and the flag of the next is there
+  bool continues;  // these are some of a row's steps: others follow, and the flag of the next is
+                   // there
 
   LSTM_FUSED_INLINE int64_t active(int64_t t) const { return sizes ? sizes[t] : N; }
   LSTM_FUSED_INLINE int64_t offset(int64_t t) const { return offsets ? offsets[t] : t * N; }

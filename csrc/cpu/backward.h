@@ -276,8 +276,7 @@ struct BackwardSteps {
       stage_row(k.carried0(d, n, false), k.checkpoint(d, n) + (own ? k.R : 0), k.H, k.Hp);
     else
       stage(k.carried0(d, n, false), c0, k.p.size.initial_row(d, n, false));
-    if (k.p.size.steps.resets)
-      stage(k.carried0(d, n, true), c0, k.p.size.initial_row(d, n, true));
+    if (k.p.size.steps.resets) stage(k.carried0(d, n, true), c0, k.p.size.initial_row(d, n, true));
     A* dc = k.dc + (d * k.N + n) * k.Hp;
     if (k.p.d_after)
       stage_row(dc, static_cast<const A*>(k.p.d_after) + k.between(d, n) + k.R, k.H, k.Hp);
@@ -547,8 +546,7 @@ struct BackwardSteps {
         const int64_t whole = k.R / kBlock, rest = k.R % kBlock;
         TileProduct<M> tile(panels.panel(panel), panels.depth, M::kPair, kBlock / M::kPair, whole,
                             k.S_rows * kBlock);
-        for (int r = 0; r < n; ++r)
-          tile.rows[r] = k.hidden_gradients(d, 0, row_of(t, first + r));
+        for (int r = 0; r < n; ++r) tile.rows[r] = k.hidden_gradients(d, 0, row_of(t, first + r));
         if (whole > 0) multiply_tile(n, cols, tile, out, false);
         if (rest > 0) {
           for (int r = 0; r < n; ++r) tile.rows[r] += whole * tile.segment_stride;

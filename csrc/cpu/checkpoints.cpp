@@ -97,8 +97,8 @@ class Checkpoints {
     p.y = forward_by(p.y, row * size_.y_width() * stored_);
     p.dy = forward_by(p.dy, row * size_.y_width() * stored_);
     p.dx = forward_by(p.dx, row * size_.I * stored_);
-    p.d_preacts = forward_by(p.d_preacts,
-                             row * size_.D * info(problem_.cell).preacts * size_.H * computed_);
+    p.d_preacts =
+        forward_by(p.d_preacts, row * size_.D * info(problem_.cell).preacts * size_.H * computed_);
     p.gates = gates_;
     p.saved_states = saved_states_;
     p.lasting = lasting_;
@@ -113,8 +113,7 @@ class Checkpoints {
   template <class Params, class Bytes, class Run>
   bool call(Params& params, int pass, Bytes bytes, Run run) {
     const Kernel& kernel = *kernels_[pass];
-    params.scratch =
-        scratch_.of(static_cast<size_t>((kernel.*bytes)(params, plans_[pass])) + 64);
+    params.scratch = scratch_.of(static_cast<size_t>((kernel.*bytes)(params, plans_[pass])) + 64);
     return (kernel.*run)(params, plans_[pass]);
   }
 

@@ -122,8 +122,8 @@ struct ForwardState {
   }
 
   // The states after a step, where a checkpoint is due.
-  LSTM_FUSED_COLD void store_checkpoint(int d, int64_t step, const RowGroup& group,
-                                        Range c_vectors, Range h_vectors) const {
+  LSTM_FUSED_COLD void store_checkpoint(int d, int64_t step, const RowGroup& group, Range c_vectors,
+                                        Range h_vectors) const {
     const int64_t t = time(d, step) + (d == 0);  // the step that follows the boundary
     if (t % p.checkpoint_every != 0 || t == 0 || t == T) return;
     const int64_t entry = (t / p.checkpoint_every - 1) * p.size.D;
@@ -135,8 +135,7 @@ struct ForwardState {
           store_first(to + u, load<V>(from + u), width - u);
       };
       if constexpr (kCarries) put(kOwnCell ? row + R : row, cell(d, n), c_vectors, H);
-      if constexpr (Cell::kCarry != Carry::kHidden)
-        put(row, hidden(d, step + 1, n), h_vectors, R);
+      if constexpr (Cell::kCarry != Carry::kHidden) put(row, hidden(d, step + 1, n), h_vectors, R);
     }
   }
 
@@ -243,8 +242,8 @@ struct ForwardState {
     if constexpr (kCarries) put(p.saved_states, at, c_new);
   }
 
-  // What a step leaves for other steps and for the caller, of the thread's own vectors: c_vectors of
-  // the carried state, h_vectors of the hidden state.
+  // What a step leaves for other steps and for the caller, of the thread's own vectors: c_vectors
+  // of the carried state, h_vectors of the hidden state.
   void finish_step(int d, int64_t step, const RowGroup& group, Range c_vectors,
                    Range h_vectors) const {
     store_final(d, step, group, c_vectors, h_vectors);
@@ -253,7 +252,8 @@ struct ForwardState {
     if (p.checkpoints) store_checkpoint(d, step, group, c_vectors, h_vectors);
   }
 
-  LSTM_FUSED_COLD void store_cell_states(int d, int64_t step, const RowGroup& group, Range vectors) const {
+  LSTM_FUSED_COLD void store_cell_states(int d, int64_t step, const RowGroup& group,
+                                         Range vectors) const {
     for (int64_t i = 0; i < group.active(active_at(d, step)); ++i) {
       const int64_t n = group.row(i), s = p.size.steps.row(time(d, step), n);
       for (int64_t u = vectors.begin * lanes; u < vectors.end * lanes; u += lanes)
@@ -264,7 +264,7 @@ struct ForwardState {
 
   // Where a row begins anew, the next step finds the reset state in the place of this step's.
   LSTM_FUSED_COLD void put_resets(int d, int64_t step, const RowGroup& group, Range c_vectors,
-                  Range h_vectors) const {
+                                  Range h_vectors) const {
     for (int64_t i = 0; i < group.active(active_at(d, step)); ++i) {
       const int64_t n = group.row(i);
       if (!p.size.steps.ends_before_reset(d, time(d, step), n)) continue;

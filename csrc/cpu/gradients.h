@@ -60,9 +60,9 @@ struct Gradients : BackwardState<Cell, S, M> {
   // groups, panels, rows, kMaxCols, lanes).
   A* sums;
   int64_t sums_size;  // of a matrix
-  E* b;        // (threads, columns, kDepth)
-  A* dx_sums;  // (threads, kRowsPerPass, kMaxCols, lanes), dx only
-  E* a;        // (threads, kDepth, columns of a block) pairs of rows interleaved, pairs only
+  E* b;               // (threads, columns, kDepth)
+  A* dx_sums;         // (threads, kRowsPerPass, kMaxCols, lanes), dx only
+  E* a;               // (threads, kDepth, columns of a block) pairs of rows interleaved, pairs only
 
   static constexpr int kMatrices = 3;  // w_ih, w_hh, w_hr
 
@@ -210,11 +210,10 @@ struct Gradients : BackwardState<Cell, S, M> {
     for (int d = p.size.first_direction(); d < p.size.end_direction(); ++d) {
       const WeightGradients& dw = p.dweights[d];
       if (dw.w_ih)
-        weight_gradient<S>(
-            worker,
-            {this->preact_gradients(d, 0, 0), Hb, G, P * kBlock, Cell::input_gate, H, I, dw.w_ih,
-             0, d == 0},
-            [&](int64_t, int64_t t, int64_t n) { return input_row(t, n); });
+        weight_gradient<S>(worker,
+                           {this->preact_gradients(d, 0, 0), Hb, G, P * kBlock, Cell::input_gate, H,
+                            I, dw.w_ih, 0, d == 0},
+                           [&](int64_t, int64_t t, int64_t n) { return input_row(t, n); });
       if (dw.w_hh)
         weight_gradient<S>(worker,
                            {this->hidden_preact_gradients(d, 0, 0), Hb, G, P * kBlock,
@@ -275,7 +274,7 @@ struct Gradients : BackwardState<Cell, S, M> {
     const Range vectors = split(ceil_div(w.columns, lanes), shares.column_groups, column_group);
     const Panels<M> panels{vectors, kDepth / M::kPair, b + worker * packed_rows_size()};
     A* own_sums = sums + (p.lasting ? w.matrix * sums_size : 0) +
-        column_group * shares.group_panels * w.blocks * w.width() * kMaxCols * lanes;
+                  column_group * shares.group_panels * w.blocks * w.width() * kMaxCols * lanes;
     // With one pass no sum is kept: every block uses the same memory, which stays in the cache.
     const bool once = S_rows <= kDepth && !p.lasting;
     const auto sums_of = [&](int64_t panel, int64_t j) {

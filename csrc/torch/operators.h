@@ -307,11 +307,10 @@ Outputs allocate_forward(const Call& call, const Tensor& x, int64_t save_every) 
   const bool carries = info(layer.cell).carry != Carry::kNone;
   const int64_t N = layer.size.steps.N;
   const bool checkpoints = keeps_checkpoints<Device>(layer, save_every);
-  const Shape gates =
-      checkpoints ? Shape{0} : call.of_all(layer.saved_shape(Device::kSaved.gates));
-  const Shape saved_states = call.of_all(checkpoints
-                                             ? checkpoints_shape(layer, save_every)
-                                             : layer.saved_shape(Device::kSaved.saved_states));
+  const Shape gates = checkpoints ? Shape{0} : call.of_all(layer.saved_shape(Device::kSaved.gates));
+  const Shape saved_states =
+      call.of_all(checkpoints ? checkpoints_shape(layer, save_every)
+                              : layer.saved_shape(Device::kSaved.saved_states));
   return {make(!call.is_step(), call.output_shape(), dtype),
           make(true, call.state_shape(N, layer.size.R), dtype),
           make(layer.has_cell_state(), call.state_shape(N, layer.size.H), dtype),
@@ -469,7 +468,8 @@ GradientTensors run_backward(Call& call, const Tensor& x, const Tensors& weights
                    " has no c0 or c_n to have a gradient");
   const bool carries = info(layer.cell).carry != Carry::kNone;
   const bool checkpoints = keeps_checkpoints<Device>(layer, save_every);
-  LSTM_FUSED_CHECK(!(carries || checkpoints) || saved_states, "saved_states must be as the forward pass saved it");
+  LSTM_FUSED_CHECK(!(carries || checkpoints) || saved_states,
+                   "saved_states must be as the forward pass saved it");
   Tensors kept;
   std::vector<BackwardParams> params;
   for (int64_t m = 0; m < call.models(); ++m) {
@@ -520,8 +520,8 @@ Backward recurrent_backward(Tensor x, MaybeTensor batch_sizes, MaybeTensor reset
   const bool cell_states = has_cell_states(y ? y : dy, weights, directions);
   Call call({x, batch_sizes, resets, state0, weights, cell, directions, cell_states},
             Device::kNeedsUniformRows);
-  const GradientTensors out =
-      run_backward<Device>(call, x, weights, y, gates, saved_states, dy, dh_n, dc_n, save_every, mask);
+  const GradientTensors out = run_backward<Device>(call, x, weights, y, gates, saved_states, dy,
+                                                   dh_n, dc_n, save_every, mask);
   const ScalarType dtype = x.scalar_type();
   Tensors dweights;
   for (const MaybeTensor& t : out.dweights) dweights.push_back(or_empty(t, x, dtype));
