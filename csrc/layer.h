@@ -194,15 +194,13 @@ inline Layer describe_layer(const LayerTensors& given) {
   size.cell_states = given.cell_states;
   LSTM_FUSED_CHECK(own || !given.cell_states, "cell ", info(layer.cell).name,
                    " has no cell states");
-  size.state_rows = size.steps.N;
   if (!given.state0.empty()) {
     const TensorView& h0 = given.state0[0];
-    if (given.resets && h0.dim == 3 && h0.size(1) == 2 * size.steps.N)
-      size.state_rows = 2 * size.steps.N;
-    check_state(h0, x, layer, size.state_rows, size.R, "h0");
+    size.reset_states = given.resets && h0.dim == 3 && h0.size(1) == 2 * size.steps.N;
+    check_state(h0, x, layer, size.state_rows(), size.R, "h0");
     layer.h0 = h0.data;
     if (own) {
-      check_state(given.state0[1], x, layer, size.state_rows, size.H, "c0");
+      check_state(given.state0[1], x, layer, size.state_rows(), size.H, "c0");
       layer.c0 = given.state0[1].data;
     }
   }

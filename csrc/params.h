@@ -138,13 +138,13 @@ struct Weights {
 struct LayerSizes {
   Steps steps;
   int64_t I, H, R;
-  int D;  // directions
-  // Rows of an initial state: N, or 2 * N: then the last N are what resets put in, else zeros are.
-  int64_t state_rows;
-  bool cell_states;  // y holds the cell states of all steps, too
-  int only;          // 1 + the one direction that is run; 0: all
+  int D;              // directions
+  bool reset_states;  // the initial states have N more rows: what resets put in, else zeros
+  bool cell_states;   // y holds the cell states of all steps, too
+  int only;           // 1 + the one direction that is run; 0: all
 
   LSTM_FUSED_INLINE int64_t blocks() const { return ceil_div(H, kBlock); }
+  LSTM_FUSED_INLINE int64_t state_rows() const { return reset_states ? 2 * steps.N : steps.N; }
   LSTM_FUSED_INLINE int first_direction() const { return only ? only - 1 : 0; }
   LSTM_FUSED_INLINE int end_direction() const { return only ? only : D; }
   // Of a row of y: the hidden states of all directions, then their cell states if wanted.
@@ -156,8 +156,8 @@ struct LayerSizes {
   // Row n of the initial states (D, state_rows, width), or of those that resets put in; -1 for
   // zeros.
   LSTM_FUSED_INLINE int64_t initial_row(int d, int64_t n, bool reset) const {
-    if (reset && state_rows == steps.N) return -1;
-    return d * state_rows + (reset ? steps.N : 0) + steps.place(n);
+    if (reset && !reset_states) return -1;
+    return d * state_rows() + (reset ? steps.N : 0) + steps.place(n);
   }
   // Row n of the final states (D, N, width).
   LSTM_FUSED_INLINE int64_t final_row(int d, int64_t n) const {

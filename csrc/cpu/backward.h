@@ -75,7 +75,7 @@ struct BackwardState {
     d_preacts = arena.take<E>(D * Hb * S_rows * P * kBlock);
     dc = kCarries ? arena.take<A>(D * N * Hp) : nullptr;
     c0 = kCarries ? arena.take<A>(D * c0_rows() * Hp) : nullptr;
-    const bool learned = p.size.state_rows > N;
+    const bool learned = p.size.reset_states;
     dh_reset = learned && p.dh0 ? lasting.take<A>(D * N * Rp) : nullptr;
     dc_reset = learned && p.dc0 ? lasting.take<A>(D * N * Hp) : nullptr;
     d_hidden = projection ? arena.take<E>(D * Rb * S_rows * kBlock) : nullptr;

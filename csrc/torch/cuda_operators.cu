@@ -110,7 +110,7 @@ void Cuda::backward(const std::vector<Layer>& layers, const std::vector<Backward
     const int64_t hidden_row = row_bytes(layer.dtype, s.H), width = row_bytes(layer.dtype, s.R);
     const auto of_gates = pass.reserve_exchange(2, pass.gates() * hidden_row);
     const auto of_h = layer.projection ? pass.reserve_exchange(1, width) : of_gates;
-    const bool reset_state = s.state_rows > s.steps.N;
+    const bool reset_state = s.reset_states;
     const Workspace::Slot dh_reset = pass.reserve_sums(reset_state && given.dh0 ? s.R : 0);
     const Workspace::Slot dc_reset = pass.reserve_sums(reset_state && given.dc0 ? s.H : 0);
     pass.allocate();

@@ -119,7 +119,7 @@ class Pass {
     p.projection = layer_.projection;
     p.cell_states = size_.cell_states;
     p.y_width = size_.y_width();
-    p.state_rows = size_.state_rows;
+    p.state_rows = size_.state_rows();
     p.resets = host.resets;
     p.h0 = layer_.h0;
     p.c0 = layer_.c0;

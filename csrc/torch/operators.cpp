@@ -36,8 +36,8 @@ Tangents recurrent_tangent(Tensor x, MaybeTensor batch_sizes, MaybeTensor resets
       // The primal may have a reset state where the tangent has none.
       LayerSizes& size = call.layers()[m].size;
       if (resets && state.dim == 3 && state.size(1) == 2 * s.steps.N && !p.h0)
-        p.size.state_rows = size.state_rows = state.size(1);
-      check_state(state, call.x(m), layer, size.state_rows, s.H, "primal_c0");
+        p.size.reset_states = size.reset_states = true;
+      check_state(state, call.x(m), layer, size.state_rows(), s.H, "primal_c0");
       p.primal_c0 = state.data;
     }
     if (preacts) {

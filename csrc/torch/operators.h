@@ -405,8 +405,8 @@ GradientTensors allocate_backward(const Call& call, const Tensor& x, const Tenso
     dweights.push_back(make(wanted.weights[i], shape_of(weights[i]), dtype));
   const Shape preacts = call.of_all({layer.rows, s.D, info(layer.cell).preacts, s.H});
   return {make(wanted.x, shape_of(x), dtype),
-          make(wanted.h0, call.state_shape(s.state_rows, s.R), dtype),
-          make(wanted.c0, call.state_shape(s.state_rows, s.H), dtype), std::move(dweights),
+          make(wanted.h0, call.state_shape(s.state_rows(), s.R), dtype),
+          make(wanted.c0, call.state_shape(s.state_rows(), s.H), dtype), std::move(dweights),
           make(wanted.preacts, preacts, compute_dtype(layer.dtype))};
 }
 

@@ -7,7 +7,7 @@
 #include <memory>
 #include <vector>
 
-#include "../../../csrc/cpu/kernels.h"
+#include "../../../csrc/cpu/checkpoints.h"
 #include "../standalone/backward.h"
 
 using namespace lstm_fused;
@@ -18,6 +18,10 @@ struct Case {
   int64_t T, N, I, H, P;  // P: projection size or 0
   int D;
   bool bias, state, packed;
+  // Packed rows as documents, in the reverse order; resets with states of their own, and the cell
+  // states of all steps; a checkpoint every so many steps, or 0.
+  bool documents, resets;
+  int64_t every;
 };
 
 // Exact-size allocations, so that one element too far is an error.
@@ -97,16 +101,35 @@ bool run(const Case& c, CellKind cell, Isa isa, DType dtype, int threads) {
     offsets.push_back(offsets.back() + sizes.back());
   }
   const int64_t S = offsets.back();
+  std::vector<int64_t> starts(c.N), places(c.N), bounds{0};
+  for (int64_t i = 0; i < c.N; ++i) {
+    const int64_t n = c.N - 1 - i;  // documents begin with the shortest row
+    places[n] = i;
+    starts[n] = bounds.back();
+    bounds.push_back(bounds.back());
+    for (const int64_t rows : sizes) bounds.back() += rows > n;
+  }
+  std::vector<uint8_t> flags(S);
+  for (int64_t s = 0; s < S; ++s) flags[s] = s % 3 == 0 || s % 5 == 1;
   ForwardParams f{};
   f.size = {{c.T, c.N, c.packed ? sizes.data() : nullptr, c.packed ? offsets.data() : nullptr},
             c.I,
             c.H,
             R,
             c.D};
+  if (c.documents) {
+    f.size.steps.starts = starts.data();
+    f.size.steps.places = f.size.steps.ranks = places.data();  // a reversal is its own inverse
+    f.size.steps.bounds = bounds.data();
+  }
+  if (c.resets) f.size.steps.resets = flags.data();
+  f.size.reset_states = c.resets && c.state;
+  f.size.cell_states = c.resets && has_c;
+  const int64_t initial = c.D * f.size.state_rows(), y_size = S * f.size.y_width();
   f.x = {b.random(S * c.I), c.N * c.I, c.I};
   if (c.state) {
-    f.h0 = b.random(c.D * c.N * R);
-    if (has_c) f.c0 = b.random(c.D * c.N * c.H);
+    f.h0 = b.random(initial * R);
+    if (has_c) f.c0 = b.random(initial * c.H);
   }
   for (int d = 0; d < c.D; ++d) {
     f.weights[d] = {b.random(G * c.H * c.I), b.random(G * c.H * R),
@@ -114,17 +137,23 @@ bool run(const Case& c, CellKind cell, Isa isa, DType dtype, int threads) {
                     c.P ? b.random(R * c.H) : nullptr};
   }
   const int64_t units = f.size.blocks() * kBlock;
-  f.y = b.nan(S * c.D * R);
+  f.y = b.nan(y_size);
   f.h_n = b.nan(c.D * c.N * R);
   if (has_c) f.c_n = b.nan(c.D * c.N * c.H);
-  f.gates = b.nan(c.D * S * info(cell).preacts * units, true);
-  if (info(cell).carry != Carry::kNone) f.saved_states = b.nan(c.D * S * units, true);
+  if (c.every) {
+    const int64_t width = checkpoint_width(cell, f.size);
+    f.checkpoints = b.nan((ceil_div(c.T, c.every) - 1) * c.D * c.N * width, true);
+    f.checkpoint_every = c.every;
+  } else {
+    f.gates = b.nan(c.D * S * info(cell).preacts * units, true);
+    if (info(cell).carry != Carry::kNone) f.saved_states = b.nan(c.D * S * units, true);
+  }
   const Problem problem{cell, dtype, c.T, c.N, c.I, c.H, R, c.D, c.P > 0, true};
   const Plan forward = plan_forward(problem, {isa, threads});
   const Kernel& kernel = kernel_for(forward.isa, cell, dtype);
   f.scratch = b.scratch(kernel.forward_scratch(f, forward));
   if (!kernel.forward(f, forward)) return false;
-  if (!b.finite(f.y, S * c.D * R) || !b.finite(f.h_n, c.D * c.N * R) ||
+  if (!b.finite(f.y, y_size) || !b.finite(f.h_n, c.D * c.N * R) ||
       (has_c && !b.finite(f.c_n, c.D * c.N * c.H)))
     return false;
 
@@ -132,23 +161,28 @@ bool run(const Case& c, CellKind cell, Isa isa, DType dtype, int threads) {
   for (int d = 0; d < c.D; ++d)
     g.dweights[d] = {b.nan(G * c.H * c.I), b.nan(G * c.H * R), c.bias ? b.nan(G * c.H) : nullptr,
                      c.bias ? b.nan(G * c.H) : nullptr, c.P ? b.nan(R * c.H) : nullptr};
-  g.dy = b.random(S * c.D * R);
+  g.dy = b.random(y_size);
   if (c.state) {
     g.dh_n = b.random(c.D * c.N * R);
-    g.dh0 = b.nan(c.D * c.N * R);
+    g.dh0 = b.nan(initial * R);
     if (has_c) {
       g.dc_n = b.random(c.D * c.N * c.H);
-      g.dc0 = b.nan(c.D * c.N * c.H);
+      g.dc0 = b.nan(initial * c.H);
     }
   }
   g.dx = b.nan(S * c.I);
   const Plan backward = plan_backward(problem, {isa, threads});
   const Kernel& back = kernel_for(backward.isa, cell, dtype);
-  g.scratch = b.scratch(back.backward_scratch(g, backward));
-  if (!back.backward(g, backward)) return false;
+  if (c.every) {
+    Scratch scratch;
+    if (!backward_from_checkpoints(problem, forward, backward, g, scratch)) return false;
+  } else {
+    g.scratch = b.scratch(back.backward_scratch(g, backward));
+    if (!back.backward(g, backward)) return false;
+  }
   bool good = b.finite(g.dx, S * c.I);
-  if (c.state) good = good && b.finite(g.dh0, c.D * c.N * R);
-  if (g.dc0) good = good && b.finite(g.dc0, c.D * c.N * c.H);
+  if (c.state) good = good && b.finite(g.dh0, initial * R);
+  if (g.dc0) good = good && b.finite(g.dc0, initial * c.H);
   for (int d = 0; d < c.D; ++d) {
     const WeightGradients& w = g.dweights[d];
     good = good && b.finite(w.w_ih, G * c.H * c.I) && b.finite(w.w_hh, G * c.H * R);
@@ -161,10 +195,16 @@ bool run(const Case& c, CellKind cell, Isa isa, DType dtype, int threads) {
 // Every case of one cell, ISA and dtype; returns how many failed and adds to ran.
 int run_all(CellKind cell, Isa isa, DType dtype, int& ran) {
   const Case cases[] = {
-      {1, 1, 1, 1, 0, 1, true, true, false},       {2, 3, 7, 17, 0, 2, true, false, false},
-      {5, 7, 16, 33, 0, 2, true, true, true},      {6, 9, 17, 37, 5, 2, true, true, true},
-      {4, 33, 10, 100, 33, 1, false, true, false}, {9, 5, 3, 64, 0, 1, false, false, true},
+      {1, 1, 1, 1, 0, 1, true, true, false},
+      {2, 3, 7, 17, 0, 2, true, false, false},
+      {5, 7, 16, 33, 0, 2, true, true, true},
+      {6, 9, 17, 37, 5, 2, true, true, true},
+      {4, 33, 10, 100, 33, 1, false, true, false},
+      {9, 5, 3, 64, 0, 1, false, false, true},
       {3, 20, 31, 16, 16, 2, true, false, false},
+      {7, 6, 9, 35, 11, 2, true, true, true, true, true},
+      {6, 5, 7, 19, 3, 2, true, true, false, false, true, 2},
+      {3, 2, 5, 17, 0, 1, false, true, true, false, true},
   };
   int failed = 0;
   for (Case c : cases)
@@ -173,8 +213,9 @@ int run_all(CellKind cell, Isa isa, DType dtype, int& ran) {
       ++ran;
       if (run(c, cell, isa, dtype, threads)) continue;
       ++failed;
-      std::printf("not finite: %s %s %s T%ld N%ld I%ld H%ld P%ld D%d, %d threads\n",
-                  info(cell).name, name(isa), name(dtype), c.T, c.N, c.I, c.H, c.P, c.D, threads);
+      std::printf("not finite: %s %s %s T%ld N%ld I%ld H%ld P%ld D%d%s%s, every %ld, %d threads\n",
+                  info(cell).name, name(isa), name(dtype), c.T, c.N, c.I, c.H, c.P, c.D,
+                  c.documents ? ", documents" : "", c.resets ? ", resets" : "", c.every, threads);
     }
   return failed;
 }

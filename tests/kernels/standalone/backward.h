@@ -14,6 +14,8 @@ inline BackwardParams backward_of(const ForwardParams& f) {
   g.y = f.y;
   g.gates = f.gates;
   g.saved_states = f.saved_states;
+  g.checkpoints = f.checkpoints;
+  g.checkpoint_every = f.checkpoint_every;
   for (int d = 0; d < f.size.D; ++d) g.weights[d] = f.weights[d];
   return g;
 }
