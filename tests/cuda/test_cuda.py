@@ -118,7 +118,7 @@ def packed_of(x):
     return PackedSequence(packed.data.detach().clone(), packed.batch_sizes)
 
 
-def with_resets(module, x, form):
+def with_resets(module, x, form="dense", **more):
     """Outputs and gradients of a call with resets, a reset state and all cell states of an LSTM;
     the same numbers on every device."""
     generator = torch.Generator().manual_seed(3)
@@ -131,7 +131,7 @@ def with_resets(module, x, form):
     ]
     hx, reset_state = (states[:2], states[2:]) if own else states
     data = x if form == "dense" else pack_padded_sequence(x, LENGTHS)
-    more = {"return_cell_states": True} if own else {}
+    more |= {"return_cell_states": True} if own else {}
     out = module(data, hx, resets=mask, reset_state=reset_state, **more)
     outputs = [t if form == "dense" else t.data for t in (out[0], *out[2:])]
     outputs += out[1] if own else out[1:2]
@@ -151,6 +151,18 @@ def test_resets(form, kind, cell):
     assert runtime.last_run("cuda")["kernel"] == kind
     wanted = with_resets(*copied, form)
     torch.testing.assert_close([t.cpu() for t in found], wanted, rtol=1e-4, atol=1e-4)
+
+
+@each_cell
+@each_kind
+@pytest.mark.parametrize("every", [7, 15])
+def test_checkpoints(every, kind, cell):
+    """Of 30 steps; against the pass that keeps every step."""
+    cuda.set_plan(kind)
+    module, x = layer(cell, bidirectional=True)
+    x.requires_grad_()
+    found, wanted = (with_resets(module, x, checkpoint_every=k) for k in (every, None))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def capture(run):
