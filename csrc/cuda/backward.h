@@ -98,16 +98,16 @@ struct BackwardCell {
     if (n >= rows.active) return;
     if constexpr (Cell::kCarry == Carry::kCell)
       if (p.cell_states && p.dy) f.dc += load(as<S>(p.dy)[cell_at(p, rows, d, n, u)]);
-    const C* saved = as<C>(p.gates[d]) + data_row(p, rows, d, n) * Cell::kPreacts * p.H + u;
+    const C* saved = as<C>(p.gates) + saved_row(p, rows, d, n) * Cell::kPreacts * p.H + u;
     LSTM_FUSED_UNROLL
     for (int j = 0; j < Cell::kPreacts; ++j) f.saved[j] = saved[j * p.H];
     f.c = f.c_prev = 0;
     if constexpr (Cell::kCarry != Carry::kNone) {
-      const C* cells = as<C>(p.saved_states[d]) + u;
+      const C* cells = as<C>(p.saved_states) + u;
       const bool reset = reset_after(p, rows, d == 0, n);
-      f.c = cells[data_row(p, rows, d, n) * p.H];
+      f.c = cells[saved_row(p, rows, d, n) * p.H];
       if (n < rows.active_next && !reset)
-        f.c_prev = cells[((rows.offset_next + n) * p.D + d) * p.H];
+        f.c_prev = cells[((rows.offset_next + n) * p.D + d * (1 + p.saved_shift)) * p.H];
       else
         f.c_prev = load(
             initial_state<S>(p, Cell::kCarry == Carry::kCell ? p.c0 : p.h0, d, n, p.H, u, reset));

@@ -35,6 +35,12 @@ LSTM_FUSED_DEVICE int64_t data_row(const RecurrenceParams& p, const StepRows& ro
   return (rows.offset + n) * p.D + d;
 }
 
+// The same of pre, gates and saved_states.
+LSTM_FUSED_DEVICE int64_t saved_row(const RecurrenceParams& p, const StepRows& rows, int d,
+                                    int64_t n) {
+  return data_row(p, rows, d, n) + d * p.saved_shift;
+}
+
 // Element u of row n's hidden state, or of its cell state, in y or dy.
 LSTM_FUSED_DEVICE int64_t hidden_at(const RecurrenceParams& p, const StepRows& rows, int d,
                                     int64_t n, int64_t u) {

@@ -33,7 +33,7 @@ struct ForwardCell {
 
   static LSTM_FUSED_DEVICE void fetch(const RecurrenceParams& p, const StepRows& rows, int d,
                                       int64_t n, int64_t u, Unit& f) {
-    const C* pre = as<C>(p.pre[d]) + data_row(p, rows, d, n) * kGates * p.H + u;
+    const C* pre = as<C>(p.pre) + saved_row(p, rows, d, n) * kGates * p.H + u;
     LSTM_FUSED_UNROLL
     for (int j = 0; j < Cell::kPreacts; ++j) f.preact[j] = 0;
     LSTM_FUSED_UNROLL
@@ -71,22 +71,24 @@ struct ForwardCell {
 
   static LSTM_FUSED_DEVICE void store(const RecurrenceParams& p, const StepRows& rows, int d,
                                       int64_t n, int64_t u, const Unit& f) {
-    const int64_t state = (d * p.N + n) * p.H + u, row = data_row(p, rows, d, n);
+    const int64_t state = (d * p.N + n) * p.H + u, row = saved_row(p, rows, d, n);
     const bool last = n >= rows.active_next;
     if constexpr (Cell::kCarry != Carry::kNone) {
       as<C>(p.carry)[state] = f.c;
-      if (p.saved_states[d]) as<C>(p.saved_states[d])[row * p.H + u] = f.c;
+      if (p.saved_states) as<C>(p.saved_states)[row * p.H + u] = f.c;
     }
-    if constexpr (Cell::kCarry == Carry::kCell) {
-      if (last && p.c_n) as<S>(p.c_n)[state] = round_to<S>(f.c);
-      if (p.cell_states && p.y) as<S>(p.y)[cell_at(p, rows, d, n, u)] = round_to<S>(f.c);
+    if (p.y) {
+      if constexpr (Cell::kCarry == Carry::kCell) {
+        if (last) as<S>(p.c_n)[state] = round_to<S>(f.c);
+        if (p.cell_states) as<S>(p.y)[cell_at(p, rows, d, n, u)] = round_to<S>(f.c);
+      }
+      if (!p.projection) {
+        as<S>(p.y)[hidden_at(p, rows, d, n, u)] = f.h;
+        if (last) as<S>(p.h_n)[state] = f.h;
+      }
     }
-    if (!p.projection && p.y) {
-      as<S>(p.y)[hidden_at(p, rows, d, n, u)] = f.h;
-      if (last) as<S>(p.h_n)[state] = f.h;
-    }
-    if (p.gates[d]) {
-      C* gates = as<C>(p.gates[d]) + row * Cell::kPreacts * p.H + u;
+    if (p.gates) {
+      C* gates = as<C>(p.gates) + row * Cell::kPreacts * p.H + u;
       LSTM_FUSED_UNROLL
       for (int j = 0; j < Cell::kPreacts; ++j) gates[j * p.H] = f.preact[j];
     }

@@ -91,9 +91,13 @@ struct RecurrenceParams {
   // For a gemm plan: the product of each direction, compute (N, gates * units).
   const void* products[2];
 
-  // Forward. Of the tensors that are there for each direction, only its part is used: each may hold
-  // the rows of some steps alone, and its address is where the first row of all would be.
-  const void* pre[2];   // compute (S, D, G, H): x.W_ih, in w_ih's gate order
+  // Of pre, gates and saved_states there may be the rows of some steps alone: the pointers are
+  // where direction 0 would have the first row of all, and direction 1 has its rows (s, d) so many
+  // of them further on.
+  int64_t saved_shift;
+
+  // Forward.
+  const void* pre;      // compute (S, D, G, H): x.W_ih, in w_ih's gate order
   const void* b_ih[2];  // storage (G * H,) or null
   const void* b_hh[2];  // storage (G * H,) or null
   const void* h0;       // storage (D, state_rows, R) or null for zeros
@@ -102,15 +106,15 @@ struct RecurrenceParams {
   // (D, N, resume_width), or null for the initial states. What the cell carries is in `carry` then.
   const void* resume;
   int64_t resume_width;
-  bool in_parts;   // such launches share B, which may then hold anything at their begin
-  void* y;         // storage (S, y_width), or null as are h_n and c_n where they are not wanted
-  void* h_n;       // storage (D, N, R)
-  void* c_n;       // storage (D, N, H), or null where the cell has no state of its own
-  void* carry;     // compute (D, N, H): what the cell carries; its gradient backward
-  void* gates[2];  // compute (S, D, P, H), P preacts a unit, or null; may alias pre
+  bool in_parts;  // such launches share B, which may then hold anything at their begin
+  void* y;        // storage (S, y_width), or null as are h_n and c_n where they are not wanted
+  void* h_n;      // storage (D, N, R)
+  void* c_n;      // storage (D, N, H), or null where the cell has no state of its own
+  void* carry;    // compute (D, N, H): what the cell carries; its gradient backward
+  void* gates;    // compute (S, D, P, H), P preacts a unit, or null; may alias pre
   // compute (S, D, H): what the cell carries after each step, or null. Backward also reads that of
   // the step before s_begin.
-  void* saved_states[2];
+  void* saved_states;
   // Backward.
   const void* h;     // storage (S, y_width): y, where h_prev is wanted
   void* h_prev;      // storage (S, D, R): h that the step began with, or null

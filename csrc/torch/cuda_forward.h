@@ -51,16 +51,19 @@ class ForwardPass {
 
   // Steps [begin, end). resume: the checkpoint before them, or null.
   void run(int64_t begin, int64_t end, const void* resume) {
+    const int64_t states = size_.D * size_.H * computed_, pre_bytes = states * pass_.gates();
+    const int64_t first = first_row(0, begin, end), part = is_whole() ? 0 : most_ * size_.steps.N;
     const int64_t count = is_whole() ? size_.steps.rows() : (end - begin) * size_.steps.N;
-    for (int d = 0; d < size_.D; ++d) {
-      const int64_t first = first_row(d, begin, end);
-      const int64_t states = size_.D * size_.H * computed_;
-      if (d == 0 || pre_[1] != pre_[0]) input_product(pass_, layer_, first, count, pre_[d]);
-      p_.pre[d] = before(pre_[d], first * states * pass_.gates());
-      p_.gates[d] = before(gates_[d], first * states * info(layer_.cell).preacts);
-      p_.saved_states[d] = before(states_[d], first * states);
-      if (resume && pass_.carry() != Carry::kNone) take_carry(d, resume, begin, end);
-    }
+    input_product(pass_, layer_, first, count, pre_);
+    if (size_.D == 2 && !is_whole())
+      input_product(pass_, layer_, first_row(1, begin, end), count,
+                    static_cast<char*>(pre_) + part * pre_bytes);
+    p_.pre = before(pre_, first * pre_bytes);
+    p_.gates = before(gates_, first * states * info(layer_.cell).preacts);
+    p_.saved_states = before(states_, first * states);
+    p_.saved_shift = (part + first - first_row(1, begin, end)) * size_.D;
+    for (int d = 0; d < size_.D && resume && pass_.carry() != Carry::kNone; ++d)
+      take_carry(d, resume, begin, end);
     p_.s_begin = begin;
     p_.s_end = end;
     p_.resume = resume;
@@ -88,9 +91,12 @@ class ForwardPass {
     }
   }
 
-  // What backward needs of the steps that were run last, as RecurrenceParams has it.
-  void* gates(int d) const { return p_.gates[d]; }
-  void* saved_states(int d) const { return p_.saved_states[d]; }
+  // Gives a backward pass what it needs of the steps that were run last.
+  void give_saved(RecurrenceParams& to) const {
+    to.gates = p_.gates;
+    to.saved_states = p_.saved_states;
+    to.saved_shift = p_.saved_shift;
+  }
 
  private:
   bool is_whole() const { return most_ == size_.steps.T; }
@@ -135,34 +141,24 @@ class ForwardPass {
     }
   }
 
-  // Of some steps each direction has buffers of its own, whose other direction is unused.
+  // Each unit's pre-activations are read before its gates are written, so that both may share
+  // memory.
   void make_buffers(const ForwardParams& given, bool saves) {
-    const int64_t rows = is_whole() ? size_.steps.rows() : most_ * size_.steps.N;
     const int P = info(layer_.cell).preacts;
-    for (int d = 0; d < size_.D; ++d) {
-      const bool shared = d > 0 && is_whole();
-      gates_[d] = shared        ? gates_[0]
-                  : given.gates ? given.gates
-                  : saves       ? make({rows, size_.D, P, size_.H})
-                                : nullptr;
-      // Each unit's pre-activations are read before its gates are written, so that both may share
-      // memory.
-      const bool in_place = gates_[d] && P == pass_.gates();
-      pre_[d] = shared     ? pre_[0]
-                : in_place ? gates_[d]
-                           : make({rows, size_.D * pass_.gates() * size_.H});
-      const bool carries = pass_.carry() != Carry::kNone;
-      states_[d] = shared ? states_[0] : given.saved_states;
-      if (shared || given.saved_states || !saves || !carries) continue;
-      // The step before those that are run has a place too, on the side where it lies in time.
-      states_[d] = make({rows + size_.steps.N, size_.D, size_.H});
-      if (d == 0) states_[d] = before(states_[d], -size_.steps.N * size_.D * size_.H * computed_);
-    }
+    gates_ = given.gates || !saves ? given.gates : make(P);
+    pre_ = gates_ && P == pass_.gates() ? gates_ : make(pass_.gates());
+    const bool states = !given.saved_states && saves && pass_.carry() != Carry::kNone;
+    states_ = states ? make(1) : given.saved_states;
   }
 
-  void* make(const Shape& shape) {
-    kept_.push_back(pass_.empty(shape, compute_dtype(layer_.dtype)));
-    return kept_.back().data_ptr();
+  // A tensor (rows, D, values, H) of the steps that are run at once. If these are not all of them,
+  // it has direction 0's rows and then direction 1's, with space for a step before those in time
+  // and behind these: for the one before them in the order of the pass.
+  void* make(int64_t values) {
+    const int64_t N = size_.steps.N, row = size_.D * values * size_.H;
+    const int64_t rows = is_whole() ? size_.steps.rows() : size_.D * (most_ + 1) * N;
+    kept_.push_back(pass_.empty({rows, row}, compute_dtype(layer_.dtype)));
+    return static_cast<char*>(kept_.back().data_ptr()) + (is_whole() ? 0 : N * row * computed_);
   }
 
   // Copies what the cell carries from a checkpoint to where step `begin` takes it from, and to
@@ -171,10 +167,11 @@ class ForwardPass {
     const int64_t N = size_.steps.N, bytes = size_.H * computed_, pitch = width_ * computed_;
     const char* from = static_cast<const char*>(resume) + d * N * pitch + carry_at();
     pass_.copy_rows(static_cast<char*>(p_.carry) + d * N * bytes, bytes, from, pitch, bytes, N);
-    if (!p_.saved_states[d]) return;
+    if (!p_.saved_states) return;
     const int64_t first = first_row(d, begin, end);
     const int64_t row = d == 0 ? first - N : first + (end - begin) * N;
-    char* to = static_cast<char*>(p_.saved_states[d]) + (row * size_.D + d) * bytes;
+    char* to =
+        static_cast<char*>(p_.saved_states) + (row * size_.D + d * (1 + p_.saved_shift)) * bytes;
     pass_.copy_rows(to, size_.D * bytes, from, pitch, bytes, N);
   }
 
@@ -189,7 +186,7 @@ class ForwardPass {
   Product second_{};
   std::vector<Tensor> kept_;
   // Of the rows of the steps that are run, in the compute dtype: as RecurrenceParams has them.
-  void *pre_[2] = {}, *gates_[2] = {}, *states_[2] = {};
+  void *pre_ = nullptr, *gates_ = nullptr, *states_ = nullptr;
 };
 
 }  // namespace lstm_fused::cuda

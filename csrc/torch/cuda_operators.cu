@@ -116,6 +116,9 @@ void Cuda::backward(const std::vector<Layer>& layers, const std::vector<Backward
     pass.allocate();
 
     RecurrenceParams p = pass.params();
+    // Read only.
+    p.gates = const_cast<void*>(given.gates);
+    p.saved_states = const_cast<void*>(given.saved_states);
     p.dy = given.dy;
     p.dh_n = given.dh_n;
     p.dc_n = given.dc_n;
@@ -133,9 +136,6 @@ void Cuda::backward(const std::vector<Layer>& layers, const std::vector<Backward
     Tensors kept;
     for (int d = 0; d < s.D; ++d) {
       const Weights& w = layer.weights[d];
-      // Read only.
-      p.gates[d] = const_cast<void*>(given.gates);
-      p.saved_states[d] = const_cast<void*>(given.saved_states);
       kept.push_back(transposed_weights(pass, layer, w.w_hh, pass.gates(), s.H, s.R, x));
       p.product.a[d] = static_cast<const char*>(kept.back().data_ptr());
       if (!layer.projection) continue;
@@ -149,10 +149,7 @@ void Cuda::backward(const std::vector<Layer>& layers, const std::vector<Backward
     for (int64_t k = ceil_div(T, every) - 1; k >= 0; --k) {
       const int64_t begin = k * every, end = std::min(begin + every, T);
       if (again) again->run(begin, end, checkpoint(layer, given.checkpoints, k - 1));
-      for (int d = 0; again && d < s.D; ++d) {
-        p.gates[d] = again->gates(d);
-        p.saved_states[d] = again->saved_states(d);
-      }
+      if (again) again->give_saved(p);
       p.s_begin = T - end;
       // A step past the last where the initial state's gradients are wanted.
       p.s_end = T - begin + (k == 0 && (given.dh0 || given.dc0));

@@ -282,13 +282,13 @@ const char* run(Layer<Cell>& l, gpu::PlanKind kind, bool backward) {
   for (int d = 0; d < c.D; ++d) {
     a[d] = operand(l, d, backward, bytes);
     p.product.a[d] = reinterpret_cast<const char*>(a[d].data());
-    p.pre[d] = l.pre.data();
-    p.gates[d] = l.gates.data();
-    p.saved_states[d] = l.saved_states.data();
     p.b_ih[d] = l.b_ih[d].data();
     p.b_hh[d] = l.b_hh[d].data();
   }
   p.barrier = barrier.data();
+  p.pre = l.pre.data();
+  p.gates = l.gates.data();
+  p.saved_states = l.saved_states.data();
   p.h0 = c.state ? l.h0.data() : nullptr;
   p.c0 = c.state ? l.c0.data() : nullptr;
   p.y = l.y.data();
