@@ -19,6 +19,7 @@ from bench import environment, isolated, measure, model, run
 from bench.cases import OURS, TORCH
 from bench.isolated import Lost, Worker
 from bench.timing import Sampling
+from lstm_fused import rl
 
 SAMPLING = Sampling(rounds=9, seconds=0.03, row_seconds=3.0, attempts=2)
 SILENCE = 300.0  # seconds: an oracle in float64 says nothing meanwhile
@@ -270,6 +271,48 @@ def lightning(name):
 
 for _name in PRECISIONS:
     client("lightning", f"LSTM of two layers in {_name}", _name)(lightning)
+
+
+class Learning(nn.Module):
+    """A call is 1024 frames of sb3-contrib's RecurrentPPO with its own hyperparameters, 8 at once:
+    CartPole, of which positions are shown and speeds are not."""
+
+    def __init__(self):
+        super().__init__()
+        from gymnasium import spaces, wrappers
+        from sb3_contrib import RecurrentPPO
+        from stable_baselines3.common.env_util import make_vec_env
+
+        def without_speeds(env):
+            shown = (b[::2] for b in (env.observation_space.low, env.observation_space.high))
+            return wrappers.TransformObservation(env, lambda seen: seen[::2], spaces.Box(*shown))
+
+        envs = make_vec_env("CartPole-v1", 8, seed=0, wrapper_class=without_speeds)
+        self.learner = RecurrentPPO("MlpLstmPolicy", envs, seed=0, device="cpu")
+        self.policy = self.learner.policy
+
+    @torch.enable_grad()
+    def forward(self):
+        self.learner.set_random_seed(0)
+        self.learner.learn(1024)
+        return nn.utils.parameters_to_vector(self.policy.parameters())
+
+
+@client("sb3-contrib", "RecurrentPPO, 1024 frames of CartPole without speeds", modes=("forward",))
+def recurrent_ppo():
+    return Learning(), (), None, rl.replace
+
+
+@client("torchrl", "LSTMModule, 16 by 128 steps, 5% begin an episode", "LSTM", "hc")
+@client("torchrl", "GRUModule, 16 by 128 steps, 5% begin an episode", "GRU", "h")
+def torchrl(kind, states):
+    from torchrl import modules
+
+    keys = {"in_keys": ["x", *states], "out_keys": ["y", *(("next", s) for s in states)]}
+    made = getattr(modules, f"{kind}Module")(64, 64, **keys, default_recurrent_mode=True)
+    zeros = [torch.zeros(16, 128, 1, 64) for _ in states]
+    begins = torch.rand(16, 128, 1, generator=torch.Generator().manual_seed(0)) < 0.05
+    return made, (torch.randn(16, 128, 64), *zeros, begins), None, rl.replace
 
 
 def measure_client(key: str) -> list[dict]:

@@ -8,7 +8,7 @@ import math
 import runpy
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -39,11 +39,13 @@ class Model:
     """What the user's factory returned, on a device.
 
     exact: what computes in float64 what the module does, where a copy of it in float64 does not.
+    replace: what brings our modules into it, lstm_fused.replace if None.
     """
 
     module: torch.nn.Module
     inputs: tuple | dict
     exact: torch.nn.Module | None = None
+    replace: Callable | None = None
 
     def run(self, provider: str) -> ModelRun:
         """An unchanged copy (TORCH), with our modules (OURS) or in float64 ("float64")."""
@@ -53,7 +55,7 @@ class Model:
                 by_reference(exact)  # the copy would only repeat what is judged
             return ModelRun(exact, in_float64(self.inputs))
         module = copy_of(self.module)
-        module = lstm_fused.replace(module) if provider == OURS else module
+        module = (self.replace or lstm_fused.replace)(module) if provider == OURS else module
         return ModelRun(module, map_tensors(self.inputs, torch.clone))
 
     def replaced(self) -> list[str]:
