@@ -11,7 +11,8 @@ The decoder gets a context c, computed from the encoder's states h_1 .. h_N in o
 The first three compress a sequence of any length into one vector. The task is to reverse real
 words, which needs every letter of the input, so that accuracy by length shows the capacity of that
 vector. Each form is trained from the same seed on the same words; the test words are not among
-them.
+them. Words are written greedily, the best letter at each step, and by beam search, which keeps the
+--beams best beginnings of a word and their decoder states.
 """
 
 import random
@@ -24,6 +25,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
+import lstm_fused
 from examples import common
 from examples.layers import KINDS, hidden_of, layer
 
@@ -92,6 +94,33 @@ class Translator(nn.Module):
             attended.append(weights)
         return torch.cat(letters, 1), attended
 
+    @torch.no_grad()
+    def search(self, words, lengths, steps, beams):
+        """The letters (N, steps) of the likeliest of `beams` candidates a word (beam search).
+
+        A candidate is a row of the decoder's batch, a word's candidates side by side. At each step
+        the likeliest of all continued candidates take the rows, with the states they come from.
+        """
+        N = len(words)
+        encoded = [t.repeat_interleave(beams, 0) for t in self.encode(words, lengths)]
+        state, before = self.start(encoded[2]), torch.full((N * beams, 1), BEGIN)
+        letters = before[:, :0]
+        total = torch.full((N, beams), -torch.inf)
+        total[:, 0] = 0  # the candidates are the same before the first letter
+        first_row = torch.arange(N).unsqueeze(1) * beams
+        stay = torch.full((SIZE,), -torch.inf)
+        stay[END] = 0  # a finished candidate gets no likelier
+        for _ in range(steps):
+            scores, state, _ = self.decode(before, encoded, state)
+            scores = scores[:, -1].log_softmax(1)
+            scores = torch.where(before == END, stay, scores).unflatten(0, (N, beams))
+            total, chosen = (total.unsqueeze(2) + scores).flatten(1).topk(beams)
+            rows = (first_row + chosen // SIZE).flatten()
+            before = (chosen % SIZE).reshape(-1, 1)
+            state = lstm_fused.select_state(state, rows)
+            letters = torch.cat((letters[rows], before), 1)
+        return letters.unflatten(0, (N, beams))[:, 0]
+
 
 def load(path):
     """The distinct words of SHORTEST to LONGEST letters in a text (default: Python's stdlib)."""
@@ -147,6 +176,7 @@ def text_of(codes):
 def options(parser):
     parser.add_argument("--layer", choices=KINDS, default="gru")
     parser.add_argument("--context", choices=FORMS, nargs="*", default=FORMS)
+    parser.add_argument("--beams", type=int, default=4, help="candidates a word in beam search")
 
 
 def run(args, report):
@@ -155,8 +185,12 @@ def run(args, report):
     report.say(f"{len(learn)} words to learn from, {len(test)} held-out words to test with")
     words, lengths, before, _ = batch_of(test)
     counts = lengths.tolist()
-    found = {"losses": [], "accuracy": {}, "by length": {}}
+    found = {"losses": [], "accuracy": {}, "by length": {}, "beam search": {}}
     written = {}
+
+    def right(texts):
+        return torch.tensor([x == w[::-1] for x, w in zip(texts, test, strict=True)])
+
     for form in args.context:
         torch.manual_seed(args.seed)
         model = Translator(form, args.layer, args.backend)
@@ -164,12 +198,14 @@ def run(args, report):
         training = common.train(model, batches, loss_of, args.steps, report, 5e-3, form)
         letters, attended = model.write(words, lengths, LONGEST + 1)
         written[form] = [text_of(row) for row in letters]
-        right = torch.tensor([x == w[::-1] for x, w in zip(written[form], test, strict=True)])
+        greedy = right(written[form])
         found["losses"] += training.losses
-        found["accuracy"][form] = right.double().mean().item()
+        found["accuracy"][form] = greedy.double().mean().item()
         found["by length"][form] = {
-            k: right[lengths == k].double().mean().item() for k in sorted(set(counts))
+            k: greedy[lengths == k].double().mean().item() for k in sorted(set(counts))
         }
+        searched = model.search(words, lengths, LONGEST + 1, args.beams)
+        found["beam search"][form] = right(map(text_of, searched)).double().mean().item()
         if form == "attention":
             plot_attention(report, test[-1], written[form][-1], attended)
         with torch.no_grad():
@@ -177,6 +213,11 @@ def run(args, report):
         found["problem"] = (model, loss_of, next(batches))
     rows = [[k, *(each[k] for each in found["by length"].values())] for k in sorted(set(counts))]
     report.table("accuracy", ["letters", *written], rows, "words reversed correctly, by length")
+    rows = [
+        ["greedy", *found["accuracy"].values()],
+        ["beam search", *found["beam search"].values()],
+    ]
+    report.table("search", ["decoding", *written], rows, "words reversed correctly, all lengths")
     shown = range(0, len(test), max(1, len(test) // 6))
     rows = [[test[k], *(each[k] for each in written.values())] for k in shown]
     report.table("words", ["word", *written], rows)

@@ -70,3 +70,36 @@ def test_words_and_codes(tmp_path, capsys):
     message = capsys.readouterr().err
     assert "has 4 different words" in message
     assert message.count("\n") == 1
+
+
+def log_likelihood(model, words, lengths, letters):
+    """Of the letters up to the first END, for each word."""
+    before = torch.cat([torch.full((len(words), 1), translate.BEGIN), letters[:, :-1]], 1)
+    with torch.no_grad():
+        scores = model(words, lengths, before).log_softmax(2)
+    each = scores.gather(2, letters.unsqueeze(2)).squeeze(2)
+    ended = (letters == translate.END).cumsum(1) - (letters == translate.END).int()
+    return torch.where(ended > 0, 0, each).sum(1)
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_beam_search_follows_its_states(kind):
+    torch.manual_seed(0)
+    model = translate.Translator("attention", kind, "fused")
+    words, lengths, *_ = translate.batch_of(["backwards", "it", "fused"])
+    greedy, _ = model.write(words, lengths, 5)
+    assert torch.equal(model.search(words, lengths, 5, 1), greedy)
+    # One letter after the other, all candidates are kept: the likeliest of all pairs of letters.
+    size = translate.SIZE
+    pairs = torch.cartesian_prod(torch.arange(size), torch.arange(size))
+    found = model.search(words, lengths, 2, size)
+    for n in range(len(words)):
+        row = slice(n, n + 1)
+        many = log_likelihood(
+            model,
+            words[row].expand(len(pairs), -1),
+            lengths[row].expand(len(pairs)),
+            pairs,
+        )
+        own = log_likelihood(model, words[row], lengths[row], found[row])
+        torch.testing.assert_close(own[0], many.max())
