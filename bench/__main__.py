@@ -94,12 +94,8 @@ def show_report(args) -> int:
                 path.with_suffix(".svg").write_text(report.chart(result))
         if args.readme:
             shown = list(zip(args.files, results, strict=True))
-            for target in (report.README, report.DOCS, report.WORKS_WITH):
-                files = [
-                    f for f, r in shown if (r["set"] == "clients") == (target is report.WORKS_WITH)
-                ]
-                if files:
-                    report.update(target, files)
+            for target in dict.fromkeys(page for _, r in shown for page in report.pages_of(r)):
+                report.update(target, [f for f, r in shown if target in report.pages_of(r)])
     except (ValueError, report.NoChart) as error:
         return fail(error)
     if args.html:

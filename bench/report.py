@@ -20,7 +20,7 @@ DURATION = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}
 BYTES = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
 QUIET_CPUS = 0.1  # what other programs may use before a caption mentions it
 README, DOCS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
-WORKS_WITH = ROOT / "docs" / "works_with.md"
+WORKS_WITH, SEQUENCES = ROOT / "docs" / "works_with.md", ROOT / "docs" / "sequences.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 COLORS = ("#1f6f8b", "#d1603d", "#6b8f3c", "#7b5ea7", "#8a8a8a", "#b08900")
 SWEEP_LINE = re.compile(r"over ([TNH]), ")  # groups that are drawn as lines
@@ -387,6 +387,11 @@ def block(paths: list[Path], target: Path) -> str:
             result["rows"] = [{key: row[key] for key in shown} for row in measured(result)]
         parts.append(f"{caption(result)} From [{path.name}]({name}).")
     return "\n\n".join(parts)
+
+
+def pages_of(result: dict) -> tuple[Path, ...]:
+    """The pages that show a result of its set."""
+    return {"clients": (WORKS_WITH,), "sequences": (SEQUENCES,)}.get(result["set"], (README, DOCS))
 
 
 def paths_in(text: str, target: Path) -> list[Path]:

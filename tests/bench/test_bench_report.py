@@ -285,7 +285,9 @@ def test_markers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "target", [report.README, report.DOCS, report.WORKS_WITH], ids=lambda path: path.name
+    "target",
+    [report.README, report.DOCS, report.WORKS_WITH, report.SEQUENCES],
+    ids=lambda path: path.name,
 )
 def test_pages_show_what_their_files_say(target):
     shown = target.read_text().partition(report.BEGIN)[2].partition(report.END)[0]
