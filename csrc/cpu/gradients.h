@@ -1,5 +1,6 @@
 // The gradients of x, weights and biases, after the steps of backward: each is one product over all
-// rows of the sequence with the gradients of the pre-activations, read in the layout of backward.h.
+// rows of the sequence with the gradients of the pre-activations, read in the layout of
+// backward_state.h.
 #pragma once
 
 #include "backward.h"
