@@ -43,6 +43,7 @@ KERNELS = test_files("cuda", "cuda")
 PARITY = (  # one process per group: a CUDA error persists until its process ends
     test_files("kernels", "layer_parity"),
     test_files("modules", "module", "module_inputs", "module_interop"),
+    test_files("modules", "resets", "cell_states", "documents", "checkpointing"),
     test_files("modules", "cells", "gradient_flow")
     + test_files("transforms", "autograd", "autocast"),
     test_files("modules", "errors", "replace", "torch_suite") + test_files("transforms", "compile"),
