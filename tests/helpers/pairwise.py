@@ -63,20 +63,27 @@ def covering(goals):
 
 def mark_full(items):
     """Mark `full` the collected tests that no covering needs, of those functions that are
-    marked `covering(goals=...)`.
+    marked `covering(goals=..., most=...)`.
 
     goals: a function of the test's parameters that gives the set of what the test reaches; without
-    it, each pair of two parameters' values.
+    it, each pair of two parameters' values. most: so many of the others are kept at most, spread
+    evenly, where the product of all parameters has thousands.
     """
+    dropped = set()
     functions = {}
     for item in items:
         if item.get_closest_marker("covering"):
             functions.setdefault((item.path, item.originalname), []).append(item)
     for tests in functions.values():
         needed = set(covering([goals_of(test) for test in tests]))
-        for index, test in enumerate(tests):
-            if index not in needed:
-                test.add_marker(pytest.mark.full)
+        others = [test for index, test in enumerate(tests) if index not in needed]
+        most = tests[0].get_closest_marker("covering").kwargs.get("most", len(others))
+        kept = {k * len(others) // most for k in range(most)} if most < len(others) else None
+        for k, test in enumerate(others):
+            test.add_marker(pytest.mark.full)
+            if kept is not None and k not in kept:
+                dropped.add(test)
+    items[:] = [item for item in items if item not in dropped]
 
 
 def goals_of(item):
