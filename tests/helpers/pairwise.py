@@ -1,7 +1,8 @@
 """Pairwise covering: every two values of every two factors are together in some row.
 
 `pairwise` designs rows from factors. `covering` selects cases from a list, and `mark_full` keeps
-such a selection of a test's cases in `make test`; `make test-full` runs the others.
+such a selection of a test's cases in `make test`; `make test-full` runs the others, or a spread of
+them where they are thousands.
 """
 
 import inspect
