@@ -28,6 +28,9 @@ struct LayerTensors {
   bool documents = false;           // batch_sizes are the documents' cu_seqlens, (N + 1,)
   const uint8_t* resets = nullptr;  // a flag for each row of x, or null
   bool cell_states = false;         // y has those of all steps
+  // Of quantized weights, else 0. They are panels (params.h), each followed by its scales if int8.
+  int64_t hidden_size = 0;
+  int64_t proj_size = 0;  // 0: no projection
 };
 
 // Pointers are those of the tensors, which must outlive the layer.
@@ -39,6 +42,7 @@ struct Layer {
   const void* h0;  // or null for zeros
   const void* c0;
   Weights weights[2];
+  WeightFormat format;
   bool bias, projection;
   int weights_per_direction;
   int64_t rows;  // of x: T * N or S; more than those of its steps where padding follows packed data
@@ -166,6 +170,61 @@ inline void describe_weights(Layer& layer, const LayerTensors& given) {
   }
 }
 
+// Panels of weights (params.h) in the place of matrices.
+inline void describe_quantized_weights(Layer& layer, const LayerTensors& given) {
+  const std::span<const TensorView> weights = given.weights;
+  LayerSizes& size = layer.size;
+  LSTM_FUSED_CHECK(layer.dtype == DType::kFloat32, "x must be float32 with quantized weights");
+  LSTM_FUSED_CHECK(given.hidden_size >= 1 && given.proj_size >= 0 && size.I >= 1,
+                   "I, hidden_size and proj_size must be positive");
+  layer.projection = given.proj_size > 0;
+  LSTM_FUSED_CHECK(!layer.projection || layer.has_cell_state(), "cell ", info(layer.cell).name,
+                   " has no projection");
+  size.H = given.hidden_size;
+  size.R = layer.projection ? given.proj_size : size.H;
+  const bool int8 = !weights.empty() && weights[0].dtype == kInt8;
+  layer.format = int8 ? WeightFormat::kInt8 : WeightFormat::kBFloat16;
+  const size_t matrix = int8 ? 2 : 1, least = matrix * (layer.projection ? 3 : 2);
+  const size_t each = weights.size() / size.D;
+  LSTM_FUSED_CHECK(weights.size() % size.D == 0 && (each == least || each == least + 2),
+                   "quantized weights must be ", least, " tensors for each direction, or ",
+                   least + 2, " with biases, not ", weights.size(), " in all");
+  layer.weights_per_direction = static_cast<int>(each);
+  layer.bias = each > least;
+  const int64_t G = info(layer.cell).gates;
+  const TensorView* next = weights.data();
+  const auto panels = [&](int64_t gates, int64_t rows, int64_t K, const char* name,
+                          const void*& scales) {
+    const TensorView& w = *next++;
+    const int64_t blocks = ceil_div(rows, kBlock);
+    LSTM_FUSED_CHECK(w.device == given.x.device, name, " must be on the device of x");
+    LSTM_FUSED_CHECK(w.dtype == (int8 ? kInt8 : static_cast<int>(DType::kBFloat16)), name,
+                     " must be ", lstm_fused::name(layer.format), " as the first weight is");
+    check_shape(w, {blocks, ceil_div(K, 2), gates, kBlock, 2}, name);
+    if (int8) {
+      const TensorView& s = *next++;
+      LSTM_FUSED_CHECK(s.device == w.device && s.dtype == static_cast<int>(DType::kBFloat16),
+                       "the scales of ", name, " must be bfloat16 and on its device");
+      check_shape(s, {blocks, ceil_div(K, kQuantizationGroup), gates, kBlock}, "scales");
+      scales = s.data;
+    }
+    return w.data;
+  };
+  const auto bias = [&](const char* name) {
+    check_like(*next, given.x, name);
+    check_shape(*next, {G * size.H}, name);
+    return next++->data;
+  };
+  for (int d = 0; d < size.D; ++d) {
+    Weights& w = layer.weights[d];
+    w.w_ih = panels(G, size.H, size.I, "w_ih", w.s_ih);
+    w.w_hh = panels(G, size.H, size.R, "w_hh", w.s_hh);
+    if (layer.bias) w.b_ih = bias("b_ih");
+    if (layer.bias) w.b_hh = bias("b_hh");
+    if (layer.projection) w.w_hr = panels(1, size.R, size.H, "w_hr", w.s_hr);
+  }
+}
+
 // A state, or its gradient, (D, rows, width).
 inline void check_state(const TensorView& t, const TensorView& x, const Layer& layer, int64_t rows,
                         int64_t width, const char* name) {
@@ -183,7 +242,10 @@ inline Layer describe_layer(const LayerTensors& given) {
   layer.dtype = static_cast<DType>(given.x.dtype);
   layer.size.D = static_cast<int>(given.directions);
   describe_steps(layer, given);
-  describe_weights(layer, given);
+  if (given.hidden_size != 0)
+    describe_quantized_weights(layer, given);
+  else
+    describe_weights(layer, given);
   const TensorView& x = given.x;
   layer.x = {x.data, x.strides[0], x.strides[x.dim - 2]};
   const bool own = layer.has_cell_state();

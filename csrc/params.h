@@ -41,6 +41,16 @@ LSTM_FUSED_INLINE constexpr int compute_bytes(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : 4;
 }
 
+// What the weights of a layer are stored in: its dtype, or for inference with float32 less. Those
+// are laid out in panels, and of int8 ones each run of kQuantizationGroup in a row has a scale.
+enum class WeightFormat : int { kPlain, kInt8, kBFloat16 };
+inline constexpr int kQuantizationGroup = 16;
+
+inline const char* name(WeightFormat format) {
+  constexpr const char* names[] = {"plain", "int8", "bfloat16"};
+  return names[static_cast<int>(format)];
+}
+
 // What a cell carries from step to step beside h, in the compute dtype.
 enum class Carry : int {
   kNone,    // nothing
@@ -126,13 +136,17 @@ struct Sequence {
 // allocated by the caller and written in full. No result overlaps an input or another result. S is
 // the number of rows of all steps, D the number of directions, P the pre-activations of a unit.
 
-// One direction's parameters, each contiguous, in the layer's dtype.
+// One direction's parameters, each contiguous, in the layer's dtype. Of another WeightFormat the
+// three matrices are panels (blocks, pairs, gates, 16, 2): for the units of a block, of each pair
+// of columns, the rows of each gate. A row or a column that there is not is zeros. int8 ones have
+// scales (blocks, groups, gates, 16), bfloat16: weight = number * scale.
 struct Weights {
-  const void* w_ih;  // (G * H, I), G gates
-  const void* w_hh;  // (G * H, R)
-  const void* b_ih;  // (G * H,) or null
-  const void* b_hh;  // (G * H,) or null
-  const void* w_hr;  // (R, H) or null: no projection, R == H
+  const void* w_ih;                // (G * H, I), G gates
+  const void* w_hh;                // (G * H, R)
+  const void* b_ih;                // (G * H,) or null
+  const void* b_hh;                // (G * H,) or null
+  const void* w_hr;                // (R, H) or null: no projection, R == H
+  const void *s_ih, *s_hh, *s_hr;  // scales, or null
 };
 
 struct LayerSizes {

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypedDict
 
 block: int  # hidden units of a block, csrc/params.h
+quantization_group: int  # int8 weights of a row that have one scale
 
 class BuildInfo(TypedDict):
     version: str
@@ -86,6 +87,7 @@ def plan(
     cell: str = "lstm",
     undisturbed: int = 0,
     topology: Topology = ...,
+    weights: str = "plain",
 ) -> Plan: ...
 def run_of(numbers: Sequence[int]) -> dict[str, Any]: ...
 def cells() -> dict[str, CellInfo]: ...

@@ -5,6 +5,7 @@
 #include "direct.h"
 #include "gradients.h"
 #include "kernels.h"
+#include "quantized.h"
 
 namespace lstm_fused {
 namespace {
@@ -65,6 +66,11 @@ bool forward(const ForwardParams& p, const Plan& plan) {
   if constexpr (!kFacts.bf16_pairs) {
     if (plan.kernel == KernelKind::kDirect) return run<Direct<Cell, S>>(p, plan);
   }
+  if constexpr (Same<S, float>::value) {
+    if (plan.kernel == KernelKind::kInt8) return run<QuantizedForward<Cell, Int8Weights>>(p, plan);
+    if (plan.kernel == KernelKind::kBFloat16)
+      return run<QuantizedForward<Cell, BFloat16Weights>>(p, plan);
+  }
   return run<Persistent<Cell, S>>(p, plan);
 }
 
@@ -72,6 +78,12 @@ template <class Cell, class S>
 int64_t forward_scratch(const ForwardParams& p, const Plan& plan) {
   if constexpr (!kFacts.bf16_pairs) {
     if (plan.kernel == KernelKind::kDirect) return scratch_bytes<Direct<Cell, S>>(p, plan);
+  }
+  if constexpr (Same<S, float>::value) {
+    if (plan.kernel == KernelKind::kInt8)
+      return scratch_bytes<QuantizedForward<Cell, Int8Weights>>(p, plan);
+    if (plan.kernel == KernelKind::kBFloat16)
+      return scratch_bytes<QuantizedForward<Cell, BFloat16Weights>>(p, plan);
   }
   return scratch_bytes<Persistent<Cell, S>>(p, plan);
 }

@@ -104,12 +104,12 @@ void launch_from_checkpoints(const Problem& problem, const BackwardParams& param
 
 }  // namespace
 
-Problem problem_of(CellKind cell, DType dtype, const LayerSizes& size, bool projection,
-                   bool training) {
+Problem problem_of(const Layer& layer, bool training) {
+  const LayerSizes& size = layer.size;
   const Steps& steps = size.steps;
   const bool packed = steps.sizes != nullptr;
-  return {cell,   dtype,  steps.T,    steps.N,  size.I, size.H,
-          size.R, size.D, projection, training, false,  packed};
+  return {layer.cell, layer.dtype,      steps.T,  steps.N, size.I, size.H,      size.R,
+          size.D,     layer.projection, training, false,   packed, layer.format};
 }
 
 void launch(const Problem& problem, ForwardParams& params) {

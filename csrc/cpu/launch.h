@@ -7,14 +7,14 @@
 #include <string>
 #include <vector>
 
+#include "../layer.h"
 #include "../poison.h"
 #include "kernels.h"
 
 namespace lstm_fused {
 
 // Sizes of the call for the plan.
-Problem problem_of(CellKind cell, DType dtype, const LayerSizes& size, bool projection,
-                   bool training);
+Problem problem_of(const Layer& layer, bool training);
 
 // Plans and runs a pass, on one thread if the OpenMP runtime grants no more. params.scratch is set
 // for the call. Throws std::bad_alloc.

@@ -94,6 +94,8 @@ Partition shared_partition(const Problem& p, const Machine& m, const Partition& 
 }
 
 KernelKind kernel_of(const Problem& p) {
+  if (p.format == WeightFormat::kInt8) return KernelKind::kInt8;
+  if (p.format == WeightFormat::kBFloat16) return KernelKind::kBFloat16;
   const bool few =
       p.T <= kDirectMaxSteps && p.N <= kDirectMaxRows && p.T * p.N <= kDirectMaxAllRows;
   return few && !p.projection && !p.tangents ? KernelKind::kDirect : KernelKind::kPersistent;
@@ -124,7 +126,7 @@ Plan plan_forward(const Problem& p, const Machine& m) {
   Plan plan = with_partition(p, m, kernel, part, cost(part));
   if (kernel == KernelKind::kDirect) return plan;
   const int64_t rows = std::max<int64_t>(1, ceil_div(p.N, part.row_groups));
-  if (hoists(p, m)) {
+  if (p.format != WeightFormat::kPlain || hoists(p, m)) {
     plan.hoist_steps = std::clamp<int64_t>(kHoistRows / rows, 1, std::max<int64_t>(p.T, 1));
   }
   return plan;
@@ -139,7 +141,8 @@ Plan plan_backward(const Problem& p, const Machine& m) {
 }
 
 const char* name(KernelKind kernel) {
-  return kernel == KernelKind::kPersistent ? "persistent" : "direct";
+  constexpr const char* names[] = {"persistent", "direct", "int8", "bfloat16"};
+  return names[static_cast<int>(kernel)];
 }
 
 std::string describe(const Plan& p) {

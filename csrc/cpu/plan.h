@@ -21,6 +21,8 @@ inline constexpr int64_t kDirectMaxAllRows = 16;
 enum class KernelKind : int {
   kPersistent = 0,  // weights packed once, one thread team for the whole sequence
   kDirect = 1,      // weights read in place: packing does not pay for a few steps
+  kInt8 = 2,        // quantized weights, which come in panels
+  kBFloat16 = 3,
 };
 
 struct Problem {
@@ -32,6 +34,7 @@ struct Problem {
   bool training;
   bool tangents = false;  // the forward pass of tangents
   bool packed = false;    // sequences of several lengths
+  WeightFormat format = WeightFormat::kPlain;
 };
 
 // The cores this process may use. The defaults are a guess where nothing is known.

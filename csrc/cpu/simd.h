@@ -21,6 +21,9 @@ typedef uint32_t VUint32 LSTM_FUSED_VECTOR(kVectorBytes);
 typedef int64_t VInt64 LSTM_FUSED_VECTOR(kVectorBytes);
 typedef uint64_t VUint64 LSTM_FUSED_VECTOR(kVectorBytes);
 typedef uint16_t VUint16 LSTM_FUSED_VECTOR(kVectorBytes / 2);
+typedef int16_t VInt16 LSTM_FUSED_VECTOR(kVectorBytes);
+typedef int16_t VInt16Half LSTM_FUSED_VECTOR(kVectorBytes / 2);
+typedef int8_t VInt8 LSTM_FUSED_VECTOR(kVectorBytes / 2);
 
 struct BFloat16 {
   uint16_t bits;

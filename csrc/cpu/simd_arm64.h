@@ -12,6 +12,12 @@
 namespace lstm_fused {
 namespace {
 
+// The sums of the two products in each lane of 32 bits.
+LSTM_FUSED_INLINE VInt32 multiply_pairs(VInt16 a, VInt16 b) {
+  const VInt32 v = bit_cast<VInt32>(a), w = bit_cast<VInt32>(b);
+  return ((v << 16) >> 16) * ((w << 16) >> 16) + (v >> 16) * (w >> 16);
+}
+
 // v clamped to [low, high]; NaN stays NaN: the instructions return NaN where an operand is.
 #if defined(LSTM_FUSED_SVE)
 LSTM_FUSED_INLINE VFloat clamp(VFloat v, float low, float high) {

@@ -6,6 +6,12 @@
 namespace lstm_fused {
 namespace {
 
+// The sums of the two products in each lane of 32 bits.
+LSTM_FUSED_INLINE VInt32 multiply_pairs(VInt16 a, VInt16 b) {
+  const VInt32 v = bit_cast<VInt32>(a), w = bit_cast<VInt32>(b);
+  return ((v << 16) >> 16) * ((w << 16) >> 16) + (v >> 16) * (w >> 16);
+}
+
 // v clamped to [low, high]; NaN stays NaN.
 template <class V>
 LSTM_FUSED_INLINE V clamp(V v, decltype(V{}[0] + 0) low, decltype(V{}[0] + 0) high) {

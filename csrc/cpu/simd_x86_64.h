@@ -12,6 +12,10 @@ namespace {
 // v clamped to [low, high]; NaN stays NaN: the instructions return their last operand where one is
 // NaN.
 #if LSTM_FUSED_VECTOR_BYTES == 64
+// The sums of the two products in each lane of 32 bits.
+LSTM_FUSED_INLINE VInt32 multiply_pairs(VInt16 a, VInt16 b) {
+  return bit_cast<VInt32>(_mm512_madd_epi16(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+}
 LSTM_FUSED_INLINE VFloat clamp(VFloat v, float low, float high) {
   __m512 x = bit_cast<__m512>(v);  // masked, all lanes on: the plain ones make g++ 12 warn
   x = _mm512_mask_max_ps(x, 0xffff, _mm512_set1_ps(low), x);
@@ -29,6 +33,9 @@ LSTM_FUSED_INLINE VUint16 narrow(VFloat v, Half) {
   return bit_cast<VUint16>(_mm512_cvtps_ph(bit_cast<__m512>(v), 0));
 }
 #else
+LSTM_FUSED_INLINE VInt32 multiply_pairs(VInt16 a, VInt16 b) {
+  return bit_cast<VInt32>(_mm256_madd_epi16(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+}
 LSTM_FUSED_INLINE VFloat clamp(VFloat v, float low, float high) {
   const __m256 x = _mm256_max_ps(_mm256_set1_ps(low), bit_cast<__m256>(v));
   return bit_cast<VFloat>(_mm256_min_ps(_mm256_set1_ps(high), x));

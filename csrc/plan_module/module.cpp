@@ -13,12 +13,13 @@ PyObject* plan(PyObject*, PyObject* args, PyObject* kwargs) {
   const char *dtype, *isa, *cell = "lstm";
   long long T, N, I, H, R;
   int threads, directions = 1, projection = 0, training = 0, backward = 0, undisturbed = 0;
+  const char* weights = name(WeightFormat::kPlain);
   PyObject* topology = nullptr;
-  parse(args, kwargs, "ssiLLLLL|ipppsiO!:plan",
+  parse(args, kwargs, "ssiLLLLL|ipppsiO!s:plan",
         {"dtype", "isa", "threads", "T", "N", "I", "H", "R", "directions", "projection", "training",
-         "backward", "cell", "undisturbed", "topology"},
+         "backward", "cell", "undisturbed", "topology", "weights"},
         &dtype, &isa, &threads, &T, &N, &I, &H, &R, &directions, &projection, &training, &backward,
-        &cell, &undisturbed, class_of<Topology>, &topology);
+        &cell, &undisturbed, class_of<Topology>, &topology, &weights);
   const Problem problem{from_name<CellKind>(cell, kCellCount, "cell"),
                         from_name<DType>(dtype, kDTypeCount, "dtype"),
                         T,
@@ -28,7 +29,10 @@ PyObject* plan(PyObject*, PyObject* args, PyObject* kwargs) {
                         R,
                         directions,
                         projection != 0,
-                        training != 0};
+                        training != 0,
+                        false,
+                        false,
+                        from_name<WeightFormat>(weights, 3, "weights")};
   const Machine machine{from_name<Isa>(isa, kKnownIsaCount, "isa"), threads, undisturbed,
                         topology ? value_of<Topology>(topology) : Topology{}};
   return box<Plan>(backward ? plan_backward(problem, machine) : plan_forward(problem, machine));
@@ -226,6 +230,7 @@ PyMODINIT_FUNC PyInit__plan() {
     PyObject* module = python::checked(PyModule_Create(&definition));
     add_classes(module);
     PyModule_AddIntConstant(module, "block", kBlock);
+    PyModule_AddIntConstant(module, "quantization_group", kQuantizationGroup);
     cuda::add_plans(module);
     return module;
   });

@@ -23,6 +23,7 @@ struct CallTensors {
   const Tensors &state0, &weights;
   int64_t cell, directions;
   bool cell_states;
+  int64_t hidden_size = 0, proj_size = 0;  // of quantized weights
 };
 
 // The tensors of a call: of one model, or of several with as many sets of weights, which every
@@ -49,9 +50,9 @@ class Call {
       std::vector<TensorView> states, w;
       for (const Tensor& t : given.state0) states.push_back(contiguous_state(t, m, "state0"));
       for (const Tensor& t : weights) w.push_back(contiguous(t, m, "every weight"));
-      layers_.push_back(
-          describe_layer({x_[m], sizes, states, w, given.cell, given.directions, documents,
-                          read_resets(given.resets, x_[m], m), given.cell_states}));
+      layers_.push_back(describe_layer({x_[m], sizes, states, w, given.cell, given.directions,
+                                        documents, read_resets(given.resets, x_[m], m),
+                                        given.cell_states, given.hidden_size, given.proj_size}));
     }
     LSTM_FUSED_CHECK(layer().size.steps.T > 0 || (sizes && !documents),
                      "x must have at least one time step");

@@ -8,10 +8,6 @@
 
 namespace lstm_fused {
 
-inline Problem problem_of(const Layer& layer, bool training) {
-  return problem_of(layer.cell, layer.dtype, layer.size, layer.projection, training);
-}
-
 struct Cpu {
   static constexpr SavedLayouts kSaved = kCpuSaved;
   static constexpr bool kNeedsOutput = false, kNeedsUniformRows = false, kCheckpoints = true;

@@ -24,6 +24,7 @@ int dtype_of(const dlpack::Tensor& t) {
     const uint8_t code = dtype == DType::kBFloat16 ? dlpack::kBfloat : dlpack::kFloat;
     if (t.type_code == code && t.type_bits == 8 * storage_bytes(dtype)) return i;
   }
+  if (t.type_code == dlpack::kInt && t.type_bits == 8) return kInt8;
   return kOtherDType;
 }
 
@@ -113,7 +114,7 @@ struct State {
 
 void run_layer(const Layer& layer, ForwardParams& p) {
   const LayerSizes& s = layer.size;
-  const Problem problem = problem_of(layer.cell, layer.dtype, s, layer.projection, false);
+  const Problem problem = problem_of(layer, false);
   const int64_t products = s.steps.T * s.steps.N * s.D * info(layer.cell).gates * s.H * (s.I + s.R);
   const MaybeUnlocked lock(products);
   launch(problem, p);

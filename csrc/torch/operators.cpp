@@ -54,6 +54,19 @@ Tangents recurrent_tangent(Tensor x, MaybeTensor batch_sizes, MaybeTensor resets
   return {*out.y, *out.h_n, or_empty(out.c_n, x, x.scalar_type())};
 }
 
+// y, h_n and c_n of a layer of quantized weights (layer.h), without gradients.
+std::tuple<Tensor, Tensor, Tensor> quantized_forward(Tensor x, MaybeTensor batch_sizes,
+                                                     MaybeTensor resets, Tensors state0,
+                                                     Tensors weights, int64_t hidden_size,
+                                                     int64_t proj_size, int64_t cell,
+                                                     int64_t directions, bool cell_states) {
+  Call call({x, batch_sizes, resets, state0, weights, cell, directions, cell_states, hidden_size,
+             proj_size},
+            false);
+  const Outputs out = run_forward<Cpu>(call, x, 0);
+  return {*out.y, *out.h_n, or_empty(out.c_n, x, x.scalar_type())};
+}
+
 // What ran last on this thread, for _plan.run_of: the pass, then its plan; empty before any call.
 std::vector<int64_t> last_run_numbers() {
   const Run& last = last_run();
@@ -97,6 +110,10 @@ STABLE_TORCH_LIBRARY(lstm_fused, m) {
       "Tensor[] weights, Tensor? primal_c0, Tensor gates, Tensor saved_states, Tensor? preacts, "
       "int cell, int directions, bool cell_states) "
       "-> (Tensor y, Tensor h_n, Tensor c_n)");
+  m.def(
+      "quantized_forward(Tensor x, Tensor? batch_sizes, Tensor? resets, Tensor[] state0, "
+      "Tensor[] weights, int hidden_size, int proj_size, int cell, int directions, "
+      "bool cell_states) -> (Tensor y, Tensor h_n, Tensor c_n)");
   m.def("force_isa(str isa) -> ()");
   m.def("active_isa() -> str");
   m.def("machine(int threads) -> int[]");
@@ -109,6 +126,7 @@ STABLE_TORCH_LIBRARY_IMPL(lstm_fused, CPU, m) {
   m.impl("recurrent_forward", TORCH_BOX(&lstm_fused::recurrent_forward<lstm_fused::Cpu>));
   m.impl("recurrent_backward", TORCH_BOX(&lstm_fused::recurrent_backward<lstm_fused::Cpu>));
   m.impl("recurrent_tangent", TORCH_BOX(&lstm_fused::recurrent_tangent));
+  m.impl("quantized_forward", TORCH_BOX(&lstm_fused::quantized_forward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lstm_fused, CompositeExplicitAutograd, m) {
