@@ -5,6 +5,7 @@ from lstm_fused.explain import explain
 from lstm_fused.export import decompositions
 from lstm_fused.gradient_flow import gradient_flow
 from lstm_fused.nn import GRU, LSTM, RNN
+from lstm_fused.quantization import dequantize_, quantize_
 from lstm_fused.replace import replace, restore
 from lstm_fused.single_step import GRUCell, LSTMCell, RNNCell
 from lstm_fused.states import (
@@ -27,9 +28,11 @@ __all__ = [
     "__version__",
     "batch_first_state",
     "decompositions",
+    "dequantize_",
     "detach_state",
     "explain",
     "gradient_flow",
+    "quantize_",
     "replace",
     "restore",
     "select_state",

@@ -391,14 +391,14 @@ def _follows_tangents():
     return transform.key() == torch._C._functorch.TransformType.Jvp
 
 
-def _differentiates(*tensors):
+def differentiates(*tensors):
     """Whether this level records tensors' history, or follows their tangents."""
     if _follows_tangents():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _below(op, keyset):
+def below(op, keyset):
     """The operator for the level below, which may record gradients and tangents."""
 
     def run(*args):
@@ -414,19 +414,19 @@ def _below(op, keyset):
 
 def _forward_kernel(keyset, *args):
     x, batch_sizes, resets, state0, weights, cell, directions, cell_states, save_every = args
-    if not _differentiates(x, *state0, *weights):
+    if not differentiates(x, *state0, *weights):
         with torch._C._AutoDispatchBelowAutograd():
             return forward_op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
     layer = Layer(cell, directions, len(state0), cell_states, max(save_every, 1))
     with enable_single_level_autograd_function():
-        run = _below(forward_op, keyset)
+        run = below(forward_op, keyset)
         return record(run, layer, x, batch_sizes, resets, *state0, *weights)
 
 
 def _backward_kernel(op, keyset, *args):
     x, batch_sizes, resets, state0, weights, y, gates, saved_states, *rest = args
     dy, dh_n, dc_n, cell, directions, save_every, mask, *samples = rest
-    if not _differentiates(x, *state0, *weights, dy, dh_n, dc_n):
+    if not differentiates(x, *state0, *weights, dy, dh_n, dc_n):
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
     cell_states = has_cell_states(dy, weights, directions)
@@ -434,21 +434,21 @@ def _backward_kernel(op, keyset, *args):
     tensors = (batch_sizes, resets, y, gates, saved_states, dy, dh_n, dc_n, x, *state0, *weights)
     with enable_single_level_autograd_function():
         dx, dh0, dc0, *dweights, d_preacts = LayerBackward.apply(
-            _below(op, keyset), layer, mask, *tensors
+            below(op, keyset), layer, mask, *tensors
         )
     return dx, dh0, dc0, dweights, d_preacts
 
 
 def _jvp_kernel(keyset, *args):
     x, batch_sizes, resets, state0, weights, y, gates, saved_states, tangents, *rest = args
-    if not _differentiates(x, *state0, *weights, *tangents):
+    if not differentiates(x, *state0, *weights, *tangents):
         with torch._C._AutoDispatchBelowAutograd():
             return jvp_op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
     cell, directions = rest
     layer = Layer(cell, directions, len(state0), has_cell_states(y, weights, directions))
     tensors = (batch_sizes, resets, y, gates, saved_states, x, *state0, *weights, *tangents)
     with enable_single_level_autograd_function():
-        return LayerTangents.apply(_below(jvp_op, keyset), layer, *tensors)
+        return LayerTangents.apply(below(jvp_op, keyset), layer, *tensors)
 
 
 def register():

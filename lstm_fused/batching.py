@@ -53,7 +53,7 @@ def _of_models(t, count, several):
     return (t.unflatten(0, (count, -1)) if several else t), 0
 
 
-class _Examples:
+class Examples:
     """The layout of one call's examples for the operator, and the inverse for its results."""
 
     def __init__(self, info, x, weights, weight_dims, batch_sizes, batch_sizes_dim, as_models):
@@ -122,7 +122,7 @@ def _any(dims):
 
 def _forward_rule(info, in_dims, x, batch_sizes, resets, state0, weights, *options):
     x_dim, sizes_dim, resets_dim, state_dims, weight_dims, *_ = in_dims
-    examples = _Examples(info, x, weights, weight_dims, batch_sizes, sizes_dim, _any(weight_dims))
+    examples = Examples(info, x, weights, weight_dims, batch_sizes, sizes_dim, _any(weight_dims))
     out = forward_op(
         examples.rows(x, x_dim),
         examples.batch_sizes,
@@ -143,7 +143,7 @@ def _lay_out_backward(info, in_dims, args, as_models):
     x_dim, sizes_dim, resets_dim, state_dims, weight_dims, y_dim, *saved_and_d_dims = in_dims
     saved, d_out = saved_and_d_out[:2], saved_and_d_out[2:]
     saved_dims, d_dims = saved_and_d_dims[:2], saved_and_d_dims[2:]
-    examples = _Examples(info, x, weights, weight_dims, batch_sizes, sizes_dim, as_models)
+    examples = Examples(info, x, weights, weight_dims, batch_sizes, sizes_dim, as_models)
     return examples, (
         examples.rows(x, x_dim),
         examples.batch_sizes,
@@ -210,7 +210,7 @@ def _jvp_rule(info, in_dims, *args):
     x_dim, sizes_dim, resets_dim, state_dims, weight_dims, y_dim, *saved_dims, moved, _, _ = in_dims
     rows = 1 + len(state0)
     as_models = _any(weight_dims) or _any(moved[rows:])
-    examples = _Examples(info, x, weights, weight_dims, batch_sizes, sizes_dim, as_models)
+    examples = Examples(info, x, weights, weight_dims, batch_sizes, sizes_dim, as_models)
     pairs = list(zip(tangents, moved, strict=True))
     out = jvp_op(
         examples.rows(x, x_dim),

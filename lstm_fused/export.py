@@ -45,13 +45,18 @@ def state_or_zeros(x, batch_sizes, state0, weights, cell, directions):
     if state0:
         return list(state0)
     info = CELLS[cell]
+    widths = [weights[1].shape[1], weights[0].shape[0] // info["gates"]]
+    return zeros_state(x, batch_sizes, widths[: 1 + (info["carry"] == "cell")], directions)
+
+
+def zeros_state(x, batch_sizes, widths, directions):
+    """Zeros for the initial states of these widths."""
     if batch_sizes is None:
         rows = x.shape[-2]
     else:
         documents = batch_sizes.dim() == 2
         rows = batch_sizes.shape[1] - 1 if documents else batch_sizes[0].item()
-    widths = [weights[1].shape[1], weights[0].shape[0] // info["gates"]]
-    return [x.new_zeros(directions, rows, w) for w in widths[: 1 + (info["carry"] == "cell")]]
+    return [x.new_zeros(directions, rows, w) for w in widths]
 
 
 def _check_steps(x, batch_sizes=None):

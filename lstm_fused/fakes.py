@@ -8,7 +8,7 @@ from lstm_fused.cuda import CELLS
 from lstm_fused.reference_derivatives import has_cell_states
 
 
-def _batch_of(x, batch_sizes, state):
+def batch_of(x, batch_sizes, state):
     """N; of packed data a state's (..., N, width) if there is one, else only the data can tell."""
     if batch_sizes is None:
         return x.shape[-2]
@@ -44,7 +44,7 @@ def _forward(x, batch_sizes, resets, state0, weights, cell, directions, cell_sta
     hidden, width = weights[1].shape[-2] // info["gates"], weights[1].shape[-1]
     rows = x.shape[-2] if batch_sizes is not None else x.shape[-3] * x.shape[-2]
     # With resets a state may have 2 * N rows.
-    n = _batch_of(x, batch_sizes, state0[0] if state0 and resets is None else None)
+    n = batch_of(x, batch_sizes, state0[0] if state0 and resets is None else None)
     gates, saved_states = _saved_shapes(x, rows, directions, hidden, info["preacts"])
     saves_steps, saves_states = save_every > 0, save_every > 0 and info["carry"] != "none"
     has_cell_state = info["carry"] == "cell"
@@ -84,7 +84,7 @@ def _backward(x, batch_sizes, resets, state0, weights, y, gates, saved_states, *
         if state0:
             return torch.empty_like(state0[k], memory_format=torch.contiguous_format)
         ends = [t for t in (dh_n, dc_n) if t is not None]
-        n = _batch_of(x, batch_sizes, ends[0] if ends else None)
+        n = batch_of(x, batch_sizes, ends[0] if ends else None)
         return x.new_empty(*lead, directions, n, width)
 
     d_preacts = (*lead, rows, directions, info["preacts"], hidden)

@@ -102,6 +102,9 @@ class Fused(_Typed[State]):
 
     _torch_class: Any = None
     _user_class: Any = None
+    # Of a module that quantize_ has changed torch.int8 or torch.bfloat16, and the class it had.
+    weights_dtype: torch.dtype | None = None
+    _float_class: Any = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         if "_user_class" not in vars(cls):  # the user's class has been announced before
@@ -110,6 +113,14 @@ class Fused(_Typed[State]):
     def _fallback_reason(self, x, hx, weights):
         """Why a call runs through torch.nn's forward, or None; the arguments of fallback_reason."""
         return fallback_reason(x, hx, weights)
+
+    def _input_dtype(self, weights):
+        """The dtype of input and states that the layers of these weights take."""
+        return weights[0].dtype
+
+    def _layer(self, run):
+        """What runs a layer with the module's weights where run, `ops.layer` or its like, would."""
+        return run
 
     def _through_torch(self, reason, input, hx):
         """torch.nn's own forward, and a warning that says why the first time."""

@@ -33,11 +33,16 @@ library.define(
     "int cell, int directions, bool cell_states) -> (Tensor y, Tensor h_n, Tensor c_n)"
 )
 
+# The gradient, shaped as t, of a layer that has none: raises where it is run.
+library.define("quantized_gradient(Tensor t) -> Tensor")
+
 forward_op = torch.ops.lstm_fused.recurrent_forward.default
 backward_op = torch.ops.lstm_fused.recurrent_backward.default
 samples_op = torch.ops.lstm_fused.recurrent_backward_samples.default
 jvp_op = torch.ops.lstm_fused.recurrent_jvp.default
 padded_op = torch.ops.lstm_fused.recurrent_padded.default
+quantized_op = torch.ops.lstm_fused.quantized_forward.default
+quantized_gradient_op = torch.ops.lstm_fused.quantized_gradient.default
 tangent_op = torch.ops.lstm_fused.recurrent_tangent.default
 
 

@@ -57,6 +57,24 @@ def layer(
 
 @torch.library.impl(library, "recurrent_padded", "CompositeImplicitAutograd")
 def _padded(x, lengths, resets, state0, weights, cell, directions, cell_states):
+    # Given explicitly, so that the operator's results have N rows, which batch_sizes cannot show.
+    state0 = state_or_zeros(x, None, state0, weights, cell, directions)
+
+    def run(rows, batch_sizes, anew, start):
+        found = forward_op(
+            rows, batch_sizes, anew, start, weights, cell, directions, cell_states, 0
+        )
+        return found[:3]
+
+    return by_packing(run, x, lengths, resets, state0)
+
+
+def by_packing(run, x, lengths, resets, state0):
+    """y (T, N, ...), h_n and c_n of x (T, N, I) whose row n holds lengths[n] steps, then padding.
+
+    run(x, batch_sizes, resets, state0): the operator's y, h_n and c_n of packed data. state0: every
+    state, each (D, N, width), with resets 2 * N rows if they are not to zeros.
+    """
     T, N, _ = x.shape
     lengths = lengths.to("cpu", torch.int64)
     torch._assert_async(
@@ -67,8 +85,6 @@ def _padded(x, lengths, resets, state0, weights, cell, directions, cell_states):
     # is dropped.
     began = (lengths > 0).to(x.device).unsqueeze(1)
     x = torch.where(began, x, 0)
-    # Given explicitly, so that the operator's results have N rows, which batch_sizes cannot show.
-    state0 = state_or_zeros(x, None, state0, weights, cell, directions)
     initial = [s[:, :N] for s in state0]
     steps_of = lengths.clamp(min=1)
     order = steps_of.argsort(descending=True)
@@ -93,17 +109,7 @@ def _padded(x, lengths, resets, state0, weights, cell, directions, cell_states):
             for s, given in zip(start, state0, strict=True)
         ]
     with _known_sizes(x):
-        y, *ends, _, _ = forward_op(
-            rows,
-            batch_sizes,
-            anew,
-            start,
-            weights,
-            cell,
-            directions,
-            cell_states,
-            0,
-        )
+        y, *ends = run(rows, batch_sizes, anew, start)
         for end in ends[: len(initial)]:
             torch._check(end.shape[1] == N)
     y = y.index_select(0, at).unflatten(0, (T, N)).masked_fill(~began, 0)
@@ -151,12 +157,13 @@ def masked(
     resets=None,
     cell_states=False,
     save_every=1,
+    run=ops.layer,
 ):
     """`layer` with lengths on x's device: all steps are run, and those of the padding dropped.
 
     The reverse direction runs through the padding first. A reset behind the last step of each row,
     to its initial state, is where it begins. Resets of the caller must be to the initial state as
-    well then, see is_maskable.
+    well then, see is_maskable. run: what runs the steps.
     """
     T, N, _ = x.shape
     steps = torch.arange(T, device=x.device).unsqueeze(1)
@@ -170,7 +177,7 @@ def masked(
         state0 = [torch.cat((s, s), dim=1) for s in initial]
     info = ops.CELLS[cell]
     has_cell_state = info["carry"] == "cell"
-    y, ends, *cells = ops.layer(
+    y, ends, *cells = run(
         *(x, None, state0, weights, cell, directions),
         resets=resets,
         cell_states=has_cell_state,

@@ -217,7 +217,7 @@ class Recurrent(Sequences[State]):
         elif self.batch_first:
             x = input.transpose(0, 1)
         length, rows, width = x.shape
-        plain = width == self.input_size and length and x.dtype is weights[0].dtype
+        plain = width == self.input_size and length and x.dtype is self._input_dtype(weights)
         if not plain or self._overridden:
             errors.check_input(self, input, None)
         state = () if hx is None else self._check_state(hx, dim, rows)
@@ -340,6 +340,7 @@ class Recurrent(Sequences[State]):
             layer = padded.layer if batch_sizes is not None and x.dim() == 3 else ops.layer
         else:
             layer, more = call_options.arguments(self, options, x, batch_sizes)
+        layer = self._layer(layer)
         cell, directions, layers = self._cell(), 2 if self.bidirectional else 1, self.num_layers
         each = len(weights) // layers
         dropout = self.dropout if self.training else 0.0
@@ -363,7 +364,8 @@ class Recurrent(Sequences[State]):
                         )
                 ends.append(end)
         except RuntimeError:
-            errors.check_weights(self, weights, x.dtype)
+            if self.weights_dtype is None:
+                errors.check_weights(self, weights, x.dtype)
             raise
         if layers == 1:
             return x, end, *cells

@@ -58,6 +58,7 @@ def restore(model: M, *, verbose: bool = False) -> M:
 
     Left alone, with a warning that names them: modules of a class that the user has derived from
     ours, those with a learned initial state, and those that ``fully_shard`` has given a class.
+    Modules with quantized weights are dequantized, see ``dequantize_``.
 
     Args:
         model: a ``torch.nn.Module``.
@@ -72,24 +73,28 @@ def restore(model: M, *, verbose: bool = False) -> M:
     return _exchange(model, _torch_class, "restore", verbose)
 
 
-class _LeftAlone(Exception):
+class LeftAlone(Exception):
     """Raised for a module that keeps its class; the message says why."""
 
 
-def _exchange(model, class_for, caller, verbose):
+def check_model(model):
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _exchange(model, class_for, caller, verbose):
+    check_model(model)
     changed, left, silent = [], [], []
     for name, module in model.named_modules():
         name = name or "the model"
         try:
             cls = class_for(module)
             if cls is not None:
-                _become(module, cls)
+                become(module, cls)
                 changed.append((name, module))
             elif verbose and (reason := _reason_to_keep(module)):
                 silent.append(f"{name}, {reason}")
-        except _LeftAlone as reason:
+        except LeftAlone as reason:
             left.append(f"{name}, {reason}")
     if verbose:
         _print_report(caller, changed, left + silent)
@@ -102,7 +107,7 @@ def _print_report(caller, changed, left):
     """changed: (name, module) each; left: a text for each module."""
     print(f"lstm_fused.{caller}: {len(changed)} {caller}d, {len(left)} left alone")
     for name, module in changed:
-        cls = _plain_class(module)
+        cls = plain_class(module)
         theirs = next(theirs for theirs in OURS if isinstance(module, theirs))
         own = "" if cls in (theirs, OURS[theirs]) else f", derived from {theirs.__name__}"
         reason = _reason_for_torch(module) if isinstance(module, Fused) else None
@@ -130,20 +135,25 @@ def _reason_for_torch(module):
     return module._fallback_reason(weights[0], None, weights) if weights else None
 
 
-def _become(module, cls):
+def become(module, cls):
     """Change module's class to cls, or to a parametrized class derived from cls."""
-    if _plain_class(module) is not type(module):
+    quantized = getattr(module, "weights_dtype", None) is not None
+    if quantized:
+        module._become_plain()
+    if plain_class(module) is not type(module):
         cls = _rebase(type(module), cls)
     try:
         module.__class__ = cls
     except TypeError as error:  # the class has __slots__
-        raise _LeftAlone(f"a {type(module).__name__}: {error}") from None
+        raise LeftAlone(f"a {type(module).__name__}: {error}") from None
     module.__dict__.pop("_overridden", None)
     if isinstance(module, Recurrent):
         module._find_overridden()
+    if quantized and isinstance(module, torch.nn.RNNBase):
+        module._init_flat_weights()
 
 
-def _plain_class(module):
+def plain_class(module):
     """The module's class, without the subclass that torch.nn.utils.parametrize made of it."""
     cls = type(module)
     base = cls.__bases__[0]
@@ -162,50 +172,60 @@ def _fused_class(module):
     """The fused class for a module; None if it is fused already or not recurrent."""
     if isinstance(module, torch.jit.ScriptModule):
         if module.original_name in {theirs.__name__ for theirs in OURS}:
-            raise _LeftAlone("compiled by TorchScript")
+            raise LeftAlone("compiled by TorchScript")
         return None
     ours = next((ours for theirs, ours in OURS.items() if isinstance(module, theirs)), None)
     if ours is None or isinstance(module, Fused):
         return None
-    _check_not_wrapped(module)
-    cls = _plain_class(module)
+    check_not_wrapped(module)
+    cls = plain_class(module)
     called = ("forward", *(CALLED_BY_TORCH if issubclass(ours, Recurrent) else ()))
     matters = [name for name in called if name != "check_input"]
     for name in matters:
         if name in module.__dict__:
-            raise _LeftAlone(f"whose {name} is overridden on the instance")
+            raise LeftAlone(f"whose {name} is overridden on the instance")
     if cls is ours._torch_class:
         return ours
     if own := overridden(cls, ours._torch_class, matters):
-        raise _LeftAlone(f"a {cls.__name__}, which overrides {', '.join(own)}")
+        raise LeftAlone(f"a {cls.__name__}, which overrides {', '.join(own)}")
     if taken := [name for name in _names_of(ours) if hasattr(module, name)]:
-        raise _LeftAlone(f"a {cls.__name__}, which has {', '.join(taken)}, as lstm_fused has")
+        raise LeftAlone(f"a {cls.__name__}, which has {', '.join(taken)}, as lstm_fused has")
     try:
-        return _derived(ours, cls)
+        return derived(ours, cls)
     except TypeError as error:
-        raise _LeftAlone(f"a {cls.__name__}, which cannot be derived from: {error}") from None
+        raise LeftAlone(f"a {cls.__name__}, which cannot be derived from: {error}") from None
 
 
 def _torch_class(module):
     """torch.nn's or the user's class for a fused module; None for any other module."""
     if not isinstance(module, Fused):
         return None
-    _check_not_wrapped(module)
-    cls = _plain_class(module)
+    check_not_wrapped(module)
+    cls = float_class(plain_class(module))
     if getattr(module, "learned_initial_state", False):
-        raise _LeftAlone(f"a {cls.__name__} with a learned initial state, which torch.nn has not")
+        raise LeftAlone(f"a {cls.__name__} with a learned initial state, which torch.nn has not")
     if cls in OURS.values():
         return cls._torch_class
     if "_user_class" in vars(cls):
         return cls._user_class
-    raise _LeftAlone(f"a {cls.__name__}, which is derived from lstm_fused's own class")
+    raise LeftAlone(f"a {cls.__name__}, which is derived from lstm_fused's own class")
 
 
-def _check_not_wrapped(module):
+def float_class(cls):
+    """The class that a module with quantized weights had before; cls itself without these."""
+    if cls._float_class is None:
+        return cls
+    if "_user_class" not in vars(cls):
+        return cls._float_class
+    user = cls._user_class
+    return user if issubclass(user, Fused) else derived(cls._float_class, user)
+
+
+def check_not_wrapped(module):
     """Refuse a module whose class torch.distributed made and keeps track of."""
     for cls in type(module).__mro__:
         if cls.__module__.startswith("torch.distributed"):
-            raise _LeftAlone(
+            raise LeftAlone(
                 f"a {type(module).__name__}, whose class torch.distributed made ({cls.__name__})"
             )
 
@@ -222,31 +242,36 @@ def _names_of(ours):
 
 
 class _Derived:
-    """Pickling for classes made by _derived, which pickle cannot find by name."""
+    """Pickling for classes made by derived, which pickle cannot find by name."""
 
     def __reduce_ex__(self, protocol):
         make, args, *rest = super().__reduce_ex__(protocol)
         cls = type(self)
         if args and args[0] is cls and "_user_class" in vars(cls):
-            make, args = _make_derived, (cls.__bases__[1], cls._user_class, make, *args[1:])
+            make, args = _make_derived, (cls._fused_class, cls._user_class, make, *args[1:])
         return make, args, *rest
 
 
-def _derived(ours, theirs):
-    """A class derived from ours and from theirs, a user's class, with the name of theirs."""
+def derived(ours, theirs):
+    """A class derived from ours and from theirs, a user's class, with the name of theirs.
+
+    What theirs overrides is overridden if it is derived from a class of ours.
+    """
     for cls in type.__subclasses__(theirs):
-        if vars(cls).get("_user_class") is theirs:
+        known = vars(cls)
+        if known.get("_user_class") is theirs and known.get("_fused_class") is ours:
             return cls
 
     def fill(namespace):
         for name in ("__module__", "__qualname__", "__doc__"):
             namespace[name] = getattr(theirs, name)
-        namespace["_user_class"] = theirs
+        namespace["_user_class"], namespace["_fused_class"] = theirs, ours
         if hasattr(theirs, "init_state"):
             namespace["init_state"] = theirs.init_state
 
-    return types.new_class(theirs.__name__, (_Derived, ours, theirs), exec_body=fill)
+    bases = (theirs, ours) if issubclass(theirs, Fused) else (ours, theirs)
+    return types.new_class(theirs.__name__, (_Derived, *bases), exec_body=fill)
 
 
 def _make_derived(ours, theirs, make, *args):
-    return make(_derived(ours, theirs), *args)
+    return make(derived(ours, theirs), *args)

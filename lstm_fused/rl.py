@@ -16,7 +16,7 @@ import torch
 
 from lstm_fused.fallback import overridden
 from lstm_fused.recurrent import Recurrent
-from lstm_fused.replace import _derived
+from lstm_fused.replace import derived
 from lstm_fused.replace import replace as replace_modules
 from lstm_fused.replace import restore as restore_modules
 
@@ -67,7 +67,7 @@ def replace(model: M, *, verbose: bool = False) -> M:
             text = f"{name or 'the model'}, a {type(module).__name__}"
             left.append(f"{text}, with its own {', '.join(sorted(own))}")
         else:
-            module.__class__ = _derived(ours, type(module))
+            module.__class__ = derived(ours, type(module))
     if left:
         warnings.warn(f"lstm_fused.rl.replace left alone: {'; '.join(left)}", stacklevel=2)
     return model

@@ -29,7 +29,8 @@ class Sequences(Fused[State]):
             if given is None:
                 return self._through_torch(reason, packed, hx)
         errors.check_batch_sizes(batch_sizes)
-        plain = x.dim() == 2 and x.shape[1] == self.input_size and x.dtype is weights[0].dtype
+        dtype = self._input_dtype(weights)
+        plain = x.dim() == 2 and x.shape[1] == self.input_size and x.dtype is dtype
         if not plain or self._overridden:
             errors.check_input(self, x, batch_sizes)
         state, options = (), None
@@ -63,7 +64,8 @@ class Sequences(Fused[State]):
         lengths = errors.check_lengths(input, lengths, self.batch_first)
         x = input.transpose(0, 1) if self.batch_first else input
         total, count, width = x.shape
-        plain = width == self.input_size and total and x.dtype is self._weights()[0].dtype
+        dtype = self._input_dtype(self._weights())
+        plain = width == self.input_size and total and x.dtype is dtype
         if not plain or self._overridden:
             errors.check_input(self, input, None)
         state = () if hx is None else self._check_state(hx, 3, count)
@@ -180,7 +182,7 @@ class Sequences(Fused[State]):
             given = given._replace(layer=by_reference.layer)
         batch_sizes = cu_seqlens.unsqueeze(0)
         S, width = input.shape
-        if width != self.input_size or not S or input.dtype is not weights[0].dtype:
+        if width != self.input_size or not S or input.dtype is not self._input_dtype(weights):
             errors.check_input(self, input, batch_sizes)
         state = () if hx is None else self._check_state(hx, None, rows)
         if given.resets is not None:

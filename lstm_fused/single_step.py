@@ -63,7 +63,7 @@ class Cell(Fused[State]):
         single = input.dim() == 1
         x = input.view(1, 1, -1) if single else input.unsqueeze(0)
         state = tuple([s.view(1, 1, -1) if single else s.unsqueeze(0) for s in state])
-        _, after = ops.layer(x, None, state, weights, self._cell())
+        _, after = self._layer(ops.layer)(x, None, state, weights, self._cell(), 1)
         ends: Any = tuple([end.view(-1) if single else end.squeeze(0) for end in after])
         return ends[0] if len(ends) == 1 else ends
 
@@ -98,7 +98,7 @@ class Cell(Fused[State]):
         if dim not in (1, 2) or input.shape[-1] != self.input_size:
             return False
         shape = (*input.shape[:-1], self.hidden_size)
-        dtype = self.weight_ih.dtype
+        dtype = self._input_dtype(self._weights())
         any_dtype = _is_autocast_enabled(input)
         if (input.dtype is not dtype and not any_dtype) or len(state) not in (0, self._states):
             return False

@@ -173,8 +173,11 @@ def initial(module, rows):
         return _mapped(lambda s: s.unsqueeze(1).expand(-1, rows, -1).contiguous(), learned)
     layers = module.num_layers * (2 if module.bidirectional else 1)
     widths = (module.proj_size or module.hidden_size, module.hidden_size)[: module._states]
-    like, batch = module._weights()[0], () if rows is None else (rows,)
-    return module._as_given(tuple(like.new_zeros(layers, *batch, width) for width in widths))
+    weights, batch = module._weights(), () if rows is None else (rows,)
+    dtype = module._input_dtype(weights)
+    return module._as_given(
+        tuple(weights[0].new_zeros(layers, *batch, width, dtype=dtype) for width in widths)
+    )
 
 
 def for_call(module, input, cu_seqlens):
