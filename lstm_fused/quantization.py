@@ -1,7 +1,7 @@
 """int8 and bfloat16 weights for inference: quantize_ and dequantize_."""
 
 import warnings
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -72,7 +72,8 @@ def quantize_(model: M, dtype: torch.dtype = torch.int8) -> M:
     if dtype not in panels.DTYPES:
         raise ValueError(f"dtype must be torch.int8 or torch.bfloat16, got {dtype}")
     replace(model)
-    changes, left = [], []
+    changes: list[Any] = []
+    left = []
     for name, module in model.named_modules():
         if not isinstance(module, Fused) or module.weights_dtype is dtype:
             continue

@@ -29,7 +29,6 @@ class Quantized:
     _buffer_names: the weights and biases among the buffers, in the operator's order.
     """
 
-    weights_dtype: torch.dtype
     _buffer_names: list[str]
 
     def __init__(self, *args, **kwargs):
