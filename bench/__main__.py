@@ -10,12 +10,25 @@ from pathlib import Path
 
 import torch
 
-from bench import clients, environment, gpu, measure, model, report, roofline, run
-from bench.cases import OURS, SETS, TORCH
+from bench import (
+    accuracy,
+    charts,
+    clients,
+    environment,
+    gpu,
+    latency,
+    measure,
+    model,
+    pages,
+    report,
+    roofline,
+    run,
+)
+from bench.cases import SET_PROVIDERS, SETS, TORCH
+from bench.compiled import NotMeasured
 from bench.isolated import Lost
 from bench.providers import AGAIN, PROVIDERS
 from bench.timing import Sampling
-from lstm_fused import cuda
 
 RESULTS = Path(__file__).parent / "results"
 SAVED_EVERY = 5.0  # seconds, while rows are measured
@@ -52,9 +65,11 @@ def parse(argv):
     add("--no-roofline", action="store_true", help="leave the machine's limits out")
     add("--json", type=Path, metavar="OUT", help="write the results")
     add("--save", action="store_true", help="write the results and a chart to bench/results")
-    commands = parser.add_subparsers(dest="command", metavar="clients|report|compare")
+    commands = parser.add_subparsers(dest="command", metavar="clients|accuracy|...")
     client = commands.add_parser("clients", help="models of other libraries, before and after")
     client.add_argument("names", nargs="*", help="only those whose name contains one of these")
+    trained = commands.add_parser("accuracy", help="what rounded weights cost trained models")
+    trained.add_argument("names", nargs="*", help="only those whose name contains one of these")
     shown = commands.add_parser("report", help="print results files as markdown tables")
     shown.add_argument("files", type=Path, nargs="+")
     shown.add_argument("--html", type=Path, metavar="OUT", help="write one page of them instead")
@@ -74,10 +89,9 @@ def parse(argv):
     chosen = [name.strip() for name in (args.providers or "").split(",") if name.strip()]
     if unknown := [name for name in chosen if name not in PROVIDERS]:
         parser.error(f"no provider {unknown[0]!r}; there are: {names}")
-    if not chosen and args.set == "plans":
-        chosen = [OURS, *(f"{OURS} {plan}" for plan in cuda.KINDS)]
     default = [name for name, provider in PROVIDERS.items() if provider.default]
-    args.providers = list(dict.fromkeys([TORCH, *(chosen or default)]))
+    chosen = chosen or SET_PROVIDERS.get(args.set, default)
+    args.providers = list(dict.fromkeys([TORCH, *chosen]))
     return args
 
 
@@ -91,15 +105,15 @@ def show_report(args) -> int:
         results = [report.load(path) for path in args.files]
         if args.svg or args.readme:
             for path, result in zip(args.files, results, strict=True):
-                path.with_suffix(".svg").write_text(report.chart(result))
+                charts.draw(result, path)
         if args.readme:
             shown = list(zip(args.files, results, strict=True))
-            for target in dict.fromkeys(page for _, r in shown for page in report.pages_of(r)):
-                report.update(target, [f for f, r in shown if target in report.pages_of(r)])
-    except (ValueError, report.NoChart) as error:
+            for target in dict.fromkeys(page for _, r in shown for page in pages.pages_of(r)):
+                pages.update(target, [f for f, r in shown if target in pages.pages_of(r)])
+    except (ValueError, charts.NoChart) as error:
         return fail(error)
     if args.html:
-        args.html.write_text(report.page(results))
+        args.html.write_text(pages.page(results))
     elif not (args.svg or args.readme):
         show = report.goals_text if args.goals else report.markdown
         print("\n\n".join(map(show, results)))
@@ -121,7 +135,7 @@ def find_roofline(args):
     """This machine's limits; None, after saying why, where they cannot be measured."""
     try:
         return gpu.measure_gpu() if args.device == "cuda" else roofline.measure_cpu(args.threads)
-    except (roofline.NotMeasured, RuntimeError) as error:  # torch's own, of a GPU
+    except (NotMeasured, RuntimeError) as error:  # torch's own, of a GPU
         print(f"without the machine's limits: {error}", file=sys.stderr)
         return None
 
@@ -143,8 +157,8 @@ def keep(args, result: dict) -> None:
         print(f"written to {args.json}", file=sys.stderr)
     if args.save:
         try:
-            args.json.with_suffix(".svg").write_text(report.chart(result))
-        except report.NoChart as error:
+            charts.draw(result, args.json)
+        except charts.NoChart as error:
             print(error, file=sys.stderr)
 
 
@@ -170,6 +184,13 @@ def run_clients(args) -> int:
         keep(args, result)
         print(report.markdown(result))
     return 1 if any(map(report.is_ours_wrong, result["rows"])) else 0
+
+
+def run_accuracy(args) -> int:
+    result = accuracy.measure_accuracy(args.names)
+    keep(args, result)
+    print(report.markdown(result))
+    return 0
 
 
 def run_rows(args, works) -> dict:
@@ -233,6 +254,8 @@ def run_set(args) -> tuple[int, dict | None]:
     try:
         if args.memory and not result["interrupted"]:
             run.add_memory(result, args.device)
+        if args.set == "streaming" and not (result["interrupted"] or args.only):
+            result["latency"] = latency.measure(args.providers)
     except Lost as error:
         print(f"without memory: {error}", file=sys.stderr)
     except KeyboardInterrupt:
@@ -267,7 +290,7 @@ def main(argv=None) -> int:
             args.json.write_text(json.dumps(found, indent=1) + "\n")
         return 0
     if args.command:
-        return run_clients(args)
+        return run_clients(args) if args.command == "clients" else run_accuracy(args)
     return run_model(args) if args.model else run_counts(args)
 
 

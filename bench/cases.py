@@ -7,13 +7,28 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lstm_fused import cuda
+
 TORCH, OURS, CELL = "torch.nn", "lstm_fused", "torch.nn cell"
 ONNX, OPENVINO = "ONNX Runtime", "OpenVINO"
-GRAPH, CHUNK = "torch.nn graph", "torch.nn one chunk"
-WITHOUT = "lstm_fused without"  # ours without the row's option
+GRAPH, OURS_GRAPH, CHUNK = f"{TORCH} graph", f"{OURS} graph", f"{TORCH} one chunk"
+WITHOUT = f"{OURS} without"  # ours without the row's option
+# With int8 weights, and with those of 16 bits.
+ONNX_INT8, TORCH_INT8, OURS_INT8 = (f"{name} int8" for name in (ONNX, TORCH, OURS))
+TORCH_FLOAT16, OURS_BFLOAT16 = f"{TORCH} float16 weights", f"{OURS} bfloat16 weights"
+# A prepared step, called from Python and from C.
+STREAM, C_STREAM, INT8_STREAM = (f"{OURS} {kind}" for kind in ("stream", "C stream", "int8 stream"))
+# Which of ours a peer is compared with, where it is not OURS: the first that has a time.
+COUNTERPARTS = {
+    GRAPH: (OURS_GRAPH,),
+    ONNX_INT8: (OURS_INT8, INT8_STREAM),
+    TORCH_INT8: (OURS_INT8, INT8_STREAM),
+    TORCH_FLOAT16: (OURS_BFLOAT16,),
+    OURS: (OURS_BFLOAT16,),
+}
 GOALS = {
     **{"torch": TORCH, "onnx": ONNX, "cell": CELL, "graph": GRAPH, "chunk": CHUNK},
-    "without": WITHOUT,
+    **{"without": WITHOUT, "onnx_int8": ONNX_INT8, "bfloat16_over_float32": OURS},
 }
 
 # "tf32" is float32 whose products a GPU may round to TF32; a CPU computes it as float32.
@@ -52,9 +67,10 @@ class Workload:
     dtype: str = "float32"
     option: str = ""  # of OPTIONS
     mode: str = "forward"
-    # At least so many times a provider's speed; at most so many microseconds a time step, 0: any.
+    # At least so many times a provider's speed. At most so many microseconds a time step, by
+    # provider, or by provider and instruction set: "lstm_fused on avx2".
     goals: Mapping[str, float] = field(default_factory=dict, hash=False)
-    step_us: float = 0.0
+    step_us: Mapping[str, float] = field(default_factory=dict, hash=False)
     group: str = ""  # the heading this row is shown under; empty: regime() finds one
     source: str = ""  # who published the shape
 
@@ -230,8 +246,8 @@ WINDOW, NARROW, FLASHRNN = "cuDNN's best window", "{float16,bfloat16}", "T1024 B
 STACKED = "{2 layers,both directions,2 layers both directions} T100 B32 H512"
 GPU_LINES = (  # most telling shapes first
     [
-        *on_gpu(FLASHRNN, 1.2, WINDOW, "float16", step_us=(1.6, 4.0)),
-        *on_gpu(FLASHRNN, None, WINDOW, "bfloat16", step_us=(1.6, 4.0)),
+        *on_gpu(FLASHRNN, 1.2, WINDOW, "float16", step_us=({OURS: 1.6}, {OURS: 4.0})),
+        *on_gpu(FLASHRNN, None, WINDOW, "bfloat16", step_us=({OURS: 1.6}, {OURS: 4.0})),
         *on_gpu("T100 B{32,8,64,128} H{512,1024,256}", 1.2, WINDOW, "float16"),
     ],
     on_gpu("T100 B{32,1,8,64,16} H{512,1024,256}", 2.0, "TF32 and bfloat16"),
@@ -271,10 +287,25 @@ RL = (
     *rows("T1 B{1,16,64,256} H256 step"),
     *rows("{,GRU }T1 B{1,8,16,64} H256 training", "{,GRU }T16 B{1,8,32} H256 loop"),
 )
+ONE_STEP_US = {f"{OURS} on avx512": 5.0, f"{OURS} on avx2": 8.0, C_STREAM: 3.0}
 STREAMING = (
-    *rows("T1 B1 H{64,128,256,512,1024} step", "T1 B{2,4,8} H256 step"),
-    *rows("T1 2 layers B1 H128 step", group="two layers"),
+    *rows("T1 B1 H64 step", onnx=1.0, step_us=ONE_STEP_US),
+    *rows("T1 B1 H{128,256,512,1024} step", onnx=1.0, onnx_int8=(None, None, 1.1, None)),
+    *rows("T1 B{2,4,8} H256 step"),
+    *rows("T1 2 layers B1 H{128,256} step", group="two layers"),
+    *rows("GRU T1 B1 H{64,256,512} step", onnx=1.0),
+    *rows("GRU T1 2 layers B1 H{128,256} step", group="two layers"),
     *rows("chunk T{4,16} B1 H{256,512} forward"),
+)
+INT8 = (  # weights of 8 and of 16 bits, beside those of the same size
+    *rows("T1 B1 H{64,256} step"),
+    *rows("T1 B1 H{512,1024} step", onnx_int8=(1.1, None), bfloat16_over_float32=1.6),
+    *rows("B1 H{64,128} forward"),
+    *rows("B1 H256 forward", onnx_int8=1.1),
+    *rows("B1 H{512,1024} forward", bfloat16_over_float32=1.6),
+    *rows("B{4,8,32} H256 forward", "packed B8 H256 forward"),
+    *rows("{2 layers,both directions,projection 64} B1 H256 forward"),
+    *rows("{GRU,RNN} B1 H{256,512} forward", "{GRU,RNN} T1 B1 H512 step"),
 )
 REAL = tuple(  # recurrent layers of public models, at the batch and length their sources train with
     row
@@ -346,6 +377,28 @@ SETS = {
     "real": REAL,
     "sweep": SWEEP,
     "grid": GRID,
+    "int8": INT8,
     "sequences": SEQUENCES,
     "plans": PLANS,
+}
+
+# What a set measures beside torch.nn where --providers names nothing; others what Provider.default
+# says.
+SET_PROVIDERS = {
+    "plans": (OURS, *(f"{OURS} {plan}" for plan in cuda.KINDS)),
+    "int8": (OURS, OURS_INT8, OURS_BFLOAT16, ONNX, ONNX_INT8, TORCH_INT8, TORCH_FLOAT16),
+    "streaming": (OURS, STREAM, C_STREAM, INT8_STREAM, ONNX, ONNX_INT8, CELL),
+}
+
+# The speed-ups that a set's table has: (provider, peer). Others have each peer's, of its
+# counterpart.
+SET_RATIOS = {
+    "int8": (
+        *((OURS_INT8, peer) for peer in (OURS, ONNX_INT8, TORCH_INT8)),
+        *((OURS_BFLOAT16, peer) for peer in (OURS, TORCH_FLOAT16)),
+    ),
+    "streaming": (
+        *((OURS, peer) for peer in (TORCH, ONNX)),
+        *((STREAM, OURS), (C_STREAM, OURS), (INT8_STREAM, ONNX_INT8)),
+    ),
 }

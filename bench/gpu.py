@@ -10,8 +10,9 @@ import torch
 
 from bench import environment
 from bench.cases import DTYPES
+from bench.compiled import NotMeasured, compiled
 from bench.isolated import Lost, Worker
-from bench.roofline import TRIES, NotMeasured, compiled
+from bench.roofline import TRIES
 from bench.timing import CudaClock
 
 DEVICE = "cuda"

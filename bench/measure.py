@@ -20,6 +20,7 @@ from bench.runs import Case, ModuleRun, build_case, exact_results
 from bench.timing import Sampling
 from lstm_fused.testing import parity
 
+UNRELATED = 0.5  # a result that is off by this part of its norm has nothing to do with the row
 LONGEST = 20_000  # steps: the oracle's history of more fills the memory
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -83,11 +84,25 @@ def judge(name: str, case: Case, exact: dict, baseline: dict, entry: dict):
     if not baseline:
         entry["failed"] = f"nothing to judge it by: {TORCH} failed"
         return None
+    if PROVIDERS[name].rounded:
+        return run if judge_rounded(found["y"], exact["y"], entry) else None
     # A peer without a tensor (the gradient of a weight it keeps in another form) is not asked for.
     judged = {tensor: truth for tensor, truth in exact.items() if tensor in found}
     verdict = parity.worst(parity.compare(found, baseline, judged))
     entry["parity" if verdict.ok else "wrong"] = asdict(verdict)
     return run if verdict.ok else None
+
+
+def judge_rounded(found: torch.Tensor, exact: torch.Tensor, entry: dict) -> bool:
+    """Enters the error of y, of the norm and the largest one; False if it is no rounding's."""
+    off = found.double() - exact
+    relative = (off.norm() / exact.norm()).item()
+    if not relative < UNRELATED:
+        facts = {"tensor": "y", "error": relative, "allowed": UNRELATED, "baseline_error": 0.0}
+        entry["wrong"] = facts
+        return False
+    entry["rounded"] = {"relative": relative, "largest": off.abs().max().item()}
+    return True
 
 
 def measure_row(

@@ -5,34 +5,42 @@ Libraries beside torch are imported only when a row asks for them.
 
 import functools
 import importlib.util
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import lstm_fused
 from bench import environment
 from bench.cases import (
+    C_STREAM,
     CELL,
     CELLS,
     CHUNK,
     DTYPES,
     GRAPH,
+    INT8_STREAM,
     ONNX,
+    ONNX_INT8,
     OPENVINO,
     OURS,
+    OURS_BFLOAT16,
+    OURS_GRAPH,
+    OURS_INT8,
+    STREAM,
     TORCH,
+    TORCH_FLOAT16,
+    TORCH_INT8,
     WITHOUT,
     Workload,
-    lengths_of,
 )
+from bench.onnx_runs import OnnxInt8Run, OnnxRuntimeRun, OpenVinoRun
 from bench.runs import Case, GraphRun, LoopRun, ModuleRun, WithTorch, cell_of, named
+from bench.streams import CStreamRun, StreamRun
 from lstm_fused import cuda, reference
 
-OURS_GRAPH, AGAIN = f"{OURS} graph", f"{TORCH} again"
-# What an operator graph may use; older than the installed onnx, so that ONNX Runtime knows it.
-OPSET, IR_VERSION = 17, 10
+AGAIN = f"{TORCH} again"
 OTHER_WEIGHTS = ("y", "h_n", "c_n", "d_x")  # what is compared where weights have other shapes
 
 
@@ -57,6 +65,22 @@ def ours(case: Case):
 def without_option(case: Case):
     """Ours on the same input without the row's option: what the option costs."""
     return ModuleRun(case.fused(), case)
+
+
+def quantized(dtype, case: Case):
+    return ModuleRun(lstm_fused.quantize_(case.fused(), dtype), case)
+
+
+def dynamic_of_torch(module: torch.nn.RNNBase, dtype) -> torch.nn.Module:
+    """torch.nn's layer with weights of torch.qint8 or of torch.float16."""
+    model = torch.nn.ModuleDict({"layer": module})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it announces its end
+        return torch.ao.quantization.quantize_dynamic(model, {type(module)}, dtype)["layer"]
+
+
+def torch_dynamic(dtype, case: Case):
+    return ModuleRun(dynamic_of_torch(case.copied(), dtype), case)
 
 
 def without_cudnn(case: Case):
@@ -129,136 +153,6 @@ class CellRun(ModuleRun):
         return named(h, (h, c))
 
 
-class OnnxRun:
-    """A graph of one recurrent node with the module's weights, on as many threads as torch's.
-
-    A subclass's `load` makes the model a function of the feed, arrays by name, that returns y and
-    the final states.
-    """
-
-    def __init__(self, case: Case):
-        self.case = case
-        self.infer = self.load(onnx_model(case))
-        self.reset()
-
-    def load(self, model: bytes):
-        raise NotImplementedError
-
-    def reset(self):
-        work, x = self.case.workload, self.case.x
-        if work.lengths != "full":
-            x = pad_packed_sequence(x)[0]
-        elif work.batch_first:
-            x = x.transpose(0, 1).contiguous()
-        tensors = (x, *(self.case.state or ()))
-        self.feed = {n: t.numpy() for n, t in zip(("x", "h0", "c0"), tensors, strict=False)}
-
-    def step(self):
-        out = self.infer(self.feed)
-        if self.case.state:
-            self.feed |= dict(zip(("h0", "c0"), out[1:], strict=False))
-        return out
-
-    def results(self):
-        """y from ONNX's (T, D, N, R) to torch's (T, N, D*R), or its packed data."""
-        self.reset()
-        y, *ends = (torch.from_numpy(t.copy()) for t in self.step())
-        y = y.transpose(1, 2).flatten(2)
-        if self.case.workload.lengths != "full":
-            y = pack_padded_sequence(y, torch.tensor(lengths_of(self.case.workload)))
-        elif self.case.workload.batch_first:
-            y = y.transpose(0, 1)
-        return named(y, ends)
-
-
-class OnnxRuntimeRun(OnnxRun):
-    def load(self, model):
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        cpu = ["CPUExecutionProvider"]
-        session = onnxruntime.InferenceSession(model, options, providers=cpu)
-        return lambda feed: session.run(None, feed)
-
-
-class OpenVinoRun(OnnxRun):
-    """In float32: without the hint, OpenVINO computes in bfloat16 where the processor can."""
-
-    def load(self, model):
-        import openvino
-
-        properties = {
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "INFERENCE_PRECISION_HINT": "f32",
-            "PERFORMANCE_HINT": "LATENCY",
-        }
-        core = openvino.Core()
-        compiled = core.compile_model(core.read_model(model), "CPU", properties)
-        request = compiled.create_infer_request()
-        names = [port.any_name for port in compiled.outputs]
-
-        def infer(feed):
-            out = request.infer(feed, share_inputs=True)
-            return [out[name] for name in names]
-
-        return infer
-
-
-# For each cell torch's gates in ONNX's order, and the attributes of ONNX's node.
-ONNX_CELLS = {
-    "lstm": ([0, 3, 1, 2], {}),
-    "gru": ([1, 0, 2], {"linear_before_reset": 1}),
-    "rnn_tanh": ([0], {}),
-}
-
-
-def onnx_model(case: Case) -> bytes:
-    """One node of all directions: weights (D, gates * H, ...), biases (D, 2 * gates * H)."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    work, D = case.workload, case.workload.directions
-    order, attributes = ONNX_CELLS[work.cell]
-    weights = [
-        torch.stack([w.detach().unflatten(0, (-1, work.H))[order].flatten(0, 1) for w in ws])
-        for ws in zip(*case.module.all_weights, strict=True)
-    ]
-    constants = {"w": weights[0].numpy(), "r": weights[1].numpy()}
-    if work.bias:
-        constants["b"] = torch.cat(weights[2:], dim=1).numpy()
-    if work.lengths != "full":
-        constants["lengths"] = torch.tensor(lengths_of(work), dtype=torch.int32).numpy()
-    cell_state = work.cell == "lstm"
-    states = (["h0", "c0"] if cell_state else ["h0"]) if case.state else []
-    given = {"x", *constants, *states}
-
-    def values(names, *shape):
-        return [helper.make_tensor_value_info(n, TensorProto.FLOAT, list(shape)) for n in names]
-
-    inputs = ("x", "w", "r", "b", "lengths", "h0", "c0")[: 7 if cell_state else 6]
-    ends = ["h", "c"] if cell_state else ["h"]
-    node = helper.make_node(
-        CELLS[work.cell],
-        [name if name in given else "" for name in inputs],
-        ["y", *ends],
-        hidden_size=work.H,
-        direction="bidirectional" if D == 2 else "forward",
-        **attributes,
-    )
-    graph = helper.make_graph(
-        [node],
-        "layer",
-        values(["x"], work.T, work.N, work.I) + values(states, D, work.N, work.H),
-        values(["y"], work.T, D, work.N, work.H) + values(ends, D, work.N, work.H),
-        [numpy_helper.from_array(array, name) for name, array in constants.items()],
-    )
-    opsets = [helper.make_opsetid("", OPSET)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
-    return model.SerializeToString()
-
-
 def haste(case: Case):
     """lmnt-com/haste's layer, which has one bias where torch has two."""
     import haste_pytorch
@@ -296,12 +190,14 @@ class FlashModule(torch.nn.Module):
 class Provider:
     """build(case) -> run; needs: by reason against it, a function of (workload, device) that tells
     whether it does not apply; modules: what must be installed; judged: False for one that is to
-    compute something else than the row."""
+    compute something else than the row; rounded: whether its weights are, so that its error is
+    shown where that of the others is bounded."""
 
     build: Callable[[Case], object]
     needs: dict[str, Callable[[Workload, str], bool]] = field(default_factory=dict)
     modules: tuple[str, ...] = ()
     judged: bool = True
+    rounded: bool = False
     default: bool = True  # False: only when named by --providers
 
     def unsupported_reason(self, work: Workload, device: str) -> str | None:
@@ -318,15 +214,24 @@ ONE_STEP = {"measured for single steps only": lambda work, _: work.T == 1 and no
 BFLOAT16 = {"torch does so itself in other dtypes": lambda work, _: work.dtype == "bfloat16"}
 WIDE = {"runs float32 and float64": lambda work, _: work.dtype in ("float32", "float64")}
 NARROW = {"its kernel is for 16-bit dtypes": lambda work, _: work.dtype.endswith("float16")}
-ON_ONNX = {
+INFERENCE = {
     "measured for float32 inference on the CPU only": lambda work, device: (
         device == "cpu" and not work.training and work.dtype == "float32"
     ),
+}
+IN_ONNX = INFERENCE | {
     "measured for one layer only": lambda work, _: work.layers == 1,
     "ONNX has no projection": lambda work, _: not work.proj,
     "ONNX has no such option": lambda work, _: not work.option,
-    "cannot be held to an instruction set": lambda work, _: not environment.isa(),
 }
+ON_ONNX = IN_ONNX | {"cannot be held to an instruction set": lambda work, _: not environment.isa()}
+LSTM_NODES = {"has int8 weights for LSTM nodes only": lambda work, _: work.cell == "lstm"}
+TORCH_DYNAMIC = INFERENCE | {
+    "torch has it for LSTM and GRU only": lambda work, _: work.cell in ("lstm", "gru"),
+    "torch has it without projections only": lambda work, _: not work.proj,
+    "torch has no such option": lambda work, _: not work.option,
+}
+STREAMED = INFERENCE | {"a stream is one step": lambda work, _: work.mode == "step"}
 COMPARABLE = {
     "measured for an option on the same input": lambda work, _: (
         work.option in ("resets", "cell states", "checkpoints")
@@ -340,6 +245,26 @@ PROVIDERS = {
     WITHOUT: Provider(without_option, COMPARABLE, judged=False),
     ONNX: Provider(OnnxRuntimeRun, ON_ONNX, ("onnx", "onnxruntime")),
     OPENVINO: Provider(OpenVinoRun, ON_ONNX, ("onnx", "openvino")),
+    ONNX_INT8: Provider(
+        OnnxInt8Run,
+        # Compared with on every instruction set, though it cannot be held to one.
+        IN_ONNX | LSTM_NODES,
+        ("onnx", "onnxruntime"),
+        rounded=True,
+        default=False,
+    ),
+    **{
+        name: Provider(functools.partial(build, dtype), needs, rounded=True, default=False)
+        for name, build, dtype, needs in (
+            (OURS_INT8, quantized, torch.int8, INFERENCE),
+            (OURS_BFLOAT16, quantized, torch.bfloat16, INFERENCE),
+            (TORCH_INT8, torch_dynamic, torch.qint8, TORCH_DYNAMIC),
+            (TORCH_FLOAT16, torch_dynamic, torch.float16, TORCH_DYNAMIC),
+            (INT8_STREAM, StreamRun, torch.int8, STREAMED),
+        )
+    },
+    STREAM: Provider(functools.partial(StreamRun, None), STREAMED, default=False),
+    C_STREAM: Provider(functools.partial(CStreamRun, None), STREAMED, default=False),
     CELL: Provider(CellRun, ONE_LAYER | ONE_STEP),
     AGAIN: Provider(torch_nn, default=False),
     "torch.compile": Provider(

@@ -1,33 +1,38 @@
-"""From results files to what people read: tables, one chart a file, a page, README, comparisons."""
+"""From results files to what people read: tables, goals, comparisons."""
 
-import contextlib
-import hashlib
-import html
-import io
 import json
 import math
-import os
-import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import environment
-from bench.cases import HEADLINE, OURS, TORCH, Workload, regime
-from bench.environment import ROOT
-from bench.providers import AGAIN, OURS_GRAPH
+from bench import accuracy, environment
+from bench.accuracy import power_of_ten
+from bench.cases import (
+    COUNTERPARTS,
+    ONNX_INT8,
+    OURS,
+    OURS_GRAPH,
+    SET_RATIOS,
+    TORCH,
+    Workload,
+    regime,
+)
+from bench.latency import ARITHMETIC, SHARES
+from bench.providers import AGAIN
 
 DURATION = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}
 BYTES = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
+ACCURACY = (
+    "Error: of the layer's y beside float32, its norm over that of y; rms and largest: of single"
+    " values of y; metric: on held-out data, in bold in float32"
+)
+LATENCY = (
+    f"Single calls: on one processor, beside {ARITHMETIC}, which takes as long as the first of them"
+    " and which the machine delays as it delays any program"
+)
+TAIL = 1.5  # a single call's p99.99 over its median, on an idle core, at most
 QUIET_CPUS = 0.1  # what other programs may use before a caption mentions it
-README, DOCS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
-WORKS_WITH, SEQUENCES = ROOT / "docs" / "works_with.md", ROOT / "docs" / "sequences.md"
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-COLORS = ("#1f6f8b", "#d1603d", "#6b8f3c", "#7b5ea7", "#8a8a8a", "#b08900")
-SWEEP_LINE = re.compile(r"over ([TNH]), ")  # groups that are drawn as lines
-
-
-class NoChart(Exception):
-    """matplotlib is not there."""
 
 
 def load(path: Path) -> dict:
@@ -60,14 +65,33 @@ def peers(result: dict) -> list[str]:
     return [name for name in result["providers"] if not name.startswith(OURS)]
 
 
-def speedup(row: dict, peer: str, provider: str | None = None) -> float | None:
-    """The peer's median over the provider's, None where either has no time.
+def counterpart(row: dict, peer: str) -> str:
+    """Which of ours a peer is compared with: of those of its own kind the first that has a time."""
+    own = COUNTERPARTS.get(peer, (OURS,))
+    return next((name for name in own if median_of(row, name)), own[0])
 
-    Ours is the default, where a peer is replayed from a CUDA graph ours with a graph.
-    """
-    own = median_of(row, provider or (OURS_GRAPH if peer.endswith(" graph") else OURS))
-    theirs = median_of(row, peer)
+
+def speedup(row: dict, peer: str, provider: str | None = None) -> float | None:
+    """The peer's median over the provider's, by default its counterpart's; None where either has no
+    time."""
+    own, theirs = median_of(row, provider or counterpart(row, peer)), median_of(row, peer)
     return theirs / own if theirs and own else None
+
+
+def ratios(result: dict) -> dict[str, Callable[[dict], float | None]]:
+    """From heading to function of a row of each speed-up that the result's table has."""
+    if OURS not in result["providers"]:
+        return {}
+    found = {f"over {peer}": lambda row, p=peer: speedup(row, p) for peer in peers(result)}
+    if pairs := SET_RATIOS.get(result.get("set")):
+        found = {
+            f"{own.removeprefix(f'{OURS} ')} over {peer}": lambda row, o=own, p=peer: speedup(
+                row, p, o
+            )
+            for own, peer in pairs
+            if {own, peer} <= set(result["providers"])
+        }
+    return found
 
 
 def share(row: dict, provider: str = OURS) -> float | None:
@@ -76,25 +100,54 @@ def share(row: dict, provider: str = OURS) -> float | None:
     return limit / median if median and limit else None
 
 
-def step_us(row: dict) -> list[float]:
-    """Our microseconds a time step, without and with a graph, where there is a time."""
-    medians = (median_of(row, provider) for provider in (OURS, OURS_GRAPH))
+def step_us(row: dict, names=(OURS, OURS_GRAPH)) -> list[float]:
+    """Microseconds a time step of each provider that has a time."""
+    medians = (median_of(row, provider) for provider in names)
     return [median * 1e6 / row["workload"]["T"] for median in medians if median]
 
 
+def step_goals(row: dict, isa: str) -> Iterator[tuple[str, float | None, float]]:
+    """(provider, microseconds a time step, at most so many) of each goal for this instruction set;
+    one of ours counts with a graph or without."""
+    for key, most in (row["workload"].get("step_us") or {}).items():
+        name, _, wanted = key.partition(" on ")
+        if isa.startswith(wanted):
+            names = (name, OURS_GRAPH) if name == OURS else (name,)
+            yield name, min(step_us(row, names), default=None), most
+
+
 def goals_text(result: dict) -> str:
-    """Which goals of its set a result reached; a goal over a peer without a time is left out."""
-    reached, missed = 0, []
+    """Which goals of its set a result reached; a goal of a pair of which either was not measured is
+    left out, unless it is ours that has no time."""
+    if result["set"] == "accuracy":
+        return accuracy.goals_text(result)
+    reached, missed, machine = 0, [], result["machine"]
+    isa = machine["forced_isa"] or machine["isa"]
     for row in measured(result):
         name = row["workload"]["name"]
-        found = [(speedup(row, p), g, f"x over {p}") for p, g in row["workload"]["goals"].items()]
-        if most := row["workload"].get("step_us"):
-            found.append((-min(step_us(row), default=math.inf), -most, " µs a time step"))
+        found = []
+        for peer, goal in row["workload"]["goals"].items():
+            own = counterpart(row, peer)
+            if own in result["providers"] and (median_of(row, peer) or not median_of(row, own)):
+                of = f" of {own}" * (own != OURS)
+                found.append((speedup(row, peer), goal, f"x{of} over {peer}"))
+        for own, value, most in step_goals(row, isa):
+            if own in result["providers"]:
+                of = f" of {own}" * (own != OURS)
+                found.append((value and -value, -most, f" µs a time step{of}"))
         for value, goal, unit in found:
             if value is not None and value >= goal:
                 reached += 1
-            elif value is not None or not median_of(row, OURS):
+            else:
                 missed.append(f"- {name}: {abs(value or 0):.3g} of {abs(goal):g}{unit}")
+    for shape in result.get("latency", []):
+        for name, each in shape["providers"].items():
+            if name != ARITHMETIC:
+                tail = each["p99.99"] / each["p50"]
+                reached += tail <= TAIL
+                missed += [f"- {shape['name']}, {name}: p99.99 is {tail:.2f} of {TAIL} medians"] * (
+                    tail > TAIL
+                )
     lines = [f"Goals reached: {reached} of {reached + len(missed)}.", *missed]
     return "\n".join(lines)
 
@@ -136,6 +189,18 @@ def share_cell(row: dict) -> str:
     return " / ".join(f"{part:.0%}" for part in shares if part is not None)
 
 
+def rounded_providers(result: dict) -> list[str]:
+    """Those whose weights are rounded, in an order."""
+    entries = [row["providers"] for row in result["rows"]]
+    return [n for n in result["providers"] if any("rounded" in e.get(n, {}) for e in entries)]
+
+
+def error_cell(row: dict, names: list[str]) -> str:
+    """The relative error of y of each of these providers, "-" where there is none."""
+    entries = [row["providers"].get(name, {}).get("rounded") for name in names]
+    return " / ".join(power_of_ten(entry["relative"]) if entry else "-" for entry in entries)
+
+
 def judged_cell(row: dict) -> str:
     """How many outputs and gradients ours were compared with float64, where a model was judged."""
     entry = row["providers"][OURS]
@@ -148,11 +213,12 @@ def judged_cell(row: dict) -> str:
 def columns(result: dict) -> dict:
     """From heading to cell function of each column after the case's name."""
     made = {p: lambda row, p=p: time_cell(row["providers"].get(p, {})) for p in result["providers"]}
-    if OURS in result["providers"]:
-        for peer in peers(result):
-            made[f"over {peer}"] = lambda row, p=peer: ratio_cell(speedup(row, p))
+    for heading, ratio in ratios(result).items():
+        made[heading] = lambda row, ratio=ratio: ratio_cell(ratio(row))
     if result.get("set") in ("clients", "model"):
         made["equal"] = judged_cell
+    if rounded := rounded_providers(result):
+        made["error"] = lambda row: error_cell(row, rounded)
     if any(row["workload"].get("step_us") for row in result["rows"]):
         made["µs a time step"] = lambda row: " / ".join(f"{us:.3g}" for us in step_us(row))
     if any(row.get("limit") for row in result["rows"]):
@@ -197,7 +263,9 @@ def table_text(lines: list[list[str]]) -> str:
 
 
 def table(result: dict) -> str:
-    """The rows as a markdown table, a line in bold above each regime."""
+    """The rows as a markdown table, a line in bold above each regime, or those of accuracy."""
+    if result["set"] == "accuracy":
+        return table_text(accuracy.rows_of(result))
     heading, groups = cells(result)
     lines = [heading]
     for name, rows in groups.items():
@@ -212,17 +280,23 @@ def caption(result: dict) -> str:
     absent = ", ".join(sorted({row["absent"] for row in rows if "absent" in row}))
     malloc = ", whose malloc was told to keep what is freed" * result.get("keep_memory", False)
 
+    rounded = rounded_providers(result)
+
     def some(key):
         return any(row.get(key) for row in rows)
 
     is_model = result.get("set") in ("clients", "model")
     sentences = [
         (f"{environment.title(m)}{isa}, torch {m['torch']}, {m['revision']}, {m['date']}", True),
-        ("Medians of interleaved samples, ± half the span from p10 to p90", True),
+        (ACCURACY, result.get("models")),
+        ("Medians of interleaved samples, ± half the span from p10 to p90", rows),
         ("~ marks a span too wide to rely on", noisy),
         ("Of limit: the machine's measured limit for the row over our time", some("limit")),
         (f"Equal: outputs and gradients off by at most twice {TORCH}'s error", is_model),
         (f"Memory: peak of a training step, {TORCH}'s and ours", some("memory")),
+        (LATENCY, result.get("latency")),
+        (f"Error: of y, its norm over that of y, of {' / '.join(rounded)}", rounded),
+        (f"Not held to {m['forced_isa']}: {ONNX_INT8}", m["forced_isa"] and ONNX_INT8 in rounded),
         ("Replayed CUDA graphs are compared with each other", OURS_GRAPH in result["providers"]),
         (f"Left out: {absent}", absent),
         (f"Each row in a process of its own{malloc}", "keep_memory" in result and not m["gpu"]),
@@ -235,115 +309,22 @@ def caption(result: dict) -> str:
     return " ".join(f"{sentence}." for sentence, applies in sentences if applies)
 
 
+def latency_table(found: list[dict]) -> str:
+    """found: a result's "latency", what latency.measure() gave; "" of none."""
+    lines = [["single calls", *SHARES, "p99.99 over p50"]]
+    for shape in found:
+        lines.append(
+            [f"**{shape['name']}, {shape['calls']:,} calls each**", *[""] * (len(SHARES) + 1)]
+        )
+        for name, each in shape["providers"].items():
+            cells = [quantity(each[key]) for key in SHARES]
+            lines.append([name, *cells, ratio_cell(each["p99.99"] / each["p50"])])
+    return table_text(lines) if found else ""
+
+
 def markdown(result: dict) -> str:
-    return f"{table(result)}\n\n{caption(result)}"
-
-
-def pyplot():
-    try:
-        import matplotlib
-        from matplotlib import pyplot
-    except ImportError:
-        raise NoChart("matplotlib is not installed: no chart") from None
-    matplotlib.use("Agg")
-    style = {"svg.fonttype": "none", "svg.hashsalt": "lstm_fused", "font.size": 9}
-    matplotlib.rcParams.update(style)
-    return pyplot
-
-
-def digest(result: dict) -> str:
-    """What a chart's file carries, so that a test can tell whether it shows this result."""
-    shown = [
-        (row["workload"]["name"], share(row), *(speedup(row, peer) for peer in peers(result)))
-        for row in measured(result)
-    ]
-    return hashlib.sha256(repr(shown).encode()).hexdigest()[:16]
-
-
-def is_sweep(result: dict) -> bool:
-    return any(SWEEP_LINE.match(group) for group in by_regime(result))
-
-
-def logarithmic(axes, name: str) -> None:
-    """That axis of the axes, "x" or "y", in powers, written as 1x, 2x, 5x; a line at 1x."""
-    getattr(axes, f"set_{name}scale")("log")
-    axis = getattr(axes, f"{name}axis")
-    axis.get_major_locator().set_params(subs=(1, 2, 5))
-    axis.set_major_formatter(lambda value, _: f"{value:g}x")
-    axis.set_minor_formatter(lambda value, _: "")
-    (axes.axvline if name == "x" else axes.axhline)(1.0, color="black", linewidth=1)
-    axes.grid(True, alpha=0.25)
-
-
-def dots(axes, groups: dict, series: dict) -> None:
-    """A row of dots per regime; series: from label to a function of a row, its value or None."""
-    for k, (label, value) in enumerate(series.items()):
-        offset = (k - (len(series) - 1) / 2) * 0.22
-        points = [
-            (value(row), index + offset)
-            for index, rows in enumerate(groups.values())
-            for row in rows
-            if value(row) is not None
-        ]
-        axes.plot(*zip(*points, strict=True), "o", color=COLORS[k], alpha=0.75, label=label)
-    axes.set_yticks(range(len(groups)), list(groups))
-    axes.set_ylim(len(groups) - 0.5, -0.5)
-    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
-
-
-def draw_regimes(result: dict, plot):
-    """Speed-up over each peer on the left, share of the limit on the right, by regime."""
-    groups, rows = by_regime(result), measured(result)
-    over = {f"over {p}": lambda row, p=p: speedup(row, p) for p in peers(result)}
-    limits = {f"{p}'s share": lambda row, p=p: share(row, p) for p in (TORCH, OURS)}
-    panels = [{k: f for k, f in s.items() if any(map(f, rows))} for s in (over, limits)]
-    panels = [series for series in panels if series]
-    size = (3.5 + 3 * len(panels), 1.5 + 0.45 * len(groups))
-    figure, axes = plot.subplots(
-        1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained"
-    )
-    for panel, series in zip(axes[0], panels, strict=True):
-        dots(panel, groups, series)
-    logarithmic(axes[0][0], "x")
-    axes[0][0].set_title(f"times as fast: {OURS}", fontsize=9)
-    if len(panels) > 1:
-        axes[0][1].set_xlim(0, 1.05)
-        axes[0][1].xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axes[0][1].grid(True, alpha=0.25)
-        axes[0][1].set_title("share of the machine's limit", fontsize=9)
-    return figure
-
-
-def draw_sweep(result: dict, plot):
-    """Speed-up over torch.nn along each line of a sweep, a panel a line."""
-    lines = {name: rows for name, rows in by_regime(result).items() if SWEEP_LINE.match(name)}
-    size = (8, 2.1 * len(lines))
-    figure, axes = plot.subplots(len(lines), figsize=size, squeeze=False, layout="constrained")
-    for panel, (name, rows) in zip(axes[:, 0], lines.items(), strict=True):
-        axis = SWEEP_LINE.match(name)[1]
-        for k, mode in enumerate(("forward", "training")):
-            points = [
-                (row["workload"][axis], speedup(row, TORCH))
-                for row in rows
-                if row["workload"]["mode"] == mode and speedup(row, TORCH)
-            ]
-            panel.plot(*zip(*points, strict=True), "o-", color=COLORS[k], label=mode, markersize=3)
-        panel.set_xscale("linear" if axis == "N" else "log")
-        panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        logarithmic(panel, "y")
-        panel.set_title(f"times as fast as {TORCH} {name}", fontsize=9)
-    axes[0][0].legend()
-    return figure
-
-
-def chart(result: dict) -> str:
-    """The SVG picture of a result, the same text each time; NoChart where matplotlib is missing."""
-    plot, text = pyplot(), io.StringIO()
-    figure = draw_sweep(result, plot) if is_sweep(result) else draw_regimes(result, plot)
-    metadata = {"Date": None, "Description": digest(result)}
-    figure.savefig(text, format="svg", metadata=metadata)
-    plot.close(figure)
-    return text.getvalue()
+    parts = (table(result), latency_table(result.get("latency", [])), caption(result))
+    return "\n\n".join(filter(None, parts))
 
 
 def save(result: dict, path: Path) -> None:
@@ -352,61 +333,6 @@ def save(result: dict, path: Path) -> None:
     partial = path.with_suffix(".part")
     partial.write_text(json.dumps(result, indent=1) + "\n")
     partial.replace(path)
-
-
-def page(results: list[dict]) -> str:
-    """One HTML page with nothing to load from elsewhere."""
-    parts = ['<!doctype html><meta charset="utf-8"><title>lstm_fused, measured</title>']
-    for result in results:
-        with contextlib.suppress(NoChart):
-            parts.append(chart(result).partition("?>")[2])
-        facts = json.dumps([result["machine"], result.get("roofline")], indent=1)
-        parts += (f"<pre>{html.escape(text)}</pre>" for text in (markdown(result), facts))
-    return "\n".join(parts)
-
-
-def headline(result: dict) -> str:
-    """README's short table of a result."""
-    heading, groups = cells(result)
-    keep = [heading.index(name) for name in ("case", TORCH, OURS, f"over {TORCH}")]
-    rows = [line for lines in groups.values() for line in lines if line[0] in HEADLINE]
-    return table_text([[line[k] for k in keep] for line in (heading, *rows)])
-
-
-def block(paths: list[Path], target: Path) -> str:
-    """What README shows of the first file, and a page of docs of all; of a sweep the chart."""
-    parts = []
-    for path in paths[:1] if target == README else paths:
-        result, name = load(path), os.path.relpath(path.resolve(), target.parent)
-        title = f"{environment.title(result['machine'])}, set {result['set']}"
-        parts.append(f"![{title}: speed-up]({Path(name).with_suffix('.svg')})")
-        if not is_sweep(result):
-            parts.append(headline(result) if target == README else table(result))
-        if target == README:  # without these columns
-            shown = ("workload", "providers")
-            result["rows"] = [{key: row[key] for key in shown} for row in measured(result)]
-        parts.append(f"{caption(result)} From [{path.name}]({name}).")
-    return "\n\n".join(parts)
-
-
-def pages_of(result: dict) -> tuple[Path, ...]:
-    """The pages that show a result of its set."""
-    return {"clients": (WORKS_WITH,), "sequences": (SEQUENCES,)}.get(result["set"], (README, DOCS))
-
-
-def paths_in(text: str, target: Path) -> list[Path]:
-    """The results files that a block of the target was made from."""
-    names = re.findall(r"From \[.+?\]\((.+?)\)", text)
-    return [(target.parent / name).resolve() for name in names]
-
-
-def update(target: Path, paths: list[Path]) -> None:
-    """Puts the block between the target's two markers."""
-    before, begin, rest = target.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{target}: the markers {BEGIN} and {END} are not there, in this order")
-    target.write_text(f"{before}{BEGIN}\n{block(paths, target)}\n{END}{after}")
 
 
 def scaling(results: list[dict]) -> str:

@@ -17,11 +17,8 @@ launch, exchange    on a GPU, of which start is the time from kernel to kernel i
                     that time without one, exchange what gpu.measure_exchange found, or None
 """
 
-import hashlib
 import math
-import os
 import re
-import subprocess
 import sysconfig
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
@@ -32,20 +29,16 @@ import torch
 
 from bench import environment
 from bench.cases import DTYPES, GATES, Workload, batch_sizes_of
+from bench.compiled import NotMeasured, compiled, compiler
 from lstm_fused import _plan
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-BUILD = environment.ROOT / "build"
 FLAGS = [
     *("-O3", "-std=c++17", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared"),
     *("-fvisibility=hidden", f"-I{sysconfig.get_path('include')}"),
 ]
 TRIES, SECONDS = 3, 0.05
 MEMORY_BYTES = 64 << 20  # of each thread, when the level measured is no cache
-
-
-class NotMeasured(Exception):
-    """Why the machine's limits are not known here, in one line."""
 
 
 class Partition(NamedTuple):
@@ -194,24 +187,6 @@ def best(roofs: list, key: str = ""):
     return min(known, default=None)  # a time; of the others all are the same
 
 
-def compiled(source: Path, command: list[str], *facts: str) -> Path:
-    """The library of `command` source -o path, built unless that was done with the same command,
-    text and facts."""
-    key = hashlib.sha256(repr((source.read_text(), command, facts)).encode()).hexdigest()[:12]
-    path = BUILD / f"{source.stem}-{key}.so"
-    if not path.exists():
-        BUILD.mkdir(exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        arguments = [*command, str(source), "-o", str(partial)]
-        try:
-            subprocess.run(arguments, check=True, capture_output=True, text=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            lines = (getattr(error, "stderr", None) or str(error)).strip().split("\n")
-            raise NotMeasured(f"{source.name} does not compile: {lines[0]}") from None
-        partial.replace(path)
-    return path
-
-
 def caches(root: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> list[tuple[str, int, bool]]:
     """Name, bytes and whether it is shared, of each level that holds data, nearest first."""
     found = {}
@@ -247,12 +222,11 @@ def cpu_rates(module, threads: int) -> dict:
 def measure_cpu(threads: int) -> dict:
     info = Path("/proc/cpuinfo")
     processor = re.findall(r"^flags.*$", info.read_text(), re.M)[:1] if info.exists() else []
-    compiler = os.environ.get("CXX", "g++").split()
     try:
         from pybind11 import get_include
     except ImportError:
         raise NotMeasured("pybind11 is not installed") from None
-    command = [*compiler, f"-march={environment.march()}", *FLAGS, f"-I{get_include()}"]
+    command = [*compiler(), f"-march={environment.march()}", *FLAGS, f"-I{get_include()}"]
     path = str(compiled(SOURCE, command, *processor))
     spec = spec_from_file_location("roofline", path, loader=ExtensionFileLoader("roofline", path))
     module = module_from_spec(spec)

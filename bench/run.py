@@ -13,6 +13,7 @@ from bench.providers import unsupported_reason
 from bench.timing import Sampling
 
 SCHEMA = 2
+PASSED = {"parity", "rounded", "unjudged"}  # an entry's verdicts that let it be timed
 STRIKES = 2  # a provider that broke so many processes in like rows is not tried in further ones
 
 
@@ -34,7 +35,7 @@ class RowMeasurer:
         on_cpu = self.device == "cpu"
         try:
             entries = self._call(self.worker, work, names, None if on_cpu else sampling)
-            right = [name for name in names if entries[name].keys() & {"parity", "unjudged"}]
+            right = [name for name in names if entries[name].keys() & PASSED]
             if on_cpu and right:
                 with Worker(self.variables) as fresh:
                     timed = self._call(fresh, work, right, sampling, gate=False)

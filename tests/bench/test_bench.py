@@ -8,6 +8,8 @@ from bench.cases import (
     CELLS,
     DTYPES,
     MODES,
+    SET_PROVIDERS,
+    SET_RATIOS,
     SETS,
     Workload,
     batch_sizes_of,
@@ -30,8 +32,18 @@ def test_rows_are_well_formed(rows):
         assert row.dtype in DTYPES and row.mode in MODES and row.cell in CELLS
         assert row.T == 1 or row.mode != "step"
         assert row.goals.keys() <= providers.PROVIDERS.keys()
+        assert {key.partition(" on ")[0] for key in row.step_us} <= providers.PROVIDERS.keys()
         assert min(row.T, row.N, row.I, row.H) >= 1
         assert regime(row)
+
+
+def test_a_set_names_providers_that_there_are():
+    """And a ratio of its table is of two that it measures."""
+    for name, chosen in SET_PROVIDERS.items():
+        assert set(chosen) <= providers.PROVIDERS.keys() and name in SETS
+        pairs = SET_RATIOS.get(name, ())
+        assert {each for pair in pairs for each in pair} <= {"torch.nn", *chosen}
+    assert SET_RATIOS.keys() <= SET_PROVIDERS.keys()
 
 
 def test_names_say_what_is_measured():
@@ -95,6 +107,51 @@ def test_providers_agree_with_the_oracle(work):
     onnx = {"carried", "directions", "gru lengths", "rnn step", "rows"}
     peers = ["ONNX Runtime", "OpenVINO"] if work.name in onnx else []
     assert passed == [*PAIR, *peers, *(["torch.nn cell"] if work.name == "carried" else [])]
+
+
+ROUNDED = {name: p for name, p in providers.PROVIDERS.items() if p.rounded}
+INT8_SHAPES = [  # int8, bfloat16; the peers where they have such a layer
+    Workload("forward", T=9, N=2, I=20, H=24),
+    Workload("step", T=1, N=2, I=20, H=24, mode="step"),
+    Workload("packed", T=9, N=3, I=20, H=24, lengths="half"),
+    Workload("gru", T=9, N=2, I=20, H=24, cell="gru", layers=2),
+    Workload("projection", T=9, N=2, I=20, H=24, proj=8),
+]
+
+
+@pytest.mark.parametrize("work", INT8_SHAPES, ids=lambda work: work.name)
+def test_errors_of_rounded_weights_are_shown(work):
+    """They are larger than float32's, which would be wrong, and not so large as another row's."""
+    case = runs.build_case(work)
+    names = [n for n, p in ROUNDED.items() if "stream" not in n]
+    entries = measure.measure_row(work, ["torch.nn", *names], None)
+    have = [n for n, p in ROUNDED.items() if n in names and not p.unsupported_reason(work, "cpu")]
+    assert {"lstm_fused int8", "lstm_fused bfloat16 weights"} <= set(have)
+    assert ("ONNX Runtime int8" in have) == (work.cell == "lstm" and not work.proj)
+    for name in names:
+        assert entries[name].keys() == ({"rounded"} if name in have else {"absent"}), entries[name]
+    exact = runs.exact_results(case)
+    for name in have:
+        assert 1e-5 < entries[name]["rounded"]["relative"] < 0.03
+        strict = parity.compare(
+            providers.PROVIDERS[name].build(case).results(),
+            providers.torch_nn(case).results(),
+            exact,
+        )
+        assert not parity.worst(strict).ok
+
+
+def test_results_of_another_row_are_no_rounding(monkeypatch):
+    scaled = lambda case: ScaledBy(-1.0, case)  # noqa: E731
+    monkeypatch.setitem(providers.PROVIDERS, "peer", providers.Provider(scaled, rounded=True))
+    entries = measure.measure_row(SMALL, ["torch.nn", "peer"], None)
+    assert entries["peer"]["wrong"]["error"] == pytest.approx(2.0)
+    monkeypatch.setitem(
+        providers.PROVIDERS,
+        "peer",
+        providers.Provider(lambda case: ScaledBy(float("nan"), case), rounded=True),
+    )
+    assert "wrong" in measure.measure_row(SMALL, ["torch.nn", "peer"], None)["peer"]
 
 
 @pytest.mark.parametrize("name", [*PAIR, "torch.nn cell", "ONNX Runtime", "OpenVINO"])
@@ -166,6 +223,15 @@ def off_by(amount):
     return lambda case: Wrong(case.module, case)
 
 
+class ScaledBy(runs.ModuleRun):
+    def __init__(self, factor, case):
+        super().__init__(case.module, case)
+        self.factor = factor
+
+    def results(self):
+        return {name: t * self.factor for name, t in super().results().items()}
+
+
 @pytest.mark.parametrize("amount", [float("nan"), 1e-3])
 def test_only_right_providers_get_a_time(monkeypatch, amount):
     more = {"lstm_fused": off_by(amount), "peer": refuses}
@@ -210,6 +276,20 @@ def test_samples_are_interleaved_and_long_enough():
     assert found["A"].n == found["B"].n == 3
     assert (found["A"].median, found["A"].loops) == (1.0, 1)
     assert found["B"].loops * found["B"].median >= 0.1
+
+
+def test_a_step_may_have_a_loop_of_its_own():
+    calls = []
+
+    class Step:
+        def __call__(self):
+            calls.append(1)
+
+        def repeat(self, count):
+            calls.append(count)
+
+    timing.WallClock().sample(Step(), 7)
+    assert calls == [1, 7]
 
 
 def test_little_time_means_fewer_samples_before_fewer_rows():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench import __main__ as cli
-from bench import clients, report
+from bench import clients, pages, report
 from bench.timing import Sampling
 
 
@@ -71,17 +71,17 @@ def test_the_table():
 def test_results_go_to_their_own_page(two, tmp_path, monkeypatch):
     page, other, out = tmp_path / "works_with.md", tmp_path / "other.md", tmp_path / "c.json"
     for path in (page, other):
-        path.write_text(f"{report.BEGIN}\n{report.END}\n")
-    monkeypatch.setattr(report, "WORKS_WITH", page)
-    monkeypatch.setattr(report, "README", other)
-    monkeypatch.setattr(report, "DOCS", other)
+        path.write_text(f"{pages.BEGIN}\n{pages.END}\n")
+    monkeypatch.setattr(pages, "WORKS_WITH", page)
+    monkeypatch.setattr(pages, "README", other)
+    monkeypatch.setattr(pages, "DOCS", other)
     assert cli.main(["--threads", "1", "--json", str(out), "clients"]) == 0
     assert cli.main(["report", str(out), "--readme"]) == 0
     assert "| layer, forward " in page.read_text() and "layer" not in other.read_text()
 
 
 def test_every_client_has_committed_results():
-    shown = report.paths_in(report.WORKS_WITH.read_text(), report.WORKS_WITH)
+    shown = pages.paths_in(pages.WORKS_WITH.read_text(), pages.WORKS_WITH)
     rows = [row for path in shown for row in report.load(path)["rows"]]
     assert {row["client"] for row in rows} == set(clients.CLIENTS)
     for row in rows:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import __main__ as cli
-from bench import report
+from bench import charts, pages, report
 from bench.cases import HEADLINE, SETS, Workload
 
 MACHINE = {
@@ -86,7 +86,7 @@ def test_durations_and_amounts():
 
 def test_goals_are_not_in_the_table():
     goals = {"torch.nn": 1.5, "ONNX Runtime": 1.05}
-    slow = row("slow a step", sizes={"step_us": 50.0})
+    slow = row("slow a step", sizes={"step_us": {"lstm_fused": 50.0}})
     found = result(
         row("met", goals=goals, onnx=1.2e-3),
         row("missed", ours=1.6e-3, goals=goals, onnx=1.2e-3),
@@ -103,6 +103,51 @@ def test_goals_are_not_in_the_table():
         "- missed: 1.25 of 1.5x over torch.nn",
         "- missed: 0.75 of 1.05x over ONNX Runtime",
         "- slow a step: 100 of 50 µs a time step",
+    ]
+
+
+def rounded(median, relative):
+    return timed(median) | {"rounded": {"relative": relative, "largest": 1.0}}
+
+
+def test_rounded_weights_are_compared_with_rounded_weights():
+    """Their errors are in the table. A goal is of the counterpart, and left out without a peer."""
+    goals = {"ONNX Runtime int8": 1.1, "lstm_fused": 1.6}
+    first, second = row("first", goals=goals), row("second", goals=goals)
+    for each in (first, second):
+        each["providers"]["lstm_fused int8"] = rounded(5e-4, 4.1e-3)
+        each["providers"]["lstm_fused bfloat16 weights"] = rounded(8e-4, 1e-3)
+    first["providers"]["ONNX Runtime int8"] = rounded(6e-4, 1e-2)
+    found = result(first, second, set="int8")
+    assert cell(found, "int8 over lstm_fused") == "2.00x"
+    assert cell(found, "int8 over ONNX Runtime int8") == "1.20x"
+    assert cell(found, "bfloat16 weights over lstm_fused") == "1.25x"
+    assert cell(found, "error") == "4.1e-3 / 1.0e-3 / 1.0e-2"
+    assert cell(found, "error", 1) == "4.1e-3 / 1.0e-3 / -"
+    assert not any("torch.nn int8" in heading for heading in report.cells(found)[0])
+    of = "1.25 of 1.6x of lstm_fused bfloat16 weights over lstm_fused"
+    assert report.goals_text(found).splitlines() == [
+        "Goals reached: 1 of 3.",
+        f"- first: {of}",
+        f"- second: {of}",
+    ]
+    assert "Error: of y" in report.caption(found) and "Not held" not in report.caption(found)
+    held = found | {"machine": MACHINE | {"forced_isa": "avx2"}}
+    assert "Not held to avx2: ONNX Runtime int8." in report.caption(held)
+    assert charts.digest(found) in charts.chart(found)
+
+
+def test_goals_of_a_step_depend_on_the_instruction_set():
+    goals = {"lstm_fused on avx512": 50.0, "lstm_fused on avx2": 150.0, "lstm_fused C stream": 3.0}
+    found = result(row("step", sizes={"step_us": goals}))
+    assert report.goals_text(found) == "Goals reached: 1 of 1."  # 100 µs, on avx2
+    found["rows"][0]["providers"]["lstm_fused C stream"] = timed(1e-4)
+    found["providers"].append("lstm_fused C stream")
+    found["machine"] = MACHINE | {"isa": "avx512_bf16"}
+    assert report.goals_text(found).splitlines() == [
+        "Goals reached: 0 of 2.",
+        "- step: 100 of 50 µs a time step",
+        "- step: 10 of 3 µs a time step of lstm_fused C stream",
     ]
 
 
@@ -246,14 +291,14 @@ def test_a_page_and_a_chart_on_demand(tmp_path):
     assert "&lt;b&gt; &amp; row" in text and "<b> &" not in text and "<svg" in text
     assert 'src="http' not in text and "<script" not in text and "<link" not in text
     found = report.load(path)
-    assert report.digest(found) in drawn and report.chart(found) == drawn
-    assert report.digest(found) != report.digest(result(row("<b> & row", ours=1.1e-3)))
+    assert charts.digest(found) in drawn and charts.chart(found) == drawn
+    assert charts.digest(found) != charts.digest(result(row("<b> & row", ours=1.1e-3)))
 
 
 def test_a_sweep_is_drawn_as_lines():
     rows = [{"workload": asdict(work), "providers": row()["providers"]} for work in SETS["sweep"]]
-    assert report.is_sweep(result(*rows)) and not report.is_sweep(result(row()))
-    assert "over H, N6" in report.chart(result(*rows))
+    assert charts.is_sweep(result(*rows)) and not charts.is_sweep(result(row()))
+    assert "over H, N6" in charts.chart(result(*rows))
 
 
 def test_without_matplotlib(tmp_path, monkeypatch, capsys):
@@ -273,30 +318,30 @@ def test_files_of_another_kind_are_refused(tmp_path, capsys):
 
 def test_markers(tmp_path):
     path, text = written(tmp_path, "made.json", result(row("small"))), tmp_path / "docs.md"
-    text.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.update(text, [path])
+    text.write_text(f"before\n{pages.BEGIN}\nold\n{pages.END}\nafter\n")
+    pages.update(text, [path])
     found = text.read_text()
     assert found.startswith("before\n") and found.endswith("\nafter\n")
     assert "old" not in found and "| small " in found and "(made.svg)" in found
-    assert report.paths_in(found, text) == [path]
+    assert pages.paths_in(found, text) == [path]
     text.write_text("no markers")
     with pytest.raises(ValueError, match="markers"):
-        report.update(text, [path])
+        pages.update(text, [path])
 
 
 @pytest.mark.parametrize(
     "target",
-    [report.README, report.DOCS, report.WORKS_WITH, report.SEQUENCES],
+    [pages.README, pages.DOCS, pages.WORKS_WITH, pages.SEQUENCES],
     ids=lambda path: path.name,
 )
 def test_pages_show_what_their_files_say(target):
-    shown = target.read_text().partition(report.BEGIN)[2].partition(report.END)[0]
-    paths = report.paths_in(shown, target)
+    shown = target.read_text().partition(pages.BEGIN)[2].partition(pages.END)[0]
+    paths = pages.paths_in(shown, target)
     assert paths
-    assert shown.strip() == report.block(paths, target)
-    assert target != report.README or all(f"| {name} " in shown for name in HEADLINE)
+    assert shown.strip() == pages.block(paths, target)
+    assert target != pages.README or all(f"| {name} " in shown for name in HEADLINE)
     for path in paths:
         drawn, changed = path.with_suffix(".svg").read_text(), copy.deepcopy(report.load(path))
-        assert report.digest(report.load(path)) in drawn
+        assert charts.digest(report.load(path)) in drawn
         changed["rows"][0]["providers"]["lstm_fused"]["timing"]["median"] *= 1.01
-        assert report.digest(changed) not in drawn
+        assert charts.digest(changed) not in drawn

@@ -254,7 +254,7 @@ def test_caches(tmp_path):
 
 def test_no_compiler_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(roofline, "BUILD", tmp_path)
+    monkeypatch.setattr("bench.compiled.BUILD", tmp_path)
     with pytest.raises(roofline.NotMeasured, match="does not compile"):
         roofline.measure_cpu(1)
 

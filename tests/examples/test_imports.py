@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 FORBIDDEN = {
     "lstm_fused": {"bench", "examples", "tests"},
     "examples": {"bench", "tests"},
-    "bench": {"examples", "tests"},
+    "bench": {"tests"},
 }
 
 
