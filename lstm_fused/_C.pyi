@@ -1,4 +1,4 @@
-"""Calls past torch's dispatcher: csrc/torch/module.cpp, inference.cpp and eager.cpp."""
+"""Calls past torch's dispatcher: csrc/torch/module.cpp, inference.cpp, eager.cpp and stream.cpp."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,8 +13,28 @@ def infer(
     cell: int,
     directions: int = ...,
     layers: int = ...,
+    hidden_size: int = ...,
+    proj_size: int = ...,
     /,
 ) -> Any: ...
+
+class Stream:
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor: ...
+    def prepare(
+        self,
+        names: list[str],
+        params: dict[str, Any],
+        h: Tensor,
+        c: Tensor | None,
+        cell: int,
+        inputs: int,
+        threads: int,
+        hidden_size: int = 0,
+        proj_size: int = 0,
+    ) -> None: ...
+    def c_step(self) -> tuple[int, int]: ...
+    def current(self) -> int: ...
+
 def forward(
     x: Tensor,
     batch_sizes: Tensor | None,

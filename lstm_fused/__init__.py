@@ -15,6 +15,7 @@ from lstm_fused.states import (
     truncated_bptt,
     where_state,
 )
+from lstm_fused.streams import stream
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ __all__ = [
     "replace",
     "restore",
     "select_state",
+    "stream",
     "truncated_bptt",
     "where_state",
 ]

@@ -15,26 +15,31 @@ def infer(module, input, hx):
 
     The list is [x, *states, *weights] where a gradient is to be recorded: nothing has run, and the
     tensors have been found fit. None leaves the call to the operator: a mode, hook or transform of
-    torch's observes the call, weights are parametrized, or a tensor is not a contiguous CPU tensor
-    of the expected shape and one of the four dtypes. All of that is checked at each call. Errors
-    are raised by the operator.
+    torch's observes the call, weights are parametrized, a tensor is not a contiguous CPU tensor of
+    the expected shape and one of the four dtypes, or a gradient would pass through quantized
+    weights. All of that is checked at each call. Errors are raised by the operator.
 
-    module: an LSTM, GRU or RNN of torch.nn's attributes. input: (T, N, I), or (N, T, I) if
+    module: an LSTM, GRU or RNN of ours. input: (T, N, I), or (N, T, I) if
     ``batch_first``. hx: None, or the states in the form the module takes them.
     """
     layers = module.num_layers
     if layers > 1 and module.dropout and module.training:
         return None
     first = module.batch_first and type(input) is torch.Tensor and input.dim() == 3
+    names, params, hidden_size, proj_size = weights_of(module)
     found = _C.infer(
-        module._flat_weights_names,
-        module._parameters,
+        names,
+        params,
         input.transpose(0, 1) if first else input,
         hx,
         _IDS_BY_MODE[module.mode],
         2 if module.bidirectional else 1,
         layers,
+        hidden_size,
+        proj_size,
     )
+    if type(found) is list and hidden_size:
+        return None
     if first and type(found) is tuple:
         return found[0].transpose(0, 1), found[1]
     return found
@@ -42,5 +47,23 @@ def infer(module, input, hx):
 
 def infer_step(module, input, hx):
     """`infer` for a single-step cell: input (N, I) or (I,), and the states it returns likewise."""
+    names, params, hidden_size, _ = weights_of(module)
+    found = _C.infer(names, params, input, hx, cell_of(module), 0, 1, hidden_size, 0)
+    return None if type(found) is list and hidden_size else found
+
+
+def weights_of(module):
+    """The weights of a module or of a single-step cell as _C takes them: a list of names, the dict
+    that they are looked up in, and of quantized ones hidden_size and proj_size, else 0 and 0."""
+    if module.weights_dtype is not None:
+        proj_size = getattr(module, "proj_size", 0)
+        return module._buffer_names, module._buffers, module.hidden_size, proj_size
+    if isinstance(module, torch.nn.RNNBase):
+        return module._flat_weights_names, module._parameters, 0, 0
     names = _STEP_WEIGHTS if module.bias else _STEP_WEIGHTS_WITHOUT_BIAS
-    return _C.infer(names, module._parameters, input, hx, _IDS.get(module._cell(), -1))
+    return names, module._parameters, 0, 0
+
+
+def cell_of(module):
+    """The id of a module's cell, or -1."""
+    return _IDS.get(module._cell(), -1)

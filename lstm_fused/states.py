@@ -29,7 +29,7 @@ def select_state(state: S, rows: Tensor | Sequence[int]) -> S:
         TypeError: state is neither a tensor nor a tuple of two.
         IndexError, RuntimeError: a row is not from 0 to N - 1.
     """
-    tensors = _tensors_of(state)
+    tensors = tensors_of(state)
     at = torch.as_tensor(rows, device=tensors[0].device)
     return _mapped(lambda s: s.index_select(-2, at), state)
 
@@ -49,7 +49,7 @@ def where_state(mask: Tensor, state: S, other: S | None = None) -> S:
         TypeError: mask is not a bool tensor, or a state neither a tensor nor a tuple of two.
         ValueError: mask has another shape than (N,).
     """
-    tensors = _tensors_of(state)
+    tensors = tensors_of(state)
     if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask must be a bool Tensor (N,), got {got}")
@@ -195,7 +195,7 @@ def for_call(module, input, cu_seqlens):
     return initial(module, input.shape[0 if module.batch_first else 1])
 
 
-def _tensors_of(state):
+def tensors_of(state):
     tensors = (state,) if isinstance(state, Tensor) else state
     fits = isinstance(tensors, (tuple, list)) and all(isinstance(s, Tensor) for s in tensors)
     if not fits or len(tensors) not in (1, 2):
@@ -205,5 +205,5 @@ def _tensors_of(state):
 
 def _mapped(change: Callable[..., Tensor], *states: Any) -> Any:
     """change of the tensors of states, in the form of the first."""
-    found = tuple(change(*each) for each in zip(*map(_tensors_of, states), strict=True))
+    found = tuple(change(*each) for each in zip(*map(tensors_of, states), strict=True))
     return found[0] if isinstance(states[0], Tensor) else found

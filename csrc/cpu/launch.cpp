@@ -130,6 +130,26 @@ void launch(const Problem& problem, TangentParams& params) {
               &Kernel::tangent);
 }
 
+PlannedForward::PlannedForward(const Problem& problem, const ForwardParams& params, int threads)
+    : own_(planned(problem, params, threads)), single_(planned(problem, params, 1)) {}
+
+PlannedForward::Planned PlannedForward::planned(const Problem& problem, const ForwardParams& params,
+                                                int threads) {
+  const Plan plan = plan_forward(problem, machine_for(threads));
+  const Kernel& kernel = kernel_for(plan.isa, problem.cell, problem.dtype);
+  return {plan, &kernel, static_cast<size_t>(kernel.forward_scratch(params, plan)) + 64};
+}
+
+void PlannedForward::run(ForwardParams& params, Scratch& scratch) const {
+  const Planned* planned = own_.plan.threads > usable_threads() ? &single_ : &own_;
+  params.scratch = scratch.of(planned->bytes);
+  if (!planned->kernel->forward(params, planned->plan)) {
+    planned = &single_;
+    planned->kernel->forward(params, planned->plan);
+  }
+  last = {Pass::kForward, planned->plan};
+}
+
 namespace {
 
 template <class Params>

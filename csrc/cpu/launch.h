@@ -3,6 +3,7 @@
 // it.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
@@ -10,6 +11,7 @@
 #include "../layer.h"
 #include "../poison.h"
 #include "kernels.h"
+#include "scratch.h"
 
 namespace lstm_fused {
 
@@ -21,6 +23,30 @@ Problem problem_of(const Layer& layer, bool training);
 void launch(const Problem& problem, ForwardParams& params);
 void launch(const Problem& problem, BackwardParams& params);
 void launch(const Problem& problem, TangentParams& params);  // float32 and float64
+
+// A forward pass that is planned once and runs many times, with other pointers each time. It does
+// not look at what else the machine does.
+class PlannedForward {
+ public:
+  // params: as in the calls to come, of which only sizes and whether a pointer is null matter.
+  PlannedForward(const Problem& problem, const ForwardParams& params, int threads);
+
+  // Bytes of scratch memory.
+  size_t scratch_bytes() const { return std::max(own_.bytes, single_.bytes); }
+
+  // As launch, with scratch memory of the caller. It allocates nothing and throws nothing.
+  void run(ForwardParams& params, Scratch& scratch) const;
+
+ private:
+  struct Planned {
+    Plan plan;
+    const Kernel* kernel;
+    size_t bytes;
+  };
+  static Planned planned(const Problem& problem, const ForwardParams& params, int threads);
+
+  Planned own_, single_;  // single_: where the OpenMP runtime grants one thread only
+};
 
 // Several calls of one problem: each by one thread where there are enough of them, else one after
 // the other by all threads.

@@ -117,11 +117,11 @@ void destroy(PyObject* object) {
 // makes no objects of it. The tables are static, each closed by a row of zeros.
 template <class T>
 void add_class(PyObject* module, const char* name, std::vector<PyType_Slot> slots,
-               newfunc create = nullptr) {
+               newfunc create = nullptr, unsigned flags = 0) {
   slots.push_back({Py_tp_dealloc, reinterpret_cast<void*>(&destroy<T>)});
   if (create) slots.push_back({Py_tp_new, reinterpret_cast<void*>(create)});
   slots.push_back({0, nullptr});
-  const unsigned flags = Py_TPFLAGS_DEFAULT | (create ? 0 : Py_TPFLAGS_DISALLOW_INSTANTIATION);
+  flags |= Py_TPFLAGS_DEFAULT | (create ? 0 : Py_TPFLAGS_DISALLOW_INSTANTIATION);
   PyType_Spec spec{name, sizeof(Boxed<T>), 0, flags, slots.data()};
   PyObject* made = checked(PyType_FromSpec(&spec));
   class_of<T> = reinterpret_cast<PyTypeObject*>(made);

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "cpu_device.h"
-#include "python_torch.h"
+#include "python_tensors.h"
 
 namespace lstm_fused {
 namespace {
@@ -68,15 +68,14 @@ class Arguments {
 
 // A tuple of the tensors, None for one that is not there.
 PyObject* results(const Torch& torch, const std::vector<MaybeTensor>& tensors) {
-  const Owned handles(checked(PyList_New(0)));
+  std::vector<AtenTensorHandle> handles;
   for (const MaybeTensor& t : tensors) {
     AtenTensorHandle handle;
     if (!t) continue;
     if (aoti_torch_new_tensor_handle(t->get(), &handle) != TORCH_SUCCESS) throw Left();
-    const Owned capsule(checked(PyCapsule_New(handle, nullptr, nullptr)));
-    PyList_Append(handles.p, capsule.p);
+    handles.push_back(handle);
   }
-  const Owned made(checked(PyObject_CallFunctionObjArgs(torch.from_handles, handles.p, nullptr)));
+  const Owned made(checked(to_python(torch, handles)));
   PyObject* all = checked(PyTuple_New(tensors.size()));
   Py_ssize_t next = 0;
   for (size_t i = 0; i < tensors.size(); ++i)

@@ -11,10 +11,13 @@ namespace lstm_fused {
 //   h_0 (L*D, N, R) and c_0 (L*D, N, H); cell: its id
 // Returns (y (T, N, D*R), h_n) or (y, (h_n, c_n)).
 //
-// infer(names, params, x, hx, cell): a single step; x (N, I) or (I,), states (N, H) or (H,).
-// Returns h_1, or (h_1, c_1).
+// infer(names, params, x, hx, cell), or with directions 0: a single step; x (N, I) or (I,), states
+// (N, H) or (H,). Returns h_1, or (h_1, c_1).
 //
-// Both return a list instead, [x, *states, *weights], where a gradient is to be recorded: the
+// infer(names, params, x, hx, cell, directions, layers, hidden_size, proj_size): the same of
+// quantized weights; proj_size 0: no projection.
+//
+// All return a list instead, [x, *states, *weights], where a gradient is to be recorded: the
 // tensors have been found fit.
 PyObject* infer(PyObject*, PyObject* const* args, Py_ssize_t count);
 

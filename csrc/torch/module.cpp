@@ -1,7 +1,9 @@
 // `import lstm_fused._C` loads the operators. The module itself holds what is called past torch's
 // dispatcher.
+#include "../plan_module/objects.h"
 #include "eager.h"
 #include "inference.h"
+#include "stream.h"
 
 namespace {
 
@@ -16,7 +18,7 @@ PyMethodDef method(const char* name, F function, const char* doc) {
 PyMODINIT_FUNC PyInit__C(void) {
   static PyMethodDef methods[] = {
       method("infer", lstm_fused::infer,
-             "infer(names, params, x, hx, cell[, directions, layers]): inference"),
+             "infer(names, params, x, hx, cell[, directions, layers[, hidden_size, proj_size]])"),
       method("forward", lstm_fused::forward,
              "forward(x, batch_sizes, state0, weights, cell, directions): recurrent_forward"),
       method("backward", lstm_fused::backward,
@@ -25,5 +27,9 @@ PyMODINIT_FUNC PyInit__C(void) {
       {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&definition);
+  return lstm_fused::python::guarded([] {
+    PyObject* module = lstm_fused::python::checked(PyModule_Create(&definition));
+    lstm_fused::add_stream(module);
+    return module;
+  });
 }

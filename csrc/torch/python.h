@@ -1,15 +1,17 @@
 // Python's interface as weak symbols: a C++ program without Python loads the module, too, for the
-// operators it registers. Only what runs under Python uses these: `infer`, `forward` and
-// `backward`, and the CUDA operators' question for TF32.
+// operators it registers. Only what runs under Python uses these: `infer`, `forward`,
+// `backward` and streams, and the CUDA operators' question for TF32.
 #pragma once
 
 #include <Python.h>
 
 #include "../compiler.h"
 
+LSTM_FUSED_WEAK(PyArg_ParseTupleAndKeywords)
 LSTM_FUSED_WEAK(PyCapsule_GetPointer)
 LSTM_FUSED_WEAK(PyCapsule_New)
 LSTM_FUSED_WEAK(PyDict_GetItemWithError)
+LSTM_FUSED_WEAK(PyDict_Size)
 LSTM_FUSED_WEAK(PyDict_Type)
 LSTM_FUSED_WEAK(PyErr_Clear)
 LSTM_FUSED_WEAK(PyErr_NoMemory)
@@ -18,6 +20,7 @@ LSTM_FUSED_WEAK(PyEval_RestoreThread)
 LSTM_FUSED_WEAK(PyEval_SaveThread)
 LSTM_FUSED_WEAK(PyExc_RuntimeError)
 LSTM_FUSED_WEAK(PyExc_TypeError)
+LSTM_FUSED_WEAK(PyExc_ValueError)
 LSTM_FUSED_WEAK(PyGILState_Ensure)
 LSTM_FUSED_WEAK(PyGILState_Release)
 LSTM_FUSED_WEAK(PyImport_ImportModule)
@@ -30,6 +33,8 @@ LSTM_FUSED_WEAK(PyList_Type)
 LSTM_FUSED_WEAK(PyLong_AsLong)
 LSTM_FUSED_WEAK(PyLong_FromLong)
 LSTM_FUSED_WEAK(PyLong_FromLongLong)
+LSTM_FUSED_WEAK(PyLong_FromVoidPtr)
+LSTM_FUSED_WEAK(PyModule_AddObjectRef)
 LSTM_FUSED_WEAK(PyModule_Create2)
 LSTM_FUSED_WEAK(PyObject_CallFunctionObjArgs)
 LSTM_FUSED_WEAK(PyObject_CallMethodObjArgs)
@@ -41,6 +46,8 @@ LSTM_FUSED_WEAK(PyTuple_Pack)
 LSTM_FUSED_WEAK(PyTuple_SetItem)
 LSTM_FUSED_WEAK(PyTuple_Size)
 LSTM_FUSED_WEAK(PyTuple_Type)
+LSTM_FUSED_WEAK(PyType_FromSpec)
+LSTM_FUSED_WEAK(PyType_GetSlot)
 LSTM_FUSED_WEAK(PyUnicode_CompareWithASCIIString)
 LSTM_FUSED_WEAK(PyUnicode_InternFromString)
 LSTM_FUSED_WEAK(Py_IsInitialized)

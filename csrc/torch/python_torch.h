@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <utility>
 
 #include "dlpack.h"
 #include "python.h"
@@ -13,6 +14,10 @@ struct Owned {
   PyObject* p;
   explicit Owned(PyObject* object) : p(object) {}
   Owned(Owned&& other) : p(other.release()) {}
+  Owned& operator=(Owned&& other) {
+    std::swap(p, other.p);
+    return *this;
+  }
   Owned(const Owned&) = delete;
   ~Owned() { Py_XDECREF(p); }
   PyObject* release() {
@@ -42,13 +47,12 @@ class MaybeUnlocked {
 struct Torch {
   PyObject *tensor, *parameter;  // classes
   const dlpack::ExchangeApi* dlpack;
-  PyObject *empty_like, *grad_enabled, *autocast_enabled, *tracing, *dispatch_modes,
-      *function_modes, *functorch, *profiling;
+  PyObject *autocast_enabled, *tracing, *dispatch_modes, *function_modes, *functorch, *profiling;
   PyObject* forward_ad;
   PyObject* is_neg;  // of a tensor, without a lookup
   // Between lists of tensors and of the stable ABI's handles; null where this torch lacks them.
   PyObject *to_handles, *from_handles;
-  PyObject *cpu, *new_empty, *requires_grad, *current_level;  // strings
+  PyObject *cpu, *detach, *requires_grad, *current_level;  // strings
 
   // Null where this torch lacks one of them: then there is no fast path.
   static const Torch* get() {
@@ -62,20 +66,28 @@ struct Torch {
   // function modes, torch.func, the profiler, forward-mode autograd.
   bool nothing_observes() const {
     static PyObject* const zero = PyLong_FromLong(0);  // small integers are the same object
-    static PyObject* const none = PyLong_FromLong(-1);
     if (!answers(autocast_enabled, Py_False, cpu) || !answers(tracing, Py_False) ||
         !answers(dispatch_modes, zero) || !answers(function_modes, zero) ||
         !answers(functorch, Py_None) || !answers(profiling, Py_False))
       return false;
+    return !is_dual_level();
+  }
+
+  // Whether a level of forward-mode autograd has begun.
+  bool is_dual_level() const {
+    static PyObject* const none = PyLong_FromLong(-1);
     const Owned level(PyObject_GetAttr(forward_ad, current_level));
-    return level.p == none;
+    return level.p != none;
   }
 
   // Whether the object is a tensor whose memory holds its values: no subclass, and no view whose
   // values are the negative of what lies there (z.conj().imag).
   bool is_plain(PyObject* object) const {
+    return is_tensor(object) && answers(is_neg, Py_False, object);
+  }
+  bool is_tensor(PyObject* object) const {
     const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-    return (type == tensor || type == parameter) && answers(is_neg, Py_False, object);
+    return type == tensor || type == parameter;
   }
 
   // Whether function(argument) is `expected`.
@@ -104,7 +116,6 @@ struct Torch {
     PyObject* capsule;
     if (!get(tensor, "torch", "Tensor") || !get(parameter, "torch.nn", "Parameter") ||
         !get(capsule, "torch", "Tensor.__dlpack_c_exchange_api__") ||
-        !get(empty_like, "torch", "empty_like") || !get(grad_enabled, "torch", "is_grad_enabled") ||
         !get(autocast_enabled, "torch", "is_autocast_enabled") ||
         !get(tracing, "torch", "_C._is_tracing") ||
         !get(dispatch_modes, "torch", "_C._len_torch_dispatch_stack") ||
@@ -122,7 +133,7 @@ struct Torch {
       PyErr_Clear();
     }
     cpu = PyUnicode_InternFromString("cpu");
-    new_empty = PyUnicode_InternFromString("new_empty");
+    detach = PyUnicode_InternFromString("detach");
     requires_grad = PyUnicode_InternFromString("requires_grad");
     current_level = PyUnicode_InternFromString("_current_level");
     return dlpack && dlpack->major == 1;
