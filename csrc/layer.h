@@ -182,7 +182,7 @@ inline void describe_quantized_weights(Layer& layer, const LayerTensors& given) 
                    " has no projection");
   size.H = given.hidden_size;
   size.R = layer.projection ? given.proj_size : size.H;
-  const bool int8 = !weights.empty() && weights[0].dtype == kInt8;
+  const bool int8 = !weights.empty() && weights[0].dtype == kUint8;
   layer.format = int8 ? WeightFormat::kInt8 : WeightFormat::kBFloat16;
   const size_t matrix = int8 ? 2 : 1, least = matrix * (layer.projection ? 3 : 2);
   const size_t each = weights.size() / size.D;
@@ -191,16 +191,16 @@ inline void describe_quantized_weights(Layer& layer, const LayerTensors& given) 
                    least + 2, " with biases, not ", weights.size(), " in all");
   layer.weights_per_direction = static_cast<int>(each);
   layer.bias = each > least;
-  const int64_t G = info(layer.cell).gates;
+  const int64_t G = info(layer.cell).gates, depth = int8 ? 4 : 2;
   const TensorView* next = weights.data();
   const auto panels = [&](int64_t gates, int64_t rows, int64_t K, const char* name,
                           const void*& scales) {
     const TensorView& w = *next++;
     const int64_t blocks = ceil_div(rows, kBlock);
     LSTM_FUSED_CHECK(w.device == given.x.device, name, " must be on the device of x");
-    LSTM_FUSED_CHECK(w.dtype == (int8 ? kInt8 : static_cast<int>(DType::kBFloat16)), name,
-                     " must be ", lstm_fused::name(layer.format), " as the first weight is");
-    check_shape(w, {blocks, ceil_div(K, 2), gates, kBlock, 2}, name);
+    LSTM_FUSED_CHECK(w.dtype == (int8 ? kUint8 : static_cast<int>(DType::kBFloat16)), name,
+                     " must be ", int8 ? "uint8" : "bfloat16", " as the first weight is");
+    check_shape(w, {blocks, ceil_div(K, depth), gates, kBlock, depth}, name);
     if (int8) {
       const TensorView& s = *next++;
       LSTM_FUSED_CHECK(s.device == w.device && s.dtype == static_cast<int>(DType::kBFloat16),

@@ -137,9 +137,10 @@ struct Sequence {
 // the number of rows of all steps, D the number of directions, P the pre-activations of a unit.
 
 // One direction's parameters, each contiguous, in the layer's dtype. Of another WeightFormat the
-// three matrices are panels (blocks, pairs, gates, 16, 2): for the units of a block, of each pair
-// of columns, the rows of each gate. A row or a column that there is not is zeros. int8 ones have
-// scales (blocks, groups, gates, 16), bfloat16: weight = number * scale.
+// three matrices are panels (blocks, columns / 4, gates, 16, 4), of bfloat16 (.., columns / 2, ..,
+// 2): for the units of a block, of every four columns, the rows of each gate; zero where there is
+// none. Numbers of 8 bits have 128 added, and scales (blocks, groups, gates, 16), bfloat16: weight
+// = (number - 128) * scale.
 struct Weights {
   const void* w_ih;                // (G * H, I), G gates
   const void* w_hh;                // (G * H, R)

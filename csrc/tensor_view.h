@@ -10,7 +10,7 @@
 
 namespace lstm_fused {
 
-inline constexpr int kOtherDType = -1, kInt8 = -2;
+inline constexpr int kOtherDType = -1, kUint8 = -2;
 inline constexpr int kCpu = -1, kOtherDevice = -2;  // else the index of a CUDA device
 
 struct TensorView {
@@ -18,7 +18,7 @@ struct TensorView {
   int64_t dim = 0;
   const int64_t* sizes = nullptr;    // (dim,)
   const int64_t* strides = nullptr;  // (dim,), in elements
-  int dtype = kOtherDType;           // a DType, kInt8 or kOtherDType
+  int dtype = kOtherDType;           // a DType, kUint8 or kOtherDType
   int device = kCpu;
 
   int64_t size(int64_t i) const { return sizes[i]; }

@@ -4,8 +4,9 @@ Sizes: G gates, U units of a gate (H; of a projection R, with G = 1), K columns.
 (G*U, K), gate after gate in torch's order. Each row of an int8 weight is cut into groups of `GROUP`
 consecutive columns, the last may be shorter; a group has one scale, and weight = q * scale.
 
-Kernels read panels, (blocks, pairs, G, 16, 2): entry [b, p, j, l, e] is unit 16*b + l of the j-th
-gate they want, at column 2*p + e, zero where there is none; and scales as (blocks, groups, G, 16).
+Kernels read panels, (blocks, steps, G, 16, depth): entry [b, s, j, l, e] is unit 16*b + l of the
+j-th gate they want, at column depth*s + e, zero where there is none; depth is 4 of int8, whose
+panels are uint8 with 128 added, and 2 of bfloat16. Scales are (blocks, groups, G, 16).
 """
 
 from typing import NamedTuple
@@ -21,6 +22,8 @@ GROUP = _plan.quantization_group
 _LANES = _plan.block
 _LARGEST = 127  # of |q|
 _CANDIDATES = 32  # of a group's scale
+_DEPTHS = {torch.int8: 4, torch.bfloat16: 2}  # consecutive columns in a lane
+_SIGN = 128  # the bit in which a byte and the same number with 128 added differ
 
 
 class Form(NamedTuple):
@@ -98,15 +101,19 @@ def dequantized(q, scales):
 def packed(w, form):
     """The panels of a weight (G*U, K)."""
     U, K, gates = form
+    depth = _DEPTHS[w.dtype]
     w = w.detach().reshape(len(gates), U, K)[list(gates)]
-    w = pad(w, (0, K % 2, 0, -U % _LANES))
-    w = w.view(len(gates), -1, _LANES, w.shape[2] // 2, 2)
-    return w.permute(1, 3, 0, 2, 4).contiguous()
+    w = pad(w, (0, -K % depth, 0, -U % _LANES))
+    w = w.view(len(gates), -1, _LANES, w.shape[2] // depth, depth)
+    w = w.permute(1, 3, 0, 2, 4).contiguous()
+    return w.view(torch.uint8).bitwise_xor_(_SIGN) if w.dtype is torch.int8 else w
 
 
 def unpacked(panels, form):
     """The weight (G*U, K) in panels."""
     U, K, gates = form
+    if panels.dtype is torch.uint8:
+        panels = (panels ^ _SIGN).view(torch.int8)
     w = panels.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)[:, :U, :K]
     return w[_inverse(gates)].flatten(0, 1)
 
@@ -133,11 +140,11 @@ def _inverse(gates):
 def plain_weights(weights, cell, directions, inputs, hidden_size, proj_size):
     """The weights of a layer in float32, as `ops.layer` takes them, of those of its quantized form.
 
-    weights: for each direction [w_ih, s_ih, w_hh, s_hh] of int8 or [w_ih, w_hh] of bfloat16 panels,
+    weights: for each direction [w_ih, s_ih, w_hh, s_hh] of uint8 or [w_ih, w_hh] of bfloat16 panels,
     then [b_ih, b_hh] if there are biases, then [w_hr, s_hr] or [w_hr] with a projection.
     """
     forms = forms_of(cell, inputs, hidden_size, proj_size)
-    each, has_scales = len(weights) // directions, weights[0].dtype is torch.int8
+    each, has_scales = len(weights) // directions, weights[0].dtype is torch.uint8
 
     def take(part, form):
         w = unpacked(part.pop(0), form)

@@ -14,10 +14,13 @@ namespace {
 constexpr IsaFacts kFacts = facts(Isa::LSTM_FUSED_ISA);
 static_assert(kVectorBytes == kFacts.vector_bytes && kStripCols == kFacts.tile_cols);
 #if defined(LSTM_FUSED_BF16_PAIRS)
-static_assert(kFacts.bf16_pairs);
+static_assert(kFacts.products == Products::kBFloat16Pairs);
+#elif defined(LSTM_FUSED_VNNI)
+static_assert(kFacts.products == Products::kBytes);
 #else
-static_assert(!kFacts.bf16_pairs);
+static_assert(kFacts.products == Products::kAll);
 #endif
+constexpr bool kAllProducts = kFacts.products == Products::kAll;
 
 template <class S>
 struct MultiplyOf {
@@ -63,10 +66,10 @@ int64_t scratch_bytes(const Params& params, const Plan& plan) {
 // The direct kernel multiplies no pairs: where there are pairs, its plan has the ISA without.
 template <class Cell, class S>
 bool forward(const ForwardParams& p, const Plan& plan) {
-  if constexpr (!kFacts.bf16_pairs) {
+  if constexpr (kAllProducts) {
     if (plan.kernel == KernelKind::kDirect) return run<Direct<Cell, S>>(p, plan);
   }
-  if constexpr (Same<S, float>::value) {
+  if constexpr (kAllProducts && Same<S, float>::value) {
     if (plan.kernel == KernelKind::kInt8) return run<QuantizedForward<Cell, Int8Weights>>(p, plan);
     if (plan.kernel == KernelKind::kBFloat16)
       return run<QuantizedForward<Cell, BFloat16Weights>>(p, plan);
@@ -76,10 +79,10 @@ bool forward(const ForwardParams& p, const Plan& plan) {
 
 template <class Cell, class S>
 int64_t forward_scratch(const ForwardParams& p, const Plan& plan) {
-  if constexpr (!kFacts.bf16_pairs) {
+  if constexpr (kAllProducts) {
     if (plan.kernel == KernelKind::kDirect) return scratch_bytes<Direct<Cell, S>>(p, plan);
   }
-  if constexpr (Same<S, float>::value) {
+  if constexpr (kAllProducts && Same<S, float>::value) {
     if (plan.kernel == KernelKind::kInt8)
       return scratch_bytes<QuantizedForward<Cell, Int8Weights>>(p, plan);
     if (plan.kernel == KernelKind::kBFloat16)
@@ -129,14 +132,20 @@ constexpr Kernel kernel() {
 template <class Cell, class S>
 inline constexpr Kernel kKernel = kernel<Cell, S>();
 
-// Null for the dtypes that are planned for another ISA: all but bfloat16 where it is multiplied in
-// pairs, whose code would be the same.
+// Of an ISA for products of bytes.
+template <class Cell>
+inline constexpr Kernel kInt8Kernel = {scratch_bytes<QuantizedForward<Cell, Int8Weights>>,
+                                       run<QuantizedForward<Cell, Int8Weights>>};
+
+// Null for the dtypes that are planned for another ISA.
 template <class Cell, class S>
 const Kernel* kernel_if_planned() {
-  if constexpr (kFacts.bf16_pairs && !Same<S, BFloat16>::value)
+  if constexpr (kFacts.products == Products::kBytes) {
+    return Same<S, float>::value ? &kInt8Kernel<Cell> : nullptr;
+  } else {
+    if constexpr (kAllProducts || Same<S, BFloat16>::value) return &kKernel<Cell, S>;
     return nullptr;
-  else
-    return &kKernel<Cell, S>;
+  }
 }
 
 template <class Cell>

@@ -14,7 +14,8 @@ bool machine_has(Isa isa) {
   const bool kHasAvx2 = HAS("avx2") && HAS("fma") && cpu_has_f16c();
   const bool kHasAvx512 =
       kHasAvx2 && HAS("avx512f") && HAS("avx512bw") && HAS("avx512dq") && HAS("avx512vl");
-  const bool kHasAvx512Bf16 = kHasAvx512 && HAS("avx512bf16");
+  const bool kHasAvx512Vnni = kHasAvx512 && HAS("avx512vnni");
+  const bool kHasAvx512Bf16 = kHasAvx512Vnni && HAS("avx512bf16");
 #undef HAS
 #elif defined(__aarch64__)
   const Arm64Features arm64 = arm64_features();
@@ -23,7 +24,7 @@ bool machine_has(Isa isa) {
   [[maybe_unused]] const bool kHasSve256Bf16 = kHasSve256 && arm64.bf16;
 #endif
   const bool available[] = {
-#define LSTM_FUSED_ROW(Name, name, bytes, cols, pairs, available) available,
+#define LSTM_FUSED_ROW(Name, name, bytes, cols, products, available) available,
       LSTM_FUSED_ISAS(LSTM_FUSED_ROW)
 #undef LSTM_FUSED_ROW
   };
@@ -49,7 +50,7 @@ Isa best_isa() {
 
 const Kernel& kernel_for(Isa isa, CellKind cell, DType dtype) {
   constexpr const Kernel* (*tables[])(CellKind, DType) = {
-#define LSTM_FUSED_ROW(Name, name, bytes, cols, pairs, available) kernels_##name,
+#define LSTM_FUSED_ROW(Name, name, bytes, cols, products, available) kernels_##name,
       LSTM_FUSED_ISAS(LSTM_FUSED_ROW)
 #undef LSTM_FUSED_ROW
   };

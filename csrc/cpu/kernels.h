@@ -19,8 +19,8 @@ struct Kernel {
 };
 
 // kernels_<isa>(cell, dtype), each in its ISA file; null for a dtype that is never planned for the
-// ISA.
-#define LSTM_FUSED_ROW(Name, name, bytes, rows, pairs, available) \
+// ISA, and then some of a kernel's functions are, too.
+#define LSTM_FUSED_ROW(Name, name, bytes, cols, products, available) \
   const Kernel* kernels_##name(CellKind cell, DType dtype);
 LSTM_FUSED_ISAS(LSTM_FUSED_ROW)
 #undef LSTM_FUSED_ROW

@@ -107,7 +107,9 @@ Plan with_partition(const Problem& p, const Machine& m, KernelKind kernel, const
   plan.kernel = kernel;
   plan.dtype = p.dtype;
   const bool pairs = multiplies_pairs(m.isa, p.dtype) && kernel != KernelKind::kDirect;
-  plan.isa = pairs ? m.isa : without_pairs(m.isa);
+  plan.isa = isa_for(m.isa, pairs                         ? Products::kBFloat16Pairs
+                            : kernel == KernelKind::kInt8 ? Products::kBytes
+                                                          : Products::kAll);
   plan.threads = part.threads();
   plan.direction_groups = part.direction_groups;
   plan.row_groups = part.row_groups;

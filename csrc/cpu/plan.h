@@ -59,7 +59,7 @@ struct Machine {
 struct Plan {
   KernelKind kernel;
   DType dtype;
-  Isa isa;  // of the code that runs: kAvx512Bf16 only when the dtype uses it
+  Isa isa;  // of the code that runs: isa_for what is multiplied
   int threads;
   int direction_groups;
   int row_groups;
@@ -75,7 +75,7 @@ Plan plan_backward(const Problem& problem, const Machine& machine);
 
 // Whether the ISA multiplies the dtype in pairs.
 inline bool multiplies_pairs(Isa isa, DType dtype) {
-  return facts(isa).bf16_pairs && dtype == DType::kBFloat16;
+  return facts(isa).products == Products::kBFloat16Pairs && dtype == DType::kBFloat16;
 }
 
 const char* name(KernelKind kernel);

@@ -7,44 +7,52 @@
 #include "forward_state.h"
 #include "team.h"
 #include "tile.h"
+#include "transpose.h"
 
 namespace lstm_fused {
 namespace {
 
-// How a format multiplies. A pair is two consecutive k, which a panel has side by side in each
-// lane.
-//   stage   a row of activations from float32, zeros behind it: returns the scale of its products
-//   Sum     of kGroupPairs pairs, to which a scale of the weights belongs if there are any
+// A format has
+//   kDepth      consecutive k that a panel has side by side in each lane
+//   Row         of activations as `stage` makes it from float32, in row_bytes(padded) bytes: n
+//   values,
+//               then zeros up to `padded`
+//   kRows, columns(R)  most rows, and vectors of a panel, at once: registers decide
+//   product<R, C>(panel, rows, from, out, pitch)
+//               out[r][c] (vectors) += rows[r] times the panel's vectors [from, from + C), out
+//               having `pitch` floats a row
 
-// Rows are rounded to int16 by a scale of their own. 16 bits, since 8 would double the error that
-// int8 weights have. Sums of a group are exact, so that no bit depends on how an ISA multiplies.
+// The weights of a block of units: `steps` of k, each of `gates` times kBlock lanes.
+struct Panel {
+  const char* weights;
+  const BFloat16* scales;
+  int64_t steps;
+  int gates;
+};
+
+// Rows of activations are rounded to integers by a scale of their own, of 10 bits: with 8 they
+// would add as much error as the weights have. They are two digits of 5 bits, which multiply 8 bits
+// exactly by the instructions there are: a group's products fit 16 bits. No bit of a sum depends on
+// the ISA.
 struct Int8Weights {
-  using Packed = int8_t;
-  using Activation = int16_t;
-  using Sum = VInt32;
-  using Pair = VInt16;
-  static constexpr int64_t kGroupPairs = kQuantizationGroup / 2;
-  static constexpr float kMost = 32767;
-  static_assert(kQuantizationGroup * 127 * 32767ll < 1ll << 31, "a group's sum would overflow");
+  static constexpr int kDepth = 4;
+  static constexpr int64_t kGroupSteps = kQuantizationGroup / kDepth;
+  static constexpr float kMost = 495;  // 15 * 32 + 15
+  static_assert(kGroupSteps <= 4, "the products of more steps would not fit 16 bits");
 
-  static LSTM_FUSED_INLINE Pair broadcast(const int16_t* a) {
-    int32_t pair;
-    std::memcpy(&pair, a, sizeof(pair));
-    return bit_cast<VInt16>(VInt32{} + pair);
-  }
-  static LSTM_FUSED_INLINE Pair load_weights(const int8_t* w) {
-    VInt8 v;
-    std::memcpy(&v, w, sizeof(v));
-    return LSTM_FUSED_CONVERT(v, VInt16);
-  }
-  static LSTM_FUSED_INLINE Sum multiply_add(Sum sum, Pair a, Pair w) {
-    return sum + multiply_pairs(a, w);
-  }
-  static LSTM_FUSED_INLINE VFloat scaled(Sum sum, const BFloat16* scales) {
-    return LSTM_FUSED_CONVERT(sum, VFloat) * load<VFloat>(scales);
-  }
+  struct Row {
+    const int8_t *high, *low;  // digits: value = 32 * high + low, each from -16 to 15
+    const int32_t* offsets;    // of each group -128 times the sum of its values
+    float scale;
+  };
 
-  static float stage(int16_t* to, const float* from, int64_t n, int64_t padded) {
+  static constexpr int64_t row_bytes(int64_t padded) {
+    return 2 * padded + padded / kQuantizationGroup * sizeof(int32_t);
+  }
+  static constexpr int kRows = 2;
+  static constexpr int columns(int R) { return R == 1 ? kMaxCols : kStripCols; }
+
+  static Row stage(char* to, const float* from, int64_t n, int64_t padded) {
     constexpr int lanes = VectorOf<float>::lanes;
     VInt32 most = {};  // of |v|, by its bits: a NaN is the largest
     for (int64_t i = 0; i < n; i += lanes) {
@@ -56,126 +64,154 @@ struct Int8Weights {
     const float largest = bit_cast<float>(bits);
     const bool finite = bits < 0x7f800000, zero = largest < 1e-30f;
     const float factor = finite && !zero ? kMost / largest : 0;
-    for (int64_t i = 0; i < padded; i += lanes) {
-      VFloat v = i < n ? load_first<VFloat>(from + i, n - i) * factor : VFloat{};
-      LSTM_FUSED_IN_REGISTER(v);  // not part of a multiply-add: it would round otherwise
-      // 1.5 * 2^23 leaves an integer, rounded to even, in the lowest bits.
-      const VInt32 integer = bit_cast<VInt32>(v + 0x1.8p23f) - 0x4b400000;
-      const VInt16Half narrow = LSTM_FUSED_CONVERT(integer, VInt16Half);
-      std::memcpy(to + i, &narrow, sizeof(narrow));
+    auto* high = reinterpret_cast<int8_t*>(to);
+    int8_t* low = high + padded;
+    auto* offsets = reinterpret_cast<int32_t*>(low + padded);
+    constexpr int64_t kGroups = lanes;  // at once, to sum their values lane by lane
+    for (int64_t first = 0; first < padded; first += kGroups * kQuantizationGroup) {
+      VFloat sums[kGroups] = {};
+      const int64_t end = min64(first + kGroups * kQuantizationGroup, padded);
+      for (int64_t i = first; i < end; i += lanes) {
+        const VFloat v = i < n ? load_first<VFloat>(from + i, n - i) : VFloat{};
+        const VInt32 value = round_to_int(finite ? v * factor : VFloat{});
+        const VInt32 digit = ((value + 16) & 31) - 16;
+        store_bytes(high + i, (value - digit) >> 5);
+        store_bytes(low + i, digit);
+        sums[(i - first) / kQuantizationGroup] += LSTM_FUSED_CONVERT(value, VFloat);
+      }
+      const VInt32 sum = LSTM_FUSED_CONVERT(sums_as_lanes(sums) * -128, VInt32);
+      std::memcpy(offsets + first / kQuantizationGroup, &sum,
+                  sizeof(int32_t) * (end - first) / kQuantizationGroup);
     }
-    return !finite ? __builtin_nanf("") : zero ? 0 : largest / kMost;
+    return {high, low, offsets, !finite ? __builtin_nanf("") : zero ? 0 : largest / kMost};
+  }
+
+  static LSTM_FUSED_INLINE VBytes broadcast(const int8_t* digits) {
+    int32_t four;
+    std::memcpy(&four, digits, sizeof(four));
+    return bit_cast<VBytes>(VInt32{} + four);
+  }
+
+  // total[r][c] += the group's steps, scaled.
+  template <int R, int C>
+  static LSTM_FUSED_INLINE void add_group(VFloat (&total)[R][C], const Row* rows, int64_t group,
+                                          const char* w, int64_t pitch, int64_t steps,
+                                          const BFloat16* scales) {
+    VDigits high[R][C] = {}, low[R][C] = {};
+    const int64_t first = group * kQuantizationGroup;
+    for (int64_t k = 0; k < steps; ++k, w += pitch) {
+      VBytes v[C];
+      LSTM_FUSED_UNROLLED_FOR (int c = 0; c < C; ++c) {
+        std::memcpy(&v[c], w + c * kVectorBytes, sizeof(VBytes));
+        v[c] = in_register(v[c]);
+      }
+      LSTM_FUSED_UNROLLED_FOR (int r = 0; r < R; ++r) {
+        const VBytes a = broadcast(rows[r].high + first + k * kDepth);
+        const VBytes b = broadcast(rows[r].low + first + k * kDepth);
+        LSTM_FUSED_UNROLLED_FOR (int c = 0; c < C; ++c) {
+          high[r][c] = add_quads(high[r][c], v[c], a);
+          low[r][c] = add_quads(low[r][c], v[c], b);
+        }
+      }
+    }
+    LSTM_FUSED_UNROLLED_FOR (int r = 0; r < R; ++r)
+      LSTM_FUSED_UNROLLED_FOR (int c = 0; c < C; ++c) {
+        const VInt32 sum = sum_of_digits(high[r][c], low[r][c]) + rows[r].offsets[group];
+        total[r][c] +=
+            LSTM_FUSED_CONVERT(sum, VFloat) * load<VFloat>(scales + c * VectorOf<float>::lanes);
+      }
+  }
+
+  template <int R, int C>
+  static void product(const Panel& panel, const Row* rows_in, int from, float* out, int64_t pitch) {
+    constexpr int lanes = VectorOf<float>::lanes;
+    const int64_t width = panel.gates * kBlock;
+    const char* w = panel.weights + from * kVectorBytes;
+    const BFloat16* scales = panel.scales + from * lanes;
+    Row rows[R];
+    LSTM_FUSED_UNROLLED_FOR (int r = 0; r < R; ++r) rows[r] = rows_in[r];
+    VFloat total[R][C] = {};
+    const int64_t whole = panel.steps / kGroupSteps, rest = panel.steps % kGroupSteps;
+    for (int64_t group = 0; group < whole; ++group) {
+      add_group<R, C>(total, rows, group, w, width * kDepth, kGroupSteps, scales);
+      w += kGroupSteps * width * kDepth;
+      scales += width;
+    }
+    if (rest > 0) add_group<R, C>(total, rows, whole, w, width * kDepth, rest, scales);
+    LSTM_FUSED_UNROLLED_FOR (int r = 0; r < R; ++r)
+      LSTM_FUSED_UNROLLED_FOR (int c = 0; c < C; ++c) {
+        float* at = out + r * pitch + c * lanes;
+        store(at, load<VFloat>(at) + total[r][c] * rows[r].scale);
+      }
   }
 };
 
 // bfloat16 weights, multiplied in float32.
 struct BFloat16Weights {
-  using Packed = BFloat16;
-  using Activation = float;
-  using Sum = VFloat;
-  struct Pair {
-    VFloat even, odd;
+  static constexpr int kDepth = 2;
+  struct Row {
+    const float* values;
   };
-  static constexpr int64_t kGroupPairs = kPieceSteps / 2;
 
-  static LSTM_FUSED_INLINE Pair broadcast(const float* a) {
-    return {splat_of<VFloat>(a[0]), splat_of<VFloat>(a[1])};
+  static constexpr int64_t row_bytes(int64_t padded) { return padded * sizeof(float); }
+  static constexpr int kRows = kMaxRows;
+  static constexpr int columns(int R) {
+    return R == 1 ? 2 * kMaxCols : R == 2 ? kMaxCols : kStripCols;
   }
-  static LSTM_FUSED_INLINE Pair load_weights(const BFloat16* w) {
-    VUint32 v;
-    std::memcpy(&v, w, sizeof(v));
-    return {bit_cast<VFloat>(v << 16), bit_cast<VFloat>(v & 0xffff0000)};
+  static Row stage(char* to, const float* from, int64_t n, int64_t padded) {
+    auto* values = reinterpret_cast<float*>(to);
+    stage_row(values, from, n, padded);
+    return {values};
   }
-  static LSTM_FUSED_INLINE Sum multiply_add(Sum sum, const Pair& a, const Pair& w) {
-    sum += a.even * w.even;
-    return sum + a.odd * w.odd;
-  }
-  static LSTM_FUSED_INLINE VFloat scaled(Sum sum, const BFloat16*) { return sum; }
-  static float stage(float* to, const float* from, int64_t n, int64_t padded) {
-    stage_row(to, from, n, padded);
-    return 1;
-  }
-};
 
-// A row of activations, as `stage` left it.
-template <class F>
-struct StagedRow {
-  const typename F::Activation* at;
-  float scale;
-};
-
-// The weights of a block of units: `pairs` times `gates` times kBlock lanes.
-template <class F>
-struct Panel {
-  const typename F::Packed* weights;
-  const BFloat16* scales;
-  int64_t pairs;
-  int gates;
-};
-
-// total[r][c] += `count` pairs of a[r] times C vectors of weights, `width` lanes a pair, and then
-// the group's scales.
-template <class F, int R, int C>
-LSTM_FUSED_INLINE void add_group(VFloat (&total)[R][C], const typename F::Activation* const* a,
-                                 const typename F::Packed* w, int64_t width, int64_t count,
-                                 const BFloat16* scales) {
-  constexpr int lanes = VectorOf<float>::lanes;
-  typename F::Sum sum[R][C] = {};
-  for (int64_t k = 0; k < count; ++k, w += width * 2) {
-    typename F::Pair v[C];
-    LSTM_FUSED_UNROLLED_FOR (int c = 0; c < C; ++c) v[c] = F::load_weights(w + c * lanes * 2);
-    LSTM_FUSED_UNROLLED_FOR (int r = 0; r < R; ++r) {
-      const typename F::Pair pair = F::broadcast(a[r] + 2 * k);
-      LSTM_FUSED_UNROLLED_FOR (int c = 0; c < C; ++c)
-        sum[r][c] = F::multiply_add(sum[r][c], pair, v[c]);
+  template <int R, int C>
+  static void product(const Panel& panel, const Row* rows, int from, float* out, int64_t pitch) {
+    constexpr int lanes = VectorOf<float>::lanes;
+    constexpr int64_t kPieceOfSteps = kPieceSteps / kDepth;
+    const int64_t step_bytes = panel.gates * kBlock * kDepth * sizeof(BFloat16);
+    const char* w = panel.weights + from * kVectorBytes;
+    const float* a[R];
+    LSTM_FUSED_UNROLLED_FOR (int r = 0; r < R; ++r) a[r] = rows[r].values;
+    for (int64_t left = panel.steps; left > 0; left -= kPieceOfSteps) {
+      VFloat sum[R][C] = {};
+      for (int64_t k = 0, end = min64(left, kPieceOfSteps); k < end; ++k, w += step_bytes) {
+        LSTM_FUSED_UNROLLED_FOR (int c = 0; c < C; ++c) {
+          VUint32 v;
+          std::memcpy(&v, w + c * kVectorBytes, sizeof(v));
+          const VFloat even = in_register(bit_cast<VFloat>(v << 16));
+          const VFloat odd = in_register(bit_cast<VFloat>(v & 0xffff0000));
+          LSTM_FUSED_UNROLLED_FOR (int r = 0; r < R; ++r) {
+            sum[r][c] += splat_of<VFloat>(a[r][2 * k]) * even;
+            sum[r][c] += splat_of<VFloat>(a[r][2 * k + 1]) * odd;
+          }
+        }
+      }
+      LSTM_FUSED_UNROLLED_FOR (int r = 0; r < R; ++r) {
+        LSTM_FUSED_UNROLLED_FOR (int c = 0; c < C; ++c) {
+          float* at = out + r * pitch + c * lanes;
+          store(at, load<VFloat>(at) + sum[r][c]);
+        }
+        a[r] += kPieceOfSteps * kDepth;
+      }
     }
   }
-  LSTM_FUSED_UNROLLED_FOR (int r = 0; r < R; ++r)
-    LSTM_FUSED_UNROLLED_FOR (int c = 0; c < C; ++c)
-      total[r][c] += F::scaled(sum[r][c], scales + c * lanes);
-}
+};
 
-// out[r][c] (vectors) += rows[r] times the panel's vectors [from, from + C), out having `pitch`
-// floats a row.
-template <class F, int R, int C>
-void add_products(const Panel<F>& panel, const StagedRow<F>* rows, int from, float* out,
-                  int64_t pitch) {
-  constexpr int lanes = VectorOf<float>::lanes;
-  const int64_t width = panel.gates * kBlock;
-  const typename F::Packed* w = panel.weights + from * lanes * 2;
-  const BFloat16* scales = panel.scales + from * lanes;
-  const typename F::Activation* a[R];
-  LSTM_FUSED_UNROLLED_FOR (int r = 0; r < R; ++r) a[r] = rows[r].at;
-  VFloat total[R][C] = {};
-  int64_t left = panel.pairs;
-  for (; left >= F::kGroupPairs; left -= F::kGroupPairs) {
-    add_group<F, R, C>(total, a, w, width, F::kGroupPairs, scales);
-    LSTM_FUSED_UNROLLED_FOR (int r = 0; r < R; ++r) a[r] += 2 * F::kGroupPairs;
-    w += F::kGroupPairs * width * 2;
-    scales += width;
-  }
-  if (left > 0) add_group<F, R, C>(total, a, w, width, left, scales);
-  LSTM_FUSED_UNROLLED_FOR (int r = 0; r < R; ++r)
-    LSTM_FUSED_UNROLLED_FOR (int c = 0; c < C; ++c) {
-      float* at = out + r * pitch + c * lanes;
-      store(at, load<VFloat>(at) + total[r][c] * rows[r].scale);
-    }
-}
-
-// The same for all vectors of a panel and any R <= kMaxRows: as many at once as registers hold.
+// The product of all vectors of a panel with any number of rows.
 template <class F>
-void add_all_products(const Panel<F>& panel, const StagedRow<F>* rows, int count, float* out,
+void add_all_products(const Panel& panel, const typename F::Row* rows, int count, float* out,
                       int64_t pitch) {
   constexpr int lanes = VectorOf<float>::lanes;
   const int cols = panel.gates * (kBlock / lanes);
-  with_constant<kMaxRows>(count, [&](auto r) {
-    constexpr int R = decltype(r)::value;
-    constexpr int kCols = R == 1 ? 2 * kMaxCols : R == 2 ? kMaxCols : kStripCols;
-    for (int from = 0; from < cols; from += kCols)
-      with_constant<kCols>(cols - from, [&](auto c) {
-        add_products<F, R, decltype(c)::value>(panel, rows, from, out + from * lanes, pitch);
-      });
-  });
+  for (int row = 0; row < count; row += F::kRows)
+    with_constant<F::kRows>(count - row, [&](auto r) {
+      constexpr int R = decltype(r)::value, kCols = F::columns(R);
+      for (int from = 0; from < cols; from += kCols)
+        with_constant<kCols>(cols - from, [&](auto c) {
+          F::template product<R, decltype(c)::value>(panel, rows + row, from,
+                                                     out + row * pitch + from * lanes, pitch);
+        });
+    });
 }
 
 template <class Cell, class F>
@@ -183,31 +219,32 @@ struct QuantizedForward : ForwardState<Cell, float, Multiply<float>> {
   using Base = ForwardState<Cell, float, Multiply<float>>;
   using Base::G, Base::P, Base::lanes, Base::p, Base::T, Base::N, Base::I, Base::H, Base::R;
   using typename Base::V;
-  using Activation = typename F::Activation;
+  using Row = typename F::Row;
   static constexpr int kVectors = kBlock / lanes;  // of a block
   static constexpr int64_t kPitch = P * kBlock;    // pre-activations of a row and block
 
   const Plan& plan;
   const int64_t chunk_rows;  // max rows whose input part is computed at once
   float* pre;                // (threads, blocks of a slice, chunk_rows, P, kBlock)
-  Activation* inputs;        // (threads, chunk_rows, padded I)
-  Activation* hiddens;       // (threads, rows, padded R, or H if a projection has more)
-  StagedRow<F>* rows;        // (threads, chunk_rows + rows)
+  char* inputs;              // (threads, chunk_rows) rows of I, staged
+  char* hiddens;             // (threads, rows) rows of R, or of H if a projection has more
+  Row* rows;                 // (threads, chunk_rows + rows)
   Barrier* barriers;         // one a direction and row group, then the team's
 
   static int64_t padded(int64_t n) { return round_up(n, 2 * kBlock); }
   int64_t slice() const { return ceil_div(p.size.blocks(), plan.unit_groups); }
   int64_t group_rows() const { return ceil_div(N, plan.row_groups); }
-  int64_t hidden_width() const { return padded(this->full ? max64(R, H) : R); }
+  int64_t input_bytes() const { return F::row_bytes(padded(I)); }
+  int64_t hidden_bytes() const { return F::row_bytes(padded(this->full ? max64(R, H) : R)); }
   int groups() const { return plan.direction_groups * plan.row_groups; }
 
   QuantizedForward(const ForwardParams& params, const Plan& the_plan, Arena& arena)
       : Base(params, arena), plan(the_plan), chunk_rows(plan.hoist_steps * group_rows()) {
     const int threads = plan.threads;
     pre = arena.take<float>(threads * slice() * chunk_rows * kPitch);
-    inputs = arena.take<Activation>(threads * chunk_rows * padded(I));
-    hiddens = arena.take<Activation>(threads * group_rows() * hidden_width());
-    rows = arena.take<StagedRow<F>>(threads * (chunk_rows + group_rows()));
+    inputs = arena.take<char>(threads * chunk_rows * input_bytes());
+    hiddens = arena.take<char>(threads * group_rows() * hidden_bytes());
+    rows = arena.take<Row>(threads * (chunk_rows + group_rows()));
     barriers = arena.take<Barrier>(groups() + 1);
   }
 
@@ -219,12 +256,11 @@ struct QuantizedForward : ForwardState<Cell, float, Multiply<float>> {
   bool has_hidden(int64_t step) const { return step > 0 || this->has_initial(); }
 
   // Block b of a weight with K columns.
-  static Panel<F> panel(const void* weights, const void* scales, int64_t b, int gates, int64_t K) {
-    const int64_t pairs = ceil_div(K, 2), width = gates * kBlock;
-    const auto* first = static_cast<const typename F::Packed*>(weights);
-    const auto* first_scale = static_cast<const BFloat16*>(scales);
-    return {first + b * pairs * width * 2,
-            first_scale + (scales ? b * ceil_div(K, kQuantizationGroup) * width : 0), pairs, gates};
+  static Panel panel(const void* weights, const void* scales, int64_t b, int gates, int64_t K) {
+    const int64_t steps = ceil_div(K, F::kDepth), width = gates * kBlock;
+    return {static_cast<const char*>(weights) + b * steps * width * 4,
+            static_cast<const BFloat16*>(scales) + b * ceil_div(K, kQuantizationGroup) * width,
+            steps, gates};
   }
 
   // One thread's part of the whole layer.
@@ -234,8 +270,8 @@ struct QuantizedForward : ForwardState<Cell, float, Multiply<float>> {
     const RowGroup group;
     const Range units, states;  // vectors of hidden units; of the recurrent state
     float* pre;
-    Activation *inputs, *hiddens;
-    StagedRow<F>*input_rows, *hidden_rows;
+    char *inputs, *hiddens;
+    Row *input_rows, *hidden_rows;
     Barrier& barrier;
     int d = 0;
     int64_t step = 0;
@@ -248,8 +284,8 @@ struct QuantizedForward : ForwardState<Cell, float, Multiply<float>> {
           units(vector_slice<float>(k.H, k.plan.unit_groups, place.unit_group)),
           states(vector_slice<float>(k.R, k.plan.unit_groups, place.unit_group)),
           pre(k.pre + i * k.slice() * k.chunk_rows * kPitch),
-          inputs(k.inputs + i * k.chunk_rows * padded(k.I)),
-          hiddens(k.hiddens + i * k.group_rows() * k.hidden_width()),
+          inputs(k.inputs + i * k.chunk_rows * k.input_bytes()),
+          hiddens(k.hiddens + i * k.group_rows() * k.hidden_bytes()),
           input_rows(k.rows + i * (k.chunk_rows + k.group_rows())),
           hidden_rows(input_rows + k.chunk_rows),
           barrier(k.barriers[place.direction_group * k.plan.row_groups + place.row_group]) {}
@@ -289,15 +325,14 @@ struct QuantizedForward : ForwardState<Cell, float, Multiply<float>> {
     // The input's part of steps [begin, end), biases included.
     void hoist(int64_t begin, int64_t end) {
       const Weights& w = k.p.weights[d];
-      const int64_t width = padded(k.I);
       int64_t count = 0;
       for (int64_t s = begin; s < end; ++s) {
         const int64_t t = k.time(d, s);
         for (int64_t i = 0, n = active(s); i < n; ++i, ++count) {
-          Activation* to = inputs + count * width;
+          char* to = inputs + count * k.input_bytes();
           const auto* x =
               static_cast<const float*>(k.p.x.data) + k.p.x.row(k.p.size.steps, t, group.row(i));
-          input_rows[count] = {to, F::stage(to, x, k.I, width)};
+          input_rows[count] = F::stage(to, x, k.I, padded(k.I));
         }
       }
       for_blocks(k.p.calls + begin / k.plan.hoist_steps, [&](int64_t block) {
@@ -305,22 +340,20 @@ struct QuantizedForward : ForwardState<Cell, float, Multiply<float>> {
         for (int j = 0; j < P; ++j)
           for (int v = 0; v < kVectors; ++v)
             bias[j * kVectors + v] = k.bias_from(w, j, block * kBlock + v * lanes);
-        const Panel<F> weights = panel(w.w_ih, w.s_ih, block, G, k.I);
+        const Panel weights = panel(w.w_ih, w.s_ih, block, G, k.I);
         for_each_tile(0, count, [&](int64_t first, int n) {
           float* out = pre_of(block, first);
           for (int r = 0; r < n; ++r)
             for (int j = 0; j < P * kVectors; ++j) store(out + r * kPitch + j * lanes, bias[j]);
-          add_all_products(weights, input_rows + first, n, out, kPitch);
+          add_all_products<F>(weights, input_rows + first, n, out, kPitch);
         });
       });
     }
 
     void stage_hidden(int64_t count, int64_t n, const float* (*row_of)(const Worker&, int64_t)) {
-      const int64_t width = padded(n);
-      for (int64_t i = 0; i < count; ++i) {
-        Activation* to = hiddens + i * width;
-        hidden_rows[i] = {to, F::stage(to, row_of(*this, group.row(i)), n, width)};
-      }
+      for (int64_t i = 0; i < count; ++i)
+        hidden_rows[i] =
+            F::stage(hiddens + i * k.hidden_bytes(), row_of(*this, group.row(i)), n, padded(n));
     }
 
     void run_step() {
@@ -332,11 +365,11 @@ struct QuantizedForward : ForwardState<Cell, float, Multiply<float>> {
           return worker.k.hidden(worker.d, worker.step, n);
         });
       for_blocks(k.p.calls + step, [&](int64_t block) {
-        const Panel<F> weights = panel(w.w_hh, w.s_hh, block, G, k.R);
+        const Panel weights = panel(w.w_hh, w.s_hh, block, G, k.R);
         for_each_tile(0, count, [&](int64_t first, int n) {
           float* out = pre_of(block, chunk_row + first);
           if (has_hidden)
-            add_all_products(weights, hidden_rows + first, n, out + (P - G) * kBlock, kPitch);
+            add_all_products<F>(weights, hidden_rows + first, n, out + (P - G) * kBlock, kPitch);
           for (int r = 0; r < n; ++r, out += kPitch) finish_row(group.row(first + r), block, out);
         });
       });
@@ -365,10 +398,10 @@ struct QuantizedForward : ForwardState<Cell, float, Multiply<float>> {
         return worker.k.full + (worker.d * worker.k.N + n) * worker.k.Hp;
       });
       for (int64_t block = states.begin / kVectors; block * kVectors < states.end; ++block) {
-        const Panel<F> weights = panel(w.w_hr, w.s_hr, block, 1, k.H);
+        const Panel weights = panel(w.w_hr, w.s_hr, block, 1, k.H);
         for_each_tile(0, count, [&](int64_t first, int n) {
           float out[kMaxRows * kBlock] = {};
-          add_all_products(weights, hidden_rows + first, n, out, kBlock);
+          add_all_products<F>(weights, hidden_rows + first, n, out, kBlock);
           for (int r = 0; r < n; ++r)
             for (int v = 0; v < kVectors && block * kVectors + v < states.end; ++v)
               k.put_hidden(d, step, group.row(first + r), block * kBlock + v * lanes,

@@ -22,8 +22,7 @@ typedef int64_t VInt64 LSTM_FUSED_VECTOR(kVectorBytes);
 typedef uint64_t VUint64 LSTM_FUSED_VECTOR(kVectorBytes);
 typedef uint16_t VUint16 LSTM_FUSED_VECTOR(kVectorBytes / 2);
 typedef int16_t VInt16 LSTM_FUSED_VECTOR(kVectorBytes);
-typedef int16_t VInt16Half LSTM_FUSED_VECTOR(kVectorBytes / 2);
-typedef int8_t VInt8 LSTM_FUSED_VECTOR(kVectorBytes / 2);
+typedef int8_t VBytes LSTM_FUSED_VECTOR(kVectorBytes);
 
 struct BFloat16 {
   uint16_t bits;
@@ -77,10 +76,39 @@ LSTM_FUSED_INLINE To bit_cast(const From& from) {
 namespace lstm_fused {
 namespace {
 
+// ---- products of bytes ----
+//   add_quads(sum, w, digits)   + the products of the four bytes of each lane, without a sign in w,
+//                               from -16 to 15 in digits; four of them fit VDigits
+//   sum_of_digits(high, low)    32 * high + low, of each lane
+//   store_bytes(p, v)           the low byte of each lane
+#if !defined(LSTM_FUSED_F16C)
+using VDigits = VInt32;
+LSTM_FUSED_INLINE VInt32 add_quads(VInt32 sum, VBytes w, VBytes digits) {
+  const VUint32 a = bit_cast<VUint32>(w);
+  const VInt32 b = bit_cast<VInt32>(digits);
+  LSTM_FUSED_UNROLLED_FOR (int k = 0; k < 4; ++k)
+    sum += bit_cast<VInt32>((a >> (8 * k)) & 255) * ((b << (24 - 8 * k)) >> 24);
+  return sum;
+}
+LSTM_FUSED_INLINE VInt32 sum_of_digits(VInt32 high, VInt32 low) {
+  return (high << 5) + low;
+}
+LSTM_FUSED_INLINE void store_bytes(int8_t* p, VInt32 v) {
+  for (int l = 0; l < VectorOf<float>::lanes; ++l) p[l] = static_cast<int8_t>(v[l]);
+}
+#endif
+
+// v rounded to an integer, half to even; |v| < 2^22.
+LSTM_FUSED_INLINE VInt32 round_to_int(VFloat v) {
+  LSTM_FUSED_IN_REGISTER(v);  // not part of a multiply-add, which would round otherwise
+  // An integer is in the lowest bits of its sum with 1.5 * 2^23.
+  return bit_cast<VInt32>(v + 0x1.8p23f) - 0x4b400000;
+}
+
 // ---- loads and stores in the compute type A, from and to the storage type S ----
 
 LSTM_FUSED_INLINE VFloat widen(VUint16 raw, BFloat16) {
-  return bit_cast<VFloat>(LSTM_FUSED_CONVERT(raw, VUint32) << 16);
+  return bit_cast<VFloat>(in_lanes(raw) << 16);
 }
 
 #if !defined(LSTM_FUSED_BF16_PAIRS)

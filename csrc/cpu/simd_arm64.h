@@ -12,12 +12,6 @@
 namespace lstm_fused {
 namespace {
 
-// The sums of the two products in each lane of 32 bits.
-LSTM_FUSED_INLINE VInt32 multiply_pairs(VInt16 a, VInt16 b) {
-  const VInt32 v = bit_cast<VInt32>(a), w = bit_cast<VInt32>(b);
-  return ((v << 16) >> 16) * ((w << 16) >> 16) + (v >> 16) * (w >> 16);
-}
-
 // v clamped to [low, high]; NaN stays NaN: the instructions return NaN where an operand is.
 #if defined(LSTM_FUSED_SVE)
 LSTM_FUSED_INLINE VFloat clamp(VFloat v, float low, float high) {
@@ -73,6 +67,9 @@ LSTM_FUSED_INLINE VFloat add_pairs(VFloat acc, VUint32 a, VUint32 b) {
 #endif
 
 #else
+LSTM_FUSED_INLINE VUint32 in_lanes(VUint16 raw) {
+  return LSTM_FUSED_CONVERT(raw, VUint32);
+}
 LSTM_FUSED_INLINE VFloat clamp(VFloat v, float low, float high) {
   const float32x4_t x = vmaxq_f32(bit_cast<float32x4_t>(v), vdupq_n_f32(low));
   return bit_cast<VFloat>(vminq_f32(x, vdupq_n_f32(high)));

@@ -6,10 +6,9 @@
 namespace lstm_fused {
 namespace {
 
-// The sums of the two products in each lane of 32 bits.
-LSTM_FUSED_INLINE VInt32 multiply_pairs(VInt16 a, VInt16 b) {
-  const VInt32 v = bit_cast<VInt32>(a), w = bit_cast<VInt32>(b);
-  return ((v << 16) >> 16) * ((w << 16) >> 16) + (v >> 16) * (w >> 16);
+// The 16 bits of each lane from a vector half as long.
+LSTM_FUSED_INLINE VUint32 in_lanes(VUint16 raw) {
+  return LSTM_FUSED_CONVERT(raw, VUint32);
 }
 
 // v clamped to [low, high]; NaN stays NaN.

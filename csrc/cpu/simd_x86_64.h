@@ -12,9 +12,36 @@ namespace {
 // v clamped to [low, high]; NaN stays NaN: the instructions return their last operand where one is
 // NaN.
 #if LSTM_FUSED_VECTOR_BYTES == 64
-// The sums of the two products in each lane of 32 bits.
-LSTM_FUSED_INLINE VInt32 multiply_pairs(VInt16 a, VInt16 b) {
-  return bit_cast<VInt32>(_mm512_madd_epi16(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+#if defined(LSTM_FUSED_VNNI)
+using VDigits = VInt32;
+LSTM_FUSED_INLINE VInt32 add_quads(VInt32 sum, VBytes w, VBytes digits) {
+  return bit_cast<VInt32>(
+      _mm512_dpbusd_epi32(bit_cast<__m512i>(sum), bit_cast<__m512i>(w), bit_cast<__m512i>(digits)));
+}
+LSTM_FUSED_INLINE VInt32 sum_of_digits(VInt32 high, VInt32 low) {
+  return (high << 5) + low;
+}
+#else
+using VDigits = VInt16;
+LSTM_FUSED_INLINE VInt16 add_quads(VInt16 sum, VBytes w, VBytes digits) {
+  sum += bit_cast<VInt16>(_mm512_maddubs_epi16(bit_cast<__m512i>(w), bit_cast<__m512i>(digits)));
+  LSTM_FUSED_IN_REGISTER(sum);  // g++ 12 would first compute, and spill, the products of all steps
+  return sum;
+}
+LSTM_FUSED_INLINE VInt32 sum_of_digits(VInt16 high, VInt16 low) {
+  const auto pairs = [](VInt16 v, int16_t factor) {
+    return bit_cast<VInt32>(_mm512_madd_epi16(bit_cast<__m512i>(v), _mm512_set1_epi16(factor)));
+  };
+  return pairs(high, 32) + pairs(low, 1);
+}
+#endif
+LSTM_FUSED_INLINE void store_bytes(int8_t* p, VInt32 v) {
+  const __m128i bytes = _mm512_cvtepi32_epi8(bit_cast<__m512i>(v));
+  std::memcpy(p, &bytes, sizeof(bytes));
+}
+// The 16 bits of each lane from a vector half as long: g++ 12 would convert half of it at a time.
+LSTM_FUSED_INLINE VUint32 in_lanes(VUint16 raw) {
+  return bit_cast<VUint32>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(raw)));
 }
 LSTM_FUSED_INLINE VFloat clamp(VFloat v, float low, float high) {
   __m512 x = bit_cast<__m512>(v);  // masked, all lanes on: the plain ones make g++ 12 warn
@@ -33,8 +60,27 @@ LSTM_FUSED_INLINE VUint16 narrow(VFloat v, Half) {
   return bit_cast<VUint16>(_mm512_cvtps_ph(bit_cast<__m512>(v), 0));
 }
 #else
-LSTM_FUSED_INLINE VInt32 multiply_pairs(VInt16 a, VInt16 b) {
-  return bit_cast<VInt32>(_mm256_madd_epi16(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+using VDigits = VInt16;
+LSTM_FUSED_INLINE VInt16 add_quads(VInt16 sum, VBytes w, VBytes digits) {
+  sum += bit_cast<VInt16>(_mm256_maddubs_epi16(bit_cast<__m256i>(w), bit_cast<__m256i>(digits)));
+  LSTM_FUSED_IN_REGISTER(sum);
+  return sum;
+}
+LSTM_FUSED_INLINE VInt32 sum_of_digits(VInt16 high, VInt16 low) {
+  const auto pairs = [](VInt16 v, int16_t factor) {
+    return bit_cast<VInt32>(_mm256_madd_epi16(bit_cast<__m256i>(v), _mm256_set1_epi16(factor)));
+  };
+  return pairs(high, 32) + pairs(low, 1);
+}
+LSTM_FUSED_INLINE void store_bytes(int8_t* p, VInt32 v) {
+  const __m256i lanes = bit_cast<__m256i>(v);
+  const __m128i shorts =
+      _mm_packs_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
+  const int64_t bytes = _mm_cvtsi128_si64(_mm_packs_epi16(shorts, shorts));
+  std::memcpy(p, &bytes, sizeof(bytes));
+}
+LSTM_FUSED_INLINE VUint32 in_lanes(VUint16 raw) {
+  return bit_cast<VUint32>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(raw)));
 }
 LSTM_FUSED_INLINE VFloat clamp(VFloat v, float low, float high) {
   const __m256 x = _mm256_max_ps(_mm256_set1_ps(low), bit_cast<__m256>(v));

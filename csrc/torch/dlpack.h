@@ -7,7 +7,7 @@
 namespace lstm_fused::dlpack {
 
 inline constexpr int32_t kCpu = 1;
-inline constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;  // type codes
+inline constexpr uint8_t kUint = 1, kFloat = 2, kBfloat = 4;  // type codes
 
 struct Tensor {
   void* data;

@@ -18,7 +18,7 @@ inline int dtype_of(const dlpack::Tensor& t) {
     const uint8_t code = dtype == DType::kBFloat16 ? dlpack::kBfloat : dlpack::kFloat;
     if (t.type_code == code && t.type_bits == 8 * storage_bytes(dtype)) return i;
   }
-  if (t.type_code == dlpack::kInt && t.type_bits == 8) return kInt8;
+  if (t.type_code == dlpack::kUint && t.type_bits == 8) return kUint8;
   return kOtherDType;
 }
 

@@ -25,7 +25,7 @@ inline int dtype_of(const Tensor& t) {
   case ScalarType::Torch: return static_cast<int>(DType::k##Name);
     LSTM_FUSED_DTYPES(LSTM_FUSED_CASE)
 #undef LSTM_FUSED_CASE
-    case ScalarType::Char: return kInt8;
+    case ScalarType::Byte: return kUint8;
     default: return kOtherDType;
   }
 }

@@ -17,7 +17,7 @@ def isas_for(dtype, device="cpu"):
     return tuple(
         isa
         for isa in runtime.available_isas()
-        if not isa.endswith("_bf16") or dtype is torch.bfloat16
+        if isa.endswith("_bf16") <= (dtype is torch.bfloat16) and not isa.endswith("_vnni")
     )
 
 
