@@ -132,6 +132,8 @@ def draw_latency(found: list[dict], plot):
                 panel.axvline(each[key] * 1e6, color=COLORS[k], linestyle=":", linewidth=1)
         panel.set_xscale("log")
         panel.set_yscale("log")
+        panel.xaxis.get_major_locator().set_params(subs=(1, 2, 5))
+        panel.xaxis.set_minor_formatter(lambda value, _: "")
         panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         panel.set_xlabel("µs of a single call; dotted: median and p99.99")
         panel.set_ylabel(f"of {shape['calls']:,} calls")

@@ -27,10 +27,6 @@ ACCURACY = (
     "Error: of the layer's y beside float32, its norm over that of y; rms and largest: of single"
     " values of y; metric: on held-out data, in bold in float32"
 )
-LATENCY = (
-    f"Single calls: on one processor, beside {ARITHMETIC}, which takes as long as the first of them"
-    " and which the machine delays as it delays any program"
-)
 TAIL = 1.5  # a single call's p99.99 over its median, on an idle core, at most
 QUIET_CPUS = 0.1  # what other programs may use before a caption mentions it
 
@@ -141,13 +137,13 @@ def goals_text(result: dict) -> str:
             else:
                 missed.append(f"- {name}: {abs(value or 0):.3g} of {abs(goal):g}{unit}")
     for shape in result.get("latency", []):
-        for name, each in shape["providers"].items():
-            if name != ARITHMETIC:
-                tail = each["p99.99"] / each["p50"]
-                reached += tail <= TAIL
-                missed += [f"- {shape['name']}, {name}: p99.99 is {tail:.2f} of {TAIL} medians"] * (
-                    tail > TAIL
-                )
+        tails = {n: each["p99.99"] / each["p50"] for n, each in shape["providers"].items()}
+        machine = f"{ARITHMETIC} {tails.pop(ARITHMETIC):.3g}"
+        for name, tail in tails.items():
+            reached += tail <= TAIL
+            if tail > TAIL:
+                what = f"p99.99 of {name} is {tail:.3g} of {TAIL} medians, of {machine}"
+                missed.append(f"- {shape['name']}: {what}")
     lines = [f"Goals reached: {reached} of {reached + len(missed)}.", *missed]
     return "\n".join(lines)
 
@@ -294,7 +290,7 @@ def caption(result: dict) -> str:
         ("Of limit: the machine's measured limit for the row over our time", some("limit")),
         (f"Equal: outputs and gradients off by at most twice {TORCH}'s error", is_model),
         (f"Memory: peak of a training step, {TORCH}'s and ours", some("memory")),
-        (LATENCY, result.get("latency")),
+        *((sentence, True) for sentence in latency_sentences(result.get("latency", []))),
         (f"Error: of y, its norm over that of y, of {' / '.join(rounded)}", rounded),
         (f"Not held to {m['forced_isa']}: {ONNX_INT8}", m["forced_isa"] and ONNX_INT8 in rounded),
         ("Replayed CUDA graphs are compared with each other", OURS_GRAPH in result["providers"]),
@@ -313,13 +309,21 @@ def latency_table(found: list[dict]) -> str:
     """found: a result's "latency", what latency.measure() gave; "" of none."""
     lines = [["single calls", *SHARES, "p99.99 over p50"]]
     for shape in found:
-        lines.append(
-            [f"**{shape['name']}, {shape['calls']:,} calls each**", *[""] * (len(SHARES) + 1)]
-        )
+        lines.append([f"**{shape['name']}**", *[""] * (len(SHARES) + 1)])
         for name, each in shape["providers"].items():
             cells = [quantity(each[key]) for key in SHARES]
             lines.append([name, *cells, ratio_cell(each["p99.99"] / each["p50"])])
     return table_text(lines) if found else ""
+
+
+def latency_sentences(found: list[dict]) -> Iterator[str]:
+    if found:
+        priority = ", with real-time priority" * all(shape["real_time"] for shape in found)
+        yield f"Single calls: {found[0]['calls']:,} of each on one processor{priority}"
+        yield (
+            f"{ARITHMETIC.capitalize()} takes as long as the first row and uses no memory:"
+            " what delays it, the machine does"
+        )
 
 
 def markdown(result: dict) -> str:
