@@ -1,4 +1,4 @@
-"""A graph of one recurrent node with a case's weights, in ONNX Runtime and in OpenVINO.
+"""A graph of recurrent nodes with a case's weights, in ONNX Runtime and in OpenVINO.
 
 Libraries beside torch are imported only when a row asks for them.
 """
@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from bench.cases import CELLS, lengths_of
+from bench.cases import CELLS, Workload, lengths_of
 from bench.runs import Case, named
 
 # What an operator graph may use; older than the installed onnx, so that ONNX Runtime knows it.
-OPSET, IR_VERSION = 17, 10
+OPSET, IR_VERSION = 18, 10
 
 
 def infer_in_onnx_runtime(model: bytes):
@@ -89,7 +89,7 @@ def in_int8(model: bytes) -> bytes:
     from onnxruntime.quantization import quantize_dynamic
 
     graph = onnx.load_from_string(model)
-    # Says that its preprocessing is done; a graph of one node needs none.
+    # Says that its preprocessing is done; such a graph needs none.
     graph.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "int8.onnx"
@@ -128,44 +128,71 @@ ONNX_CELLS = {
 }
 
 
+def onnx_weights(work: Workload, weights: list[list[torch.Tensor]]) -> dict:
+    """A layer's constants from its weights by direction: w, r (D, gates * H, ...), b (D, 2 * gates
+    * H)."""
+    order = ONNX_CELLS[work.cell][0]
+    stacked = [
+        torch.stack([w.detach().unflatten(0, (-1, work.H))[order].flatten(0, 1) for w in ws])
+        for ws in zip(*weights, strict=True)
+    ]
+    constants = {"w": stacked[0], "r": stacked[1]}
+    return constants | ({"b": torch.cat(stacked[2:], dim=1)} if work.bias else {})
+
+
 def onnx_model(case: Case) -> bytes:
-    """One node of all directions: weights (D, gates * H, ...), biases (D, 2 * gates * H)."""
+    """From x (T, N, I), h0 and c0 (L*D, N, H) to y (T, D, N, H), h and c: a node a layer, with what
+    ONNX needs to feed y to the next."""
     from onnx import TensorProto, helper, numpy_helper
 
-    work, D = case.workload, case.workload.directions
-    order, attributes = ONNX_CELLS[work.cell]
-    weights = [
-        torch.stack([w.detach().unflatten(0, (-1, work.H))[order].flatten(0, 1) for w in ws])
-        for ws in zip(*case.module.all_weights, strict=True)
-    ]
-    constants = {"w": weights[0].numpy(), "r": weights[1].numpy()}
-    if work.bias:
-        constants["b"] = torch.cat(weights[2:], dim=1).numpy()
+    work, L, D = case.workload, case.workload.layers, case.workload.directions
+    ends = ["h", "c"] if work.cell == "lstm" else ["h"]
+    states = [f"{end}0" for end in ends] if case.state else []
+    constants, nodes = {}, []
     if work.lengths != "full":
-        constants["lengths"] = torch.tensor(lengths_of(work), dtype=torch.int32).numpy()
-    cell_state = work.cell == "lstm"
-    states = (["h0", "c0"] if cell_state else ["h0"]) if case.state else []
-    given = {"x", *constants, *states}
+        constants["lengths"] = torch.tensor(lengths_of(work), dtype=torch.int32)
+    if L > 1:
+        constants["flat"] = torch.tensor([0, 0, D * work.H])
+        for name in states:
+            parts = [f"{name}_{layer}" for layer in range(L)]
+            nodes.append(helper.make_node("Split", [name], parts, axis=0, num_outputs=L))
+    x = "x"
+    for layer in range(L):
+        # Of the only layer, or else the last one: the graph's own names.
+        suffix, last = f"_{layer}" if L > 1 else "", layer == L - 1
+        weights = onnx_weights(work, case.module.all_weights[layer * D : (layer + 1) * D])
+        constants |= {f"{name}{suffix}": w for name, w in weights.items()}
+        y = "y" if last else f"y{suffix}"
+        given = {"x": x, "lengths": "lengths" if "lengths" in constants else ""}
+        given |= {name: f"{name}{suffix}" for name in (*weights, *states)}
+        inputs = ("x", "w", "r", "b", "lengths", *(f"{end}0" for end in ends))
+        node = helper.make_node(
+            CELLS[work.cell],
+            [given.get(name, "") for name in inputs],
+            [y, *(f"{end}{suffix}" for end in ends)],
+            hidden_size=work.H,
+            direction="bidirectional" if D == 2 else "forward",
+            **ONNX_CELLS[work.cell][1],
+        )
+        nodes.append(node)
+        if not last:
+            x = f"x{suffix}"
+            nodes.append(helper.make_node("Transpose", [y], [f"t{suffix}"], perm=[0, 2, 1, 3]))
+            nodes.append(helper.make_node("Reshape", [f"t{suffix}", "flat"], [x]))
+    if L > 1:
+        for end in ends:
+            parts = [f"{end}_{layer}" for layer in range(L)]
+            nodes.append(helper.make_node("Concat", parts, [end], axis=0))
 
     def values(names, *shape):
         return [helper.make_tensor_value_info(n, TensorProto.FLOAT, list(shape)) for n in names]
 
-    inputs = ("x", "w", "r", "b", "lengths", "h0", "c0")[: 7 if cell_state else 6]
-    ends = ["h", "c"] if cell_state else ["h"]
-    node = helper.make_node(
-        CELLS[work.cell],
-        [name if name in given else "" for name in inputs],
-        ["y", *ends],
-        hidden_size=work.H,
-        direction="bidirectional" if D == 2 else "forward",
-        **attributes,
-    )
     graph = helper.make_graph(
-        [node],
-        "layer",
-        values(["x"], work.T, work.N, work.I) + values(states, D, work.N, work.H),
-        values(["y"], work.T, D, work.N, work.H) + values(ends, D, work.N, work.H),
-        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+        nodes,
+        "layers",
+        values(["x"], work.T, work.N, work.I) + values(states, L * D, work.N, work.H),
+        values(["y"], work.T, D, work.N, work.H) + values(ends, L * D, work.N, work.H),
+        [numpy_helper.from_array(each.numpy(), name) for name, each in constants.items()],
     )
     opsets = [helper.make_opsetid("", OPSET)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)

@@ -219,11 +219,14 @@ INFERENCE = {
         device == "cpu" and not work.training and work.dtype == "float32"
     ),
 }
-IN_ONNX = INFERENCE | {
-    "measured for one layer only": lambda work, _: work.layers == 1,
-    "ONNX has no projection": lambda work, _: not work.proj,
-    "ONNX has no such option": lambda work, _: not work.option,
-}
+IN_ONNX = (
+    INFERENCE
+    | NO_DROPOUT
+    | {
+        "ONNX has no projection": lambda work, _: not work.proj,
+        "ONNX has no such option": lambda work, _: not work.option,
+    }
+)
 ON_ONNX = IN_ONNX | {"cannot be held to an instruction set": lambda work, _: not environment.isa()}
 LSTM_NODES = {"has int8 weights for LSTM nodes only": lambda work, _: work.cell == "lstm"}
 TORCH_DYNAMIC = INFERENCE | {

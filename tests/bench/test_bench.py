@@ -85,6 +85,9 @@ SHAPES = [
     Workload("gru lengths", T=4, N=3, I=5, H=6, lengths="half", cell="gru", bias=False),
     Workload("rnn step", T=1, N=3, I=5, H=6, cell="rnn_tanh", mode="step"),
     Workload("rows", T=4, N=3, I=5, H=6, batch_first=True),
+    Workload("layers", T=4, N=3, I=5, H=6, layers=2, directions=2),
+    Workload("gru layers", T=4, N=3, I=5, H=6, layers=3, cell="gru", lengths="half"),
+    Workload("layers step", T=1, N=3, I=5, H=6, layers=2, mode="step"),
     Workload("loop", T=3, N=2, I=3, H=4, mode="loop"),
     Workload("gru loop", T=3, N=2, I=3, H=4, cell="gru", mode="loop", bias=False),
 ]
@@ -105,6 +108,7 @@ def test_providers_agree_with_the_oracle(work):
     passed = [name for name, entry in entries.items() if "parity" in entry]
     assert all(entry.keys() <= {"absent", "parity"} for entry in entries.values()), entries
     onnx = {"carried", "directions", "gru lengths", "rnn step", "rows"}
+    onnx |= {"layers", "gru layers", "layers step"}
     peers = ["ONNX Runtime", "OpenVINO"] if work.name in onnx else []
     assert passed == [*PAIR, *peers, *(["torch.nn cell"] if work.name == "carried" else [])]
 
@@ -165,6 +169,35 @@ def test_steps_carry_their_state(name):
         assert not torch.equal(*outputs)
         for tensor, value in run.results().items():
             torch.testing.assert_close(value.double(), exact[tensor], rtol=1e-5, atol=1e-5)
+
+
+STEPS = [
+    Workload("step", T=1, N=2, I=20, H=24, mode="step"),
+    Workload("gru", T=1, N=2, I=20, H=24, mode="step", cell="gru", layers=2),
+]
+
+
+@pytest.mark.parametrize("work", STEPS, ids=lambda work: work.name)
+def test_streams_are_steps_too(work):
+    """They pass the gate, carry their state in the C loop too, and start over from the case's."""
+    names = ["lstm_fused stream", "lstm_fused C stream", "lstm_fused int8 stream"]
+    entries = measure.measure_row(work, ["torch.nn", *names], SAMPLING)
+    for name, kind in zip(names, ("parity", "parity", "rounded"), strict=True):
+        assert entries[name].keys() == {kind, "timing"}, entries[name]
+    case = runs.build_case(work)
+    reference, ends = runs.ModuleRun(case.fused(), case), None
+    with torch.no_grad():
+        for _ in range(5):
+            _, ends = reference.step()
+        for name in names[:2]:
+            run = providers.PROVIDERS[name].build(case)
+            first = run.results()
+            timing.repeat(run.step, 4)
+            state = run.stream.state if work.cell == "lstm" else (run.stream.state,)
+            ends = ends if isinstance(ends, tuple) else (ends,)
+            assert all(map(torch.equal, state, ends))
+            again = run.results()
+            assert all(torch.equal(first[tensor], again[tensor]) for tensor in first)
 
 
 @pytest.mark.parametrize("mode", ["forward", "training"])

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from bench import charts, latency, report, streams
+from bench import charts, isolated, latency, report, streams
 from tests.bench.test_bench_report import result, row
 
 
@@ -71,6 +71,18 @@ def test_summary():
     edges = [2 ** ((first + k) / latency.BINS) for k in (0, 1)]
     assert edges[0] <= 1_000 < edges[1]
     assert counts[2 * latency.BINS] == 150  # two doublings on
+
+
+def test_a_shape_is_measured():
+    """In a process of its own, whose priority and processor it changes."""
+    names = [latency.C_STREAM, latency.STREAM, latency.INT8_STREAM]
+    with isolated.Worker() as worker:
+        found = worker.call(latency.measure_shape, "GRU T1 2 layers B1 H8 step", names, 200)
+    assert found["calls"] == 200 and isinstance(found["real_time"], bool)
+    assert list(found["providers"]) == [*names, latency.ARITHMETIC]
+    for each in found["providers"].values():
+        assert sum(each["counts"]) == 200 and 0 < each["p50"] <= each["p99.99"] <= each["max"]
+    assert latency.measure(["torch.nn"]) == []
 
 
 def of(*nanoseconds):
