@@ -8,7 +8,8 @@ STAMPS := $(VENV)/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP_FILES = $(shell find csrc bench tests -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu*')
 
-EXAMPLES := sentiment names tagging digits forecast generate translate gradients rl distributed
+EXAMPLES := sentiment names tagging digits forecast generate translate gradients rl distributed \
+	denoise
 
 .PHONY: help demo examples test test-full lint format bench docs build gpu-check clean distclean
 help:
