@@ -387,7 +387,7 @@ SETS = {
 SET_PROVIDERS = {
     "plans": (OURS, *(f"{OURS} {plan}" for plan in cuda.KINDS)),
     "int8": (OURS, OURS_INT8, OURS_BFLOAT16, ONNX, ONNX_INT8, TORCH_INT8, TORCH_FLOAT16),
-    "streaming": (OURS, STREAM, C_STREAM, INT8_STREAM, ONNX, ONNX_INT8, CELL),
+    "streaming": (OURS, STREAM, C_STREAM, INT8_STREAM, ONNX, ONNX_INT8),
 }
 
 # The speed-ups that a set's table has: (provider, peer). Others have each peer's, of its
@@ -399,6 +399,7 @@ SET_RATIOS = {
     ),
     "streaming": (
         *((OURS, peer) for peer in (TORCH, ONNX)),
-        *((STREAM, OURS), (C_STREAM, OURS), (INT8_STREAM, ONNX_INT8)),
+        *((STREAM, peer) for peer in (TORCH, ONNX)),
+        (INT8_STREAM, ONNX_INT8),
     ),
 }

@@ -215,7 +215,7 @@ def columns(result: dict) -> dict:
         made["equal"] = judged_cell
     if rounded := rounded_providers(result):
         made["error"] = lambda row: error_cell(row, rounded)
-    if any(row["workload"].get("step_us") for row in result["rows"]):
+    if any(OURS in (row["workload"].get("step_us") or {}) for row in result["rows"]):
         made["µs a time step"] = lambda row: " / ".join(f"{us:.3g}" for us in step_us(row))
     if any(row.get("limit") for row in result["rows"]):
         made["of limit"] = share_cell
