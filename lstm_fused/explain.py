@@ -207,7 +207,9 @@ def _explain_call(name, grad, module, args, kwargs):
     if lengths.numel() and int(lengths.min()) < T:  # else it runs as if there were no lengths
         packed, T, N = True, max(1, int(lengths.max())), int((lengths > 0).sum())
     dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
+    if module.weights_dtype is not None:
+        dtype = torch.float32
+    elif torch.is_autocast_enabled(x.device.type):
         dtype, _ = module._autocast_dtypes(x, packed, state, weights, grad)
     training = grad and any(t.requires_grad for t in (x, *state, *weights))
     every = given.checkpoint_every if given else None
@@ -255,7 +257,8 @@ def _explain_step(name, text, grad, module, input, hx=None):
     H = module.hidden_size
     sizes = (1, N, module.input_size, H, H, 1)
     training = grad and any(t.requires_grad for t in (input, *state, *weights))
-    layer = _layer(module._cell(), input.dtype, sizes, training, input.device)
+    dtype = input.dtype if module.weights_dtype is None else torch.float32
+    layer = _layer(module._cell(), dtype, sizes, training, input.device)
     return Call(name, text, None, (layer,), step=True)
 
 

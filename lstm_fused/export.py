@@ -10,7 +10,8 @@ import torch
 
 from lstm_fused import reference
 from lstm_fused.cuda import CELLS
-from lstm_fused.operators import forward_op, padded_op
+from lstm_fused.operators import forward_op, padded_op, quantized_op
+from lstm_fused.panels import plain_weights
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -37,6 +38,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return {
         forward_op: _forward,
         padded_op: _padded,
+        quantized_op: _quantized,
     }
 
 
@@ -95,6 +97,13 @@ def _forward(x, batch_sizes, resets, state0, weights, cell, directions, cell_sta
     state = state0 if len(state0) > 1 else state0[0]
     y, *ends = op(x, state, weights, has_biases, 1, 0.0, False, directions == 2, False)
     return y, *(*ends, none)[:2], none, none
+
+
+def _quantized(x, batch_sizes, resets, state0, weights, *options):
+    """``quantized_forward`` by torch's operator, in float32 with the values of the weights."""
+    hidden_size, proj_size, cell, directions, cell_states = options
+    plain = plain_weights(weights, cell, directions, x.shape[-1], hidden_size, proj_size)
+    return _forward(x, batch_sizes, resets, state0, plain, cell, directions, cell_states, 0)[:3]
 
 
 def _padded(x, lengths, resets, state0, weights, cell, directions, cell_states):

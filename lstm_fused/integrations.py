@@ -9,7 +9,7 @@ from lstm_fused import dynamo, onnx
 from lstm_fused.fallback import Fused, warn_once
 from lstm_fused.hooks import when_imported
 from lstm_fused.nn import MODULES
-from lstm_fused.replace import OURS, replace, restore
+from lstm_fused.replace import OURS, replace, restore_unquantized
 
 _THEIRS = {ours: theirs for theirs, ours in OURS.items()}
 
@@ -25,6 +25,12 @@ def _products(x_shape, batch_sizes_shape, weights_shapes):
 def _forward_flops(x_shape, batch_sizes_shape, resets, state0_shapes, weights_shapes, *_, **__):
     """Every matrix times every row of every step."""
     return 2 * sum(_products(x_shape, batch_sizes_shape, weights_shapes)[1])
+
+
+def _quantized_flops(x_shape, batch_sizes_shape, resets, state0_shapes, weights_shapes, *_, **__):
+    """Every matrix times every row of every step, as the kernel pads them."""
+    rows = x_shape[-2] if batch_sizes_shape is not None else x_shape[-3] * x_shape[-2]
+    return 2 * rows * sum(prod(w) for w in weights_shapes if len(w) == 5)  # panels
 
 
 def _backward_flops(x_shape, batch_sizes_shape, resets, state0_shapes, weights_shapes, *rest, **__):
@@ -51,13 +57,15 @@ def _backward_flops(x_shape, batch_sizes_shape, resets, state0_shapes, weights_s
 def _register_flops(flop_counter):
     operators = torch.ops.lstm_fused
     flop_counter.register_flop_formula(operators.recurrent_forward)(_forward_flops)
+    flop_counter.register_flop_formula(operators.quantized_forward)(_quantized_flops)
     backward = [operators.recurrent_backward, operators.recurrent_backward_samples]
     flop_counter.register_flop_formula(backward)(_backward_flops)
 
 
 def _ours_in(model):
-    """Our modules inside a model, or the model itself."""
-    return [module for module in model.modules() if isinstance(module, Fused)]
+    """Our modules inside a model, or the model itself; not those with quantized weights."""
+    modules = model.modules()
+    return [m for m in modules if isinstance(m, Fused) and m.weights_dtype is None]
 
 
 def _register_quantization(quantize):
@@ -73,7 +81,7 @@ def _register_quantization(quantize):
         if qconfig_dict:
             qconfig_dict = {_THEIRS.get(key, key): value for key, value in qconfig_dict.items()}
         ours = _ours_in(module)
-        restore(module)
+        restore_unquantized(module)
         propagate(module, qconfig_dict, *args, **more)
         for each in ours:
             kept = each is module or getattr(each, "qconfig", None) is None
@@ -95,7 +103,7 @@ def _register_fx_quantization(quantize_fx):
                 "torch.ao.quantization knows that class, and leaves it in the model "
                 "(lstm_fused.replace brings the fused module back)",
             )
-        return prepare(restore(model), *args, **more)
+        return prepare(restore_unquantized(model), *args, **more)
 
     quantize_fx._prepare_fx = _prepare_fx
 

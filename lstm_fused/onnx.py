@@ -10,8 +10,10 @@ data.
 
 import torch
 
+from lstm_fused import _plan
 from lstm_fused.cuda import CELLS
 from lstm_fused.hooks import when_imported
+from lstm_fused.panels import GROUP, forms_of, in_torch_order, inverse
 
 _OPSET = 15  # the first with all that is used here
 
@@ -47,6 +49,9 @@ class _Graph:
 
     def shape(self, value):
         return tuple(value.shape)
+
+    def last_size(self, value):
+        return int(value.shape[-1])
 
     def is_zeros(self, value):
         """Whether the value is known to be zeros, as an export passes them for a missing hx."""
@@ -90,6 +95,9 @@ class _TracedGraph:
     def shape(self, value):
         return tuple(value.type().sizes())
 
+    def last_size(self, value):
+        return value.type().varyingSizes()[-1]
+
     def is_zeros(self, value):
         return False
 
@@ -124,17 +132,17 @@ def _zero_like(g, value):
     return g.op("CastLike", g.constant([0], torch.float32), value)
 
 
-def _layer(g, x, lengths, state0, weights, cell, directions):
+def _layer(g, x, lengths, state0, weights, cell, directions, hidden=None):
     """One layer of x (T, N, I): y (T, N, D * R), h_n (D, N, R) and c_n (D, N, H) or None.
 
     lengths: (N,), from 0 to T, or None. A row of length 0 keeps its state, which ONNX leaves open:
-    it is run for one step, and the result dropped.
+    it is run for one step, and the result dropped. hidden: H, where no shape of a weight tells.
     """
     if cell not in _NODES:
         raise NotImplementedError(f"ONNX has no operator for the cell {cell}")
     kind = _NODES[cell]
     parts = list(_directions(weights, directions))
-    hidden = g.shape(parts[0][1])[0] // len(kind.gates)
+    hidden = hidden or g.shape(parts[0][1])[0] // len(kind.gates)
     h0, c0 = (*(None if g.is_zeros(s) else s for s in state0), None, None)[:2]
     if parts[0][3] is not None:
         x, initial_h, parts = _without_projection(g, x, lengths, h0, parts)
@@ -230,7 +238,7 @@ def _without_projection(g, x, lengths, h0, parts):
     )
 
 
-def _packed_layer(g, x, batch_sizes, state0, weights, cell, directions):
+def _packed_layer(g, x, batch_sizes, state0, weights, cell, directions, hidden):
     """One layer of packed x (S, I): padded for the node, and its y packed again."""
     column = g.op("Unsqueeze", batch_sizes, g.constant([1]))
     ranks = _range(g, g.op("Gather", batch_sizes, g.constant(0), axis=0))
@@ -239,7 +247,7 @@ def _packed_layer(g, x, batch_sizes, state0, weights, cell, directions):
     offsets = g.op("CumSum", column, g.constant(0), exclusive=1)
     at = g.op("Where", alive, g.op("Add", offsets, ranks), g.constant(0))
     padded = g.op("Gather", x, at, axis=0)
-    y, h_n, c_n = _layer(g, padded, lengths, state0, weights, cell, directions)
+    y, h_n, c_n = _layer(g, padded, lengths, state0, weights, cell, directions, hidden)
     merged = g.constant([-1])
     width = g.op("Shape", y)
     width = g.op("Slice", width, g.constant([2]), g.constant([3]))
@@ -273,18 +281,21 @@ def _check_options(resets, cell_states):
 
 def _forward(g, x, batch_sizes, resets, state0, weights, cell, directions, cell_states, save_every):
     """``lstm_fused::recurrent_forward``, with empty outputs for what is saved for backward."""
+    found = _run(g, x, batch_sizes, resets, state0, weights, cell, directions, cell_states)
+    return *found, _none(g, x), _none(g, x)
+
+
+def _run(g, x, batch_sizes, resets, state0, weights, cell, directions, cell_states, hidden=None):
+    """y, h_n and c_n of ``recurrent_forward``; hidden as of _layer."""
     _check_options(resets, cell_states)
     if batch_sizes is not None and len(g.shape(batch_sizes)) == 2:
         raise NotImplementedError(
             "documents (cu_seqlens=) cannot be exported to ONNX: give a padded input and lengths="
         )
-    if batch_sizes is None:
-        y, h_n, c_n = _layer(g, x, None, state0, weights, CELLS[cell]["name"], directions)
-    else:
-        y, h_n, c_n = _packed_layer(
-            g, x, batch_sizes, state0, weights, CELLS[cell]["name"], directions
-        )
-    return y, h_n, _none(g, x) if c_n is None else c_n, _none(g, x), _none(g, x)
+    layer = _layer if batch_sizes is None else _packed_layer
+    name = CELLS[cell]["name"]
+    y, h_n, c_n = layer(g, x, batch_sizes, state0, weights, name, directions, hidden)
+    return y, h_n, _none(g, x) if c_n is None else c_n
 
 
 def _padded(g, x, lengths, resets, state0, weights, cell, directions, cell_states):
@@ -294,7 +305,49 @@ def _padded(g, x, lengths, resets, state0, weights, cell, directions, cell_state
     return y, h_n, _none(g, x) if c_n is None else c_n
 
 
-_OPERATORS = {"recurrent_forward": _forward, "recurrent_padded": _padded}
+def _unpacked(g, panels, form):
+    """Panels, or scales (blocks, groups, G, 16), as a float32 matrix of form's shape."""
+    U, K, gates = form
+    is_scales = len(g.shape(panels)) == 4
+    w = g.op("Cast", panels, to=1)  # float32
+    if is_scales:  # each for the columns of its group
+        w = g.op("Unsqueeze", w, g.constant([4]))
+        w = g.op("Expand", w, g.constant([1, 1, 1, 1, GROUP]))
+    w = g.op("Transpose", w, perm=[2, 0, 3, 1, 4])
+    rows = -(-U // _plan.block) * _plan.block
+    w = g.op("Reshape", w, g.constant([len(gates), rows, -1]))
+    w = g.op("Slice", w, g.constant([0, 0]), g.constant([U, K]), g.constant([1, 2]))
+    w = g.op("Gather", w, g.constant(inverse(gates)), axis=0)
+    return g.op("Reshape", w, g.constant([-1, K]))
+
+
+def _dequantized(g, weights, forms, directions):
+    """The weights of a layer of int8 or bfloat16 ones, see panels.plain_weights."""
+    has_scales = len(g.shape(weights[1])) == 4
+
+    def take(part, form):
+        w = _unpacked(g, part.pop(0), form)
+        return g.op("Mul", w, _unpacked(g, part.pop(0), form)) if has_scales else w
+
+    each = len(weights) // directions
+    parts = [list(weights[d * each : (d + 1) * each]) for d in range(directions)]
+    return [w for part in parts for w in in_torch_order(part, forms, has_scales, take)]
+
+
+def _quantized_forward(g, x, batch_sizes, resets, state0, weights, *numbers):
+    """``lstm_fused::quantized_forward``, in float32 with the values that the weights have."""
+    hidden_size, proj_size, cell, directions, cell_states = numbers
+    forms = forms_of(cell, g.last_size(x), hidden_size, proj_size)
+    plain = _dequantized(g, weights, forms, directions)
+    options = cell, directions, cell_states, hidden_size
+    return _run(g, x, batch_sizes, resets, state0, plain, *options)
+
+
+_OPERATORS = {
+    "recurrent_forward": _forward,
+    "recurrent_padded": _padded,
+    "quantized_forward": _quantized_forward,
+}
 
 
 def _register(_):

@@ -33,8 +33,9 @@ library.define(
     "int cell, int directions, bool cell_states) -> (Tensor y, Tensor h_n, Tensor c_n)"
 )
 
-# The gradient, shaped as t, of a layer that has none: raises where it is run.
-library.define("quantized_gradient(Tensor t) -> Tensor")
+# In the place of t's gradient in a layer that has none: raises where it is run. d_out, the gradient
+# of an output, keeps the call in the backward part of a compiled graph.
+library.define("quantized_gradient(Tensor t, Tensor d_out) -> Tensor")
 
 forward_op = torch.ops.lstm_fused.recurrent_forward.default
 backward_op = torch.ops.lstm_fused.recurrent_backward.default

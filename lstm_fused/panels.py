@@ -102,7 +102,7 @@ def packed(w, form):
     """The panels of a weight (G*U, K)."""
     U, K, gates = form
     depth = _DEPTHS[w.dtype]
-    w = w.detach().reshape(len(gates), U, K)[list(gates)]
+    w = _ordered(w.detach().reshape(len(gates), U, K), gates)
     w = pad(w, (0, -K % depth, 0, -U % _LANES))
     w = w.view(len(gates), -1, _LANES, w.shape[2] // depth, depth)
     w = w.permute(1, 3, 0, 2, 4).contiguous()
@@ -115,13 +115,13 @@ def unpacked(panels, form):
     if panels.dtype is torch.uint8:
         panels = (panels ^ _SIGN).view(torch.int8)
     w = panels.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)[:, :U, :K]
-    return w[_inverse(gates)].flatten(0, 1)
+    return _ordered(w, inverse(gates)).flatten(0, 1)
 
 
 def packed_scales(scales, form):
     """Scales (G*U, groups) as the kernels read them."""
     U, _, gates = form
-    s = scales.detach().reshape(len(gates), U, -1)[list(gates)]
+    s = _ordered(scales.detach().reshape(len(gates), U, -1), gates)
     s = pad(s, (0, 0, 0, -U % _LANES)).view(len(gates), -1, _LANES, s.shape[2])
     return s.permute(1, 3, 0, 2).contiguous()
 
@@ -130,11 +130,17 @@ def unpacked_scales(scales, form):
     """The scales (G*U, groups) of what packed_scales gave."""
     U, _, gates = form
     s = scales.permute(2, 0, 3, 1).flatten(1, 2)[:, :U]
-    return s[_inverse(gates)].flatten(0, 1)
+    return _ordered(s, inverse(gates)).flatten(0, 1)
 
 
-def _inverse(gates):
+def inverse(gates):
+    """The place of each of torch's gates among gates."""
     return [gates.index(j) for j in range(len(gates))]
+
+
+def _ordered(t, places):
+    """t with these entries of its first dimension; without an index, which exports would keep."""
+    return t if list(places) == sorted(places) else torch.stack([t[k] for k in places])
 
 
 def plain_weights(weights, cell, directions, inputs, hidden_size, proj_size):
@@ -150,12 +156,19 @@ def plain_weights(weights, cell, directions, inputs, hidden_size, proj_size):
         w = unpacked(part.pop(0), form)
         return dequantized(w, unpacked_scales(part.pop(0), form) if has_scales else None)
 
-    found = []
-    for d in range(directions):
-        part = list(weights[d * each : (d + 1) * each])
-        found += [take(part, forms.w_ih), take(part, forms.w_hh)]
-        if len(part) > (1 + has_scales) * (proj_size > 0):
-            found += [part.pop(0), part.pop(0)]
-        if proj_size:
-            found.append(take(part, forms.w_hr))
-    return found
+    parts = [list(weights[d * each : (d + 1) * each]) for d in range(directions)]
+    return [w for part in parts for w in in_torch_order(part, forms, has_scales, take)]
+
+
+def in_torch_order(part, forms, has_scales, take):
+    """One direction's weights and biases: of part, as plain_weights is given them.
+
+    take(part, form): removes a weight, and its scales, from part's begin, and returns it.
+    """
+    yield take(part, forms.w_ih)
+    yield take(part, forms.w_hh)
+    if len(part) > (1 + has_scales) * (forms.w_hr is not None):
+        yield part.pop(0)
+        yield part.pop(0)
+    if forms.w_hr is not None:
+        yield take(part, forms.w_hr)

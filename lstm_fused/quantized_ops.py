@@ -90,6 +90,11 @@ def padded_layer(
 ):
     """`padded.layer` with quantized weights."""
     number = ops.CELLS[cell]["id"]
+    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+        # One operator of lengths, where ONNX would spell out the packing.
+        plain = plain_weights(weights, number, directions, x.shape[-1], *sizes)
+        more = {"resets": resets, "cell_states": cell_states}
+        return padded.layer(x, lengths, state0, plain, cell, directions, **more)
     options = *sizes, number, directions, cell_states
     state0 = state0 or zeros_state(x, None, _widths(number, *sizes), directions)
 
@@ -134,12 +139,12 @@ def _by_dequantizing(x, batch_sizes, resets, state0, weights, *options):
 
 
 @torch.library.impl(library, "quantized_gradient", "CompositeExplicitAutograd")
-def _raise(t):
+def _raise(t, d_out):
     raise RuntimeError(NO_GRADIENTS)
 
 
 @register_fake("lstm_fused::quantized_gradient")
-def _fake_gradient(t):
+def _fake_gradient(t, d_out):
     return torch.empty_like(t)
 
 
@@ -169,14 +174,19 @@ class LayerWithoutGradients(_SingleLevelFunction):
         out = run(x, batch_sizes, resets, list(rest[:states]), weights, *numbers)
         if CELLS[numbers[2]]["carry"] != "cell":
             ctx.mark_non_differentiable(out[2])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *rest[:states])
         return out
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx, *d_out):
+        found = [None] * len(ctx.needs_input_grad)
+        given = [d for d in d_out if d is not None]
         x, *state0 = ctx.saved_tensors
-        found = [quantized_gradient_op(x), None, None, *map(quantized_gradient_op, state0)]
-        return None, None, *found, *(None,) * (len(ctx.needs_input_grad) - 2 - len(found))
+        for k, t in zip((2, *range(5, 5 + len(state0))), (x, *state0), strict=True):
+            if given and ctx.needs_input_grad[k]:
+                found[k] = quantized_gradient_op(t, given[0])
+        return tuple(found)
 
     @staticmethod
     def jvp(ctx, *tangents):

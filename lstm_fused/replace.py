@@ -73,6 +73,16 @@ def restore(model: M, *, verbose: bool = False) -> M:
     return _exchange(model, _torch_class, "restore", verbose)
 
 
+def restore_unquantized(model):
+    """`restore` but for modules with quantized weights, which stay as they are."""
+
+    def class_for(module):
+        quantized = isinstance(module, Fused) and module.weights_dtype is not None
+        return None if quantized else _torch_class(module)
+
+    return _exchange(model, class_for, "restore", False)
+
+
 class LeftAlone(Exception):
     """Raised for a module that keeps its class; the message says why."""
 
