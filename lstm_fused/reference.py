@@ -22,7 +22,7 @@ def _lstm_step(x, state, w_ih, w_hh, b_ih, b_hh, w_hr):
     i, f, g, o = (_linear(x, w_ih, b_ih) + _linear(h, w_hh, b_hh)).chunk(4, dim=1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     h = torch.sigmoid(o) * torch.tanh(c)
-    return (h if w_hr is None else h @ w_hr.t()), c
+    return (h if w_hr is None else _linear(h, w_hr, None)), c
 
 
 def _gru_step(x, state, w_ih, w_hh, b_ih, b_hh, _):

@@ -11,11 +11,12 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from tests.helpers.compare_modules import states_of
 
 
-def by_steps(module, x, state=(), resets=None, reset_state=None, lengths=None):
+def by_steps(module, x, state=(), resets=None, reset_state=None, lengths=None, layer_of=None):
     """(y (T, N, D*R), final states, cell states (T, N, D*H) or None) of torch.nn's module.
 
     x: (T, N, I); state and reset_state: each (L*D, N, width), () or None for zeros; resets: (T, N),
-    bool; lengths: N integers. y and the cell states are zero in the padding.
+    bool; lengths: N integers. y and the cell states are zero in the padding. layer_of: in place of
+    one_layer.
     """
     directions = 2 if module.bidirectional else 1
     lengths = lengths or [x.shape[0]] * x.shape[1]
@@ -23,7 +24,7 @@ def by_steps(module, x, state=(), resets=None, reset_state=None, lengths=None):
     for k in range(module.num_layers):
         each = []
         for d in range(directions):
-            layer = one_layer(module, k, d, x)
+            layer = (layer_of or one_layer)(module, k, d, x)
             row = k * directions + d
             begin = [s[row] for s in state] or zeros(module, x)
             after_reset = zeros(module, x) if reset_state is None else [s[row] for s in reset_state]
