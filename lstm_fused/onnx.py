@@ -13,7 +13,7 @@ import torch
 from lstm_fused import _plan
 from lstm_fused.cuda import CELLS
 from lstm_fused.hooks import when_imported
-from lstm_fused.panels import GROUP, forms_of, in_torch_order, inverse
+from lstm_fused.panels import GROUP, SIGN, forms_of, in_torch_order, inverse
 
 _OPSET = 15  # the first with all that is used here
 
@@ -305,11 +305,13 @@ def _padded(g, x, lengths, resets, state0, weights, cell, directions, cell_state
     return y, h_n, _none(g, x) if c_n is None else c_n
 
 
-def _unpacked(g, panels, form):
+def _unpacked(g, panels, form, has_scales):
     """Panels, or scales (blocks, groups, G, 16), as a float32 matrix of form's shape."""
     U, K, gates = form
     is_scales = len(g.shape(panels)) == 4
     w = g.op("Cast", panels, to=1)  # float32
+    if not is_scales and has_scales:
+        w = g.op("Sub", w, g.constant([SIGN], torch.float32))
     if is_scales:  # each for the columns of its group
         w = g.op("Unsqueeze", w, g.constant([4]))
         w = g.op("Expand", w, g.constant([1, 1, 1, 1, GROUP]))
@@ -326,8 +328,8 @@ def _dequantized(g, weights, forms, directions):
     has_scales = len(g.shape(weights[1])) == 4
 
     def take(part, form):
-        w = _unpacked(g, part.pop(0), form)
-        return g.op("Mul", w, _unpacked(g, part.pop(0), form)) if has_scales else w
+        w = _unpacked(g, part.pop(0), form, has_scales)
+        return g.op("Mul", w, _unpacked(g, part.pop(0), form, has_scales)) if has_scales else w
 
     each = len(weights) // directions
     parts = [list(weights[d * each : (d + 1) * each]) for d in range(directions)]

@@ -23,7 +23,7 @@ _LANES = _plan.block
 _LARGEST = 127  # of |q|
 _CANDIDATES = 32  # of a group's scale
 _DEPTHS = {torch.int8: 4, torch.bfloat16: 2}  # consecutive columns in a lane
-_SIGN = 128  # the bit in which a byte and the same number with 128 added differ
+SIGN = 128  # the bit in which a byte and the same number with 128 added differ
 
 
 class Form(NamedTuple):
@@ -106,14 +106,14 @@ def packed(w, form):
     w = pad(w, (0, -K % depth, 0, -U % _LANES))
     w = w.view(len(gates), -1, _LANES, w.shape[2] // depth, depth)
     w = w.permute(1, 3, 0, 2, 4).contiguous()
-    return w.view(torch.uint8).bitwise_xor_(_SIGN) if w.dtype is torch.int8 else w
+    return w.view(torch.uint8).bitwise_xor_(SIGN) if w.dtype is torch.int8 else w
 
 
 def unpacked(panels, form):
     """The weight (G*U, K) in panels."""
     U, K, gates = form
     if panels.dtype is torch.uint8:
-        panels = (panels ^ _SIGN).view(torch.int8)
+        panels = (panels.to(torch.int16) - SIGN).to(torch.int8)
     w = panels.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)[:, :U, :K]
     return _ordered(w, inverse(gates)).flatten(0, 1)
 
@@ -146,8 +146,8 @@ def _ordered(t, places):
 def plain_weights(weights, cell, directions, inputs, hidden_size, proj_size):
     """The weights of a layer in float32, as `ops.layer` takes them, of those of its quantized form.
 
-    weights: for each direction [w_ih, s_ih, w_hh, s_hh] of uint8 or [w_ih, w_hh] of bfloat16 panels,
-    then [b_ih, b_hh] if there are biases, then [w_hr, s_hr] or [w_hr] with a projection.
+    weights: for each direction [w_ih, s_ih, w_hh, s_hh] of uint8 panels or [w_ih, w_hh] of bfloat16
+    ones, then [b_ih, b_hh] if there are biases, then [w_hr, s_hr] or [w_hr] with a projection.
     """
     forms = forms_of(cell, inputs, hidden_size, proj_size)
     each, has_scales = len(weights) // directions, weights[0].dtype is torch.uint8

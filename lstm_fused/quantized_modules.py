@@ -119,7 +119,10 @@ class Quantized:
         for name in getattr(self, "_learned", ()):
             initial = self._parameters[name]
             initial.data = initial.data.to(torch.float32)
+        others = dict(self._parameters)
+        self._parameters.clear()
         self._parameters.update({name: Parameter(w.detach()) for name, w in weights.items()})
+        self._parameters.update(others)
 
     # What torch.nn.Module does with parameters and buffers.
 
@@ -152,23 +155,22 @@ class Quantized:
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *rest):
         unexpected, error_msgs = rest
-        forms, int8 = _forms_of(self), self.weights_dtype is torch.int8
-        state_dict = dict(state_dict)
+        forms, state_dict = _forms_of(self), dict(state_dict)
         assign = metadata.get("assign_to_params_buffers", False)
 
-        def load(name, buffer, shape, pack):
-            """state_dict's tensor of this name and shape into a buffer, in the form pack gives."""
+        def load(name, buffer, shape, dtype, pack):
+            """state_dict's tensor of this name into a buffer, in the form pack gives."""
             given = state_dict.pop(prefix + name, None)
             if given is None:
                 missing.append(prefix + name)
                 return
             to = self._buffers[buffer]
-            if not isinstance(given, Tensor) or given.shape != shape or given.dtype != to.dtype:
+            if not isinstance(given, Tensor) or given.shape != shape or given.dtype != dtype:
                 got = type(given).__name__
                 if isinstance(given, Tensor):
                     got = f"{given.dtype} {tuple(given.shape)}"
                 error_msgs.append(
-                    f"{prefix}{name} must be {to.dtype} {tuple(shape)}, got {got}: a state_dict of "
+                    f"{prefix}{name} must be {dtype} {tuple(shape)}, got {got}: a state_dict of "
                     "other weights is loaded before lstm_fused.quantize_"
                 )
                 return
@@ -182,12 +184,13 @@ class Quantized:
         for name in names_in_torch(self):
             form = forms.get(name)
             if form is None:
-                load(name, name, self._buffers[name].shape, lambda t: t)
+                load(name, name, self._buffers[name].shape, torch.float32, lambda t: t)
                 continue
-            load(name, name + _PANELS, form.shape, partial(panels.packed, form=form))
-            if int8:
-                pack = partial(panels.packed_scales, form=form)
-                load(name + _SCALE, name + _PANEL_SCALES, form.scale_shape, pack)
+            dtype, pack = self.weights_dtype, partial(panels.packed, form=form)
+            load(name, name + _PANELS, form.shape, dtype, pack)
+            if dtype is torch.int8:
+                dtype, pack = torch.bfloat16, partial(panels.packed_scales, form=form)
+                load(name + _SCALE, name + _PANEL_SCALES, form.scale_shape, dtype, pack)
         super()._load_from_state_dict(
             state_dict, prefix, metadata, strict, missing, unexpected, error_msgs
         )

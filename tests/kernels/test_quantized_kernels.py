@@ -107,8 +107,8 @@ def test_every_form_is_steps_of_single_rows(row):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_bits_do_not_depend_on_the_instruction_set_or_threads(cell):
-    """int8: the sums are of integers. What is not, biases and gates, may differ in a rounding."""
+def test_bits_of_int8_do_not_depend_on_the_instruction_set(cell):
+    """Nor on the number of threads. What is not of integers needs fused multiply-adds for that."""
     q = module(cell, 37, 50, torch.int8, bidirectional=True)
     x = torch.randn(9, 3, 37)
     found = {}
@@ -117,16 +117,20 @@ def test_bits_do_not_depend_on_the_instruction_set_or_threads(cell):
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             found[isa, threads] = q(x)[0]
-        assert torch.equal(found[isa, 1], found[isa, 2])
-        assert torch.equal(found[isa, 1], found[isa, 3])
-    first = next(iter(found.values()))
-    for y in found.values():
-        assert torch.equal(y, first)
+            assert torch.equal(found[isa, threads], found[isa, 1])
+    fused = [y for (isa, _), y in found.items() if isa != "baseline"]
+    assert all(torch.equal(y, fused[0]) for y in fused)
+    if ("baseline", 1) in found and fused:
+        torch.testing.assert_close(found["baseline", 1], fused[0], rtol=0, atol=1e-2)
 
 
-@pytest.mark.parametrize("dtype", FORMATS, ids=str)
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("dtype", "bad"),
+    [(torch.int8, float("nan")), (torch.int8, float("inf")), (torch.bfloat16, float("nan"))],
+    ids=str,
+)
 def test_what_is_not_finite_stays_in_its_row(dtype, bad):
+    """And is not hidden by the scale of the row."""
     q = module("lstm", 20, 20, dtype)
     x = torch.randn(6, 4, 20)
     expected = q(x)[0]
@@ -135,7 +139,7 @@ def test_what_is_not_finite_stays_in_its_row(dtype, bad):
     others = [0, 2, 3]
     assert torch.equal(found[:, others], expected[:, others])
     assert torch.equal(found[:2], expected[:2])
-    assert found[2:, 1].isnan().any(-1).all()
+    assert found[2:, 1].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
