@@ -7,6 +7,8 @@ namespace {
 // for all rows of a tile.
 constexpr double kRowCycles = 2.07;     // a row of a tile step, at the rate of multiply-adds
 constexpr double kFewRowsCycles = 0.9;  // the same while the step waits for its weights
+constexpr double kInt8RowCycles = 2.5;  // a row of a tile step with int8 weights, of any ISA
+constexpr double kBFloat16RowCycles = 4;
 constexpr double kWeightCycles = 6.2;   // 256 bytes of weights from the second-level cache
 constexpr double kFarCycles = 1;        // more from the third
 constexpr double kMemoryCycles = 5.6;   // more where they fill a large part of that
@@ -54,19 +56,29 @@ struct Share {
   double steps(double depth) const { return vectors * depth * columns; }
 };
 
+double row_cycles(const Problem& p) {
+  constexpr double cycles[] = {kRowCycles, kInt8RowCycles, kBFloat16RowCycles};
+  return cycles[static_cast<int>(p.format)];
+}
+
+// Of the weights of a tile step; int8 ones have a scale of 16 bits for each group.
+double step_bytes(const Problem& p, const Machine& m) {
+  constexpr double part[] = {1, 0.25 + 0.5 / kQuantizationGroup, 0.5};
+  return kTileCols * facts(m.isa).vector_bytes * part[static_cast<int>(p.format)];
+}
+
 // So many tile steps for all rows: bound by the multiply-adds, or by the weights, which each tile
 // reads. What the first tile waits for a cache further away comes to either.
-double product_cycles(const Share& share, const Machine& m, double steps) {
-  const double step_bytes = kTileCols * facts(m.isa).vector_bytes;
-  const double bytes = steps * step_bytes;
+double product_cycles(const Share& share, const Problem& p, const Machine& m, double steps) {
+  const double of_step = step_bytes(p, m), bytes = steps * of_step;
   const double far = bytes <= 0.75 * m.topology.l2   ? 0
                      : bytes <= 0.25 * m.topology.l3 ? kFarCycles
                                                      : kMemoryCycles;
   // A tile of fewer columns has fewer independent sums, which costs it a cycle.
   const double narrow = facts(m.isa).tile_cols < kTileCols ? share.tiles : 0;
-  const double multiply = share.rows * kRowCycles + narrow;
-  const double read = share.tiles * kWeightCycles * step_bytes / 256 + share.rows * kFewRowsCycles;
-  return steps * (std::max(multiply, read) + far * step_bytes / 256);
+  const double multiply = share.rows * row_cycles(p) + narrow;
+  const double read = share.tiles * kWeightCycles * of_step / 256 + share.rows * kFewRowsCycles;
+  return steps * (std::max(multiply, read) + far * of_step / 256);
 }
 
 // What a step costs beyond its arithmetic where threads divide the units.
@@ -102,13 +114,15 @@ double forward_cycles(const Problem& p, const Machine& m, KernelKind kernel,
   const bool direct = kernel == KernelKind::kDirect;
   const double input = share.steps(share.depth_x), hidden = share.steps(share.depth_h);
   double step = share.vectors * share.rows * kCellCycles + exchange_cycles(p, m, part);
-  if (!direct && hoists(p, m)) {
-    step += product_cycles(share, m, hidden) + input * share.rows * kRowCycles;
+  const bool quantized = p.format != WeightFormat::kPlain;
+  if (quantized || (!direct && hoists(p, m))) {
+    step += product_cycles(share, p, m, hidden) + input * share.rows * row_cycles(p);
   } else {
-    step += product_cycles(share, m, hidden + input);
+    step += product_cycles(share, p, m, hidden + input);
   }
-  if (p.projection) step += product_cycles(share, m, share.vectors * p.R / kTileCols);
-  const double pack = direct ? 0 : (hidden + input) * kTileCols * kPackCycles / part.row_groups;
+  if (p.projection) step += product_cycles(share, p, m, share.vectors * p.R / kTileCols);
+  const double pack =
+      direct || quantized ? 0 : (hidden + input) * kTileCols * kPackCycles / part.row_groups;
   return ceil_div(p.D, part.direction_groups) * (p.T * step + pack) + kCallCycles +
          team_cycles(part);
 }
@@ -118,8 +132,8 @@ double backward_cycles(const Problem& p, const Machine& m, KernelKind kernel,
   const Share share(p, m, part), all(p, m, {1, 1, 1});
   const double input = share.steps(share.depth_x), hidden = share.steps(share.depth_h);
   double step = share.vectors * share.rows * kCellBackwardCycles + exchange_cycles(p, m, part) +
-                product_cycles(share, m, hidden);
-  if (p.projection) step += product_cycles(share, m, share.vectors * p.R / kTileCols);
+                product_cycles(share, p, m, hidden);
+  if (p.projection) step += product_cycles(share, p, m, share.vectors * p.R / kTileCols);
   const bool direct = kernel == KernelKind::kDirect;
   const double pack =
       direct ? 0 : (hidden + input) * kTileCols * kPackBackwardCycles / part.row_groups;

@@ -57,6 +57,7 @@ Partition best_partition(const Problem& p, const Machine& m, const Cost& cost) {
 // Whether the forward pass adds in the same order on both partitions. The order of a sum depends on
 // the shape of its register tile: only those of fewer than 8 vectors have several sums at a time.
 bool same_sums(const Problem& p, const Machine& m, const Partition& a, const Partition& b) {
+  if (p.format != WeightFormat::kPlain) return true;  // one sum a unit, over k in its order
   if (p.projection) return false;
   // The rows of all tiles are two or more, if they are so many.
   const bool full_tiles = info(p.cell).gates == kTileCols && !p.packed &&
@@ -158,6 +159,8 @@ std::string describe(const Plan& p) {
     s << ", other programs leave " << p.undisturbed << (p.undisturbed == 1 ? " core" : " cores");
   if (p.kernel == KernelKind::kDirect) {
     s << ", weights read in place";
+  } else if (p.kernel != KernelKind::kPersistent) {
+    s << ", weights in panels";
   } else {
     const IsaFacts isa = facts(p.isa);
     s << ", tiles of up to " << kTileRows << " rows x " << isa.tile_cols << " vectors of "
