@@ -92,10 +92,11 @@ class NewTensor {
 // A list of Python's tensors, in one call for all of them, which takes the handles; null with a
 // Python error.
 inline PyObject* to_python(const Torch& torch, std::span<const AtenTensorHandle> handles) {
-  const Owned capsules(PyList_New(0));
-  for (const AtenTensorHandle handle : handles) {
-    const Owned capsule(PyCapsule_New(handle, nullptr, nullptr));
-    if (!capsules.p || !capsule.p || PyList_Append(capsules.p, capsule.p) != 0) return nullptr;
+  const Owned capsules(PyList_New(handles.size()));
+  for (size_t i = 0; i < handles.size(); ++i) {
+    PyObject* capsule = capsules.p ? PyCapsule_New(handles[i], nullptr, nullptr) : nullptr;
+    if (!capsule) return nullptr;
+    PyList_SetItem(capsules.p, i, capsule);
   }
   return PyObject_CallFunctionObjArgs(torch.from_handles, capsules.p, nullptr);
 }

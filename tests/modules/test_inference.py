@@ -85,6 +85,32 @@ def test_cells_equal_the_operator(cell, dtype, fast_path, monkeypatch):
             assert one.untyped_storage().data_ptr() not in [t.data_ptr() for t in (x, h, c)]
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("make", ["lstm", "projection", "gru", "cell"])
+def test_quantized_weights_equal_the_operator(make, dtype, fast_path, monkeypatch):
+    if make == "cell":
+        module, x = lstm_fused.GRUCell(9, 17, bias=False), torch.randn(3, 9)
+    else:
+        name, more = ("GRU", {}) if make == "gru" else ("LSTM", {})
+        more = {"proj_size": 5} if make == "projection" else more
+        options = {"num_layers": 2, "bidirectional": True, "batch_first": True}
+        module, x = getattr(lstm_fused, name)(9, 17, **options, **more), torch.randn(3, 4, 9)
+    module = lstm_fused.quantize_(module, dtype)
+    quick = module(x)
+    assert fast_path.pop() is not None
+    assert runtime.last_run()["kernel"] == str(dtype).removeprefix("torch.")
+    with monkeypatch.context() as patch:
+        for path in ("infer", "infer_step"):
+            patch.setattr(inference, path, lambda *_: None)
+        usual = module(x)
+    if make == "cell":
+        quick, usual = (quick, ()), (usual, ())
+    pairs = zip((quick[0], *states_of(quick[1])), (usual[0], *states_of(usual[1])), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+    module(x.clone().requires_grad_())
+    assert fast_path.pop() is None
+
+
 def test_cells_use_the_operator(fast_path):
     module, x = lstm_fused.LSTMCell(4, 6), torch.randn(3, 4)
     assert module(x)[0].requires_grad
