@@ -32,11 +32,11 @@ def quantize_(model: M, dtype: torch.dtype = torch.int8) -> M:
     stays as it is: biases, states and results are float32. ``float16``, ``bfloat16`` and
     ``float64`` inputs are taken too, and results are in the input's dtype; so it is under autocast.
 
-    ``torch.int8``: each row of a weight is cut into groups of consecutive columns, and a group has
-    one bfloat16 scale, the one with the least squared error. The kernel rounds the inputs and
-    hidden states of each row to 16 bits by a scale of their own, and adds the products of a group
-    exactly. Results are the same on every x86-64 and arm64 CPU, with and without VNNI.
-    ``torch.bfloat16``: the weights are rounded, the products are float32.
+    ``torch.int8``: each row of a weight is cut into groups of 16 consecutive columns, and a group
+    has one bfloat16 scale, the one with the least squared error. The kernel rounds the inputs and
+    hidden states of each row to 10 bits by a scale of their own, and adds the products of a group
+    exactly. Results do not depend on the instruction set, if that has fused multiply-adds, nor on
+    VNNI. ``torch.bfloat16``: the weights are rounded, the products are float32.
 
     A module stays the object it was and an instance of the class it was; its weights become
     buffers, which ``state_dict`` has under torch's names: ``weight_ih_l0`` int8 with

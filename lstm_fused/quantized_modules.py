@@ -231,6 +231,8 @@ class QuantizedLayers(Quantized):
         Raises:
             RuntimeError: in backward, for gradients of input or hx; and as the float module.
         """
+        if not options and _is_float32(input):
+            return super().forward(input, hx, lengths)
         return self._run_in_float32(super().forward, input, hx, lengths, **options)
 
     def _check_state(self, hx, dims, rows):
@@ -261,6 +263,8 @@ class QuantizedStep(Quantized):
 
     def forward(self, input, hx=None):
         """As the float cell's, in float32 whatever the dtype of input: the results have that."""
+        if _is_float32(input):
+            return super().forward(input, hx)
         return self._run_in_float32(super().forward, input, hx)
 
     def _state(self, input, hx):
@@ -305,6 +309,12 @@ def made_of(module, dtype):
         else:
             made[name + _PANELS] = panels.packed(w.to(dtype), forms[name])
     return made
+
+
+def _is_float32(input):
+    """Whether a call is as it is to be run, without a cast or autocast."""
+    plain = type(input) is Tensor and input.dtype is torch.float32
+    return plain and not torch._C._is_any_autocast_enabled()
 
 
 def _cast(value, dtype):

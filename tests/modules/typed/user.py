@@ -30,6 +30,14 @@ class Tagger(nn.Module):
         return z + h + one
 
 
+def quantized(tagger: Tagger) -> Tagger:
+    lstm_fused.quantize_(tagger.gru, torch.bfloat16)
+    again: Tagger = lstm_fused.dequantize_(lstm_fused.quantize_(tagger))
+    dtype: torch.dtype | None = tagger.lstm.weights_dtype
+    print(dtype)
+    return again
+
+
 class Named(lstm_fused.GRU):
     name = "named"
 
