@@ -354,6 +354,22 @@ def test_weights_that_no_longer_fit(change):
     assert_steps_equal(stream, module, state)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=str)
+def test_quantize_after_preparing(dtype):
+    module, x = layers("lstm"), torch.randn(N, I)
+    stream = lstm_fused.stream(module, N)
+    stream(x)
+    lstm_fused.quantize_(module, dtype)
+    with pytest.raises(RuntimeError, match="parameters of the module itself"):
+        stream(x)
+    quantized = lstm_fused.stream(module, N)
+    quantized(x)
+    lstm_fused.dequantize_(module)
+    with pytest.raises(RuntimeError, match="a stream needs weights"):
+        quantized(x)
+    stream(x)
+
+
 # Errors.
 
 

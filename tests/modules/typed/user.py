@@ -94,7 +94,12 @@ def model_functions(x: Tensor) -> Tagger:
     program: torch.export.ExportedProgram = torch.export.export(model, (x + flow,))
     program.run_decompositions(lstm_fused.decompositions())
     integrations.register()
-    print(lstm_fused.__version__)
+    stream = lstm_fused.stream(nn.GRU(4, 4), batch=2, threads=1)
+    out: Tensor = stream(x[0], out=stream(x[0]))
+    stream.reset([0])
+    stream.state = stream.state
+    address: int = stream.c_step()[0]
+    print(lstm_fused.__version__, out, address)
     return model
 
 
