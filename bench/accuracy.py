@@ -26,6 +26,7 @@ from bench.providers import dynamic_of_torch
 from bench.runs import data_of
 
 SEED = 0
+LOSS, DECIBELS = "loss", "dB gained"
 CHAR_LM_STEPS, CHAR_LM_LENGTH = 400, 400  # training steps; characters of each row that is read
 # What our int8 and bfloat16 weights may cost these models: the error of y, and of the loss.
 GOALS_OF = "char_lm, LSTM"
@@ -37,7 +38,7 @@ class Trained:
     """A trained model with lstm_fused's layers; measure(model) computes the metric anew."""
 
     model: nn.Module
-    metric: str  # "loss", or "accuracy"
+    metric: str  # LOSS, "accuracy", or DECIBELS
     measure: Callable[[nn.Module], float]
 
     def recurrent(self) -> str:
@@ -70,7 +71,7 @@ def char_lm(layer: type[nn.RNNBase], hidden: int, steps: int = CHAR_LM_STEPS) ->
     trainee = example.Trainee(model, corpus, SEED)
     for _ in range(steps):
         trainee.step()
-    return Trained(model, "loss", lambda m: example.loss_of(m(rows[:-1])[0], rows[1:]).item())
+    return Trained(model, LOSS, lambda m: example.loss_of(m(rows[:-1])[0], rows[1:]).item())
 
 
 def sentiment(steps: int | None = None) -> Trained:
@@ -123,6 +124,24 @@ def names(kind: str, steps: int | None = None) -> Trained:
     return Trained(model, "accuracy", accuracy)
 
 
+def denoise(steps: int | None = None) -> Trained:
+    from examples import common
+    from examples import denoise as example
+
+    clean, noisy = example.recordings(None, torch.Generator().manual_seed(SEED))
+    model, learn = example.Denoiser("fused"), example.TRAINING
+    batches = common.minibatches((noisy[:learn], clean[:learn]), 8, SEED)
+    common.train(model, batches, example.loss_of, steps or example.EXAMPLE.steps, Silent())
+    clean, noisy = clean[learn:], noisy[learn:]
+    spectra = example.spectra_of(noisy)
+
+    def gain(m):
+        found = example.signals_of(m(spectra) * spectra)
+        return example.snr(clean, found) - example.snr(clean, noisy)
+
+    return Trained(model, DECIBELS, gain)
+
+
 MODELS = {
     "char_lm, LSTM, 2 layers, H128": lambda: char_lm(lstm_fused.LSTM, 128),
     "char_lm, LSTM, 2 layers, H256": lambda: char_lm(lstm_fused.LSTM, 256),
@@ -130,6 +149,7 @@ MODELS = {
     "sentiment, LSTM, H32": sentiment,
     "digits, LSTM, H64": lambda: digits("lstm"),
     "digits, GRU, H64": lambda: digits("gru"),
+    "denoise, GRU, 2 layers, H128": denoise,
     "names, RNN, H64": lambda: names("rnn"),
 }
 
@@ -250,9 +270,9 @@ def measure_accuracy(chosen: list[str]) -> dict:
 
 
 def change_of(model: dict, provider: str) -> float:
-    """How the metric changed: a loss as a part of itself, an accuracy as it is."""
+    """How the metric changed: a loss as a part of itself, others as they are."""
     change = model["providers"][provider]["value"] - model["value"]
-    return change / model["value"] if model["metric"] == "loss" else change
+    return change / model["value"] if model["metric"] == LOSS else change
 
 
 def rows_of(result: dict) -> list[list[str]]:
@@ -263,7 +283,7 @@ def rows_of(result: dict) -> list[list[str]]:
         lines.append([f"**{model['name']}**", "", "", "", metric, ""])
         for name, each in model["providers"].items():
             sizes = [power_of_ten(each[key]) for key in ("relative", "rms", "largest")]
-            change = f"{change_of(model, name):+.2%}"
+            change = f"{change_of(model, name):+.2{'f' if model['metric'] == DECIBELS else '%'}}"
             lines.append([name, *sizes, f"{each['value']:.4g}", change])
     return lines
 
