@@ -20,7 +20,7 @@ def infer(
 
 class Stream:
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor: ...
-    def prepare(
+    def _prepare(
         self,
         names: list[str],
         params: dict[str, Any],
@@ -33,7 +33,7 @@ class Stream:
         proj_size: int = 0,
     ) -> None: ...
     def c_step(self) -> tuple[int, int]: ...
-    def current(self) -> int: ...
+    def _copy_read(self) -> int: ...
 
 def forward(
     x: Tensor,

@@ -83,7 +83,7 @@ class Stream(_C.Stream):
         h, *c = copies
         self._copies = copies
         cell, inputs = inference.cell_of(module), module.input_size
-        self.prepare(names, params, h, c[0] if c else None, cell, inputs, threads, *sizes)
+        self._prepare(names, params, h, c[0] if c else None, cell, inputs, threads, *sizes)
         self.reset()
 
     def reset(self, rows: Tensor | Sequence[int] | None = None) -> None:
@@ -131,7 +131,7 @@ class Stream(_C.Stream):
 
     def _current(self):
         """The copies of the states, each (L, N, width), that the next step reads."""
-        return [s[self.current()] for s in self._copies]
+        return [s[self._copy_read()] for s in self._copies]
 
     def _initial(self):
         """The initial states, each (L, N, width)."""

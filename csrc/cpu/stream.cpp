@@ -11,30 +11,37 @@ Stream::Stream(std::vector<Layer> layers, const StreamStates& states, int thread
 
 bool Stream::set_layers(std::vector<Layer> layers) {
   return exclusively([&] {
-    layers_ = std::move(layers);
-    plan();
+    std::swap(layers_, layers);
+    try {
+      plan();
+    } catch (...) {
+      std::swap(layers_, layers);
+      throw;
+    }
   });
 }
 
 void Stream::plan() {
-  calls_.clear();
-  isa_ = current_isa();
+  std::vector<Call> calls;
+  const Isa isa = current_isa();
   size_t bytes = 0;
   for (const Layer& layer : layers_) {
     ForwardParams p = params_of<ForwardParams>(layer);
     p.h0 = states_.h;  // not null, as in every step
     p.c0 = states_.c;
     const Problem problem = problem_of(layer, false);
-    calls_.push_back({p, PlannedForward(problem, p, threads_)});
-    bytes = std::max(bytes, calls_.back().planned.scratch_bytes());
+    calls.push_back({p, PlannedForward(problem, p, threads_)});
+    bytes = std::max(bytes, calls.back().planned.scratch_bytes());
   }
   scratch_.of(bytes);
+  calls_ = std::move(calls);
+  isa_ = isa;
 }
 
 bool Stream::step(const void* x, int64_t stride_n, void* y) {
   return exclusively([&] {
     if (current_isa() != isa_) plan();
-    run_layers(x, stride_n ? stride_n : layers_[0].size.I, y);
+    run_layers(x, stride_n, y);
     current_ ^= 1;
     ++steps_;
   });
@@ -73,7 +80,8 @@ int64_t Stream::products() const {
 
 int stream_step(void* handle, const void* x, void* y) {
   try {
-    return static_cast<Stream*>(handle)->step(x, 0, y) ? 0 : 1;
+    Stream& stream = *static_cast<Stream*>(handle);
+    return stream.step(x, stream.layer(0).size.I, y) ? 0 : 1;
   } catch (const std::bad_alloc&) {
     return 2;
   }

@@ -27,8 +27,8 @@ class Stream {
   // Other weights of the same sizes; the states stay.
   bool set_layers(std::vector<Layer> layers);
 
-  // x (N, I), with stride_n elements from row to row, or 0 for I of them; y (N, R), contiguous.
-  // They overlap neither each other nor the states.
+  // x (N, I), with stride_n elements from row to row; y (N, R), contiguous. They overlap neither
+  // each other nor the states.
   bool step(const void* x, int64_t stride_n, void* y);
 
   // Which copy of the states the next step reads, 0 or 1.

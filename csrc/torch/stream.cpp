@@ -99,7 +99,7 @@ class StreamWeights {
 };
 
 struct StreamSizes {
-  long cell, L, N, I, threads;
+  long cell, L, N, I, H, R, threads;
   DType dtype;
   long hidden_size, proj_size;  // of quantized weights, else 0
 };
@@ -159,7 +159,10 @@ class PythonStream {
       layer.hidden_size = sizes_.hidden_size;
       layer.proj_size = sizes_.proj_size;
       layers.push_back(describe_layer(layer));
-      width = layers.back().size.R;
+      const LayerSizes& size = layers.back().size;
+      LSTM_FUSED_CHECK(size.H == sizes_.H && size.R == sizes_.R,
+                       "the weights are of other sizes than the stream's state");
+      width = size.R;
     }
     return layers;
   }
@@ -236,24 +239,26 @@ PythonStream& stream_of(PyObject* self) {
   return *stream;
 }
 
-// prepare(names, params, h, c, cell, inputs, threads[, hidden_size, proj_size]): names, params and
+// _prepare(names, params, h, c, cell, inputs, threads[, hidden_size, proj_size]): names, params and
 // the last two as infer takes them
 PyObject* prepare(PyObject* self, PyObject* args, PyObject* kwargs) {
   PyObject *names, *params, *h, *c;
   StreamSizes sizes{};
   python::parse(
-      args, kwargs, "O!O!OOlll|ll:prepare",
+      args, kwargs, "O!O!OOlll|ll:_prepare",
       {"names", "params", "h", "c", "cell", "inputs", "threads", "hidden_size", "proj_size"},
       &PyList_Type, &names, &PyDict_Type, &params, &h, &c, &sizes.cell, &sizes.I, &sizes.threads,
       &sizes.hidden_size, &sizes.proj_size);
   const Torch* torch = Torch::get();
   LSTM_FUSED_CHECK(torch && torch->from_handles, "this torch lacks what a stream needs");
   StreamWeights weights(*torch, names, params);
-  TensorView states;
-  if (!read_tensor(*torch, h, states)) throw Failed();
-  sizes.L = states.size(1);
-  sizes.N = states.size(2);
-  sizes.dtype = static_cast<DType>(states.dtype);
+  TensorView hs, cs;
+  if (!read_tensor(*torch, h, hs) || (c != Py_None && !read_tensor(*torch, c, cs))) throw Failed();
+  sizes.L = hs.size(1);
+  sizes.N = hs.size(2);
+  sizes.R = hs.size(3);
+  sizes.H = c == Py_None ? sizes.R : cs.size(3);
+  sizes.dtype = static_cast<DType>(hs.dtype);
   python::value_of<Prepared>(self) =
       std::make_unique<PythonStream>(*torch, std::move(weights), sizes, h, c);
   return Py_NewRef(Py_None);
@@ -285,9 +290,9 @@ PyObject* current(PyObject* self, PyObject*, PyObject*) {
 
 void add_stream(PyObject* module) {
   static PyMethodDef methods[] = {
-      python::method<prepare>("prepare"),
+      python::method<prepare>("_prepare"),
       python::method<c_step>("c_step"),
-      python::method<current>("current"),
+      python::method<current>("_copy_read"),
       {},
   };
   const ternaryfunc call = python::guarded_function<step>;

@@ -130,6 +130,9 @@ def test_strided_rows():
     module = layers("lstm")
     x = torch.randn(N, 3 * I)[:, I : 2 * I]
     assert torch.equal(lstm_fused.stream(module, N)(x), module(x[None])[0][0])
+    one = torch.randn(1, I)
+    expected = lstm_fused.stream(module, N)(one.repeat(N, 1))
+    assert torch.equal(lstm_fused.stream(module, N)(one.expand(N, I)), expected)
     narrow = layers("lstm", 1, H)
     audio = torch.randn(5, N).t()
     assert torch.equal(
@@ -316,6 +319,7 @@ def test_functional_call():
 
 UNFIT = {
     "shape": lambda m: setattr(m, "weight_hh_l0", torch.nn.Parameter(torch.zeros(4 * H, H + 1))),
+    "all shapes": lambda m: grow(m),
     "dtype": lambda m: m.double(),
     "one dtype": lambda m: setattr(m, "bias_hh_l0", torch.nn.Parameter(m.bias_hh_l0.double())),
     "device": lambda m: m.to("meta"),
@@ -328,6 +332,10 @@ UNFIT = {
         m, "weight_hh_l0", torch.nn.Parameter(m.weight_hh_l0.as_subclass(Wrapped))
     ),
 }
+
+
+def grow(module):
+    module._parameters.update(layers("lstm", I, H + 1)._parameters)
 
 
 class Wrapped(torch.Tensor):
