@@ -15,6 +15,7 @@ from bench.report import caption, cells, latency_table, load, markdown, measured
 
 README, DOCS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 WORKS_WITH, SEQUENCES = ROOT / "docs" / "works_with.md", ROOT / "docs" / "sequences.md"
+QUANTIZATION = ROOT / "docs" / "quantization.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
@@ -59,7 +60,13 @@ def block(paths: list[Path], target: Path) -> str:
 
 def pages_of(result: dict) -> tuple[Path, ...]:
     """The pages that show a result of its set."""
-    return {"clients": (WORKS_WITH,), "sequences": (SEQUENCES,)}.get(result["set"], (README, DOCS))
+    found = {
+        "clients": (WORKS_WITH,),
+        "sequences": (SEQUENCES,),
+        "accuracy": (QUANTIZATION,),
+        "int8": (QUANTIZATION,),
+    }
+    return found.get(result["set"], (README, DOCS))
 
 
 def paths_in(text: str, target: Path) -> list[Path]:
