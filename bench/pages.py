@@ -15,7 +15,7 @@ from bench.report import caption, cells, latency_table, load, markdown, measured
 
 README, DOCS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 WORKS_WITH, SEQUENCES = ROOT / "docs" / "works_with.md", ROOT / "docs" / "sequences.md"
-QUANTIZATION = ROOT / "docs" / "quantization.md"
+QUANTIZATION, STREAMING = ROOT / "docs" / "quantization.md", ROOT / "docs" / "streaming.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
@@ -65,6 +65,7 @@ def pages_of(result: dict) -> tuple[Path, ...]:
         "sequences": (SEQUENCES,),
         "accuracy": (QUANTIZATION,),
         "int8": (QUANTIZATION,),
+        "streaming": (STREAMING,),
     }
     return found.get(result["set"], (README, DOCS))
 
