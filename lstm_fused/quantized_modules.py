@@ -4,6 +4,7 @@ A module of such a class has no parameters but those of a learned initial state.
 biases are buffers, as the operator takes them; `state_dict` has them in torch's shapes.
 """
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -65,13 +66,12 @@ class Quantized:
         cast = x.dtype in _CAST
         if not autocast and not cast and "reset_state" not in options:
             return run(input, hx, *rest, **options)
-        dtype = x.dtype
         if "reset_state" in options:
             options["reset_state"] = _cast(options["reset_state"], torch.float32)
         input = _cast(input, torch.float32) if cast else input
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device, enabled=False) if autocast else nullcontext():
             found = run(input, _cast(hx, torch.float32), *rest, **options)
-        return _cast(found, dtype) if cast else found
+        return _cast(found, x.dtype) if cast else found
 
     # The weights.
 
@@ -184,7 +184,7 @@ class Quantized:
         for name in names_in_torch(self):
             form = forms.get(name)
             if form is None:
-                load(name, name, self._buffers[name].shape, torch.float32, lambda t: t)
+                load(name, name, self._buffers[name].shape, torch.float32, Tensor.detach)
                 continue
             dtype, pack = self.weights_dtype, partial(panels.packed, form=form)
             load(name, name + _PANELS, form.shape, dtype, pack)

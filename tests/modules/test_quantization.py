@@ -332,8 +332,8 @@ def test_moved_to_another_device_and_back(dtype):
     assert_same(outputs(q.cpu().to(x.device), x), expected)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        y, _ = q.to("meta")(x.to("meta"))
-    assert y.is_meta and y.shape == expected[0].shape
+        y, _ = q.to("meta")(x.to("meta", torch.float16))
+    assert y.is_meta and y.shape == expected[0].shape and y.dtype is torch.float16
 
 
 # Inputs.

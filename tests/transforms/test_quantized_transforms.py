@@ -13,10 +13,18 @@ import lstm_fused
 from lstm_fused import inference, operators, ops, panels, quantized_ops
 from tests.helpers.oracle import CELLS, has_cell_state
 from tests.helpers.quantized import FORMATS, module
-from tests.transforms.test_onnx import EXPORTERS, export
 
 every_format = pytest.mark.parametrize("dtype", FORMATS, ids=str)
 every_cell = pytest.mark.parametrize("cell", CELLS)
+FEW = {("lstm", torch.int8), ("gru", torch.bfloat16)}
+few = pytest.mark.parametrize(
+    ("cell", "dtype"),
+    [
+        pytest.param(*case, marks=[] if case in FEW else [pytest.mark.full])
+        for case in itertools.product(CELLS, FORMATS)
+    ],
+    ids=str,
+)
 QUANTIZED = "lstm_fused.quantized_forward.default"
 # Of float32 with the values of the weights: int8 rounds activations as well.
 CLOSE = {torch.int8: {"rtol": 0, "atol": 1e-2}, torch.bfloat16: {"rtol": 1e-5, "atol": 1e-6}}
@@ -123,9 +131,10 @@ def test_derivatives_of_other_parts():
 # torch.compile.
 
 
-@every_format
-@pytest.mark.parametrize("form", calls())
-def test_compiled(dtype, form):
+@pytest.mark.parametrize(
+    ("form", "dtype"), [(form, FORMATS[k % 2]) for k, form in enumerate(calls())], ids=str
+)
+def test_compiled(form, dtype):
     q = layers("lstm", dtype)
     (x,), options = calls()[form]
     run = torch.compile(q, fullgraph=True, backend="aot_eager")
@@ -243,8 +252,7 @@ def test_flops(dtype):
 # Exports.
 
 
-@every_format
-@every_cell
+@few
 def test_exported_program(cell, dtype):
     """Quantized, and loaded from a file."""
     q = layers(cell, dtype)
@@ -261,8 +269,7 @@ def test_exported_program(cell, dtype):
         assert torch.equal(output(run, given), output(q, given))
 
 
-@every_format
-@every_cell
+@few
 def test_decompositions(cell, dtype):
     q, x = layers(cell, dtype), torch.randn(6, 3, 7)
     program = torch.export.export(q, (x,)).run_decompositions(lstm_fused.decompositions())
@@ -282,24 +289,29 @@ def test_aotinductor(dtype, tmp_path):
         assert torch.equal(output(run, x), output(q, x))
 
 
+EXPORTERS = ("dynamo", "traced", "program")
 QUICK = {
-    ("lstm", torch.int8, "dynamo"),
-    ("gru", torch.bfloat16, "dynamo"),
-    ("gru", torch.int8, "traced"),
-    ("lstm", torch.bfloat16, "traced"),
+    ("lstm", torch.int8, "dynamo", True),
+    ("gru", torch.bfloat16, "dynamo", False),
+    ("gru", torch.int8, "traced", True),
+    ("lstm", torch.bfloat16, "traced", False),
 }
-ONNX_CASES = [
-    pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.full])
-    for case in itertools.product(CELLS, FORMATS, EXPORTERS)
-]
 
 
-@pytest.mark.parametrize("lengths", [False, True])
-@pytest.mark.parametrize(("cell", "dtype", "exporter"), ONNX_CASES, ids=str)
+@pytest.mark.parametrize(
+    ("cell", "dtype", "exporter", "lengths"),
+    [
+        pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.full])
+        for case in itertools.product(CELLS, FORMATS, EXPORTERS, (True, False))
+    ],
+    ids=str,
+)
 def test_onnx(cell, dtype, exporter, lengths, tmp_path):
     """The graph is float32, with the values that the weights have."""
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
+    from tests.transforms.test_onnx import export
+
     q, x = layers(cell, dtype), torch.randn(6, 3, 7)
     args = (x, None, torch.tensor([6, 0, 2])) if lengths else (x,)
     run = export(q, args, tmp_path / "model.onnx", exporter)
