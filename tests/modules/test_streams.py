@@ -1,11 +1,14 @@
 """Streams: each step gives the bits of the module's own call, and nothing stale or odd passes."""
 
 import ctypes
+import gc
 import itertools
+import os
 import pickle
 import sys
 import threading
 import time
+import weakref
 from copy import deepcopy
 
 import pytest
@@ -584,3 +587,45 @@ def test_second_thread_is_refused():
         thread.join()
     assert errors and set(errors) == {"another thread runs a step of this stream"}
     stream(x)
+
+
+def test_references():
+    """None is kept of the tensors of a call, of weights as long as the stream lives."""
+    module = layers("lstm")
+    stream, x, y = lstm_fused.stream(module, N), torch.randn(N, I), torch.empty(N, H)
+    weight = module.weight_hh_l0
+    alive = weakref.ref(stream)
+
+    before = [sys.getrefcount(each) for each in (x, y, weight, stream)]
+    for _ in range(10):
+        stream(x, out=y)
+        stream(x)
+        for wrong in ((x, x), (y,), (x, None, None)):
+            with pytest.raises((TypeError, ValueError)):
+                stream(*wrong)
+        stream.c_step()
+        del wrong
+    assert [sys.getrefcount(each) for each in (x, y, weight, stream)] == before
+    storage = weakref.ref(weight.untyped_storage())
+    del stream, module, weight
+    gc.collect()
+    assert alive() is None and storage() is None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
+def test_forked_process():
+    torch.set_num_threads(2)
+    stream, x = lstm_fused.stream(layers("lstm", 300, 512), 4, threads=2), torch.randn(4, 300)
+    stream(x)
+    before = stream.state
+    expected = stream(x)
+    stream.state = before
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writer, b"same" if torch.equal(stream(x), expected) else b"other")
+        os._exit(0)
+    os.close(writer)
+    assert os.read(reader, 10) == b"same"
+    os.close(reader)
+    os.waitpid(child, 0)
