@@ -9,7 +9,7 @@ import torch
 
 from lstm_fused import _plan
 from tests.kernels.standalone.build import ROOT, build
-from tests.kernels.standalone.problems import cases, complaints, read, write
+from tests.kernels.standalone.problems import cases, check_quantized, complaints, read, write
 
 COMPILER, SYMBOLS = "aarch64-linux-gnu-g++", "aarch64-linux-gnu-nm"
 EMULATOR = "qemu-aarch64"
@@ -73,6 +73,13 @@ def test_kernels(isa, cpu, driver, tmp_path):
     assert complaints(solved, results) == []
     for case, draws in zip(solved, results, strict=True):
         assert {isas for _, isas in draws} == {planned_isas(isa, case.problem)}, case
+
+
+@pytest.mark.parametrize(("isa", "cpu"), [("neon", ONLY_NEON), ("sve256_bf16", SVE_OF_256)])
+def test_quantized_kernels(isa, cpu, driver, tmp_path):
+    check_quantized(
+        lambda *paths: run(driver, cpu, isa, *paths), tmp_path / "problems", tmp_path / "results"
+    )
 
 
 @pytest.mark.parametrize("isa", ["neon", "neon_bf16", "sve256", "sve256_bf16"])

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from lstm_fused import runtime
 from tests.kernels.standalone.build import ROOT, build
-from tests.kernels.standalone.problems import cases, complaints, read, write
+from tests.kernels.standalone.problems import cases, check_quantized, complaints, read, write
 
 CSRC = ROOT / "csrc"
 # Names that belong to one family of compilers, and headers of one system. nvcc compiles csrc/cuda
@@ -49,6 +50,10 @@ NEED_CLANG = pytest.mark.skipif(CLANG is None, reason="no clang++ 14 or newer")
 NEED_ZIG = pytest.mark.skipif(zig() is None, reason="no zig: pip install ziglang")
 
 
+def run_driver(*command):
+    return subprocess.run(map(str, command), capture_output=True, text=True)
+
+
 def check(built):
     assert built.returncode == 0, built.stdout[-4000:] + built.stderr[-4000:]
 
@@ -63,11 +68,12 @@ def test_kernels_by_clang_without_openmp(tmp_path):
     with open(tmp_path / "problems", "wb") as file:
         write(solved, file)
     for isa in runtime.available_isas():
-        command = [folder / "driver", isa, tmp_path / "problems", tmp_path / "results"]
-        done = subprocess.run(map(str, command), capture_output=True, text=True)
+        done = run_driver(folder / "driver", isa, tmp_path / "problems", tmp_path / "results")
         assert done.returncode == 0, done.stderr
         with open(tmp_path / "results", "rb") as file:
             assert complaints(solved, read(solved, file)) == []
+        run = partial(run_driver, folder / "driver", isa)
+        check_quantized(run, tmp_path / "quantized", tmp_path / "results")
 
 
 @pytest.mark.full

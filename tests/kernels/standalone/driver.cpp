@@ -25,6 +25,7 @@ struct Header {
   int64_t cell, dtype, T, N, I, H, P, D;  // P: projection size or 0
   int64_t bias, state, packed;
   int64_t threads, row_groups, unit_groups;  // threads 0: planned
+  int64_t format;                            // WeightFormat; but for plain weights forward alone
 };
 
 class Problems {
@@ -104,6 +105,22 @@ Isa run(const Header& h, const Problem& problem, Params& params, Plan plan, Byte
   return plan.isa;
 }
 
+// A matrix of weights (gates * rows, K), or its panels and their scales.
+void read_weights(const Header& h, int64_t gates, int64_t rows, int64_t K, const void*& weights,
+                  const void*& scales, Problems& file) {
+  const int64_t units = gates * ceil_div(rows, kBlock) * kBlock;
+  switch (static_cast<WeightFormat>(h.format)) {
+    case WeightFormat::kPlain:
+      weights = file.given(gates * rows * K * storage_bytes(static_cast<DType>(h.dtype)));
+      break;
+    case WeightFormat::kInt8:
+      weights = file.given(units * round_up(K, 4));
+      scales = file.given(units * ceil_div(K, kQuantizationGroup) * 2);
+      break;
+    case WeightFormat::kBFloat16: weights = file.given(units * round_up(K, 2) * 2);
+  }
+}
+
 void solve(const Header& h, Isa isa, Problems& file) {
   const CellKind cell = static_cast<CellKind>(h.cell);
   const DType dtype = static_cast<DType>(h.dtype);
@@ -125,15 +142,32 @@ void solve(const Header& h, Isa isa, Problems& file) {
   if (h.state && has_c) f.c0 = file.given(D * N * H * b);
   for (int64_t d = 0; d < D; ++d) {
     Weights& w = f.weights[d];
-    w.w_ih = file.given(G * H * I * b);
-    w.w_hh = file.given(G * H * R * b);
+    read_weights(h, G, H, I, w.w_ih, w.s_ih, file);
+    read_weights(h, G, H, R, w.w_hh, w.s_hh, file);
     if (h.bias) w.b_ih = file.given(G * H * b);
     if (h.bias) w.b_hh = file.given(G * H * b);
-    if (h.P) w.w_hr = file.given(R * H * b);
+    if (h.P) read_weights(h, 1, R, H, w.w_hr, w.s_hr, file);
   }
   f.y = file.wanted(S * D * R * b);
   f.h_n = file.wanted(D * N * R * b);
   if (has_c) f.c_n = file.wanted(D * N * H * b);
+  Layer layer{};
+  layer.cell = cell;
+  layer.dtype = dtype;
+  layer.size = f.size;
+  layer.projection = h.P > 0;
+  layer.format = static_cast<WeightFormat>(h.format);
+  const bool training = layer.format == WeightFormat::kPlain;
+  const Problem problem = problem_of(layer, training);
+  const Machine machine{isa, 1};
+  const auto run_forward = [&] {
+    return run(h, problem, f, plan_forward(problem, machine), &Kernel::forward_scratch,
+               &Kernel::forward, file);
+  };
+  if (!training) {
+    const Isa forward = run_forward();
+    return file.write_results(forward, forward);
+  }
   const int64_t units = f.size.blocks() * kBlock;
   f.gates = file.wanted(D * S * cell_info.preacts * units * wide, false);
   if (cell_info.carry != Carry::kNone) f.saved_states = file.wanted(D * S * units * wide, false);
@@ -154,10 +188,7 @@ void solve(const Header& h, Isa isa, Problems& file) {
   if (h.state) g.dh0 = file.wanted(D * N * R * b);
   if (h.state && has_c) g.dc0 = file.wanted(D * N * H * b);
 
-  const Problem problem = problem_of(cell, dtype, f.size, h.P > 0, true);
-  const Machine machine{isa, 1};
-  const Isa forward = run(h, problem, f, plan_forward(problem, machine), &Kernel::forward_scratch,
-                          &Kernel::forward, file);
+  const Isa forward = run_forward();
   const Isa backward = run(h, problem, g, plan_backward(problem, machine),
                            &Kernel::backward_scratch, &Kernel::backward, file);
   file.write_results(forward, backward);
