@@ -22,6 +22,9 @@ GROUP = _plan.quantization_group
 _LANES = _plan.block
 _LARGEST = 127  # of |q|
 _CANDIDATES = 32  # of a group's scale
+# Numbers that are tried with all candidates at a time: a core's cache holds them, and torch divides
+# no fewer among threads.
+_CHUNK = 1 << 15
 _DEPTHS = {torch.int8: 4, torch.bfloat16: 2}  # consecutive columns in a lane
 SIGN = 128  # the bit in which a byte and the same number with 128 added differ
 
@@ -66,28 +69,28 @@ def quantized(w):
     Of the `_CANDIDATES` bfloat16 numbers from max|w| / 127 of the group upwards, the scale is the
     one with the least squared error.
     """
-    rows, K = w.shape
-    w = w.detach().to(torch.float32)
-    groups = pad(w, (0, -K % GROUP)).view(rows, -1, GROUP)
-    # The bits of the smallest bfloat16 that is not below max|w| / 127.
+    rows = max(1, _CHUNK // w.shape[1])
+    parts = [_quantized_rows(part.to(torch.float32)) for part in w.detach().split(rows)]
+    return tuple(torch.cat(each) for each in zip(*parts, strict=True))
+
+
+def _quantized_rows(w):
+    groups = pad(w, (0, -w.shape[1] % GROUP)).view(w.shape[0], -1, GROUP)
+    # The bits of the smallest bfloat16 that is not below max|w| / 127, and is normal.
     largest = groups.abs().amax(-1, keepdim=True) / _LARGEST
-    bits = (largest.view(torch.int32) + 0xFFFF) >> 16
-    best, least, found = None, None, None
+    bits = ((largest.view(torch.int32) + 0xFFFF) >> 16).clamp_(min=0x80)
+    best, least = None, None
     for k in range(_CANDIDATES):
         scale = ((bits + k) << 16).view(torch.float32)
-        q = (groups / scale).nan_to_num_(0, 0, 0).round_().clamp_(-_LARGEST, _LARGEST)
-        error = (q * scale - groups).square().sum(-1, keepdim=True)
+        errors = (groups / scale).round_().mul_(scale).sub_(groups)
+        error = errors.square_().sum(-1, keepdim=True)
         if best is None:
-            best, least, found = scale, error, q
-            continue
-        better = error < least
-        best = torch.where(better, scale, best)
-        least = torch.where(better, error, least)
-        found = torch.where(better, q, found)
-    return (
-        found.to(torch.int8).flatten(1)[:, :K].contiguous(),
-        best.squeeze(-1).to(torch.bfloat16),
-    )
+            best, least = scale, error
+        else:
+            best = torch.where(error < least, scale, best)
+            least = torch.minimum(error, least)
+    q = (groups / best).round_().to(torch.int8)
+    return q.flatten(1)[:, : w.shape[1]], best.squeeze(-1).to(torch.bfloat16)
 
 
 def dequantized(q, scales):
