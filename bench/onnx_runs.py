@@ -3,23 +3,72 @@
 Libraries beside torch are imported only when a row asks for them.
 """
 
+import contextlib
+import importlib.metadata
+import importlib.util
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from bench import environment
 from bench.cases import CELLS, Workload, lengths_of
+from bench.compiled import BUILD, NotMeasured
 from bench.runs import Case, named
 
 # What an operator graph may use; older than the installed onnx, so that ONNX Runtime knows it.
 OPSET, IR_VERSION = 18, 10
 
 
+# On x86-64: ecx is set to 0 and XCR0 is read, whose bits say which registers the system saves; and
+# in its place eax is set to ecx + 7, of which those of AVX-512 are none.
+READS_XCR0, WITHOUT_AVX512 = b"\x31\xc9\x0f\x01\xd0", b"\x31\xc9\x8d\x41\x07"
+
+
+def import_onnx_runtime():
+    """The module onnxruntime: where libraries are held to AVX2, which it has no setting for, of a
+    copy that finds no registers of AVX-512."""
+    if not environment.isa():
+        return importlib.import_module("onnxruntime")
+    (installed,) = importlib.util.find_spec("onnxruntime").submodule_search_locations
+    copy = str(without_avx512(Path(installed)))
+    if copy not in sys.path:
+        sys.path.insert(0, copy)
+    module = importlib.import_module("onnxruntime")
+    if not module.__file__.startswith(copy):
+        raise NotMeasured("ONNX Runtime was imported before it could be held to AVX2")
+    return module
+
+
+def without_avx512(package: Path) -> Path:
+    """The folder of the copy, in which all but the changed library are links."""
+    version = importlib.metadata.version("onnxruntime")
+    folder = BUILD / f"onnxruntime-{version}-without-avx512"
+    if folder.exists():
+        return folder
+    (library,) = (package / "capi").glob("onnxruntime_pybind11_state*.so")
+    text = library.read_bytes()
+    if READS_XCR0 not in text:
+        raise NotMeasured("ONNX Runtime reads in some other way which registers there are")
+    BUILD.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=BUILD, ignore_cleanup_errors=True) as partial:
+        capi = Path(partial) / "onnxruntime" / "capi"
+        capi.mkdir(parents=True)
+        for source, target in ((package, capi.parent), (package / "capi", capi)):
+            for each in source.iterdir():
+                if each.name not in ("capi", "__pycache__", library.name):
+                    (target / each.name).symlink_to(each)
+        (capi / library.name).write_bytes(text.replace(READS_XCR0, WITHOUT_AVX512))
+        with contextlib.suppress(OSError):  # another process was faster
+            Path(partial).rename(folder)
+    return folder
+
+
 def infer_in_onnx_runtime(model: bytes):
     """The graph as a function of its feed, arrays by name, on as many threads as torch's."""
-    import onnxruntime
-
+    onnxruntime = import_onnx_runtime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
@@ -86,6 +135,8 @@ class OnnxInt8Run(OnnxRuntimeRun):
 def in_int8(model: bytes) -> bytes:
     """The graph with onnxruntime.quantization's int8 weights, which it has for LSTM nodes."""
     import onnx
+
+    import_onnx_runtime()
     from onnxruntime.quantization import quantize_dynamic
 
     graph = onnx.load_from_string(model)

@@ -219,7 +219,7 @@ INFERENCE = {
         device == "cpu" and not work.training and work.dtype == "float32"
     ),
 }
-IN_ONNX = (
+ON_ONNX = (
     INFERENCE
     | NO_DROPOUT
     | {
@@ -227,7 +227,7 @@ IN_ONNX = (
         "ONNX has no such option": lambda work, _: not work.option,
     }
 )
-ON_ONNX = IN_ONNX | {"cannot be held to an instruction set": lambda work, _: not environment.isa()}
+UNHELD = {"cannot be held to an instruction set": lambda work, _: not environment.isa()}
 LSTM_NODES = {"has int8 weights for LSTM nodes only": lambda work, _: work.cell == "lstm"}
 TORCH_DYNAMIC = INFERENCE | {
     "torch has it for LSTM and GRU only": lambda work, _: work.cell in ("lstm", "gru"),
@@ -247,11 +247,10 @@ PROVIDERS = {
     OURS: Provider(ours),
     WITHOUT: Provider(without_option, COMPARABLE, judged=False),
     ONNX: Provider(OnnxRuntimeRun, ON_ONNX, ("onnx", "onnxruntime")),
-    OPENVINO: Provider(OpenVinoRun, ON_ONNX, ("onnx", "openvino")),
+    OPENVINO: Provider(OpenVinoRun, ON_ONNX | UNHELD, ("onnx", "openvino")),
     ONNX_INT8: Provider(
         OnnxInt8Run,
-        # Compared with on every instruction set, though it cannot be held to one.
-        IN_ONNX | LSTM_NODES,
+        ON_ONNX | LSTM_NODES,
         ("onnx", "onnxruntime"),
         rounded=True,
         default=False,

@@ -10,7 +10,6 @@ from bench import accuracy, environment
 from bench.accuracy import power_of_ten
 from bench.cases import (
     COUNTERPARTS,
-    ONNX_INT8,
     OURS,
     OURS_GRAPH,
     SET_RATIOS,
@@ -292,7 +291,6 @@ def caption(result: dict) -> str:
         (f"Memory: peak of a training step, {TORCH}'s and ours", some("memory")),
         *((sentence, True) for sentence in latency_sentences(result.get("latency", []))),
         (f"Error: of y, its norm over that of y, of {' / '.join(rounded)}", rounded),
-        (f"Not held to {m['forced_isa']}: {ONNX_INT8}", m["forced_isa"] and ONNX_INT8 in rounded),
         ("Replayed CUDA graphs are compared with each other", OURS_GRAPH in result["providers"]),
         (f"Left out: {absent}", absent),
         (f"Each row in a process of its own{malloc}", "keep_memory" in result and not m["gpu"]),

@@ -5,13 +5,15 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 
 from bench import __main__ as cli
-from bench import environment, isolated, measure, report, run
+from bench import environment, isolated, measure, onnx_runs, report, run
 from bench.cases import Workload
+from bench.compiled import NotMeasured
 from bench.providers import PROVIDERS
 from bench.timing import Sampling
 from tests.cuda import gpu_check
@@ -128,6 +130,7 @@ KILLED = """
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 from bench import __main__ as cli
 def row(self, work, names, sampling):
     if work.mode == "training":
@@ -178,19 +181,35 @@ def test_torch_alone_is_enough(monkeypatch):
 
 def test_held_to_an_instruction_set(tmp_path):
     out = tmp_path / "avx2.json"
-    options = ["--set", "quick", "--only", "projection 32 B4 H64 forward", "--no-roofline"]
-    more = ["--seconds", "0.1", "--threads", "1", "--providers", "lstm_fused,ONNX Runtime"]
+    options = ["--set", "quick", "--only", "T1 B1 H64 step", "--no-roofline"]
+    names = "lstm_fused,ONNX Runtime,ONNX Runtime int8"
+    more = ["--seconds", "0.1", "--threads", "1", "--providers", names]
     assert cli.main([*options, *more, "--isa", "avx2", "--json", str(out)]) == 0
     result = report.load(out)
     assert result["machine"]["forced_isa"] == "avx2"
     assert "AVX2" in result["machine"]["torch_isa"].upper()
     (row,) = result["rows"]
     assert {ran["isa"] for ran in row["providers"]["lstm_fused"]["kernels"]} == {"avx2"}
+    assert "timing" in row["providers"]["ONNX Runtime"]
+    # Where there are no instructions for them, its sums of products of bytes overflow 16 bits.
+    held = row["providers"]["ONNX Runtime int8"]["rounded"]["relative"]
+    free = measure.measure_row(Workload(**row["workload"]), ["torch.nn", "ONNX Runtime int8"], None)
+    if "avx512_vnni" in Path("/proc/cpuinfo").read_text():
+        assert held > 5 * free["ONNX Runtime int8"]["rounded"]["relative"]
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patched:
         patched.setenv(environment.ISA_VARIABLE, "avx2")
-        reason = PROVIDERS["ONNX Runtime"].unsupported_reason(FORWARD, "cpu")
+        reason = PROVIDERS["OpenVINO"].unsupported_reason(FORWARD, "cpu")
         assert reason == "cannot be held to an instruction set"
+
+
+def test_onnx_runtime_that_was_imported_before_cannot_be_held(monkeypatch):
+    import onnxruntime  # noqa: F401
+
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv(environment.ISA_VARIABLE, "avx2")
+    with pytest.raises(NotMeasured, match="imported before"):
+        onnx_runs.import_onnx_runtime()
 
 
 def test_busy_processes_are_there_and_go():
