@@ -15,6 +15,7 @@ import lstm_fused
 from lstm_fused import panels
 from lstm_fused.fallback import Fused
 from tests.helpers.compare_modules import states_of
+from tests.helpers.distributed import one_process
 from tests.helpers.oracle import CELLS, has_cell_state
 from tests.helpers.quantized import FORMATS, groups_of, has_gates_in_another_order, module
 
@@ -622,6 +623,55 @@ def test_gradient_flow_is_that_of_the_dequantized_weights():
     plain = lstm_fused.dequantize_(copy.deepcopy(q))
     x = input_of(q)
     assert_same(lstm_fused.gradient_flow(q, x), lstm_fused.gradient_flow(plain, x))
+
+
+def test_a_sequence_by_parts():
+    q, x = module("lstm", 13, 21, torch.int8), torch.randn(11, 3, 13)
+    whole, end = q(x)
+    *_, (_, state) = parts = list(lstm_fused.truncated_bptt(q, x, 4))
+    assert_same(torch.cat([y for y, _ in parts]), whole)
+    assert_same(state, end)
+
+
+class Tagger(nn.Module):
+    """A quantized layer below one that trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = lstm_fused.quantize_(nn.LSTM(13, 21))
+        self.head = nn.Linear(21, 2)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0])
+
+
+@pytest.mark.parametrize("wrap", ["DistributedDataParallel", "fully_shard"])
+def test_distributed(wrap):
+    from torch.distributed.fsdp import fully_shard
+
+    with one_process(), torch.device("cpu"):
+        model, x = Tagger(), torch.randn(5, 3, 13)
+        expected = model(x)
+        wrapped = (
+            nn.parallel.DistributedDataParallel(model)
+            if wrap == "DistributedDataParallel"
+            else fully_shard(model)
+        )
+        found = wrapped(x)
+        assert_same(found, expected)
+        found.sum().backward()
+        assert model.head.weight.grad is not None
+
+
+def test_classes_made_by_torch_distributed():
+    from torch.distributed.fsdp import fully_shard
+
+    with one_process(), torch.device("cpu"):
+        model = nn.ModuleList([lstm_fused.LSTM(4, 6), lstm_fused.GRU(4, 6)])
+        fully_shard(model[0])
+        with pytest.warns(UserWarning, match="quantize_ left alone: 0, a .*torch.distributed"):
+            lstm_fused.quantize_(model)
+        assert model[0].weights_dtype is None and model[1].weights_dtype is torch.int8
 
 
 def test_replace_leaves_it():

@@ -3,7 +3,6 @@
 import copy
 import pickle
 import warnings
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import lstm_fused
 from lstm_fused import runtime
 from lstm_fused.fallback import CALLED_BY_TORCH
+from tests.helpers.distributed import one_process
 
 pytestmark = pytest.mark.usefixtures("real_device")
 
@@ -255,17 +255,6 @@ def distributed_changes():
     from torch.distributed.fsdp import fully_shard
 
     return {"fully_shard": fully_shard, "replicate": replicate}
-
-
-@contextmanager
-def one_process():
-    """A process group of this process alone."""
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 class Own:
