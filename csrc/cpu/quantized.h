@@ -7,7 +7,6 @@
 #include "forward_state.h"
 #include "team.h"
 #include "tile.h"
-#include "transpose.h"
 
 namespace lstm_fused {
 namespace {
@@ -59,29 +58,24 @@ struct Int8Weights {
       const VInt32 bits = bit_cast<VInt32>(load_first<VFloat>(from + i, n - i)) & 0x7fffffff;
       most = bits > most ? bits : most;
     }
-    int32_t bits = 0;
-    for (int l = 0; l < lanes; ++l) bits = most[l] > bits ? most[l] : bits;
+    const int32_t bits = largest_lane(most);
     const float largest = bit_cast<float>(bits);
     const bool finite = bits < 0x7f800000, zero = largest < 1e-30f;
     const float factor = finite && !zero ? kMost / largest : 0;
     auto* high = reinterpret_cast<int8_t*>(to);
     int8_t* low = high + padded;
     auto* offsets = reinterpret_cast<int32_t*>(low + padded);
-    constexpr int64_t kGroups = lanes;  // at once, to sum their values lane by lane
-    for (int64_t first = 0; first < padded; first += kGroups * kQuantizationGroup) {
-      VFloat sums[kGroups] = {};
-      const int64_t end = min64(first + kGroups * kQuantizationGroup, padded);
-      for (int64_t i = first; i < end; i += lanes) {
+    for (int64_t group = 0; group < padded; group += kQuantizationGroup) {
+      VInt32 sum = {};
+      for (int64_t i = group; i < group + kQuantizationGroup; i += lanes) {
         const VFloat v = i < n ? load_first<VFloat>(from + i, n - i) : VFloat{};
         const VInt32 value = round_to_int(finite ? v * factor : VFloat{});
         const VInt32 digit = ((value + 16) & 31) - 16;
         store_bytes(high + i, (value - digit) >> 5);
         store_bytes(low + i, digit);
-        sums[(i - first) / kQuantizationGroup] += LSTM_FUSED_CONVERT(value, VFloat);
+        sum += value;
       }
-      const VInt32 sum = LSTM_FUSED_CONVERT(sums_as_lanes(sums) * -128, VInt32);
-      std::memcpy(offsets + first / kQuantizationGroup, &sum,
-                  sizeof(int32_t) * (end - first) / kQuantizationGroup);
+      offsets[group / kQuantizationGroup] = -128 * sum_of_lanes(sum);
     }
     return {high, low, offsets, !finite ? __builtin_nanf("") : zero ? 0 : largest / kMost};
   }

@@ -81,6 +81,7 @@ namespace {
 //                               from -16 to 15 in digits; four of them fit VDigits
 //   sum_of_digits(high, low)    32 * high + low, of each lane
 //   store_bytes(p, v)           the low byte of each lane
+//   largest_lane(v), sum_of_lanes(v)
 #if !defined(LSTM_FUSED_F16C)
 using VDigits = VInt32;
 LSTM_FUSED_INLINE VInt32 add_quads(VInt32 sum, VBytes w, VBytes digits) {
@@ -95,6 +96,16 @@ LSTM_FUSED_INLINE VInt32 sum_of_digits(VInt32 high, VInt32 low) {
 }
 LSTM_FUSED_INLINE void store_bytes(int8_t* p, VInt32 v) {
   for (int l = 0; l < VectorOf<float>::lanes; ++l) p[l] = static_cast<int8_t>(v[l]);
+}
+LSTM_FUSED_INLINE int32_t largest_lane(VInt32 v) {
+  int32_t largest = v[0];
+  for (int l = 1; l < VectorOf<float>::lanes; ++l) largest = v[l] > largest ? v[l] : largest;
+  return largest;
+}
+LSTM_FUSED_INLINE int32_t sum_of_lanes(VInt32 v) {
+  int32_t sum = 0;
+  for (int l = 0; l < VectorOf<float>::lanes; ++l) sum += v[l];
+  return sum;
 }
 #endif
 

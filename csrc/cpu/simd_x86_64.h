@@ -39,6 +39,12 @@ LSTM_FUSED_INLINE void store_bytes(int8_t* p, VInt32 v) {
   const __m128i bytes = _mm512_cvtepi32_epi8(bit_cast<__m512i>(v));
   std::memcpy(p, &bytes, sizeof(bytes));
 }
+LSTM_FUSED_INLINE int32_t largest_lane(VInt32 v) {
+  return _mm512_reduce_max_epi32(bit_cast<__m512i>(v));
+}
+LSTM_FUSED_INLINE int32_t sum_of_lanes(VInt32 v) {
+  return _mm512_reduce_add_epi32(bit_cast<__m512i>(v));
+}
 // The 16 bits of each lane from a vector half as long: g++ 12 would convert half of it at a time.
 LSTM_FUSED_INLINE VUint32 in_lanes(VUint16 raw) {
   return bit_cast<VUint32>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(raw)));
@@ -78,6 +84,20 @@ LSTM_FUSED_INLINE void store_bytes(int8_t* p, VInt32 v) {
       _mm_packs_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
   const int64_t bytes = _mm_cvtsi128_si64(_mm_packs_epi16(shorts, shorts));
   std::memcpy(p, &bytes, sizeof(bytes));
+}
+// f of all lanes, two by two.
+template <class F>
+LSTM_FUSED_INLINE int32_t reduced(VInt32 v, const F& f) {
+  const __m256i x = bit_cast<__m256i>(v);
+  __m128i half = f(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  half = f(half, _mm_shuffle_epi32(half, 0b01001110));
+  return _mm_cvtsi128_si32(f(half, _mm_shuffle_epi32(half, 0b10110001)));
+}
+LSTM_FUSED_INLINE int32_t largest_lane(VInt32 v) {
+  return reduced(v, [](__m128i a, __m128i b) { return _mm_max_epi32(a, b); });
+}
+LSTM_FUSED_INLINE int32_t sum_of_lanes(VInt32 v) {
+  return reduced(v, [](__m128i a, __m128i b) { return _mm_add_epi32(a, b); });
 }
 LSTM_FUSED_INLINE VUint32 in_lanes(VUint16 raw) {
   return bit_cast<VUint32>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(raw)));

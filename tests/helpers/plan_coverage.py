@@ -8,17 +8,15 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DEVICES = (
     ("cpu", "cuda") if torch.cuda.is_available() and runtime.build_info()["cuda"] else ("cpu",)
 )
+# Those with code for plain weights.
+FLOAT_ISAS = tuple(isa for isa in runtime.available_isas() if not isa.endswith("_vnni"))
 
 
 def isas_for(dtype, device="cpu"):
     """The ISAs whose code differs for a dtype; None where there are none to choose from."""
     if device != "cpu":
         return (None,)
-    return tuple(
-        isa
-        for isa in runtime.available_isas()
-        if isa.endswith("_bf16") <= (dtype is torch.bfloat16) and not isa.endswith("_vnni")
-    )
+    return tuple(isa for isa in FLOAT_ISAS if not isa.endswith("_bf16") or dtype is torch.bfloat16)
 
 
 def planned(problem, isa, threads, backward):
