@@ -11,10 +11,11 @@ def infer(
     x: Any,
     hx: Any,
     cell: int,
-    directions: int = ...,
-    layers: int = ...,
-    hidden_size: int = ...,
-    proj_size: int = ...,
+    directions: int,
+    layers: int,
+    hidden_size: int,
+    proj_size: int,
+    batch_first: bool,
     /,
 ) -> Any: ...
 

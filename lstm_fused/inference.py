@@ -13,19 +13,18 @@ _STEP_WEIGHTS_WITHOUT_BIAS = _STEP_WEIGHTS[:2]
 def infer(module, input, hx):
     """The result of a recurrent module, past torch's dispatcher, or a list, or None.
 
-    The list is [x, *states, *weights] where a gradient is to be recorded: nothing has run, and the
-    tensors have been found fit. None leaves the call to the operator: a mode, hook or transform of
-    torch's observes the call, weights are parametrized, a tensor is not a contiguous CPU tensor of
-    the expected shape and one of the four dtypes, or a gradient would pass through quantized
-    weights. All of that is checked at each call. Errors are raised by the operator.
+    The list is [x (T, N, I), *states, *weights] where a gradient is to be recorded: nothing has
+    run, and the tensors have been found fit. None leaves the call to the operator: a mode, hook or
+    transform of torch's observes the call, weights are parametrized, a tensor is not a contiguous
+    CPU tensor of the expected shape and one of the four dtypes, or a gradient would pass through
+    quantized weights. All of that is checked at each call. Errors are raised by the operator.
 
-    module: an LSTM, GRU or RNN of ours. input: (T, N, I), or (N, T, I) if
-    ``batch_first``. hx: None, or the states in the form the module takes them.
+    module: an LSTM, GRU or RNN of ours. input: (T, N, I), or (N, T, I) if ``batch_first``. hx:
+    None, or the states in the form the module takes them.
     """
     layers = module.num_layers
     if layers > 1 and module.dropout and module.training:
         return None
-    first = module.batch_first and type(input) is torch.Tensor and input.dim() == 3
     # The weights, looked up here instead of in weights_of: a tenth of a microsecond less.
     quantized = module.weights_dtype is not None
     hidden_size = proj_size = 0
@@ -34,25 +33,27 @@ def infer(module, input, hx):
     found = _C.infer(
         module._buffer_names if quantized else module._flat_weights_names,
         module._buffers if quantized else module._parameters,
-        input.transpose(0, 1) if first else input,
+        input,
         hx,
         _IDS_BY_MODE[module.mode],
         2 if module.bidirectional else 1,
         layers,
         hidden_size,
         proj_size,
+        module.batch_first,
     )
-    if quantized and type(found) is list:
-        return None
-    if first and type(found) is tuple:
-        return found[0].transpose(0, 1), found[1]
+    if type(found) is list:
+        if quantized:
+            return None
+        if module.batch_first:
+            found[0] = input.transpose(0, 1)
     return found
 
 
 def infer_step(module, input, hx):
     """`infer` for a single-step cell: input (N, I) or (I,), and the states it returns likewise."""
     names, params, hidden_size, _ = weights_of(module)
-    found = _C.infer(names, params, input, hx, cell_of(module), 0, 1, hidden_size, 0)
+    found = _C.infer(names, params, input, hx, cell_of(module), 0, 1, hidden_size, 0, False)
     return None if type(found) is list and hidden_size else found
 
 

@@ -42,6 +42,10 @@ struct View3 {
   int dtype = kOtherDType;
 
   TensorView view() const { return {data, 3, sizes, strides, dtype}; }
+  void transpose() {
+    std::swap(sizes[0], sizes[1]);
+    std::swap(strides[0], strides[1]);
+  }
   bool rows_are_contiguous() const { return strides[2] == 1 || sizes[2] == 1; }
 };
 
@@ -75,9 +79,9 @@ void run_layer(const Layer& layer, ForwardParams& p) {
 
 // A module: its layers, or the step of a cell.
 struct Model {
-  long cell = 0, D = 1, L = 1;
-  bool step = true;
-  long hidden_size = 0, proj_size = 0;  // of quantized weights
+  long cell, D, L;
+  bool step, batch_first;
+  long hidden_size, proj_size;  // of quantized weights
 };
 
 // A call of it.
@@ -102,6 +106,7 @@ class Inference {
       return false;
     dims_ = x.dim;
     x_ = with_three_dims(x);
+    if (model_.batch_first) x_.transpose();
     const int64_t T = x_.sizes[0], N = x_.sizes[1];
     if (!x_.rows_are_contiguous() || T == 0 || N == 0) return false;
     states_ = info(static_cast<CellKind>(model_.cell)).carry == Carry::kCell ? 2 : 1;
@@ -147,7 +152,8 @@ class Inference {
       p.h_n = part(k, state_[0], state_[0].final);
       if (states_ == 2) p.c_n = part(k, state_[1], state_[1].final);
       std::optional<NewTensor> above;
-      if (!step_) above.emplace(y_shape, 3, layers_[0].dtype);
+      const bool transposed = model_.batch_first && k + 1 == L_;
+      if (!step_) above.emplace(y_shape, 3, layers_[0].dtype, transposed);
       p.y = step_ ? p.h_n : above->data();  // of a step the same values
       run_layer(layers_[k], p);
       if (k + 1 < L_) layers_[k + 1].x.data = p.y;
@@ -243,26 +249,18 @@ class Inference {
   std::vector<Layer> layers_;
 };
 
-// args: names, params, x, hx, cell[, directions, layers[, hidden_size, proj_size]].
-PyObject* infer_checked(PyObject* const* args, Py_ssize_t count) {
+PyObject* infer_checked(PyObject* const* args) {
   const auto leave = [] {
     PyErr_Clear();
     return Py_NewRef(Py_None);
   };
   const Torch* torch = Torch::get();
   if (!torch || !torch->to_handles || !torch->nothing_observes()) return leave();
-  Model m;
-  m.cell = PyLong_AsLong(args[4]);
-  if (count > 5) {
-    const long D = PyLong_AsLong(args[5]);
-    m.step = D == 0;
-    m.D = m.step ? 1 : D;
-    m.L = PyLong_AsLong(args[6]);
-  }
-  if (count > 7) {
-    m.hidden_size = PyLong_AsLong(args[7]);
-    m.proj_size = PyLong_AsLong(args[8]);
-  }
+  const auto number = [&](int i) { return PyLong_AsLong(args[i]); };
+  const bool step = number(5) == 0;
+  const Model m{number(4), step ? 1 : number(5),          number(6),
+                step,      PyObject_IsTrue(args[9]) != 0, number(7),
+                number(8)};
   const bool fits = PyList_CheckExact(args[0]) && PyDict_CheckExact(args[1]) && m.cell >= 0 &&
                     m.cell < kCellCount && (m.D == 1 || m.D == 2) && m.L >= 1 &&
                     PyList_Size(args[0]) >= m.L * m.D;
@@ -275,14 +273,12 @@ PyObject* infer_checked(PyObject* const* args, Py_ssize_t count) {
 }  // namespace
 
 PyObject* infer(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 5 && count != 7 && count != 9) {
-    PyErr_SetString(PyExc_TypeError,
-                    "infer takes names, params, x, hx, cell[, directions, layers[, hidden_size, "
-                    "proj_size]]");
+  if (count != 10) {
+    PyErr_SetString(PyExc_TypeError, "infer takes 10 arguments");
     return nullptr;
   }
   try {
-    return infer_checked(args, count);
+    return infer_checked(args);
   } catch (const std::bad_alloc&) {
     return PyErr_NoMemory();
   } catch (const std::exception& error) {

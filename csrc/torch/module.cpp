@@ -18,7 +18,8 @@ PyMethodDef method(const char* name, F function, const char* doc) {
 PyMODINIT_FUNC PyInit__C(void) {
   static PyMethodDef methods[] = {
       method("infer", lstm_fused::infer,
-             "infer(names, params, x, hx, cell[, directions, layers[, hidden_size, proj_size]])"),
+             "infer(names, params, x, hx, cell, directions, layers, hidden_size, proj_size, "
+             "batch_first): inference"),
       method("forward", lstm_fused::forward,
              "forward(x, batch_sizes, state0, weights, cell, directions): recurrent_forward"),
       method("backward", lstm_fused::backward,

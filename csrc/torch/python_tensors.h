@@ -49,11 +49,19 @@ inline bool read_plain(const Torch& torch, PyObject* object, TensorView& to) {
 // A new contiguous tensor on the CPU, poisoned where that is asked for, which becomes Python's.
 class NewTensor {
  public:
-  // shape: (dims,), at most 3. Throws std::bad_alloc.
-  NewTensor(const int64_t* shape, int64_t dims, DType dtype) {
-    int64_t strides[3], count = 1;
-    for (int64_t i = dims; i-- > 0; count *= shape[i]) strides[i] = count;
-    if (aoti_torch_empty_strided(dims, shape, strides, number_of(dtype),
+  // shape: (dims,), at most 3. transposed: the tensor is that with its first two dimensions
+  // exchanged. Throws std::bad_alloc.
+  NewTensor(const int64_t* shape, int64_t dims, DType dtype, bool transposed = false) {
+    int64_t sizes[3], strides[3], count = 1;
+    for (int64_t i = dims; i-- > 0; count *= shape[i]) {
+      sizes[i] = shape[i];
+      strides[i] = count;
+    }
+    if (transposed) {
+      std::swap(sizes[0], sizes[1]);
+      std::swap(strides[0], strides[1]);
+    }
+    if (aoti_torch_empty_strided(dims, sizes, strides, number_of(dtype),
                                  aoti_torch_device_type_cpu(), 0, &handle_) != TORCH_SUCCESS)
       throw std::bad_alloc();
     aoti_torch_get_data_ptr(handle_, &data_);
