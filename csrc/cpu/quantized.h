@@ -229,7 +229,7 @@ struct QuantizedForward : ForwardState<Cell, float, Multiply<float>> {
   int64_t slice() const { return ceil_div(p.size.blocks(), plan.unit_groups); }
   int64_t group_rows() const { return ceil_div(N, plan.row_groups); }
   int64_t input_bytes() const { return F::row_bytes(padded(I)); }
-  int64_t hidden_bytes() const { return F::row_bytes(padded(this->full ? max64(R, H) : R)); }
+  int64_t hidden_bytes() const { return F::row_bytes(padded(p.weights[0].w_hr ? max64(R, H) : R)); }
   int groups() const { return plan.direction_groups * plan.row_groups; }
 
   QuantizedForward(const ForwardParams& params, const Plan& the_plan, Arena& arena)

@@ -1,5 +1,7 @@
 """The kernels of int8 and bfloat16 weights: their arithmetic, and what their bits depend on."""
 
+import random
+
 import pytest
 import torch
 
@@ -77,33 +79,68 @@ def test_accuracy_of_a_projection(dtype):
     assert error < (2e-7 if dtype is torch.bfloat16 else 2e-3)
 
 
-@pytest.mark.parametrize("row", FORM_ROWS, ids=named)
-def test_every_form_is_steps_of_single_rows(row):
-    """To the bit: nothing of a row depends on the rows, steps, layers and directions beside it."""
-    if row["form"] == "unbatched" or (row["proj_size"] and not has_cell_state(row["cell"])):
-        pytest.skip("torch.nn has no such layer")
-    names = ("num_layers", "bidirectional", "batch_first", "bias")
-    options = {name: row[name] for name in names}
-    if row["proj_size"]:
-        options["proj_size"] = row["proj_size"]
-    q = module(row["cell"], 5, 20, row["dtype"], **options)
-    call, lengths = loops.FORMS[row["form"]]
-    T, N = 5, 4
+def compare_with_steps_of_single_rows(q, form, state, reset, cells, T=5, N=4, scale=1):
+    """To the bit: nothing of a row depends on the rows, steps, layers and directions beside it.
+
+    state: whether one is given; reset: None, "to zeros" or "to a state"; T and N count where the
+    form has no lengths of its own; scale: of the input.
+    """
+    call, lengths = loops.FORMS[form]
+    if lengths is not None:
+        T, N = 5, 4
     rows = q.num_layers * (2 if q.bidirectional else 1)
-    widths = [q.proj_size or 20, 20][: q._states]
-    x = torch.randn(T, N, 5)
+    widths = [q.proj_size or q.hidden_size, q.hidden_size][: q._states]
+    x = torch.randn(T, N, q.input_size) * scale
     given = {}
-    if row["state"]:
+    if state:
         given["state"] = [torch.randn(rows, N, w) for w in widths]
-    if row["reset"]:
+    if reset:
         given["resets"] = torch.rand(T, N) < 0.4
-        if row["reset"] == "to a state":
-            given["reset_state"] = [torch.randn(rows, N, w) for w in widths]
-    cells = has_cell_state(row["cell"])
+    if reset == "to a state":
+        given["reset_state"] = [torch.randn(rows, N, w) for w in widths]
     more = {"return_cell_states": True} if cells else {}
     found = call(q, x, lengths=lengths, **given, **more)
-    expected = loops.by_steps(q, x, lengths=lengths, layer_of=one_layer, **given)
+    y, ends, of_cells = loops.by_steps(q, x, lengths=lengths, layer_of=one_layer, **given)
+    expected = y, ends, of_cells if cells else None
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("row", FORM_ROWS, ids=named)
+def test_every_form_is_steps_of_single_rows(row):
+    names = ("num_layers", "bidirectional", "batch_first", "bias")
+    options = {name: row[name] for name in names}
+    cells = has_cell_state(row["cell"])
+    if row["proj_size"] and cells:
+        options["proj_size"] = row["proj_size"]
+    q = module(row["cell"], 5, 20, row["dtype"], **options)
+    compare_with_steps_of_single_rows(q, row["form"], row["state"], row["reset"], cells)
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(k, marks=pytest.mark.full) for k in (1, 2, 3))])
+def test_random_problems(seed):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    for _ in range(60):
+        cell, dtype = rng.choice(list(CELLS)), rng.choice(FORMATS)
+        I = rng.choice([1, 2, 3, 7, 15, 16, 17, 31, 33, 64, 100])  # noqa: E741
+        H = rng.choice([1, 2, 5, 15, 16, 17, 33, 48, 65, 130, 257])
+        options = {"num_layers": rng.choice([1, 2]), "bidirectional": rng.random() < 0.4}
+        options["bias"] = rng.random() < 0.7
+        cells = has_cell_state(cell)
+        if cells and H > 1 and rng.random() < 0.4:
+            options["proj_size"] = rng.randint(1, H - 1)
+        runtime.set_isa(rng.choice(runtime.available_isas()))
+        torch.set_num_threads(rng.choice([1, 2, 3]))
+        compare_with_steps_of_single_rows(
+            module(cell, I, H, dtype, **options),
+            rng.choice(list(loops.FORMS)),
+            rng.random() < 0.5,
+            rng.choice([None, "to zeros", "to a state"]),
+            cells and rng.random() < 0.6,
+            rng.choice([1, 2, 5, 13]),
+            rng.choice([1, 2, 3, 4, 6, 7, 13]),
+            rng.choice([1, 100, 1e-3]),
+        )
 
 
 @pytest.mark.parametrize("cell", CELLS)
