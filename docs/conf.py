@@ -31,7 +31,8 @@ nitpicky = True
 nitpick_ignore_regex = [
     (
         "py:.*",
-        r"(torch|collections|typing|types)\..*|\w+|lstm_fused\.(replace|explain|states|rl|fallback)\.\w+",
+        r"(torch|collections|typing|types)\..*|\w+"
+        r"|lstm_fused\.(replace|explain|states|rl|fallback|quantization)\.\w+",
     )
 ]
 

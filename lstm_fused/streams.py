@@ -65,11 +65,13 @@ class Stream(_C.Stream):
     Attributes:
         module, batch, threads: as given to ``lstm_fused.stream``.
 
-    Raises, when called:
-        TypeError: x or out is no torch.Tensor on the CPU, or a wrapped one of torch.func.
-        ValueError: x or out has another shape or dtype, is not contiguous, or they share memory.
-        RuntimeError: x or out requires a gradient while gradients are on, another thread runs a
-            step, or the module's weights no longer fit.
+    Raises:
+        TypeError: in a call, x or out is no torch.Tensor on the CPU, or a wrapped one of
+            torch.func.
+        ValueError: in a call, x or out has another shape or dtype, is not contiguous, or they share
+            memory.
+        RuntimeError: in a call, x or out requires a gradient while gradients are on, another thread
+            runs a step, or the module's weights no longer fit.
     """
 
     def __init__(self, module: Any, batch: int = 1, threads: int = 1) -> None:
@@ -106,8 +108,8 @@ class Stream(_C.Stream):
 
         ``(h, c)`` of an LSTM or an LSTMCell, else ``h``; (L, N, width), of a cell (N, width).
 
-        Raises, when assigned:
-            TypeError: it is neither a tensor nor a tuple of two.
+        Raises:
+            TypeError: what is assigned is neither a tensor nor a tuple of two.
             ValueError: its tensors are not as many as the state's, or of another shape or dtype.
         """
         found = [s.clone() for s in self._current()]
