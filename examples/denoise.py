@@ -29,7 +29,7 @@ WINDOW = 2 * BLOCK
 BINS = WINDOW // 2 + 1
 HIDDEN, LAYERS = 128, 2
 SECONDS = 2
-TRAINING, HELD_OUT = 64, 8  # recordings
+TRAINING, HELD_OUT = 48, 4  # recordings
 HARMONICS = 30
 FORMANTS = ((300, 900), (900, 2300), (2400, 3200))  # Hz, lowest and highest
 
