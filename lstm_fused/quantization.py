@@ -16,9 +16,10 @@ from lstm_fused.replace import (
     check_model,
     check_not_wrapped,
     derived,
+    exchange,
     float_class,
+    fused_class,
     plain_class,
-    replace,
 )
 
 M = TypeVar("M", bound=torch.nn.Module)
@@ -71,7 +72,7 @@ def quantize_(model: M, dtype: torch.dtype = torch.int8) -> M:
     check_model(model)
     if dtype not in panels.DTYPES:
         raise ValueError(f"dtype must be torch.int8 or torch.bfloat16, got {dtype}")
-    replace(model)
+    exchange(model, fused_class, "quantize_", False)
     changes: list[Any] = []
     left = []
     for name, module in model.named_modules():

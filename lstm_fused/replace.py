@@ -46,7 +46,7 @@ def replace(model: M, *, verbose: bool = False) -> M:
     Raises:
         TypeError: model is not a ``torch.nn.Module``.
     """
-    return _exchange(model, _fused_class, "replace", verbose)
+    return exchange(model, fused_class, "replace", verbose)
 
 
 def restore(model: M, *, verbose: bool = False) -> M:
@@ -70,7 +70,7 @@ def restore(model: M, *, verbose: bool = False) -> M:
     Raises:
         TypeError: model is not a ``torch.nn.Module``.
     """
-    return _exchange(model, _torch_class, "restore", verbose)
+    return exchange(model, _torch_class, "restore", verbose)
 
 
 def restore_unquantized(model):
@@ -80,7 +80,7 @@ def restore_unquantized(model):
         quantized = isinstance(module, Fused) and module.weights_dtype is not None
         return None if quantized else _torch_class(module)
 
-    return _exchange(model, class_for, "restore", False)
+    return exchange(model, class_for, "restore", False)
 
 
 class LeftAlone(Exception):
@@ -92,7 +92,7 @@ def check_model(model):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def _exchange(model, class_for, caller, verbose):
+def exchange(model, class_for, caller, verbose):
     check_model(model)
     changed, left, silent = [], [], []
     for name, module in model.named_modules():
@@ -178,7 +178,7 @@ def _rebase(cls, base):
     return type(cls)(cls.__name__, (base,), namespace)
 
 
-def _fused_class(module):
+def fused_class(module):
     """The fused class for a module; None if it is fused already or not recurrent."""
     if isinstance(module, torch.jit.ScriptModule):
         if module.original_name in {theirs.__name__ for theirs in OURS}:

@@ -557,19 +557,30 @@ def pruned(layer):
     return prune.random_unstructured(layer, "weight_hh_l0", 0.5)
 
 
+class OwnForward(nn.LSTM):
+    def forward(self, input, hx=None):
+        return super().forward(input, hx)
+
+
+def of_a_class_with_a_forward(layer):
+    return OwnForward(6, 6)
+
+
 def without_input(layer):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return lstm_fused.LSTMCell(0, 6)
 
 
-@pytest.mark.parametrize("change", [parametrized, pruned, without_input])
+@pytest.mark.parametrize("change", [parametrized, pruned, of_a_class_with_a_forward, without_input])
 def test_left_alone(change):
     model = nn.ModuleList([change(lstm_fused.LSTM(6, 6)), lstm_fused.GRU(6, 6)])
     before = model[0].state_dict().keys()
-    with pytest.warns(UserWarning, match="quantize_ left alone: 0, a"):
+    with pytest.warns(UserWarning, match="quantize_ left alone: 0, a") as caught:
         lstm_fused.quantize_(model)
-    assert model[0].weights_dtype is None and model[0].state_dict().keys() == before
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert getattr(model[0], "weights_dtype", None) is None
+    assert model[0].state_dict().keys() == before
     assert model[1].weights_dtype is torch.int8
 
 
