@@ -24,7 +24,7 @@ from bench import (
     roofline,
     run,
 )
-from bench.cases import SET_PROVIDERS, SETS, TORCH
+from bench.cases import SET_PROVIDERS, SET_RATIOS, SETS, TORCH
 from bench.compiled import NotMeasured
 from bench.isolated import Lost
 from bench.providers import AGAIN, PROVIDERS
@@ -204,8 +204,8 @@ def run_rows(args, works) -> dict:
             report.save(result, args.json or default_path(result))
             saved = time.monotonic()
 
-    # A limit is what the machine can do undisturbed.
-    without = args.no_roofline or args.busy or args.self
+    # A limit is what the machine can do undisturbed, with float32 weights.
+    without = args.no_roofline or args.busy or args.self or args.set in SET_RATIOS
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit is Ctrl-C
     try:
         with environment.busy_processes(args.busy):
