@@ -10,6 +10,7 @@ from bench.latency import BINS
 from bench.report import by_regime, measured, ratios, share, speedup
 
 COLORS = ("#1f6f8b", "#d1603d", "#6b8f3c", "#7b5ea7", "#8a8a8a", "#b08900")
+WIDE_LABEL = 25  # characters: three such do not fit beside each other
 RATIOS, LATENCY = ".svg", "-latency.svg"
 SWEEP_LINE = re.compile(r"over ([TNH]), ")  # groups that are drawn as lines
 
@@ -60,8 +61,9 @@ def logarithmic(axes, name: str) -> None:
 
 def dots(axes, groups: dict, series: dict) -> None:
     """A row of dots per regime; series: from label to a function of a row, its value or None."""
+    step = min(0.22, 0.9 / len(series))
     for k, (label, value) in enumerate(series.items()):
-        offset = (k - (len(series) - 1) / 2) * 0.22
+        offset = (k - (len(series) - 1) / 2) * step
         points = [
             (value(row), index + offset)
             for index, rows in enumerate(groups.values())
@@ -71,7 +73,8 @@ def dots(axes, groups: dict, series: dict) -> None:
         axes.plot(*zip(*points, strict=True), "o", color=COLORS[k], alpha=0.75, label=label)
     axes.set_yticks(range(len(groups)), list(groups))
     axes.set_ylim(len(groups) - 0.5, -0.5)
-    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
+    columns = 3 if max(map(len, series)) < WIDE_LABEL else 1
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=columns)
 
 
 def draw_regimes(result: dict, plot):
