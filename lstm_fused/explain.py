@@ -207,11 +207,13 @@ def _explain_call(name, grad, module, args, kwargs):
     if lengths.numel() and int(lengths.min()) < T:  # else it runs as if there were no lengths
         packed, T, N = True, max(1, int(lengths.max())), int((lengths > 0).sum())
     dtype = x.dtype
-    if module.weights_dtype is not None:
+    quantized = module.weights_dtype is not None
+    if quantized:
         dtype = torch.float32
     elif torch.is_autocast_enabled(x.device.type):
         dtype, _ = module._autocast_dtypes(x, packed, state, weights, grad)
-    training = grad and any(t.requires_grad for t in (x, *state, *weights))
+    tensors = (x, *state, *weights)
+    training = grad and not quantized and any(t.requires_grad for t in tensors)
     every = given.checkpoint_every if given else None
     every = module.checkpoint_every if every is None else every
     every = None if packed else every  # packed data keeps every step
@@ -247,6 +249,8 @@ def _sentences(module, given, documents, x, fused):
 
 def _explain_step(name, text, grad, module, input, hx=None):
     """As _explain_call, of a single-step cell."""
+    quantized = module.weights_dtype is not None
+    input = input.to(torch.float32) if quantized else input
     state = () if hx is None else module._state(input, hx)
     if not module._fits(input, state):
         return Call(name, text, "input or hx does not fit, as torch.nn will say", (), step=True)
@@ -256,9 +260,9 @@ def _explain_step(name, text, grad, module, input, hx=None):
     N = 1 if input.dim() == 1 else input.shape[0]
     H = module.hidden_size
     sizes = (1, N, module.input_size, H, H, 1)
-    training = grad and any(t.requires_grad for t in (input, *state, *weights))
-    dtype = input.dtype if module.weights_dtype is None else torch.float32
-    layer = _layer(module._cell(), dtype, sizes, training, input.device)
+    tensors = (input, *state, *weights)
+    training = grad and not quantized and any(t.requires_grad for t in tensors)
+    layer = _layer(module, input.dtype, sizes, training, input.device)
     return Call(name, text, None, (layer,), step=True)
 
 
@@ -273,12 +277,13 @@ def _layers(module, device, dtype, T, N, training, checkpoint_every):
     for k in range(module.num_layers):
         I = directions * R if k else module.input_size  # noqa: E741
         sizes = (T, N, I, H, R, directions)
-        layers.append(_layer(module._cell(), dtype, sizes, training, device, checkpoint_every))
+        layers.append(_layer(module, dtype, sizes, training, device, checkpoint_every))
     return tuple(layers)
 
 
-def _layer(cell, dtype, sizes, training, device, checkpoint_every=None):
-    plan = runtime.plan(cell, dtype, *sizes, training=training, device=device)
+def _layer(module, dtype, sizes, training, device, checkpoint_every=None):
+    cell, weights = module._cell(), module.weights_dtype
+    plan = runtime.plan(cell, dtype, *sizes, training=training, device=device, weights=weights)
     kept = {}
     if training:
         T, N, _, H, R, directions = sizes

@@ -45,14 +45,15 @@ def plan(
     training: bool = False,
     device: torch.device | None = None,
     backward: bool = False,
+    weights: torch.dtype | None = None,
 ) -> _plan.Plan | Any:  # Any: CudaPlan, where device says so
     """The plan a forward call with these sizes would run now, or with backward the call of its
     backward pass, as a printable object. Its ``nanoseconds`` are what the call is predicted to take
     on the CPU.
 
     cell is as for ``layer``; dtype is a torch.dtype or its name; threads is
-    torch.get_num_threads() unless given; device is a torch.device, the CPU unless given. Raises
-    ValueError for a name that is unknown.
+    torch.get_num_threads() unless given; device is a torch.device, the CPU unless given; weights is
+    torch.int8 or torch.bfloat16 of quantized weights. Raises ValueError for a name that is unknown.
     """
     if device is not None and device.type == "cuda":
         return cuda.plan_on(device, _plan.cells()[cell]["id"], dtype, T, N, H, R, directions)
@@ -74,6 +75,7 @@ def plan(
         cell=cell,
         undisturbed=undisturbed,
         topology=_plan.Topology(*topology),
+        weights="plain" if weights is None else str(weights).removeprefix("torch."),
     )
 
 

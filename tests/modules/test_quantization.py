@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import lstm_fused
-from lstm_fused import panels
+from lstm_fused import panels, runtime
 from lstm_fused.fallback import Fused
 from tests.helpers.compare_modules import states_of
 from tests.helpers.distributed import one_process
@@ -619,14 +619,22 @@ def test_nothing_changes_if_a_weight_is_not_finite():
 
 
 @every_format
-def test_explain(dtype):
+@pytest.mark.parametrize("of_input", [torch.float32, torch.float16], ids=str)
+def test_explain(dtype, of_input):
+    """It names the kernel that then runs, whatever the dtype of the input."""
     name = str(dtype).removeprefix("torch.")
-    for options in ({}, {"step": True}):
+    for options in ({"num_layers": 2, "learned_initial_state": True}, {"step": True}):
         q = module("lstm", 13, 21, dtype, **options)
-        x = input_of(q)
-        for given in (x, x.half()):
-            text = str(lstm_fused.explain(q, given))
-            assert f"weights={name}" in text and "float16" not in text.replace("bfloat16", "")
+        x = input_of(q).to(of_input)
+        (call,) = lstm_fused.explain(q, x).calls
+        assert call.reason is None and f"weights={name}" in str(call)
+        assert len(call.layers) == options.get("num_layers", 1)
+        for layer in call.layers:
+            assert layer.plan.dtype == "float32" and not layer.training
+        if x.is_cpu:
+            assert {layer.plan.kernel for layer in call.layers} == {name}
+            q(x)
+            assert runtime.last_run()["kernel"] == name
 
 
 def test_gradient_flow_is_that_of_the_dequantized_weights():

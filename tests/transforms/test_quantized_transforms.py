@@ -10,7 +10,7 @@ from torch.func import functional_call, grad, jvp, stack_module_state, vjp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 import lstm_fused
-from lstm_fused import inference, operators, ops, panels, quantized_ops
+from lstm_fused import by_reference, inference, operators, ops, padded, panels, quantized_ops
 from tests.helpers.oracle import CELLS, has_cell_state
 from tests.helpers.quantized import FORMATS, module
 
@@ -220,6 +220,35 @@ def test_devices_without_the_kernel(monkeypatch, cell, dtype, form):
     with torch.no_grad():
         found = q(x, **options)
     assert len(seen) == 2
+    torch.testing.assert_close(found, expected, **CLOSE[dtype])
+
+
+@every_format
+@every_cell
+def test_lengths_that_stay_on_a_device(cell, dtype):
+    """All steps are run and the padding dropped, as on a CUDA device: the same bits."""
+    q = module(cell, 7, 20, dtype, bidirectional=True)
+    x, lengths = torch.randn(6, 4, 7), torch.tensor([3, 6, 0, 1])
+    state = [torch.randn(2, 4, 20) for _ in range(q._states)]
+    args = x, lengths, state, q._weights(), cell, 2
+    found, expected = (
+        quantized_ops.LAYERS[run](*args, sizes=(20, 0), cell_states=has_cell_state(cell))
+        for run in (padded.masked, padded.layer)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@every_format
+@every_cell
+def test_reference(cell, dtype):
+    """For resets and the like where neither the kernels nor torch.nn can run."""
+    q = module(cell, 7, 20, dtype, bidirectional=True)
+    resets = (torch.rand(6, 4, 1) < 0.3).to(torch.uint8)
+    args = torch.randn(6, 4, 7), None, (), q._weights(), cell, 2
+    found, expected = (
+        quantized_ops.LAYERS[run](*args, sizes=(20, 0), resets=resets)
+        for run in (by_reference.layer, ops.layer)
+    )
     torch.testing.assert_close(found, expected, **CLOSE[dtype])
 
 
