@@ -219,7 +219,7 @@ struct QuantizedForward : ForwardState<Cell, float, Multiply<float>> {
 
   const Plan& plan;
   const int64_t chunk_rows;  // max rows whose input part is computed at once
-  float* pre;                // (threads, blocks of a slice, chunk_rows, P, kBlock)
+  float* pre;                // (threads, chunk_rows, blocks of a slice, P, kBlock)
   char* inputs;              // (threads, chunk_rows) rows of I, staged
   char* hiddens;             // (threads, rows) rows of R, or of H if a projection has more
   Row* rows;                 // (threads, chunk_rows + rows)
@@ -304,8 +304,9 @@ struct QuantizedForward : ForwardState<Cell, float, Multiply<float>> {
 
     int64_t active(int64_t of_step) const { return group.active(k.active_at(d, of_step)); }
     float* pre_of(int64_t block, int64_t row) const {
-      return pre + ((block - first_block()) * k.chunk_rows + row) * kPitch;
+      return pre + row * row_pitch() + (block - first_block()) * kPitch;
     }
+    int64_t row_pitch() const { return k.slice() * kPitch; }
     int64_t first_block() const { return units.begin / kVectors; }
 
     // f(block of units) for each of the slice. The order alternates from call to call and step to
@@ -338,8 +339,9 @@ struct QuantizedForward : ForwardState<Cell, float, Multiply<float>> {
         for_each_tile(0, count, [&](int64_t first, int n) {
           float* out = pre_of(block, first);
           for (int r = 0; r < n; ++r)
-            for (int j = 0; j < P * kVectors; ++j) store(out + r * kPitch + j * lanes, bias[j]);
-          add_all_products<F>(weights, input_rows + first, n, out, kPitch);
+            for (int j = 0; j < P * kVectors; ++j)
+              store(out + r * row_pitch() + j * lanes, bias[j]);
+          add_all_products<F>(weights, input_rows + first, n, out, row_pitch());
         });
       });
     }
@@ -363,8 +365,10 @@ struct QuantizedForward : ForwardState<Cell, float, Multiply<float>> {
         for_each_tile(0, count, [&](int64_t first, int n) {
           float* out = pre_of(block, chunk_row + first);
           if (has_hidden)
-            add_all_products<F>(weights, hidden_rows + first, n, out + (P - G) * kBlock, kPitch);
-          for (int r = 0; r < n; ++r, out += kPitch) finish_row(group.row(first + r), block, out);
+            add_all_products<F>(weights, hidden_rows + first, n, out + (P - G) * kBlock,
+                                row_pitch());
+          for (int r = 0; r < n; ++r, out += row_pitch())
+            finish_row(group.row(first + r), block, out);
         });
       });
       chunk_row += count;
