@@ -360,17 +360,20 @@ struct QuantizedForward : ForwardState<Cell, float, Multiply<float>> {
         stage_hidden(count, k.R, [](const Worker& worker, int64_t n) -> const float* {
           return worker.k.hidden(worker.d, worker.step, n);
         });
-      for_blocks(k.p.calls + step, [&](int64_t block) {
-        const Panel weights = panel(w.w_hh, w.s_hh, block, G, k.R);
-        for_each_tile(0, count, [&](int64_t first, int n) {
-          float* out = pre_of(block, chunk_row + first);
-          if (has_hidden)
-            add_all_products<F>(weights, hidden_rows + first, n, out + (P - G) * kBlock,
-                                row_pitch());
-          for (int r = 0; r < n; ++r, out += row_pitch())
-            finish_row(group.row(first + r), block, out);
+      if (has_hidden)
+        for_blocks(k.p.calls + step, [&](int64_t block) {
+          const Panel weights = panel(w.w_hh, w.s_hh, block, G, k.R);
+          for_each_tile(0, count, [&](int64_t first, int n) {
+            add_all_products<F>(weights, hidden_rows + first, n,
+                                pre_of(block, chunk_row + first) + (P - G) * kBlock, row_pitch());
+          });
         });
-      });
+      // Not block by block after its products: a cell's long chain of instructions overlaps with
+      // that of another block alone.
+      for (int64_t i = 0; i < count; ++i)
+        for_blocks(0, [&](int64_t block) {
+          finish_row(group.row(i), block, pre_of(block, chunk_row + i));
+        });
       chunk_row += count;
       if (k.full) {
         barrier.wait();
