@@ -32,7 +32,8 @@ def rounded(a):
     """
     single = a.to(torch.float32)
     largest = single.abs().amax(-1, keepdim=True)
-    integers = (single * (MOST / largest)).nan_to_num(0, 0, 0).round()
+    factor = torch.full_like(largest, MOST) / largest  # a number / tensor rounds twice
+    integers = (single * factor).nan_to_num(0, 0, 0).round()
     return integers.to(a.dtype) * (largest / MOST).to(a.dtype)
 
 
