@@ -90,6 +90,39 @@ class Buffers {
   std::vector<std::unique_ptr<void, void (*)(void*)>> aligned_;
 };
 
+// The forward pass of f again, with weights of another format.
+bool run_quantized(const Case& c, CellKind cell, Isa isa, int threads, const ForwardParams& f,
+                   WeightFormat format) {
+  Buffers b(DType::kFloat32), weights(DType::kBFloat16);
+  const LayerSizes& s = f.size;
+  ForwardParams q = f;
+  q.gates = q.saved_states = nullptr;
+  const auto panels = [&](int64_t gates, int64_t rows, int64_t K, const void*& w,
+                          const void*& scales) {
+    const int64_t units = gates * ceil_div(rows, kBlock) * kBlock;
+    const bool int8 = format == WeightFormat::kInt8;
+    w = weights.random(int8 ? units * round_up(K, 4) / 2 : units * round_up(K, 2));
+    scales = int8 ? weights.random(units * ceil_div(K, kQuantizationGroup)) : nullptr;
+  };
+  for (int d = 0; d < c.D; ++d) {
+    Weights& w = q.weights[d];
+    panels(info(cell).gates, s.H, s.I, w.w_ih, w.s_ih);
+    panels(info(cell).gates, s.H, s.R, w.w_hh, w.s_hh);
+    if (c.P) panels(1, s.R, s.H, w.w_hr, w.s_hr);
+  }
+  const int64_t y_size = s.steps.rows() * s.y_width();
+  q.y = b.nan(y_size);
+  q.h_n = b.nan(c.D * c.N * s.R);
+  if (q.c_n) q.c_n = b.nan(c.D * c.N * s.H);
+  Problem problem{cell, DType::kFloat32, c.T, c.N, c.I, c.H, s.R, c.D, c.P > 0, false};
+  problem.format = format;
+  const Plan plan = plan_forward(problem, {isa, threads});
+  const Kernel& kernel = kernel_for(plan.isa, cell, DType::kFloat32);
+  q.scratch = b.scratch(kernel.forward_scratch(q, plan));
+  return kernel.forward(q, plan) && b.finite(q.y, y_size) && b.finite(q.h_n, c.D * c.N * s.R) &&
+         (!q.c_n || b.finite(q.c_n, c.D * c.N * s.H));
+}
+
 bool run(const Case& c, CellKind cell, Isa isa, DType dtype, int threads) {
   const int64_t G = info(cell).gates;
   const bool has_c = info(cell).carry == Carry::kCell;
@@ -156,6 +189,10 @@ bool run(const Case& c, CellKind cell, Isa isa, DType dtype, int threads) {
   if (!b.finite(f.y, y_size) || !b.finite(f.h_n, c.D * c.N * R) ||
       (has_c && !b.finite(f.c_n, c.D * c.N * c.H)))
     return false;
+
+  if (dtype == DType::kFloat32 && !c.every)
+    for (const WeightFormat format : {WeightFormat::kInt8, WeightFormat::kBFloat16})
+      if (!run_quantized(c, cell, isa, threads, f, format)) return false;
 
   BackwardParams g = backward_of(f);
   for (int d = 0; d < c.D; ++d)
