@@ -77,7 +77,7 @@ struct Int8Weights {
       }
       offsets[group / kQuantizationGroup] = -128 * sum_of_lanes(sum);
     }
-    return {high, low, offsets, !finite ? __builtin_nanf("") : zero ? 0 : largest / kMost};
+    return {high, low, offsets, !finite ? bit_cast<float>(0x7fc00000) : zero ? 0 : largest / kMost};
   }
 
   static LSTM_FUSED_INLINE VBytes broadcast(const int8_t* digits) {

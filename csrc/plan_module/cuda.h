@@ -1,7 +1,7 @@
 // The plans of CUDA layers as Python objects.
 #pragma once
 
-#include "objects.h"
+#include "../python_objects.h"
 
 namespace lstm_fused::cuda {
 

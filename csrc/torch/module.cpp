@@ -1,6 +1,6 @@
 // `import lstm_fused._C` loads the operators. The module itself holds what is called past torch's
 // dispatcher.
-#include "../plan_module/objects.h"
+#include "../python_objects.h"
 #include "eager.h"
 #include "inference.h"
 #include "stream.h"

@@ -8,7 +8,7 @@
 #include <memory>
 
 #include "../cpu/stream.h"
-#include "../plan_module/objects.h"
+#include "../python_objects.h"
 #include "python_tensors.h"
 
 namespace lstm_fused {

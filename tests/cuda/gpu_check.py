@@ -44,7 +44,7 @@ PARITY = (  # one process per group: a CUDA error persists until its process end
     test_files("kernels", "layer_parity"),
     test_files("modules", "module", "module_inputs", "module_interop"),
     test_files("modules", "resets", "cell_states", "documents", "checkpointing"),
-    test_files("modules", "cells", "gradient_flow")
+    test_files("modules", "cells", "gradient_flow", "quantization")
     + test_files("transforms", "autograd", "autocast"),
     test_files("modules", "errors", "replace", "torch_suite") + test_files("transforms", "compile"),
 )
