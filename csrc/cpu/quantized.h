@@ -14,8 +14,7 @@ namespace {
 // A format has
 //   kDepth      consecutive k that a panel has side by side in each lane
 //   Row         of activations as `stage` makes it from float32, in row_bytes(padded) bytes: n
-//   values,
-//               then zeros up to `padded`
+//               values, then zeros up to `padded`
 //   kRows, columns(R)  most rows, and vectors of a panel, at once: registers decide
 //   product<R, C>(panel, rows, from, out, pitch)
 //               out[r][c] (vectors) += rows[r] times the panel's vectors [from, from + C), out
