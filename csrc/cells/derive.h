@@ -1,0 +1,273 @@
+// The functions of a described cell: its forward function, and the backward function that follows
+// from it by reverse-mode differentiation. Both run the cell's trace (trace.h), which is known to
+// the compiler, as is what each step adds to which gradient: the result is straight-line code whose
+// arrays lie in registers.
+//
+// This header is included after the one that declares sigmoid, tanh, exp, log and log_sigmoid of V
+// (cpu/activations.h, cuda/activations.h): V is SIMD lanes or a scalar.
+#pragma once
+
+#include <cstring>
+#include <utility>
+
+#include "described.h"
+#include "rules.h"
+#include "unit.h"
+
+namespace lstm_fused {
+namespace {
+
+// What a step of a trace does to the gradient of an operand. The first that reaches a gradient
+// assigns it: an addition to zero would remain in the code.
+enum class Reach : uint8_t { kNone, kAssign, kAdd };
+
+template <class Cell>
+struct Derivation {
+  static constexpr int kPreacts = Cell::kPreacts, kVectors = Cell::kVectors;
+  static constexpr int kMasks = Cell::kMasks, kStates = Cell::kCells + Cell::kKeepsHidden;
+  // Inputs are the first steps.
+  static constexpr int kFirstVector = kPreacts, kFirstMask = kFirstVector + kVectors;
+  static constexpr int kFirstPrev = kFirstMask + kMasks, kInputs = kFirstPrev + kStates;
+
+  static_assert(1 <= Cell::kGates && Cell::kGates <= 4, "kGates: from 1 to 4");
+  static_assert(Cell::kGates <= kPreacts && kPreacts <= 2 * Cell::kGates,
+                "kPreacts: from kGates to 2 * kGates");
+  static_assert(kVectors >= 0 && kMasks >= 0 && Cell::kCells >= 0, "a count is below 0");
+
+  Trace trace;
+  int h = 0;
+  int next[kStates + 1] = {};
+  bool active[Trace::kMaxSteps] = {};  // depends on an input that has a gradient
+  bool reached[Trace::kMaxSteps] = {};
+  Reach h_reach = Reach::kNone, next_reach[kStates + 1] = {};
+  Reach operand_reach[Trace::kMaxSteps][TraceStep::kMaxOperands] = {};
+
+  constexpr Derivation() {
+    run_forward();
+    for (int i = 0; i < trace.count; ++i) {
+      const TraceStep& step = trace.steps[i];
+      active[i] = i < kInputs && !(i >= kFirstMask && i < kFirstPrev);
+      for (int k = 0; k < step.count; ++k)
+        active[i] |= active[step.operands[k]] && has_gradient(step.operation, k);
+    }
+    h_reach = reach(h);
+    for (int k = 0; k < kStates; ++k) next_reach[k] = reach(next[k]);
+    for (int i = trace.count - 1; i >= 0; --i)
+      for (int k = 0; reached[i] && k < trace.steps[i].count; ++k)
+        if (has_gradient(trace.steps[i].operation, k))
+          operand_reach[i][k] = reach(trace.steps[i].operands[k]);
+  }
+
+  // The state that step i is, which backward reads instead of computing it again; or -1.
+  constexpr int state_of(int i) const {
+    for (int k = 0; k < kStates; ++k)
+      if (next[k] == i && i >= kInputs) return k;
+    return -1;
+  }
+
+ private:
+  constexpr void run_forward() {
+    Traced inputs[kInputs], values[kStates + 1];
+    for (int i = 0; i < kInputs; ++i) inputs[i] = Traced(&trace, trace.add({}));
+    const Traced* all = inputs;
+    const Traced result = Cell::forward(all, all + kFirstVector, all + kFirstMask, all + kFirstPrev,
+                                        static_cast<Traced*>(values));
+    h = result.step_in(trace);
+    for (int k = 0; k < kStates; ++k) next[k] = k < Cell::kCells ? values[k].step_in(trace) : h;
+  }
+
+  constexpr Reach reach(int step) {
+    if (!active[step]) return Reach::kNone;
+    const Reach how = reached[step] ? Reach::kAdd : Reach::kAssign;
+    reached[step] = true;
+    return how;
+  }
+};
+
+template <class Cell>
+inline constexpr Derivation<Cell> kDerivation;
+
+template <class V>
+LSTM_FUSED_INLINE auto scalar_of(const V& v) {
+  return v[0] + 0;
+}
+LSTM_FUSED_INLINE float scalar_of(float s) {
+  return s;
+}
+LSTM_FUSED_INLINE double scalar_of(double s) {
+  return s;
+}
+
+template <Reach how, class V>
+LSTM_FUSED_INLINE void contribute(V& sum, const V& d) {
+  if constexpr (how == Reach::kAssign) sum = d;
+  if constexpr (how == Reach::kAdd) sum = sum + d;
+}
+
+template <int... i>
+using Numbers = std::integer_sequence<int, i...>;
+template <int count>
+using FirstNumbers = std::make_integer_sequence<int, count>;
+
+// Runs the steps of a cell's trace, and of its derivative, on values of V.
+template <class Cell, class V>
+struct TraceRunner {
+  using D = Derivation<Cell>;
+  using A = decltype(scalar_of(V{}));
+  static constexpr const D& kD = kDerivation<Cell>;
+  static constexpr int kSteps = kD.trace.count;
+
+  V value[kSteps];
+  V gradient[kSteps];
+
+  LSTM_FUSED_INLINE void put_inputs(const V* preact, const V* vector, const V* mask,
+                                    const V* prev) {
+    LSTM_FUSED_UNROLLED_FOR (int k = 0; k < D::kPreacts; ++k) value[k] = preact[k];
+    LSTM_FUSED_UNROLLED_FOR (int k = 0; k < D::kVectors; ++k)
+      value[D::kFirstVector + k] = vector[k];
+    LSTM_FUSED_UNROLLED_FOR (int k = 0; k < D::kMasks; ++k) value[D::kFirstMask + k] = mask[k];
+    LSTM_FUSED_UNROLLED_FOR (int k = 0; k < D::kStates; ++k) value[D::kFirstPrev + k] = prev[k];
+  }
+
+  template <int i, int... k>
+  LSTM_FUSED_INLINE void compute(Numbers<k...>) {
+    constexpr TraceStep step = kD.trace.steps[i];
+    value[i] = Rule<step.operation>::value(value[step.operands[k]]...);
+  }
+  // next: the states after the step where they are known, else null.
+  template <bool known, int i>
+  LSTM_FUSED_INLINE void compute_step(const V* next) {
+    constexpr TraceStep step = kD.trace.steps[i];
+    constexpr int state = kD.state_of(i);
+    if constexpr (step.operation == Operation::kConstant) {
+      value[i] = static_cast<A>(step.constant) - V{};  // of all lanes; V{} + -0.0 would be 0
+    } else if constexpr (known && state >= 0) {
+      value[i] = next[state];
+    } else if constexpr (i >= D::kInputs) {
+      compute<i>(FirstNumbers<step.count>());
+    }
+  }
+  template <bool known, int... i>
+  LSTM_FUSED_INLINE void compute_steps(Numbers<i...>, const V* next) {
+    (compute_step<known, i>(next), ...);
+  }
+  template <bool known>
+  LSTM_FUSED_INLINE void run(const V* next) {
+    compute_steps<known>(FirstNumbers<kSteps>(), next);
+  }
+
+  template <int i, int k, int... other>
+  LSTM_FUSED_INLINE void propagate_to(Numbers<other...>) {
+    constexpr TraceStep step = kD.trace.steps[i];
+    constexpr Reach how = kD.operand_reach[i][k];
+    if constexpr (how != Reach::kNone)
+      contribute<how>(gradient[step.operands[k]],
+                      Rule<step.operation>::template gradient<k>(gradient[i], value[i],
+                                                                 value[step.operands[other]]...));
+  }
+  template <int i, int... k>
+  LSTM_FUSED_INLINE void propagate(Numbers<k...> all) {
+    (propagate_to<i, k>(all), ...);
+  }
+  template <int... i>
+  LSTM_FUSED_INLINE void propagate_steps(Numbers<i...>) {
+    (propagate<kSteps - 1 - i>(FirstNumbers<kD.trace.steps[kSteps - 1 - i].count>()), ...);
+  }
+  template <int... k>
+  LSTM_FUSED_INLINE void seed(Numbers<k...>, const V& dh, const V* d_next) {
+    contribute<kD.h_reach>(gradient[kD.h], dh);
+    (contribute<kD.next_reach[k]>(gradient[kD.next[k]], d_next[k]), ...);
+  }
+  // gradient[i] for each input i, from those of h and next.
+  LSTM_FUSED_INLINE void run_backward(const V& dh, const V* d_next) {
+    seed(FirstNumbers<D::kStates>(), dh, d_next);
+    propagate_steps(FirstNumbers<kSteps - D::kInputs>());
+  }
+  template <int first, int... k>
+  LSTM_FUSED_INLINE void take(Numbers<k...>, V* to) const {
+    ((to[k] = kD.reached[first + k] ? gradient[first + k] : V{}), ...);
+  }
+  template <int... k>
+  LSTM_FUSED_INLINE void take_next(Numbers<k...>, V* next) const {
+    ((next[k] = value[kD.next[k]]), ...);
+  }
+};
+
+// preact (kPreacts), vector (kVectors), mask (kMasks), prev and next (kCells + kKeepsHidden) -> h.
+template <class Cell, class V>
+LSTM_FUSED_INLINE V described_forward(const V* preact, const V* vector, const V* mask,
+                                      const V* prev, V* next) {
+  TraceRunner<Cell, V> runner;
+  runner.put_inputs(preact, vector, mask, prev);
+  runner.template run<false>(nullptr);
+  runner.take_next(FirstNumbers<Derivation<Cell>::kStates>(), next);
+  return runner.value[kDerivation<Cell>.h];
+}
+
+// next: as forward left it. d_state: gradients of next from later steps, replaced by those of prev.
+// -> h.
+template <class Cell, class V>
+LSTM_FUSED_INLINE V described_backward(const V* preact, const V* vector, const V* mask,
+                                       const V* prev, const V* next, const V& dh, V* d_state,
+                                       V* d_preact, V* d_vector) {
+  using D = Derivation<Cell>;
+  TraceRunner<Cell, V> runner;
+  runner.put_inputs(preact, vector, mask, prev);
+  runner.template run<true>(next);
+  runner.run_backward(dh, d_state);
+  runner.template take<0>(FirstNumbers<D::kPreacts>(), d_preact);
+  runner.template take<D::kFirstVector>(FirstNumbers<D::kVectors>(), d_vector);
+  runner.template take<D::kFirstPrev>(FirstNumbers<D::kStates>(), d_state);
+  return runner.value[kDerivation<Cell>.h];
+}
+
+template <int count, class V, class A>
+LSTM_FUSED_INLINE void load_values(V* to, const A* from, int64_t stride) {
+  LSTM_FUSED_UNROLLED_FOR (int k = 0; k < count; ++k)
+    std::memcpy(to + k, from + k * stride, sizeof(V));
+}
+template <int count, class V, class A>
+LSTM_FUSED_INLINE void store_values(A* to, int64_t stride, const V* from) {
+  LSTM_FUSED_UNROLLED_FOR (int k = 0; k < count; ++k)
+    std::memcpy(to + k * stride, from + k, sizeof(V));
+}
+
+template <class Cell, class V, class A>
+void unit_forward(const UnitForward<A>& unit) {
+  using D = Derivation<Cell>;
+  constexpr int64_t lanes = sizeof(V) / sizeof(A);
+  V preact[D::kPreacts], vector[D::kVectors + 1], mask[D::kMasks + 1];
+  V prev[D::kStates + 1], next[D::kStates + 1];
+  load_values<D::kPreacts>(preact, unit.preacts, lanes);
+  load_values<D::kVectors>(vector, unit.vectors, lanes);
+  load_values<D::kMasks>(mask, unit.masks, lanes);
+  load_values<D::kStates>(prev, unit.prev, unit.prev_stride);
+  const V h = described_forward<Cell>(preact, vector, mask, prev, next);
+  store_values<D::kStates>(unit.next, unit.next_stride, next);
+  store_values<1>(unit.h, lanes, &h);
+}
+
+template <class Cell, class V, class A>
+void unit_backward(const UnitBackward<A>& unit) {
+  using D = Derivation<Cell>;
+  constexpr int64_t lanes = sizeof(V) / sizeof(A);
+  V preact[D::kPreacts], vector[D::kVectors + 1], mask[D::kMasks + 1], dh;
+  V prev[D::kStates + 1], next[D::kStates + 1], d_state[D::kStates + 1];
+  V d_preact[D::kPreacts], d_vector[D::kVectors + 1];
+  load_values<D::kPreacts>(preact, unit.preacts, unit.preacts_stride);
+  load_values<D::kVectors>(vector, unit.vectors, lanes);
+  load_values<D::kMasks>(mask, unit.masks, lanes);
+  load_values<D::kStates>(prev, unit.prev, unit.prev_stride);
+  load_values<D::kStates>(next, unit.next, unit.next_stride);
+  load_values<1>(&dh, unit.dh, lanes);
+  load_values<D::kStates>(d_state, unit.d_state, unit.d_state_stride);
+  const V h =
+      described_backward<Cell>(preact, vector, mask, prev, next, dh, d_state, d_preact, d_vector);
+  store_values<D::kPreacts>(unit.d_preacts, lanes, d_preact);
+  store_values<D::kVectors>(unit.d_vectors, lanes, d_vector);
+  store_values<D::kStates>(unit.d_state, unit.d_state_stride, d_state);
+  store_values<1>(unit.h, lanes, &h);
+}
+
+}  // namespace
+}  // namespace lstm_fused
