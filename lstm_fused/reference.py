@@ -1,4 +1,4 @@
-"""Naive pure-torch references: one function per cell, one Python loop over time.
+"""Naive pure-torch references: a step per cell, one Python loop over time.
 
 Any floating dtype, any device, differentiable to any order. They share nothing with the kernels:
 the tests hold the kernels to them in float64, and double backward is computed through them.
@@ -8,59 +8,37 @@ from functools import partial
 
 import torch
 
-
-def _linear(x, w, b):
-    return x @ w.t() if b is None else x @ w.t() + b
+from lstm_fused import reference_steps
 
 
-def _lstm_step(x, state, w_ih, w_hh, b_ih, b_hh, w_hr):
-    """One step of n rows: x (n, I), state (h (n, R), c (n, H)) -> the state after it.
-
-    Hochreiter & Schmidhuber 1997 in torch.nn.LSTM's form; the projection w_hr is Sak et al. 2014.
-    """
-    h, c = state
-    i, f, g, o = (_linear(x, w_ih, b_ih) + _linear(h, w_hh, b_hh)).chunk(4, dim=1)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    h = torch.sigmoid(o) * torch.tanh(c)
-    return (h if w_hr is None else _linear(h, w_hr, None)), c
-
-
-def _gru_step(x, state, w_ih, w_hh, b_ih, b_hh, _):
-    """Cho et al. 2014 in torch.nn.GRU's form: x (n, I), state (h (n, H),) -> the state after it."""
-    (h,) = state
-    r_x, z_x, n_x = _linear(x, w_ih, b_ih).chunk(3, dim=1)
-    r_h, z_h, n_h = _linear(h, w_hh, b_hh).chunk(3, dim=1)
-    r, z = torch.sigmoid(r_x + r_h), torch.sigmoid(z_x + z_h)
-    n = torch.tanh(n_x + r * n_h)
-    return ((1 - z) * n + z * h,)
-
-
-def _rnn_step(activation):
-    def step(x, state, w_ih, w_hh, b_ih, b_hh, _):
-        """Elman 1990 in torch.nn.RNN's form: x (n, I), state (h (n, H),) -> the state after it."""
-        return (activation(_linear(x, w_ih, b_ih) + _linear(state[0], w_hh, b_hh)),)
-
-    return step
-
-
-def _split_weights(weights, directions):
-    """Per direction (w_ih, w_hh, b_ih, b_hh, w_hr), None where a weight is left out."""
+def _split_weights(cell, weights, directions):
+    """Per direction (w_ih, w_hh, b_ih, b_hh, w_hr, vectors, masks), None for one left out."""
     each = len(weights) // directions
-    if each not in (2, 3, 4, 5) or each * directions != len(weights):
+    own = (cell.vectors > 0) + (cell.masks > 0)
+    if each - own not in (2, 3, 4, 5) or each * directions != len(weights):
         raise ValueError(
-            f"weights must hold 2 to 5 tensors a direction, got {len(weights)} "
+            f"weights must hold {2 + own} to {5 + own} tensors a direction, got {len(weights)} "
             f"for {directions} direction(s)"
         )
     for d in range(directions):
         w_ih, w_hh, *rest = weights[d * each : (d + 1) * each]
-        w_hr = rest.pop() if each in (3, 5) else None
+        masks = rest.pop() if cell.masks else None
+        vectors = rest.pop() if cell.vectors else None
+        w_hr = rest.pop() if len(rest) % 2 else None
         b_ih, b_hh = rest or (None, None)
-        yield w_ih, w_hh, b_ih, b_hh, w_hr
+        yield w_ih, w_hh, b_ih, b_hh, w_hr, vectors, masks
+
+
+def _zeros(cell, x, rows, params):
+    """The states of so many rows, zeros; params: a direction's, as _split_weights gives them."""
+    w_ih, _, _, _, w_hr, *_ = params
+    H = w_ih.shape[0] // cell.gates
+    widths = [H if w_hr is None else w_hr.shape[0]] + [cell.cells * H] * (cell.cells > 0)
+    return tuple(x.new_zeros(rows, width) for width in widths)
 
 
 def _layer(
-    step,
-    widths_of,
+    cell,
     x,
     batch_sizes,
     state0,
@@ -70,58 +48,46 @@ def _layer(
     resets=None,
     cell_states=False,
 ):
-    """One layer, the contract of ``ops.layer``.
+    """One layer of a ``reference_steps.Cell``, the contract of ``ops.layer``.
 
     x: (T, N, I), or packed (S, I) with batch_sizes (T,), never increasing and batch_sizes[0] == N.
     A negative entry after those says how many rows of x follow that belong to no step. Or the rows
     (S, I) of N documents with batch_sizes (1, N + 1), where each begins, then S.
-    state0: () for zeros, or the initial states, h0 (D, N, R) first. A state of 2 * N rows holds
-    those that resets put in behind the initial ones.
-    weights: per direction w_ih (G*H, I), w_hh (G*H, R)[, b_ih (G*H,), b_hh (G*H,)][, w_hr (R, H)].
-    step and widths_of are the cell's: one step of it, and its states' widths by (w_ih, w_hh).
+    state0: () for zeros, or the initial states, h0 (D, N, R) first, then c0 (D, N, K*H) of a cell
+    with K cell states. A state of 2 * N rows holds those that resets put in behind the initial
+    ones.
+    weights: per direction w_ih (G*H, I), w_hh[, b_ih (G*H,), b_hh (G*H,)][, w_hr (R, H)]
+    [, vectors (V, H)][, masks, x's shape with M*H for I]. w_hh as `reference_steps` has it.
     resets: None, or x's shape with 1 for I: not 0 where a row begins anew before that step.
     Returns y (T, N, D*R) or (S, D*R), the final states, each (D, N, its width), and with
-    cell_states, of a cell that has them, those of all steps, (T, N, D*H) or (S, D*H).
+    cell_states, of a cell that has them, those of all steps, (T, N, D*K*H) or (S, D*K*H).
     """
     if batch_sizes is not None and batch_sizes.dim() == 2:
-        if not state0:
-            widths = widths_of(*weights[:2])
-            state0 = [x.new_zeros(directions, batch_sizes.numel() - 1, width) for width in widths]
-        run = partial(_layer, step, widths_of, directions=directions, cell_states=cell_states)
-        return _documents(run, x, _numbers(batch_sizes), state0, weights, resets)
+        run = partial(_layer, cell, directions=directions, cell_states=cell_states)
+        return _documents(run, cell, x, _numbers(batch_sizes), state0, weights, directions, resets)
     if batch_sizes is None:
         sizes, padding = [x.shape[1]] * x.shape[0], 0
-        steps = x.unbind(0)
-        anew = None if resets is None else resets.bool().unbind(0)
     else:
         sizes = _numbers(batch_sizes)
         padding = -sizes.pop() if sizes[-1] < 0 else 0
-        steps = x[: sum(sizes)].split(sizes)
-        anew = None if resets is None else resets[: sum(sizes)].bool().split(sizes)
-    T, rows = len(sizes), sizes[0]
-    histories, ends = [], []
-    for d, params in enumerate(_split_weights(weights, directions)):
+
+    def by_step(t):
+        return t.unbind(0) if batch_sizes is None else t[: sum(sizes)].split(sizes)
+
+    rows, histories, ends = sizes[0], [], []
+    for d, (*params, masks) in enumerate(_split_weights(cell, weights, directions)):
         if state0:
             state = tuple(s[d, :rows] for s in state0)
             after_reset = tuple(
                 s[d, rows:] if s.shape[1] > rows else torch.zeros_like(s[d]) for s in state0
             )
         else:
-            state = tuple(x.new_zeros(rows, width) for width in widths_of(*params[:2]))
-            after_reset = state
-        history = [None] * T
-        for t in reversed(range(T)) if d else range(T):
-            # A reset lies between step t - 1 and step t, for the reverse direction too.
-            boundary = t + 1 if d else t
-            if anew is not None and boundary < T:
-                state = _reset(state, after_reset, anew[boundary])
-            n = sizes[t]
-            after = step(steps[t], tuple(s[:n] for s in state), *params)
-            history[t] = after
-            # Rows from n on have ended (forward), or have not begun (reverse): their state stays.
-            state = tuple(torch.cat((new, old[n:])) for new, old in zip(after, state, strict=True))
+            state = after_reset = _zeros(cell, x, rows, params)
+        anew = None if resets is None else (by_step(resets.bool()), after_reset)
+        each = [None] * len(sizes) if masks is None else by_step(masks)
+        history, end = _direction(cell, by_step(x), state, params, each, anew, reverse=d == 1)
         histories.append(history)
-        ends.append(state)
+        ends.append(end)
     join = torch.stack if batch_sizes is None else torch.cat
 
     def of_all_steps(k):
@@ -131,6 +97,30 @@ def _layer(
 
     found = of_all_steps(0), tuple(torch.stack(s) for s in zip(*ends, strict=True))
     return (*found, of_all_steps(1)) if cell_states else found
+
+
+def _direction(cell, steps, state, params, masks, anew, reverse):
+    """The states after each step, and the last of every row.
+
+    steps, masks: the rows of each step; anew: None, or (the resets of each step, the state that
+    they put in).
+    """
+    T = len(steps)
+    history = [None] * T
+    for t in reversed(range(T)) if reverse else range(T):
+        # A reset lies between step t - 1 and step t, for the reverse direction too.
+        boundary = t + 1 if reverse else t
+        if anew is not None and boundary < T:
+            state = _reset(state, anew[1], anew[0][boundary])
+        n = steps[t].shape[0]
+        here = masks[t]
+        if here is not None:
+            here = here.unflatten(1, (cell.masks, -1))
+        after = cell.step(steps[t], tuple(s[:n] for s in state), *params, here)
+        history[t] = after
+        # Rows from n on have ended (forward), or have not begun (reverse): their state stays.
+        state = tuple(torch.cat((new, old[n:])) for new, old in zip(after, state, strict=True))
+    return history, state
 
 
 def _numbers(batch_sizes):
@@ -147,20 +137,27 @@ def _reset(state, after_reset, anew):
     )
 
 
-def _documents(run, x, begins, state0, weights, resets):
+def _documents(run, cell, x, begins, state0, weights, directions, resets):
     """run, a layer, of one document after the other; begins: (N + 1,), see ``_layer``."""
-    N = len(begins) - 1
+    N, each = len(begins) - 1, len(weights) // directions
+    masks = each - 1 if cell.masks else None  # their place among a direction's weights
+    if not state0:
+        (params, *_) = _split_weights(cell, weights, directions)
+        zeros = _zeros(cell, x, N, params)
+        state0 = [s.expand(directions, -1, -1) for s in zeros]
     parts, ends = [], []
     for n, (begin, end) in enumerate(zip(begins, begins[1:], strict=False)):
         if begin == end:
             ends.append(tuple(s[:, n : n + 1] for s in state0))
             continue
+
+        here = slice(begin, end)
         y, after, *cells = run(
-            x[begin:end].unsqueeze(1),
+            x[here].unsqueeze(1),
             None,
             tuple(s[:, n::N] for s in state0),  # the initial state, then that of resets
-            weights,
-            resets=None if resets is None else resets[begin:end].unsqueeze(1),
+            [w[here].unsqueeze(1) if k % each == masks else w for k, w in enumerate(weights)],
+            resets=None if resets is None else resets[here].unsqueeze(1),
         )
         parts.append((y, *cells))
         ends.append(after)
@@ -168,22 +165,9 @@ def _documents(run, x, begins, state0, weights, resets):
     return y, tuple(torch.cat(ss, dim=1) for ss in zip(*ends, strict=True)), *cells
 
 
-def _h_and_c(w_ih, w_hh):
-    return w_hh.shape[1], w_ih.shape[0] // 4
-
-
-def _h(w_ih, w_hh):
-    return (w_hh.shape[1],)
-
-
 def rnn(activation):
     """``_layer`` of an RNN with this activation of a tensor (n, H), called once a step."""
-    return partial(_layer, _rnn_step(activation), _h)
+    return partial(_layer, reference_steps.Cell(reference_steps.rnn(activation), gates=1))
 
 
-CELLS = {
-    "lstm": partial(_layer, _lstm_step, _h_and_c),
-    "gru": partial(_layer, _gru_step, _h),
-    "rnn_tanh": rnn(torch.tanh),
-    "rnn_relu": rnn(torch.relu),
-}
+CELLS = {name: partial(_layer, cell) for name, cell in reference_steps.CELLS.items()}

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 import lstm_fused
-from lstm_fused import ops, panels, quantized_ops, reference
+from lstm_fused import ops, panels, quantized_ops, reference, reference_steps
 from lstm_fused.testing import tolerance
 from tests.helpers.compare_modules import states_of
 from tests.helpers.oracle import CELLS
@@ -42,15 +42,15 @@ def steps_of(monkeypatch, q, x, state, dtype):
 
     q: a module of one layer in one direction, or a cell.
     """
-    linear = reference._linear
+    linear = reference_steps._linear
     if q.weights_dtype is torch.int8:
-        monkeypatch.setattr(reference, "_linear", lambda a, w, b: linear(rounded(a), w, b))
+        monkeypatch.setattr(reference_steps, "_linear", lambda a, w, b: linear(rounded(a), w, b))
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
     weights = [getattr(q, n + s, None) for n in names for s in ("", "_l0")]
     weights = [w.to(dtype) for w in weights if w is not None]
     state = [s.to(dtype).unsqueeze(0) for s in state]
     y, ends = reference.CELLS[q._cell()](x.to(dtype).unsqueeze(0), None, state, weights)
-    monkeypatch.setattr(reference, "_linear", linear)
+    monkeypatch.setattr(reference_steps, "_linear", linear)
     return [s.squeeze(0) for s in ends]
 
 
