@@ -4,7 +4,8 @@ A step is ``step(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, vectors, masks)`` and r
 after it. n rows, I inputs, H hidden units, R recurrent width, G gates, K cell states:
 
 - x (n, I); state (h (n, R),), with c (n, K * H) behind it if the cell has cell states
-- w_ih (G*H, I); w_hh (G*H, R), or (G*H, H / heads), block-diagonal, or (G*H, 0), no product
+- w_ih (G*H, I), or (G*H, 0): x (n, G*H) is the input's part of the pre-activations already
+- w_hh (G*H, R), or (G*H, H / heads), block-diagonal, or (G*H, 0): there is no such part
 - b_ih and b_hh (G*H,), or None; w_hr (R, H), a projection of h, or None
 - vectors (V, H), parameters of a unit; masks (n, M, H), values of a unit for this step; or None
 """
@@ -30,22 +31,27 @@ def _linear(x, w, b):
     return x @ w.t() if b is None else x @ w.t() + b
 
 
+def _of_input(x, w_ih, b_ih):
+    """What x gives the pre-activations, (n, G*H), by each form of w_ih."""
+    if w_ih.shape[1] or not x.shape[1]:
+        return _linear(x, w_ih, b_ih)
+    return x + _linear(x[:, :0], w_ih, b_ih)  # of no column the product is zeros
+
+
 def _recurrent(h, w_hh, b_hh, gates):
     """What the hidden state gives the pre-activations, (n, G*H), by each form of w_hh."""
     H, width = w_hh.shape[0] // gates, w_hh.shape[1]
-    if width == h.shape[1]:
-        return _linear(h, w_hh, b_hh)
-    if width == 0:
-        product = h.new_zeros(h.shape[0], gates * H)
-    else:  # unit u of head k sees the hidden units of its head alone
-        by_head = w_hh.unflatten(0, (gates, H // width, width))
-        product = torch.einsum("nkj,gkuj->ngku", h.unflatten(1, (-1, width)), by_head).flatten(1)
+    if width in (0, h.shape[1]):
+        return _linear(h[:, :width], w_hh, b_hh)
+    # Unit u of head k sees the hidden units of its head alone.
+    by_head = w_hh.unflatten(0, (gates, H // width, width))
+    product = torch.einsum("nkj,gkuj->ngku", h.unflatten(1, (-1, width)), by_head).flatten(1)
     return product if b_hh is None else product + b_hh
 
 
 def _preacts(x, h, w_ih, w_hh, b_ih, b_hh, gates):
     """The pre-activations of a cell that sums both parts: (n, H) of each gate."""
-    sums = _linear(x, w_ih, b_ih) + _recurrent(h, w_hh, b_hh, gates)
+    sums = _of_input(x, w_ih, b_ih) + _recurrent(h, w_hh, b_hh, gates)
     return sums.chunk(gates, dim=1)
 
 
@@ -115,7 +121,7 @@ def _regularized_gru(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, vectors, masks):
     (h,) = state
     (clip,) = vectors
     update, zone_h = masks.unbind(1)
-    r_x, z_x, n_x = _linear(x, w_ih, b_ih).chunk(3, dim=1)
+    r_x, z_x, n_x = _of_input(x, w_ih, b_ih).chunk(3, dim=1)
     r_h, z_h, n_h = _recurrent(h, w_hh, b_hh, 3).chunk(3, dim=1)
     r = torch.sigmoid(_clipped(r_x + r_h, clip))
     z = torch.sigmoid(_clipped(z_x + z_h, clip))
