@@ -205,6 +205,42 @@ def _slstm(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, *_):
     return _projected(torch.sigmoid(o) * c / n, w_hr), torch.cat((c, n, m), dim=1)
 
 
+def _normalized(x, epsilon, parts):
+    """Each row of x (n, parts * H) without its mean, over its standard deviation: (n, H) of each
+    part; epsilon (H,)."""
+    x = x.unflatten(1, (parts, -1))
+    x = x - x.mean((1, 2), keepdim=True)
+    variance = x.square().mean((1, 2), keepdim=True)
+    return (x / (variance + epsilon.detach()).sqrt()).unbind(1)
+
+
+def _layer_norm_lstm(carries_normalized):
+    def step(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, vectors, _):
+        """Ba et al. 2016; the cell state that is carried is normalized, or the one before it."""
+        h, c = state
+        x = _normalized(_of_input(x, w_ih, b_ih), vectors[14], 4)
+        h = _normalized(_recurrent(h, w_hh, b_hh, 4), vectors[14], 4)
+        i, f, g, o = (vectors[j] * x[j] + vectors[4 + j] * h[j] + vectors[8 + j] for j in range(4))
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        (normalized,) = _normalized(c, vectors[14], 1)
+        normalized = vectors[12] * normalized + vectors[13]
+        h = torch.sigmoid(o) * torch.tanh(normalized)
+        return _projected(h, w_hr), normalized if carries_normalized else c
+
+    return step
+
+
+def _layer_norm_gru(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, vectors, _):
+    """Ba et al. 2016; the reset gate multiplies the hidden state's part of the candidate."""
+    (h,) = state
+    x = _normalized(_of_input(x, w_ih, b_ih), vectors[12], 3)
+    x = [vectors[j] * x[j] + vectors[6 + j] for j in range(3)]
+    y = _normalized(_recurrent(h, w_hh, b_hh, 3), vectors[12], 3)
+    y = [vectors[3 + j] * y[j] + vectors[9 + j] for j in range(3)]
+    r, z = torch.sigmoid(x[0] + y[0]), torch.sigmoid(x[1] + y[1])
+    return ((1 - z) * torch.tanh(x[2] + r * y[2]) + z * h,)
+
+
 CELLS = {
     "lstm": Cell(_lstm, gates=4, cells=1),
     "gru": Cell(_gru, gates=3),
@@ -221,4 +257,7 @@ CELLS = {
     "min_gru": Cell(_min_gru, gates=2),
     "min_lstm": Cell(_min_lstm, gates=3),
     "slstm": Cell(_slstm, gates=4, cells=3),
+    "layer_norm_lstm": Cell(_layer_norm_lstm(False), gates=4, cells=1, vectors=15),
+    "layer_norm_lstm_carried": Cell(_layer_norm_lstm(True), gates=4, cells=1, vectors=15),
+    "layer_norm_gru": Cell(_layer_norm_gru, gates=3, vectors=13),
 }
