@@ -1,6 +1,21 @@
 """torch.nn.LSTM, GRU and RNN, fused: drop-in modules on our own kernels."""
 
-from lstm_fused import _loaded, integrations, rl  # noqa: F401  _loaded first
+from lstm_fused import _loaded, integrations, loading, rl  # noqa: F401  _loaded first
+from lstm_fused.cells import (
+    MGU,
+    QRNN,
+    SRU,
+    CoupledLSTM,
+    IndRNN,
+    LayerNormGRU,
+    LayerNormLSTM,
+    MinGRU,
+    MinLSTM,
+    PeepholeLSTM,
+    RegularizedGRU,
+    RegularizedLSTM,
+    ResetBeforeGRU,
+)
 from lstm_fused.explain import explain
 from lstm_fused.export import decompositions
 from lstm_fused.gradient_flow import gradient_flow
@@ -20,12 +35,25 @@ from lstm_fused.streams import stream
 __version__ = "0.1.0"
 
 __all__ = [
+    "CoupledLSTM",
     "GRU",
     "GRUCell",
+    "IndRNN",
     "LSTM",
     "LSTMCell",
+    "LayerNormGRU",
+    "LayerNormLSTM",
+    "MGU",
+    "MinGRU",
+    "MinLSTM",
+    "PeepholeLSTM",
+    "QRNN",
     "RNN",
     "RNNCell",
+    "RegularizedGRU",
+    "RegularizedLSTM",
+    "ResetBeforeGRU",
+    "SRU",
     "__version__",
     "batch_first_state",
     "decompositions",

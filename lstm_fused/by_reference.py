@@ -16,6 +16,12 @@ def announce(module, x, reason):
 
     x: the input's data; reason: why the kernels do not run the call.
     """
+    if module._torch_class is None:
+        if x.is_nested or x.layout is not torch.strided:
+            raise RuntimeError(f"{module._kind()} cannot run this call: {reason}")
+        if not torch.compiler.is_compiling():
+            warn_once(module, reason, "its reference in pure torch")
+        return
     names = [name for name in module._overridden if name != "check_input"]
     if torch.jit.is_tracing() or names or x.is_nested or x.layout is not torch.strided:
         hint = ", torch.export records them" if torch.jit.is_tracing() else ""

@@ -93,6 +93,7 @@ def _with_reset_state(module, reset_state, x, state, rows, order):
         if reset_state is None:
             return state
     reset = errors.check_reset_state(module, reset_state, rows)
+    reset = module._as_state(reset[0] if len(reset) == 1 else reset)
     if order is not None:
         reset = [s.index_select(1, order) for s in reset]
     if not torch.is_autocast_enabled(x.device.type):
@@ -174,7 +175,7 @@ def arguments(module, options, x, batch_sizes):
         if options.resets is not None:
             more["resets"] = options.resets
     H, R = module.hidden_size, module.proj_size or module.hidden_size
-    if every is not None and x.dim() == 3:
+    if every is not None and x.dim() == 3 and module._cell() in ops.CELLS:
         more["save_every"] = checkpointing.interval(every, module._cell(), *x.shape[:2], H, R)
     else:
         errors.check_checkpoint_every(every)
@@ -184,8 +185,12 @@ def arguments(module, options, x, batch_sizes):
 def for_fallback(module, x, reason, given):
     """given for a call that the kernels do not run, for a reason: its layers by the reference.
 
-    None where torch.nn's own forward gives what was asked for. x: the input's data.
+    None where torch.nn's own forward gives what was asked for, which it never does for a cell that
+    torch.nn does not have. x: the input's data.
     """
+    if module._torch_class is None:
+        by_reference.announce(module, x, reason)
+        return (given or Given())._replace(layer=by_reference.layer)
     every = module.checkpoint_every
     if given is not None:
         every = given.checkpoint_every or every

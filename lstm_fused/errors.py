@@ -7,7 +7,7 @@ matrix product, the error here has the same type and names the argument.
 import torch
 from torch import Tensor
 
-from lstm_fused import ops, padded
+from lstm_fused import padded
 
 
 def check_input(module, input, batch_sizes):
@@ -130,17 +130,13 @@ def check_batch_sizes(batch_sizes):
 def check_weights(module, weights, dtype):
     """Refuse a weight, named, of another shape or dtype than the module's sizes and input ask for,
     or that is sparse."""
-    gates = ops.CELLS[module._cell()]["gates"] * module.hidden_size
     width = module.proj_size or module.hidden_size
     directions = 2 if module.bidirectional else 1
     each = len(weights) // (module.num_layers * directions)
     for k, (name, w) in enumerate(zip(module._flat_weights_names, weights, strict=True)):
         first = k < each * directions
-        expected = {
-            "weight_ih": (gates, module.input_size if first else width * directions),
-            "weight_hh": (gates, width),
-            "weight_hr": (width, module.hidden_size),
-        }.get(name.partition("_l")[0], (gates,))
+        inputs = module.input_size if first else width * directions
+        expected = module._weight_shape(name.partition("_l")[0], inputs)
         if w.shape != expected:
             raise RuntimeError(f"{name} must have shape {expected}, got {tuple(w.shape)}")
         if w.dtype != dtype:
@@ -188,10 +184,8 @@ def check_lengths(input, lengths, batch_first):
 
 def check_together(module, resets, reset_state, cell_states, cu_seqlens, max_seqlen, lengths):
     """Refuse options of a call that do not go together, or not with the module."""
-    if cell_states and module._states == 1:
-        raise TypeError(
-            f"return_cell_states needs an LSTM, {module._torch_class.__name__} has no cell state"
-        )
+    if cell_states and not module._has_cell_state():
+        raise TypeError(f"return_cell_states needs an LSTM, {module._kind()} has no cell state")
     if reset_state is not None and resets is None:
         raise ValueError("reset_state is given without resets, which say where it is put in")
     if cu_seqlens is not None and lengths is not None:
@@ -214,10 +208,12 @@ def check_resets(resets, shape, axes, device):
         raise RuntimeError(f"resets must be on {device} as input is, got {resets.device}")
 
 
-def check_reset_state(module, reset_state, rows):
-    """reset_state as a tuple of states (L*D, rows, width); a state (L*D, width) is that of all."""
-    widths = module.proj_size or module.hidden_size, module.hidden_size
-    widths = widths if isinstance(module, torch.nn.LSTM) else widths[:1]
+def check_reset_state(module, reset_state, rows, widths=None):
+    """reset_state as a tuple of states (L*D, rows, width); a state (L*D, width) is that of all.
+
+    widths: of the states; left out, those that module, which is of ours then, has.
+    """
+    widths = module._state_widths() if widths is None else widths
     if len(widths) == 1:
         if not isinstance(reset_state, Tensor):
             raise TypeError(f"reset_state must be a Tensor, got {type(reset_state).__name__}")

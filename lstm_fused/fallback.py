@@ -96,7 +96,8 @@ else:
 class Fused(_Typed[State]):
     """A mixin before torch.nn's class: what every fused module does where its kernels do not run.
 
-    A subclass names that class as ``_torch_class``; a subclass that ``lstm_fused.replace`` made
+    A subclass names that class as ``_torch_class``, None where torch.nn has none: the reference
+    stands in for it then, see by_reference.py. A subclass that ``lstm_fused.replace`` made
     from a user's class names that as ``_user_class``.
     """
 
@@ -109,6 +110,11 @@ class Fused(_Typed[State]):
     def __init_subclass__(cls, **options: Any) -> None:
         if "_user_class" not in vars(cls):  # the user's class has been announced before
             super().__init_subclass__(**options)
+
+    @classmethod
+    def _kind(cls):
+        """What messages call a module of this class: as torch.nn does."""
+        return cls._torch_class.__name__
 
     def _fallback_reason(self, x, hx, weights):
         """Why a call runs through torch.nn's forward, or None; the arguments of fallback_reason."""
@@ -169,9 +175,8 @@ def overridden(cls, base, names=CALLED_BY_TORCH):
 
 
 def warn_once(module, reason, through=None):
-    original = module._torch_class
-    through = through or f"torch.nn.{original.__name__}"
-    message = f"lstm_fused.{original.__name__} ran through {through}: {reason}"
+    kind = module._kind()
+    message = f"lstm_fused.{kind} ran through {through or f'torch.nn.{kind}'}: {reason}"
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, stacklevel=6)

@@ -115,13 +115,13 @@ def _run_steps(module, input, hx, resets, reset_state):
 def _states(module, given, x, single):
     """A state as given, or zeros for None, as a list of (L*D, N, width)."""
     rows = x.shape[1]
+    widths = [module.proj_size or module.hidden_size, module.hidden_size]
+    widths = widths if isinstance(module, torch.nn.LSTM) else widths[:1]
     if given is not None:
         if single and isinstance(given, torch.Tensor) and isinstance(module, torch.nn.LSTM):
             given = given.unbind()  # torch.nn.LSTM takes two states stacked
-        return [s.detach() for s in errors.check_reset_state(module, given, rows)]
+        return [s.detach() for s in errors.check_reset_state(module, given, rows, widths)]
     layers = module.num_layers * (2 if module.bidirectional else 1)
-    widths = [module.proj_size or module.hidden_size, module.hidden_size]
-    widths = widths if isinstance(module, torch.nn.LSTM) else widths[:1]
     return [x.new_zeros(layers, rows, width) for width in widths]
 
 

@@ -5,7 +5,11 @@ import torch
 from lstm_fused import _C, _plan
 
 _IDS = {name: cell["id"] for name, cell in _plan.cells().items()}
-_IDS_BY_MODE = {name.upper(): number for name, number in _IDS.items()}
+_IDS_BY_MODE = {
+    name.upper(): cell["id"]
+    for name, cell in _plan.cells().items()
+    if not cell.get("described", False)
+}
 _STEP_WEIGHTS = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]  # of torch.nn's single-step cells
 _STEP_WEIGHTS_WITHOUT_BIAS = _STEP_WEIGHTS[:2]
 
@@ -17,13 +21,17 @@ def infer(module, input, hx):
     run, and the tensors have been found fit. None leaves the call to the operator: a mode, hook or
     transform of torch's observes the call, weights are parametrized, a tensor is not a contiguous
     CPU tensor of the expected shape and one of the four dtypes, or a gradient would pass through
-    quantized weights. All of that is checked at each call. Errors are raised by the operator.
+    quantized weights, or the cell is a described one. All of that is checked at each call. Errors
+    are raised by the operator.
 
     module: an LSTM, GRU or RNN of ours. input: (T, N, I), or (N, T, I) if ``batch_first``. hx:
     None, or the states in the form the module takes them.
     """
     layers = module.num_layers
     if layers > 1 and module.dropout and module.training:
+        return None
+    number = _IDS_BY_MODE.get(module.mode)
+    if number is None:  # a described cell
         return None
     # The weights, looked up here instead of in weights_of: a tenth of a microsecond less.
     quantized = module.weights_dtype is not None
@@ -35,7 +43,7 @@ def infer(module, input, hx):
         module._buffers if quantized else module._parameters,
         input,
         hx,
-        _IDS_BY_MODE[module.mode],
+        number,
         2 if module.bidirectional else 1,
         layers,
         hidden_size,

@@ -5,7 +5,7 @@ from math import prod
 
 import torch
 
-from lstm_fused import dynamo, onnx
+from lstm_fused import cells, dynamo, onnx
 from lstm_fused.fallback import Fused, warn_once
 from lstm_fused.hooks import when_imported
 from lstm_fused.nn import MODULES
@@ -119,7 +119,7 @@ def _register_opacus(validators):
 
 def register() -> None:
     """Called when lstm_fused is imported."""
-    dynamo.allow(MODULES)
+    dynamo.allow((*MODULES, *cells.MODULES))
     onnx.register()
     when_imported("torch.utils.flop_counter", _register_flops)
     when_imported("torch.ao.quantization.quantize", _register_quantization)

@@ -86,6 +86,7 @@ class LSTM(Recurrent[tuple[Tensor, Tensor]], torch.nn.LSTM):
 
     _torch_class = torch.nn.LSTM
     _states = 2
+    _state_names = ("initial_h", "initial_c")
 
     if TYPE_CHECKING:
 

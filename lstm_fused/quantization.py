@@ -80,6 +80,8 @@ def quantize_(model: M, dtype: torch.dtype = torch.int8) -> M:
             continue
         name = name or "the model"
         try:
+            if module._torch_class is None:
+                raise LeftAlone(f"a {module._kind()}, which has no quantized kernels")
             _check(name, module, dtype)
             cls = _quantized_class(plain_class(module))
             changes.append((module, cls, quantized_modules.made_of(module, dtype)))

@@ -40,6 +40,7 @@ class Recurrent(Sequences[State]):
 
     checkpoint_every: int | Literal["auto"] | None = None
     _states = 1
+    _state_names: tuple[str, ...] = ("initial_h",)
     # Names of the parameters of a learned initial state, as states.add_learned sets them.
     _learned: tuple[str, ...] = ()
     # Names of CALLED_BY_TORCH: a subclass's, or of the instance as well.
@@ -52,7 +53,8 @@ class Recurrent(Sequences[State]):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls._overridden = overridden(cls, cls._torch_class)
+        if cls._torch_class is not None:
+            cls._overridden = overridden(cls, cls._torch_class)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -83,6 +85,25 @@ class Recurrent(Sequences[State]):
     def _cell(self):
         """The name the op knows the cell by."""
         return self.mode.lower()
+
+    def _state_widths(self):
+        """The widths of the states that the user passes and receives, h first."""
+        return (self.proj_size or self.hidden_size, self.hidden_size)[: self._states]
+
+    def _has_cell_state(self):
+        """Whether return_cell_states has something to return."""
+        return self._states == 2
+
+    def _weight_shape(self, name, inputs):
+        """The shape of the weights of this name, such as weight_ih, of a layer of `inputs`."""
+        width = self.proj_size or self.hidden_size
+        gates = ops.CELLS[self._cell()]["gates"] * self.hidden_size
+        shapes = {
+            "weight_ih": (gates, inputs),
+            "weight_hh": (gates, width),
+            "weight_hr": (width, self.hidden_size),
+        }
+        return shapes.get(name, (gates,))
 
     def _check_state(self, hx, dims, rows):
         """hx as a tuple of states (L*D, rows, ...); dims as for errors.check_state."""
@@ -312,7 +333,8 @@ class Recurrent(Sequences[State]):
         """The learned initial state as a call takes it, each (L*D, width), or None."""
         if not self._learned:
             return None
-        return self._as_given(tuple(getattr(self, name) for name in self._learned))
+        learned = tuple(getattr(self, name) for name in self._learned)
+        return learned[0] if len(learned) == 1 else learned
 
     def _weights(self):
         """The current weights, in the order of _flat_weights_names."""
@@ -375,7 +397,7 @@ class Recurrent(Sequences[State]):
         """A context that names layer k to a running profiler."""
         if torch.compiler.is_compiling() or not torch._C._autograd._profiler_enabled():
             return _NOT_PROFILED
-        return torch.profiler.record_function(f"lstm_fused.{self._torch_class.__name__} layer {k}")
+        return torch.profiler.record_function(f"lstm_fused.{self._kind()} layer {k}")
 
     def _run_autocast(self, x, batch_sizes, state, weights, options):
         packed, grad = batch_sizes is not None, torch.is_grad_enabled()

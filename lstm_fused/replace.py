@@ -74,11 +74,14 @@ def restore(model: M, *, verbose: bool = False) -> M:
 
 
 def restore_unquantized(model):
-    """`restore` but for modules with quantized weights, which stay as they are."""
+    """`restore` but for modules with quantized weights and those of cells that torch.nn has not,
+    which stay as they are."""
 
     def class_for(module):
-        quantized = isinstance(module, Fused) and module.weights_dtype is not None
-        return None if quantized else _torch_class(module)
+        stays = isinstance(module, Fused) and (
+            module.weights_dtype is not None or module._torch_class is None
+        )
+        return None if stays else _torch_class(module)
 
     return exchange(model, class_for, "restore", False)
 
@@ -210,6 +213,8 @@ def _torch_class(module):
     """torch.nn's or the user's class for a fused module; None for any other module."""
     if not isinstance(module, Fused):
         return None
+    if module._torch_class is None:
+        raise LeftAlone(f"a {module._kind()}, which torch.nn has not")
     check_not_wrapped(module)
     cls = float_class(plain_class(module))
     if getattr(module, "learned_initial_state", False):

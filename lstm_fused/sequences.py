@@ -116,7 +116,8 @@ class Sequences(Fused[State]):
             given = given._replace(resets=given.resets.index_select(1, at))
             if given.reset_state is not None:
                 each = errors.check_reset_state(self, given.reset_state, count)
-                each = self._as_given(tuple(s.index_select(1, at) for s in each))
+                each = tuple(s.index_select(1, at) for s in each)
+                each = each[0] if len(each) == 1 else each
                 given = given._replace(reset_state=each)
         part, ends, *cells = self._run_packed(
             x.index_select(1, at), lengths[rows], part_state, given
@@ -163,8 +164,8 @@ class Sequences(Fused[State]):
         width = self.proj_size or self.hidden_size
         layers = self.num_layers * directions
         y = like.new_zeros(total, count, directions * width)
-        widths = (width, self.hidden_size)[: self._states]
-        return y, tuple(like.new_zeros(layers, count, w) for w in widths)
+        states = tuple(like.new_zeros(layers, count, w) for w in self._state_widths())
+        return y, self._as_state(states[0] if len(states) == 1 else states)
 
     def _forward_documents(self, input, hx, cu_seqlens, max_seqlen, given):
         """input (S, I): N documents one after the other, where cu_seqlens (N + 1,) says."""

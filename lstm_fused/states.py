@@ -151,10 +151,9 @@ def _chunks(module, input, steps, state, given):
 def add_learned(module):
     """Give a new module parameters for its initial state, zeros at first."""
     layers = module.num_layers * (2 if module.bidirectional else 1)
-    widths = (module.proj_size or module.hidden_size, module.hidden_size)[: module._states]
-    names = ("initial_h", "initial_c")[: module._states]
+    names = module._state_names
     like = module._weights()[0]
-    for name, width in zip(names, widths, strict=True):
+    for name, width in zip(names, module._state_widths(), strict=True):
         setattr(module, name, torch.nn.Parameter(like.new_zeros(layers, width)))
     module._learned = names
 
@@ -172,12 +171,12 @@ def initial(module, rows):
             return learned
         return _mapped(lambda s: s.unsqueeze(1).expand(-1, rows, -1).contiguous(), learned)
     layers = module.num_layers * (2 if module.bidirectional else 1)
-    widths = (module.proj_size or module.hidden_size, module.hidden_size)[: module._states]
     weights, batch = module._weights(), () if rows is None else (rows,)
     dtype = module._input_dtype(weights)
-    return module._as_given(
-        tuple(weights[0].new_zeros(layers, *batch, width, dtype=dtype) for width in widths)
+    zeros = tuple(
+        weights[0].new_zeros(layers, *batch, width, dtype=dtype) for width in module._state_widths()
     )
+    return zeros[0] if len(zeros) == 1 else zeros
 
 
 def for_call(module, input, cu_seqlens):

@@ -1,0 +1,136 @@
+"""References of cells and of options that no kernel has yet; see reference.py.
+
+A step is as those in reference_steps.py. Sizes: n rows, I inputs, H hidden units, R recurrent
+width.
+"""
+
+from functools import partial
+
+import torch
+from torch.nn.functional import layer_norm
+
+from lstm_fused import reference
+from lstm_fused.reference_steps import Cell
+
+
+def _linear(x, w, b):
+    return x @ w.t() if b is None else x @ w.t() + b
+
+
+def _regularized_lstm(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, vectors, masks, proj_clip):
+    """regularized_lstm with a mask of h before W_hh (Gal & Ghahramani 2016), a projection before
+    zoneout, and a clip of that.
+
+    masks: update, zone_c, zone_h, hidden; the first R columns of those of h.
+    """
+    h, c = state
+    p_i, p_f, p_o, clip, cell_clip = (v.detach() if k > 2 else v for k, v in enumerate(vectors))
+    update, zone_c, zone_h, hidden = masks.unbind(1)
+    zone_h, hidden = zone_h[:, : h.shape[1]], hidden[:, : h.shape[1]]
+    preacts = _linear(x, w_ih, b_ih) + _linear(hidden * h, w_hh, b_hh)
+    i, f, g, o = preacts.chunk(4, dim=1)
+    i = torch.sigmoid(torch.clamp(i + p_i * c, -clip, clip))
+    f = torch.sigmoid(torch.clamp(f + p_f * c, -clip, clip))
+    g = update * torch.tanh(torch.clamp(g, -clip, clip))
+    new = torch.clamp(f * c + i * g, -cell_clip, cell_clip)
+    o = torch.sigmoid(torch.clamp(o + p_o * new, -clip, clip))
+    h_new = o * torch.tanh(new)
+    if w_hr is not None:
+        h_new = h_new @ w_hr.t()
+    if proj_clip is not None:
+        h_new = h_new.clamp(-proj_clip, proj_clip)
+    return zone_h * h + (1 - zone_h) * h_new, zone_c * c + (1 - zone_c) * new
+
+
+def regularized_lstm(proj_clip):
+    """A layer with every option of RegularizedLSTM; proj_clip: a number, or None."""
+    step = partial(_regularized_lstm, proj_clip=proj_clip)
+    return _layer(Cell(step, gates=4, cells=1, vectors=5, masks=4))
+
+
+def _regularized_gru(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, vectors, masks):
+    """regularized_gru with a mask of h before W_hh; masks: update, zone_h, hidden."""
+    (h,) = state
+    (clip,) = vectors.detach()
+    update, zone_h, hidden = masks.unbind(1)
+    r_x, z_x, n_x = _linear(x, w_ih, b_ih).chunk(3, dim=1)
+    r_h, z_h, n_h = _linear(hidden * h, w_hh, b_hh).chunk(3, dim=1)
+    r = torch.sigmoid(torch.clamp(r_x + r_h, -clip, clip))
+    z = torch.sigmoid(torch.clamp(z_x + z_h, -clip, clip))
+    n = torch.tanh(torch.clamp(n_x + r * n_h, -clip, clip))
+    h_new = (1 - z) * update * n + z * h
+    return (zone_h * h + (1 - zone_h) * h_new,)
+
+
+def _reset_before_gru(x, state, w_ih, w_hh, b_ih, b_hh, *_):
+    """Cho et al. 2014 as the paper has it: the reset gate multiplies h before the product."""
+    (h,) = state
+    H = h.shape[1]
+    r_x, z_x, n_x = _linear(x, w_ih, b_ih).chunk(3, dim=1)
+    w_rz, w_n = w_hh.split((2 * H, H))
+    b_rz, b_n = (None, None) if b_hh is None else b_hh.split((2 * H, H))
+    r_h, z_h = _linear(h, w_rz, b_rz).chunk(2, dim=1)
+    r, z = torch.sigmoid(r_x + r_h), torch.sigmoid(z_x + z_h)
+    n = torch.tanh(n_x + _linear(r * h, w_n, b_n))
+    return ((1 - z) * n + z * h,)
+
+
+def _mgu(x, state, w_ih, w_hh, b_ih, b_hh, *_):
+    """Zhou et al. 2016: one gate f, and a candidate that sees f * h."""
+    (h,) = state
+    f_x, n_x = _linear(x, w_ih, b_ih).chunk(2, dim=1)
+    w_f, w_n = w_hh.chunk(2)
+    b_f, b_n = (None, None) if b_hh is None else b_hh.chunk(2)
+    f = torch.sigmoid(f_x + _linear(h, w_f, b_f))
+    n = torch.tanh(n_x + _linear(f * h, w_n, b_n))
+    return ((1 - f) * h + f * n,)
+
+
+def _layer_norm_lstm(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, vectors, _, eps, carries_normalized):
+    """Ba et al. 2016: each product is normalized over all its 4*H numbers, and the cell state.
+
+    vectors: gamma_ih and gamma_hh (4 each), gamma_c, beta_c.
+    """
+    h, c = state
+    gamma_ih, gamma_hh = vectors[:4].flatten(), vectors[4:8].flatten()
+    of_x = layer_norm(x @ w_ih.t(), gamma_ih.shape, gamma_ih, b_ih, eps)
+    of_h = layer_norm(h @ w_hh.t(), gamma_hh.shape, gamma_hh, b_hh, eps)
+    i, f, g, o = (of_x + of_h).chunk(4, dim=1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    normalized = layer_norm(c, c.shape[1:], vectors[8], vectors[9], eps)
+    h = torch.sigmoid(o) * torch.tanh(normalized)
+    return h if w_hr is None else h @ w_hr.t(), normalized if carries_normalized else c
+
+
+def layer_norm_lstm(eps, carries_normalized):
+    """A layer that carries LN(c), or c."""
+    step = partial(_layer_norm_lstm, eps=eps, carries_normalized=carries_normalized)
+    return _layer(Cell(step, gates=4, cells=1, vectors=10))
+
+
+def _layer_norm_gru(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, vectors, _, eps):
+    """torch.nn.GRU's form with both products normalized; vectors: gamma_ih, gamma_hh (3 each)."""
+    (h,) = state
+    gamma_ih, gamma_hh = vectors[:3].flatten(), vectors[3:].flatten()
+    of_x = layer_norm(x @ w_ih.t(), gamma_ih.shape, gamma_ih, b_ih, eps)
+    of_h = layer_norm(h @ w_hh.t(), gamma_hh.shape, gamma_hh, b_hh, eps)
+    r_x, z_x, n_x = of_x.chunk(3, dim=1)
+    r_h, z_h, n_h = of_h.chunk(3, dim=1)
+    r, z = torch.sigmoid(r_x + r_h), torch.sigmoid(z_x + z_h)
+    n = torch.tanh(n_x + r * n_h)
+    return ((1 - z) * n + z * h,)
+
+
+def layer_norm_gru(eps):
+    return _layer(Cell(partial(_layer_norm_gru, eps=eps), gates=3, vectors=6))
+
+
+def _layer(cell):
+    return partial(reference._layer, cell)
+
+
+REGULARIZED_GRU = _layer(Cell(_regularized_gru, gates=3, vectors=1, masks=3))
+CELLS = {
+    "reset_before_gru": _layer(Cell(_reset_before_gru, gates=3)),
+    "mgu": _layer(Cell(_mgu, gates=2)),
+}
