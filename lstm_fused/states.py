@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-S = TypeVar("S", Tensor, tuple[Tensor, Tensor])
+S = TypeVar("S", Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor])
 
 
 def select_state(state: S, rows: Tensor | Sequence[int]) -> S:
@@ -26,7 +26,7 @@ def select_state(state: S, rows: Tensor | Sequence[int]) -> S:
         The state of M rows.
 
     Raises:
-        TypeError: state is neither a tensor nor a tuple of two.
+        TypeError: state is neither a tensor nor a tuple of tensors.
         IndexError, RuntimeError: a row is not from 0 to N - 1.
     """
     tensors = tensors_of(state)
@@ -46,7 +46,7 @@ def where_state(mask: Tensor, state: S, other: S | None = None) -> S:
         A state as state is.
 
     Raises:
-        TypeError: mask is not a bool tensor, or a state neither a tensor nor a tuple of two.
+        TypeError: mask is not a bool tensor, or a state neither a tensor nor a tuple of tensors.
         ValueError: mask has another shape than (N,).
     """
     tensors = tensors_of(state)
@@ -197,8 +197,8 @@ def for_call(module, input, cu_seqlens):
 def tensors_of(state):
     tensors = (state,) if isinstance(state, Tensor) else state
     fits = isinstance(tensors, (tuple, list)) and all(isinstance(s, Tensor) for s in tensors)
-    if not fits or len(tensors) not in (1, 2):
-        raise TypeError(f"state must be a Tensor or a tuple of two, got {type(state).__name__}")
+    if not fits or not tensors:
+        raise TypeError(f"state must be a Tensor or a tuple of them, got {type(state).__name__}")
     return tensors
 
 

@@ -32,7 +32,7 @@ def by_steps(module, x, state=(), resets=None, reset_state=None, lengths=None, l
         finals += [ends for _, ends in each]
         x = torch.cat([histories[0] for histories, _ in each], -1)
     ends = tuple(torch.stack(s) for s in zip(*finals, strict=True))
-    cells = torch.cat([h[1] for h, _ in each], -1) if len(ends) == 2 else None
+    cells = torch.cat([h[2] for h, _ in each], -1) if len(ends) == 2 else None
     return x, ends, cells
 
 
@@ -55,13 +55,19 @@ def one_layer(module, k, d, x):
 
 def zeros(module, x):
     widths = [module.proj_size or module.hidden_size, module.hidden_size]
-    return [x.new_zeros(x.shape[1], w) for w in widths[: 2 if module.mode == "LSTM" else 1]]
+    widths = widths[: 2 if module.mode == "LSTM" else 1]
+    if hasattr(module, "_state_widths"):  # of ours
+        widths = module._state_widths()
+    return [x.new_zeros(x.shape[1], w) for w in widths]
 
 
 def one_direction(layer, x, begin, resets, after_reset, lengths, backwards):
-    """The states (T, N, width) after each step, and the last (N, width); begin: each (N, width)."""
+    """Output and states (T, N, width) of each step, and the last states (N, width).
+
+    begin: each (N, width).
+    """
     T, N = x.shape[:2]
-    histories = [[[torch.zeros_like(s[n])] * T for n in range(N)] for s in begin]
+    histories = [[[None] * T for n in range(N)] for _ in (None, *begin)]
     ends = []
     for n in range(N):
         state = [s[n] for s in begin]
@@ -71,18 +77,27 @@ def one_direction(layer, x, begin, resets, after_reset, lengths, backwards):
             if resets is not None and boundary < lengths[n] and resets[boundary, n]:
                 state = [s[n] for s in after_reset]
             hx = [s.view(1, 1, -1) for s in state]
-            _, hx = layer(x[t, n].view(1, 1, -1), tuple(hx) if len(hx) == 2 else hx[0])
+            y, hx = layer(x[t, n].view(1, 1, -1), hx[0] if len(hx) == 1 else tuple(hx))
             state = [s.view(-1) for s in states_of(hx)]
-            for history, s in zip(histories, state, strict=True):
+            for history, s in zip(histories, (y.view(-1), *state), strict=True):
                 history[n][t] = s
         ends.append(state)
-    histories = [torch.stack([torch.stack(row) for row in h], dim=1) for h in histories]
+    histories = [
+        torch.stack([_with_padding(row, history) for row in history], dim=1)
+        for history in histories
+    ]
     return histories, [torch.stack(s) for s in zip(*ends, strict=True)]
+
+
+def _with_padding(row, rows):
+    """(T, width) of the steps of a row, None in the padding; rows: those of all rows."""
+    like = next(s for r in rows for s in r if s is not None)
+    return torch.stack([torch.zeros_like(like) if s is None else s for s in row])
 
 
 def as_hx(module, state):
     """A tuple of states as the module takes them; None for () and None."""
-    return None if not state else tuple(state) if module.mode == "LSTM" else state[0]
+    return None if not state else state[0] if len(state) == 1 else tuple(state)
 
 
 # A call of the module in each form of input, its arguments and results as by_steps has them.

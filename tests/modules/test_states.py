@@ -291,7 +291,7 @@ def test_states_are_checked(state):
         lambda: lstm_fused.detach_state(state),
         lambda: lstm_fused.batch_first_state(state),
     ):
-        with pytest.raises(TypeError, match="state must be a Tensor or a tuple of two"):
+        with pytest.raises(TypeError, match="state must be a Tensor or a tuple of them"):
             call()
 
 

@@ -223,7 +223,7 @@ def test_reset():
 def test_wrong_states():
     stream = lstm_fused.stream(layers("lstm", num_layers=2), N)
     h, c = stream.state
-    with pytest.raises(TypeError, match="must be a Tensor or a tuple of two"):
+    with pytest.raises(TypeError, match="must be a Tensor or a tuple of them"):
         stream.state = None
     for wrong in (h, (h, c[:1]), (h, c.double()), (h[:, :1], c)):
         with pytest.raises(ValueError, match=r"state must be torch.float32 \(2, 2, 18\), torch"):
