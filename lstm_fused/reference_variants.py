@@ -7,7 +7,6 @@ width.
 from functools import partial
 
 import torch
-from torch.nn.functional import layer_norm
 
 from lstm_fused import reference
 from lstm_fused.reference_steps import Cell
@@ -84,45 +83,6 @@ def _mgu(x, state, w_ih, w_hh, b_ih, b_hh, *_):
     f = torch.sigmoid(f_x + _linear(h, w_f, b_f))
     n = torch.tanh(n_x + _linear(f * h, w_n, b_n))
     return ((1 - f) * h + f * n,)
-
-
-def _layer_norm_lstm(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, vectors, _, eps, carries_normalized):
-    """Ba et al. 2016: each product is normalized over all its 4*H numbers, and the cell state.
-
-    vectors: gamma_ih and gamma_hh (4 each), gamma_c, beta_c.
-    """
-    h, c = state
-    gamma_ih, gamma_hh = vectors[:4].flatten(), vectors[4:8].flatten()
-    of_x = layer_norm(x @ w_ih.t(), gamma_ih.shape, gamma_ih, b_ih, eps)
-    of_h = layer_norm(h @ w_hh.t(), gamma_hh.shape, gamma_hh, b_hh, eps)
-    i, f, g, o = (of_x + of_h).chunk(4, dim=1)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    normalized = layer_norm(c, c.shape[1:], vectors[8], vectors[9], eps)
-    h = torch.sigmoid(o) * torch.tanh(normalized)
-    return h if w_hr is None else h @ w_hr.t(), normalized if carries_normalized else c
-
-
-def layer_norm_lstm(eps, carries_normalized):
-    """A layer that carries LN(c), or c."""
-    step = partial(_layer_norm_lstm, eps=eps, carries_normalized=carries_normalized)
-    return _layer(Cell(step, gates=4, cells=1, vectors=10))
-
-
-def _layer_norm_gru(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, vectors, _, eps):
-    """torch.nn.GRU's form with both products normalized; vectors: gamma_ih, gamma_hh (3 each)."""
-    (h,) = state
-    gamma_ih, gamma_hh = vectors[:3].flatten(), vectors[3:].flatten()
-    of_x = layer_norm(x @ w_ih.t(), gamma_ih.shape, gamma_ih, b_ih, eps)
-    of_h = layer_norm(h @ w_hh.t(), gamma_hh.shape, gamma_hh, b_hh, eps)
-    r_x, z_x, n_x = of_x.chunk(3, dim=1)
-    r_h, z_h, n_h = of_h.chunk(3, dim=1)
-    r, z = torch.sigmoid(r_x + r_h), torch.sigmoid(z_x + z_h)
-    n = torch.tanh(n_x + r * n_h)
-    return ((1 - z) * n + z * h,)
-
-
-def layer_norm_gru(eps):
-    return _layer(Cell(partial(_layer_norm_gru, eps=eps), gates=3, vectors=6))
 
 
 def _layer(cell):

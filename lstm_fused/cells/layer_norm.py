@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lstm_fused import ops, reference_variants
 from lstm_fused.cells.base import DescribedLayer, HiddenState, TwoStates
 from lstm_fused.fallback import State
 
@@ -31,9 +30,21 @@ class _Normalized(DescribedLayer[State]):
             return (self.hidden_size,)
         return super()._weight_shape(name, inputs)
 
+    def _operator_weights(self, own, x, direction):
+        """The biases are among the vectors: the operator's would be added before normalization."""
+        weights = {k: w for k, w in own.items() if k not in ("bias_ih", "bias_hh")}
+        rows = [own["gamma_ih"], own["gamma_hh"], *self._biases(own)]
+        rows += [own[name] for name in self._cell_norm_names()]
+        rows += [x.new_full((self.hidden_size,), self.eps)]
+        weights["vectors"] = torch.cat([row.view(-1, self.hidden_size) for row in rows])
+        return super()._operator_weights(weights, x, direction)
+
+    def _biases(self, own):
+        """The rows of the biases, or of zeros."""
+        raise NotImplementedError
+
     def _vectors(self, own):
-        names = "gamma_ih", "gamma_hh", *self._cell_norm_names()
-        return torch.cat([own[name].view(-1, self.hidden_size) for name in names])
+        return own["vectors"]
 
     def _init_own(self, own):
         for name in own:
@@ -62,7 +73,6 @@ class LayerNormLSTM(_Normalized[Any], TwoStates):
     Ba, Kiros and Hinton, Layer Normalization, 2016.
     """
 
-    cell = "layer_norm_lstm"
     gates = 4
 
     if TYPE_CHECKING:
@@ -96,10 +106,13 @@ class LayerNormLSTM(_Normalized[Any], TwoStates):
     def _cell_norm_names(self):
         return "gamma_c", "beta_c"
 
-    def _reference(self):
-        if self._cell() in ops.CELLS:
-            return None
-        return reference_variants.layer_norm_lstm(self.eps, self.carries_normalized)
+    def _cell(self):
+        return "layer_norm_lstm_carried" if self.carries_normalized else "layer_norm_lstm"
+
+    def _biases(self, own):
+        if not self.bias:
+            return [torch.zeros_like(own["gamma_ih"])]
+        return [own["bias_ih"] + own["bias_hh"]]
 
     def extra_repr(self):
         more = ", carries_normalized=True" if self.carries_normalized else ""
@@ -148,8 +161,10 @@ class LayerNormGRU(_Normalized[Any], HiddenState):
             self.eps = float(eps)
             super().__init__(*args, **kwargs)
 
-    def _reference(self):
-        return None if self._cell() in ops.CELLS else reference_variants.layer_norm_gru(self.eps)
+    def _biases(self, own):
+        if not self.bias:
+            return [torch.zeros_like(own["gamma_ih"])] * 2
+        return [own["bias_ih"], own["bias_hh"]]
 
     def extra_repr(self):
         return super().extra_repr() + (f", eps={self.eps}" if self.eps != 1e-5 else "")
