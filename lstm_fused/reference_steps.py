@@ -101,13 +101,14 @@ def _peephole_lstm(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, vectors, _):
     return _projected(torch.sigmoid(o + p_o * c_new) * torch.tanh(c_new), w_hr), c_new
 
 
-def _regularized_lstm(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, vectors, masks):
+def _regularized_lstm(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, vectors, masks, hidden=None):
     """Peepholes, clips, dropout of the update (Semeniuta et al. 2016), zoneout (Krueger et al.
-    2017), whose h is that of the cell state before zoneout."""
+    2017), whose h is that of the cell state before zoneout. hidden: what W_hh sees in place of h.
+    """
     h, c = state
     p_i, p_f, p_o, clip, cell_clip = vectors
     update, zone_c, zone_h = masks.unbind(1)
-    i, f, g, o = _preacts(x, h, w_ih, w_hh, b_ih, b_hh, 4)
+    i, f, g, o = _preacts(x, h if hidden is None else hidden, w_ih, w_hh, b_ih, b_hh, 4)
     i = torch.sigmoid(_clipped(i + p_i * c, clip))
     f = torch.sigmoid(_clipped(f + p_f * c, clip))
     g = torch.tanh(_clipped(g, clip))
@@ -116,18 +117,37 @@ def _regularized_lstm(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, vectors, masks):
     return zone_h * h + (1 - zone_h) * h_new, zone_c * c + (1 - zone_c) * c_new
 
 
-def _regularized_gru(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, vectors, masks):
+def _variational_lstm(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, vectors, masks):
+    """Gal & Ghahramani 2016: W_hh sees h under a mask. h is the last cell state, the state before
+    it the masked h."""
+    hidden, cells = state
+    c, h = cells.chunk(2, dim=1)
+    weights = w_ih, w_hh, b_ih, b_hh, w_hr
+    h, c = _regularized_lstm(x, (h, c), *weights, vectors, masks[:, :3], hidden)
+    return masks[:, 3] * h, torch.cat((c, h), dim=1)
+
+
+def _regularized_gru(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, vectors, masks, hidden=None):
     """As _regularized_lstm, of torch.nn.GRU's form."""
     (h,) = state
     (clip,) = vectors
     update, zone_h = masks.unbind(1)
     r_x, z_x, n_x = _of_input(x, w_ih, b_ih).chunk(3, dim=1)
-    r_h, z_h, n_h = _recurrent(h, w_hh, b_hh, 3).chunk(3, dim=1)
+    seen = h if hidden is None else hidden
+    r_h, z_h, n_h = _recurrent(seen, w_hh, b_hh, 3).chunk(3, dim=1)
     r = torch.sigmoid(_clipped(r_x + r_h, clip))
     z = torch.sigmoid(_clipped(z_x + z_h, clip))
     n = torch.tanh(_clipped(n_x + r * n_h, clip))
     h_new = (1 - z) * (update * n) + z * h
     return (zone_h * h + (1 - zone_h) * h_new,)
+
+
+def _variational_gru(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, vectors, masks):
+    """As _variational_lstm."""
+    hidden, h = state
+    weights = w_ih, w_hh, b_ih, b_hh, w_hr
+    (h,) = _regularized_gru(x, (h,), *weights, vectors, masks[:, :2], hidden)
+    return masks[:, 2] * h, h
 
 
 def _coupled_lstm(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, *_):
@@ -249,6 +269,8 @@ CELLS = {
     "peephole_lstm": Cell(_peephole_lstm, gates=4, cells=1, vectors=3),
     "regularized_lstm": Cell(_regularized_lstm, gates=4, cells=1, vectors=5, masks=3),
     "regularized_gru": Cell(_regularized_gru, gates=3, vectors=1, masks=2),
+    "variational_lstm": Cell(_variational_lstm, gates=4, cells=2, vectors=5, masks=4),
+    "variational_gru": Cell(_variational_gru, gates=3, cells=1, vectors=1, masks=3),
     "coupled_lstm": Cell(_coupled_lstm, gates=3, cells=1),
     "ind_rnn": Cell(_ind_rnn(torch.relu), gates=1, vectors=1),
     "ind_rnn_tanh": Cell(_ind_rnn(torch.tanh), gates=1, vectors=1),

@@ -16,11 +16,10 @@ def _linear(x, w, b):
     return x @ w.t() if b is None else x @ w.t() + b
 
 
-def _regularized_lstm(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, vectors, masks, proj_clip):
-    """regularized_lstm with a mask of h before W_hh (Gal & Ghahramani 2016), a projection before
-    zoneout, and a clip of that.
+def _projected_lstm(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, vectors, masks, proj_clip):
+    """variational_lstm with a projection of h, R wide, and a clip of that, before zoneout of it.
 
-    masks: update, zone_c, zone_h, hidden; the first R columns of those of h.
+    state: h as it is. masks: those of variational_lstm; the first R columns of those of h.
     """
     h, c = state
     p_i, p_f, p_o, clip, cell_clip = (v.detach() if k > 2 else v for k, v in enumerate(vectors))
@@ -33,32 +32,16 @@ def _regularized_lstm(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, vectors, masks, pr
     g = update * torch.tanh(torch.clamp(g, -clip, clip))
     new = torch.clamp(f * c + i * g, -cell_clip, cell_clip)
     o = torch.sigmoid(torch.clamp(o + p_o * new, -clip, clip))
-    h_new = o * torch.tanh(new)
-    if w_hr is not None:
-        h_new = h_new @ w_hr.t()
+    h_new = (o * torch.tanh(new)) @ w_hr.t()
     if proj_clip is not None:
         h_new = h_new.clamp(-proj_clip, proj_clip)
     return zone_h * h + (1 - zone_h) * h_new, zone_c * c + (1 - zone_c) * new
 
 
-def regularized_lstm(proj_clip):
-    """A layer with every option of RegularizedLSTM; proj_clip: a number, or None."""
-    step = partial(_regularized_lstm, proj_clip=proj_clip)
+def projected_lstm(proj_clip):
+    """A layer with every option of RegularizedLSTM, of a projection; proj_clip: None for none."""
+    step = partial(_projected_lstm, proj_clip=proj_clip)
     return _layer(Cell(step, gates=4, cells=1, vectors=5, masks=4))
-
-
-def _regularized_gru(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, vectors, masks):
-    """regularized_gru with a mask of h before W_hh; masks: update, zone_h, hidden."""
-    (h,) = state
-    (clip,) = vectors.detach()
-    update, zone_h, hidden = masks.unbind(1)
-    r_x, z_x, n_x = _linear(x, w_ih, b_ih).chunk(3, dim=1)
-    r_h, z_h, n_h = _linear(hidden * h, w_hh, b_hh).chunk(3, dim=1)
-    r = torch.sigmoid(torch.clamp(r_x + r_h, -clip, clip))
-    z = torch.sigmoid(torch.clamp(z_x + z_h, -clip, clip))
-    n = torch.tanh(torch.clamp(n_x + r * n_h, -clip, clip))
-    h_new = (1 - z) * update * n + z * h
-    return (zone_h * h + (1 - zone_h) * h_new,)
 
 
 def _reset_before_gru(x, state, w_ih, w_hh, b_ih, b_hh, *_):
@@ -89,7 +72,6 @@ def _layer(cell):
     return partial(reference._layer, cell)
 
 
-REGULARIZED_GRU = _layer(Cell(_regularized_gru, gates=3, vectors=1, masks=3))
 CELLS = {
     "reset_before_gru": _layer(Cell(_reset_before_gru, gates=3)),
     "mgu": _layer(Cell(_mgu, gates=2)),

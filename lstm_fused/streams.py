@@ -163,6 +163,8 @@ def _check(module, batch, threads):
             f"{type(module).__module__}.{type(module).__name__}; lstm_fused.replace makes one of "
             "torch.nn's"
         )
+    if module._torch_class is None:
+        raise TypeError(f"module is a {module._kind()}, streams have the cells of torch.nn alone")
     if not type(module).forward.__module__.startswith("lstm_fused."):
         raise TypeError(f"{type(module).__name__} has a forward of its own, which no stream calls")
     for name, value in (("batch", batch), ("threads", threads)):

@@ -23,11 +23,13 @@ _MODES = "variational", "update"
 class _Regularized(DescribedLayer[State]):
     """What RegularizedLSTM and RegularizedGRU share: the options, and the masks they ask for.
 
-    plain_cell: what runs while no option needs more. masks of the operator: that of the update,
-    then one of zoneout for each state, c first; of the reference one more, of h before W_hh.
+    plain_cell: what runs while no option needs more; cell: what runs then; variational_cell: where
+    h has a mask, csrc/cells/variational.h. masks of the operator: that of the update, then one of
+    zoneout for each state, c first; of variational_cell one more, of h before W_hh.
     """
 
     plain_cell: str
+    variational_cell: str
     recurrent_dropout: float
     recurrent_dropout_mode: str
     weight_dropout: float
@@ -70,15 +72,9 @@ class _Regularized(DescribedLayer[State]):
         )
 
     def _cell(self):
-        return self.plain_cell if self._is_plain() else self.cell
-
-    def _unsupported_reason(self):
         if self._drops("variational"):
-            return (
-                "the kernels have no mask of the hidden state, which recurrent_dropout needs; "
-                'recurrent_dropout_mode="update" has kernels'
-            )
-        return super()._unsupported_reason()
+            return self.variational_cell
+        return self.plain_cell if self._is_plain() else self.cell
 
     # Weights and masks.
 
@@ -96,8 +92,10 @@ class _Regularized(DescribedLayer[State]):
         for z in self._zoneouts():
             constant = x.new_full(shape, z)
             masks.append(torch.bernoulli(constant) if self.training and 0 < z < 1 else constant)
-        if self._reference() is not None:
-            masks.append(self._hidden_mask(x, batch_sizes) if self._drops("variational") else ones)
+        if self._drops("variational"):
+            masks.append(self._hidden_mask(x, batch_sizes))
+        elif self._reference() is not None:
+            masks.append(ones)
         return torch.cat(masks, dim=-1)
 
     def _hidden_mask(self, x, batch_sizes):
@@ -116,12 +114,39 @@ class _Regularized(DescribedLayer[State]):
             return mask.repeat_interleave(batch_sizes[0].diff().to(x.device), 0)
         return torch.cat([mask[:n] for n in batch_sizes.tolist()])
 
+    def _run_layer(self, run, x, batch_sizes, state0, weights, directions, **more):
+        if not self._drops("variational") or self._reference() is not None:
+            return super()._run_layer(run, x, batch_sizes, state0, weights, directions, **more)
+        # The cell's own h, which is masked, and the one that the layer has as its last cell state.
+        H, each = self.hidden_size, len(weights) // directions
+        if state0:
+            masks = [weights[d * each - 1][..., -H:] for d in range(1, directions + 1)]
+            h0, *c0 = state0
+            rows = torch.stack([_of_each_row(m, batch_sizes) for m in masks])
+            state0 = rows.repeat(1, h0.shape[1] // rows.shape[1], 1) * h0, torch.cat((*c0, h0), -1)
+        wants_cells = more.pop("cell_states", False)
+        _, (_, ends), cells = super()._run_layer(
+            *(run, x, batch_sizes, state0, weights, directions), cell_states=True, **more
+        )
+        cells = cells.unflatten(-1, (directions, -1, H))
+        y, state = cells[..., -1, :].flatten(-2), (ends[..., -H:], ends[..., :H])[: self._states]
+        return (y, state, cells[..., 0, :].flatten(-2)) if wants_cells else (y, state)
+
     def _clip_row(self, like, bound):
         return like.new_full((1, self.hidden_size), math.inf if bound is None else bound)
 
     def _options_repr(self, **defaults):
         found = {name: getattr(self, name) for name in defaults}
         return "".join(f", {n}={v!r}" for n, v in found.items() if v != defaults[n])
+
+
+def _of_each_row(masks, batch_sizes):
+    """(N, H): that of a step of each row, of masks (T, N, H) or (S, H)."""
+    if masks.dim() == 3:
+        return masks[0]
+    if batch_sizes.dim() == 2:  # documents; one without a step has any
+        return masks[batch_sizes[0, :-1].clamp(max=len(masks) - 1).to(masks.device)]
+    return masks[: int(batch_sizes[0])]
 
 
 class RegularizedLSTM(_Regularized[Any], TwoStates):
@@ -137,7 +162,7 @@ class RegularizedLSTM(_Regularized[Any], TwoStates):
         recurrent_dropout: the probability with which a hidden unit is dropped in the recurrence;
             what stays is divided by 1 - recurrent_dropout.
         recurrent_dropout_mode: ``"variational"``: one mask of h before W_hh for all steps of a row,
-            that of Gal and Ghahramani 2016, and of Keras; it runs through the reference as yet.
+            that of Gal and Ghahramani 2016, and of Keras.
             ``"update"``: a mask of g for each step, that of Semeniuta, Severyn and Barth 2016.
         zoneout_h, zoneout_c: the probability with which a unit keeps its h, or c, of the step
             before; in evaluation mode the expectation of both. Krueger et al. 2017; as there h is
@@ -154,7 +179,7 @@ class RegularizedLSTM(_Regularized[Any], TwoStates):
         proj_clip: so is the projected h, with ``proj_size``; through the reference.
         peepholes: whether gates see c, as in ``PeepholeLSTM``.
 
-    Zoneout and clips of a layer with ``proj_size`` run through the reference, with one warning.
+    Masks and clips of a layer with ``proj_size`` run through the reference, with one warning.
 
     Weights: those of ``LSTM``, with peepholes ``weight_ph_l{k}`` (3, H) as well.
 
@@ -164,6 +189,7 @@ class RegularizedLSTM(_Regularized[Any], TwoStates):
     """
 
     cell = "regularized_lstm"
+    variational_cell = "variational_lstm"
     gates = 4
 
     if TYPE_CHECKING:
@@ -240,12 +266,12 @@ class RegularizedLSTM(_Regularized[Any], TwoStates):
 
     def _unsupported_reason(self):
         if self.proj_size and not self._is_plain():
-            return "the kernels have no zoneout and no clips with a projection"
+            return "the kernels have no masks and no clips with a projection"
         return super()._unsupported_reason()
 
     def _reference(self):
-        by_own = self._drops("variational") or (self.proj_size and not self._is_plain())
-        return reference_variants.regularized_lstm(self.proj_clip) if by_own else None
+        by_own = self.proj_size and not self._is_plain()
+        return reference_variants.projected_lstm(self.proj_clip) if by_own else None
 
     def _vectors(self, own):
         peepholes = own.get("weight_ph")
@@ -296,6 +322,7 @@ class RegularizedGRU(_Regularized[Any], HiddenState):
     """
 
     cell = "regularized_gru"
+    variational_cell = "variational_gru"
     plain_cell = "gru"
     gates = 3
 
@@ -344,9 +371,6 @@ class RegularizedGRU(_Regularized[Any], HiddenState):
 
     def _zoneouts(self):
         return (self.zoneout,)
-
-    def _reference(self):
-        return reference_variants.REGULARIZED_GRU if self._drops("variational") else None
 
     def _vectors(self, own):
         return None if self._is_plain() else self._clip_row(own["weight_ih"], self.clip)

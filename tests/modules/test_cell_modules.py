@@ -303,6 +303,8 @@ def test_models():
         with pytest.warns(UserWarning, match="left alone: 0, a MinGRU"):
             function(model)
     assert type(model[0]) is cells.MinGRU
+    with pytest.raises(TypeError, match="streams have the cells of torch.nn alone"):
+        lstm_fused.stream(model[0])
 
 
 def test_initial_values():

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import lstm_fused
-from lstm_fused import integrations, ops, runtime
+from lstm_fused import integrations, loading, ops, runtime
 from lstm_fused.testing import models, oracle, parity, tolerance
 
 
@@ -70,6 +70,38 @@ def options(lstm: lstm_fused.LSTM, gru: lstm_fused.GRU, x: Tensor, mask: Tensor)
     w, h = gru(x, resets=None, checkpoint_every=16)
     data, _, more = ops.layer(x, None, (), [x], cell_states=True, save_every=2)
     return y + cells + h_n + c_n + z + both[0].data + w + h + data + more
+
+
+def other_cells(x: Tensor) -> Tensor:
+    lstm = lstm_fused.RegularizedLSTM(
+        4, 8, 2, proj_size=4, zoneout_h=0.1, clip=3.0, forget_bias=1.0, learned_initial_state=True
+    )
+    y, (h_n, c_n), cells = lstm(x, lengths=[3], return_cell_states=True)
+    z, h = lstm_fused.RegularizedGRU(4, 8, recurrent_dropout=0.1, zoneout=0.2)(x)
+    peephole = lstm_fused.PeepholeLSTM(4, 8, bidirectional=True, proj_size=2)
+    packed: PackedSequence = peephole(pack_sequence([x]), peephole.init_state(1))[0]
+    coupled: tuple[Tensor, tuple[Tensor, Tensor]] = lstm_fused.CoupledLSTM(4, 8)(x)
+    norm, _ = lstm_fused.LayerNormLSTM(4, 8, carries_normalized=True)(x)
+    single: list[Tensor] = [
+        lstm_fused.LayerNormGRU(4, 8, eps=1e-3)(x)[1],
+        lstm_fused.ResetBeforeGRU(4, 8)(x, resets=None)[1],
+        lstm_fused.MGU(4, 8)(x)[1],
+        lstm_fused.IndRNN(4, 8, nonlinearity="tanh")(x)[1],
+        lstm_fused.MinGRU(4, 8, device="cpu")(x)[1],
+        lstm_fused.MinLSTM(4, 8, dtype=torch.float64)(x)[1],
+        lstm_fused.SRU(4, 8, rescale=True, highway_bias=-1.0)(x)[1],
+        lstm_fused.QRNN(4, 8, window=2)(x)[1],
+    ]
+    loaded: list[nn.RNNBase] = [
+        loading.from_keras(x),
+        loading.from_tensorflow(x, x, forget_bias=0.0, projection=x),
+        loading.from_onnx(x, "node"),
+        loading.from_haste(x),
+        loading.from_torchrecurrent(x),
+        loading.from_fastrnns(x, batch_first=True),
+    ]
+    print(loaded, coupled, lstm.clip, packed)
+    return y + cells + h_n + c_n + z + h + norm + torch.stack(single)
 
 
 def steps(x: Tensor) -> Tensor:

@@ -13,6 +13,9 @@ x = torch.ones(3, 2, 4)
 lstm_fused.LSTM("4", 8)  # error: arg-type
 lstm_fused.RNN(4, 8, learned_initial_state="yes")  # error: arg-type
 lstm_fused.LSTM(4)  # error: call-arg
+lstm_fused.MinGRU(4, 8, proj_size=2)  # error: call-arg
+lstm_fused.QRNN(4, 8, window="two")  # error: arg-type
+lstm_fused.RegularizedLSTM(4, 8, zoneout=0.1)  # error: call-arg
 lstm_fused.LSTM(4, 8, layers=2)  # error: call-arg
 lstm_fused.GRU(4, 8, proj_size=2)  # error: call-arg
 lstm_fused.RNN(4, 8, nonlinearity=3)  # error: arg-type
