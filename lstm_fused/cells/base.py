@@ -257,6 +257,24 @@ class TwoStates(DescribedLayer[tuple[Tensor, Tensor]]):
     def _as_state(self, given):
         return given
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            proj_size: int = 0,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            *,
+            learned_initial_state: bool = False,
+        ) -> None: ...
+
 
 class CellState(DescribedLayer[Tensor]):
     """A layer whose state is c: h of the step before is not used."""

@@ -273,7 +273,7 @@ def test_plain_options_run_plain_kernels():
     module = cells.RegularizedLSTM(I, H, weight_dropout=0.5, forget_bias=1, dtype=torch.float64)
     assert module._cell() == "lstm" and module._unsupported_reason() is None
     gru = cells.RegularizedGRU(I, H, recurrent_dropout=0.5)
-    assert gru._cell() == "regularized_gru" and gru.eval()._cell() == "gru"
+    assert gru._cell() == "variational_gru" and gru.eval()._cell() == "gru"
 
 
 @each_module

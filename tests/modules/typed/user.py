@@ -77,7 +77,8 @@ def other_cells(x: Tensor) -> Tensor:
         4, 8, 2, proj_size=4, zoneout_h=0.1, clip=3.0, forget_bias=1.0, learned_initial_state=True
     )
     y, (h_n, c_n), cells = lstm(x, lengths=[3], return_cell_states=True)
-    z, h = lstm_fused.RegularizedGRU(4, 8, recurrent_dropout=0.1, zoneout=0.2)(x)
+    gru = lstm_fused.RegularizedGRU(4, 8, recurrent_dropout=0.1, zoneout=0.2)
+    z, h = gru(x)
     peephole = lstm_fused.PeepholeLSTM(4, 8, bidirectional=True, proj_size=2)
     packed: PackedSequence = peephole(pack_sequence([x]), peephole.init_state(1))[0]
     coupled: tuple[Tensor, tuple[Tensor, Tensor]] = lstm_fused.CoupledLSTM(4, 8)(x)
@@ -101,7 +102,8 @@ def other_cells(x: Tensor) -> Tensor:
         loading.from_fastrnns(x, batch_first=True),
     ]
     print(loaded, coupled, lstm.clip, packed)
-    return y + cells + h_n + c_n + z + h + norm + torch.stack(single)
+    total: Tensor = y + cells + h_n + c_n + z + h + norm + torch.stack(single)
+    return total
 
 
 def steps(x: Tensor) -> Tensor:
