@@ -13,6 +13,7 @@ TORCH, OURS, CELL = "torch.nn", "lstm_fused", "torch.nn cell"
 ONNX, OPENVINO = "ONNX Runtime", "OpenVINO"
 GRAPH, OURS_GRAPH, CHUNK = f"{TORCH} graph", f"{OURS} graph", f"{TORCH} one chunk"
 WITHOUT = f"{OURS} without"  # ours without the row's option
+COMPILED, PLAIN = "torch.compile", "plain layer"  # PLAIN: our LSTM or GRU of the same sizes
 # With int8 weights, and with those of 16 bits.
 ONNX_INT8, TORCH_INT8, OURS_INT8 = (f"{name} int8" for name in (ONNX, TORCH, OURS))
 TORCH_FLOAT16, OURS_BFLOAT16 = f"{TORCH} float16 weights", f"{OURS} bfloat16 weights"
@@ -29,6 +30,7 @@ COUNTERPARTS = {
 GOALS = {
     **{"torch": TORCH, "onnx": ONNX, "cell": CELL, "graph": GRAPH, "chunk": CHUNK},
     **{"without": WITHOUT, "onnx_int8": ONNX_INT8, "bfloat16_over_float32": OURS},
+    **{"compiled": COMPILED, "plain": PLAIN},
 }
 
 # "tf32" is float32 whose products a GPU may round to TF32; a CPU computes it as float32.
@@ -36,6 +38,16 @@ NAMES = ("float32", "float64", "bfloat16", "float16")
 DTYPES = {name: getattr(torch, name) for name in NAMES} | {"tf32": torch.float32}
 CELLS = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN"}  # and torch.nn's name of each
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1}
+# Layers of lstm_fused.cells and their options, and that of another package; a row's cell has the
+# name of its class.
+LAYERS = {
+    "RegularizedLSTM": {"zoneout_h": 0.1, "zoneout_c": 0.1, "clip": 10.0},
+    "RegularizedGRU": {"zoneout": 0.1, "clip": 10.0},
+    **{name: {} for name in ("LayerNormLSTM", "LayerNormGRU", "PeepholeLSTM", "CoupledLSTM")},
+    **{name: {} for name in ("ResetBeforeGRU", "MGU", "IndRNN", "MinGRU", "MinLSTM", "SRU")},
+    **{name: {} for name in ("QRNN", "SLSTM")},
+}
+XLSTM = "xlstm layer"
 MODES = ("forward", "training", "step", "loop")
 # What a call is given beyond x and hx: 5% resets; every cell state; documents of T to T/2 steps one
 # after the other; checkpoints.
@@ -109,6 +121,8 @@ def regime(work: Workload) -> str:
         work.group: work.group,
         work.option: work.option,
         "few steps with gradients": work.mode == "loop" or (work.training and work.T <= 8),
+        "other cells": work.cell in LAYERS,
+        XLSTM: work.cell == XLSTM,
         "GRU and RNN": work.cell != "lstm",
         "one step": work.T == 1,
         "variable length": work.lengths != "full",
@@ -136,8 +150,8 @@ def parse(name: str, shape: str, **more) -> Workload:
         "dropout": {"dropout": 0.5},
         "no bias": {"bias": False},
         "batch_first": {"batch_first": True},
-        "GRU": {"cell": "gru"},
-        "RNN": {"cell": "rnn_tanh"},
+        **{"GRU": {"cell": "gru"}, "RNN": {"cell": "rnn_tanh"}},
+        **{name: {"cell": name} for name in (*LAYERS, XLSTM)},
         **{dtype: {"dtype": dtype} for dtype in DTYPES},
         **{mode: {"mode": mode} for mode in MODES},
         **{option: {"option": option} for option in OPTIONS},
@@ -359,6 +373,13 @@ SEQUENCES = (  # beside loops over torch.nn's steps, and beside ours without the
     *rows("checkpoints T100000 B1 H256 training", without=1 / 1.35),
     *rows("checkpoints {T2000 B16 H256,GRU T2000 B16 H256} training", without=1 / 1.35),
 )
+# Beside a Python loop over their steps, and beside a plain LSTM or GRU; xlstm's own layer, of which
+# TiRex's is the second shape, beside its eager loop and beside one that is compiled.
+OTHER_LAYERS = (
+    *(row for name in LAYERS if name != "LayerNormLSTM" for row in rows(f"{name} B32 H256 {BOTH}")),
+    *rows(f"LayerNormLSTM B32 H256 {BOTH}", plain=1 / 1.6),
+    *rows(f"{XLSTM} {{T100 B32 H256,T64 B1 H512,T64 B16 H512}} {BOTH}", torch=5.0, compiled=5.0),
+)
 PLANS = rows(  # for choosing between CUDA plans and their tilings
     f"{{float16,bfloat16,tf32}} T1024 B16 H768 {BOTH}",
     f"tf32 T300 B20 H800 {BOTH}",
@@ -379,6 +400,7 @@ SETS = {
     "grid": GRID,
     "int8": INT8,
     "sequences": SEQUENCES,
+    "cells": OTHER_LAYERS,
     "plans": PLANS,
 }
 
@@ -388,7 +410,11 @@ SET_PROVIDERS = {
     "plans": (OURS, *(f"{OURS} {plan}" for plan in cuda.KINDS)),
     "int8": (OURS, OURS_INT8, OURS_BFLOAT16, ONNX, ONNX_INT8, TORCH_INT8, TORCH_FLOAT16),
     "streaming": (OURS, STREAM, C_STREAM, INT8_STREAM, ONNX, ONNX_INT8),
+    "cells": (OURS, PLAIN, COMPILED),
 }
+
+# What a set's tables call a provider, where it is not its name.
+SET_NAMES = {"cells": {TORCH: "Python loop"}}
 
 # The speed-ups that a set's table has: (provider, peer). Others have each peer's, of its
 # counterpart.
@@ -402,4 +428,5 @@ SET_RATIOS = {
         *((STREAM, peer) for peer in (TORCH, ONNX)),
         (INT8_STREAM, ONNX_INT8),
     ),
+    "cells": tuple((OURS, peer) for peer in (TORCH, PLAIN, COMPILED)),
 }

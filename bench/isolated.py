@@ -8,6 +8,7 @@ import signal
 import torch
 
 SILENCE = 30.0  # seconds without a message of `trying` after which the process counts as hanging
+COMPILING = 900.0  # the same where torch.compile unrolls loops
 STARTING = 90.0  # before its first message, in a new process or after a long oracle
 
 _parent = None  # in such a process: the connection to its parent

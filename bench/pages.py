@@ -15,6 +15,7 @@ from bench.report import caption, cells, latency_table, load, markdown, measured
 
 README, DOCS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 WORKS_WITH, SEQUENCES = ROOT / "docs" / "works_with.md", ROOT / "docs" / "sequences.md"
+CELLS = ROOT / "docs" / "cells.md"
 QUANTIZATION, STREAMING = ROOT / "docs" / "quantization.md", ROOT / "docs" / "streaming.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
@@ -63,6 +64,7 @@ def pages_of(result: dict) -> tuple[Path, ...]:
     found = {
         "clients": (WORKS_WITH,),
         "sequences": (SEQUENCES,),
+        "cells": (CELLS,),
         "accuracy": (QUANTIZATION,),
         "int8": (QUANTIZATION,),
         "streaming": (STREAMING,),

@@ -7,20 +7,22 @@ import functools
 import importlib.util
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 import lstm_fused
-from bench import environment
+from bench import cells, environment
 from bench.cases import (
     C_STREAM,
     CELL,
     CELLS,
     CHUNK,
+    COMPILED,
     DTYPES,
     GRAPH,
     INT8_STREAM,
+    LAYERS,
     ONNX,
     ONNX_INT8,
     OPENVINO,
@@ -28,15 +30,17 @@ from bench.cases import (
     OURS_BFLOAT16,
     OURS_GRAPH,
     OURS_INT8,
+    PLAIN,
     STREAM,
     TORCH,
     TORCH_FLOAT16,
     TORCH_INT8,
     WITHOUT,
+    XLSTM,
     Workload,
 )
 from bench.onnx_runs import OnnxInt8Run, OnnxRuntimeRun, OpenVinoRun
-from bench.runs import Case, GraphRun, LoopRun, ModuleRun, WithTorch, cell_of, named
+from bench.runs import Case, GraphRun, LoopRun, ModuleRun, WithTorch, build_case, cell_of, named
 from bench.streams import CStreamRun, StreamRun
 from lstm_fused import cuda, reference
 
@@ -53,6 +57,8 @@ def torch_nn(case: Case):
         return LoopRun(torch.nn, case)
     if case.options:
         return ModuleRun(WithTorch(case.copied()), case, options=case.options)
+    if case.workload.cell in LAYERS:
+        return ModuleRun(cells.looped(case.copied()), case)
     return ModuleRun(case.copied(), case)
 
 
@@ -65,6 +71,19 @@ def ours(case: Case):
 def without_option(case: Case):
     """Ours on the same input without the row's option: what the option costs."""
     return ModuleRun(case.fused(), case)
+
+
+def plain(case: Case):
+    """Our LSTM, or GRU for a kind of it, of the same sizes."""
+    work = replace(case.workload, cell="gru" if "GRU" in case.workload.cell else "lstm")
+    return ours(build_case(work, case.device))
+
+
+def compiled(case: Case):
+    """torch.nn's layer; of xlstm's the loop over our reference's step: its own breaks the graph."""
+    theirs = case.workload.cell == XLSTM
+    module = cells.looped(case.fused()) if theirs else case.copied()
+    return ModuleRun(torch.compile(module), case)
 
 
 def quantized(dtype, case: Case):
@@ -240,6 +259,8 @@ COMPARABLE = {
         work.option in ("resets", "cell states", "checkpoints")
     )
 }
+COMPILABLE = {"a loop takes minutes to compile": lambda work, _: work.cell not in LAYERS}
+OF_LAYERS = {"measured beside other cells only": lambda work, _: work.cell in LAYERS}
 GRAPHED = ON_CUDA | STATELESS | NO_DROPOUT
 
 PROVIDERS = {
@@ -269,9 +290,8 @@ PROVIDERS = {
     C_STREAM: Provider(functools.partial(CStreamRun, None), STREAMED, default=False),
     CELL: Provider(CellRun, ONE_LAYER | ONE_STEP),
     AGAIN: Provider(torch_nn, default=False),
-    "torch.compile": Provider(
-        lambda case: ModuleRun(torch.compile(case.copied()), case), NO_DROPOUT, default=False
-    ),
+    COMPILED: Provider(compiled, NO_DROPOUT | COMPILABLE, default=False),
+    PLAIN: Provider(plain, OF_LAYERS, judged=False, default=False),
     "cuDNN off": Provider(without_cudnn, ON_CUDA, default=False),
     CHUNK: Provider(one_chunk, ON_CUDA | BFLOAT16),
     GRAPH: Provider(lambda case: GraphRun(case.copied(), case), GRAPHED),
@@ -291,6 +311,8 @@ PROVIDERS = {
 
 def unsupported_reason(work: Workload, device: str) -> str | None:
     """Why a row is not measured at all, None where it is."""
+    if work.cell not in CELLS:
+        return cells.absent_reason(work)
     name = CELLS[work.cell]
     if work.dropout and device == "cuda":
         return "cuDNN's dropout masks are its own, so that nothing can be compared"

@@ -12,6 +12,7 @@ from bench.cases import (
     COUNTERPARTS,
     OURS,
     OURS_GRAPH,
+    SET_NAMES,
     SET_RATIOS,
     TORCH,
     Workload,
@@ -78,13 +79,14 @@ def ratios(result: dict) -> dict[str, Callable[[dict], float | None]]:
     if OURS not in result["providers"]:
         return {}
     found = {f"over {peer}": lambda row, p=peer: speedup(row, p) for peer in peers(result)}
+    names = SET_NAMES.get(result.get("set"), {})
     if pairs := SET_RATIOS.get(result.get("set")):
         found = {
-            f"{own.removeprefix(f'{OURS} ')} over {peer}": lambda row, o=own, p=peer: speedup(
-                row, p, o
+            f"{own.removeprefix(f'{OURS} ')} over {names.get(p, p)}": lambda row, o=own, p=p: (
+                speedup(row, p, o)
             )
-            for own, peer in pairs
-            if {own, peer} <= set(result["providers"])
+            for own, p in pairs
+            if {own, p} <= set(result["providers"])
         }
     return found
 
@@ -207,7 +209,11 @@ def judged_cell(row: dict) -> str:
 
 def columns(result: dict) -> dict:
     """From heading to cell function of each column after the case's name."""
-    made = {p: lambda row, p=p: time_cell(row["providers"].get(p, {})) for p in result["providers"]}
+    names = SET_NAMES.get(result.get("set"), {})
+    made = {
+        names.get(p, p): lambda row, p=p: time_cell(row["providers"].get(p, {}))
+        for p in result["providers"]
+    }
     for heading, ratio in ratios(result).items():
         made[heading] = lambda row, ratio=ratio: ratio_cell(ratio(row))
     if result.get("set") in ("clients", "model"):

@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import asdict
 
 from bench import environment, measure, roofline
-from bench.cases import OURS, TORCH, Workload
-from bench.isolated import Lost, Worker
+from bench.cases import COMPILED, OURS, TORCH, Workload
+from bench.isolated import COMPILING, SILENCE, Lost, Worker
 from bench.providers import unsupported_reason
 from bench.timing import Sampling
 
@@ -24,9 +24,11 @@ class RowMeasurer:
     one for each row, times those that were right.
     """
 
-    def __init__(self, device: str, variables: dict[str, str], function=measure.measure_row):
+    def __init__(
+        self, device: str, variables: dict[str, str], function=measure.measure_row, silence=SILENCE
+    ):
         self.device, self.variables, self.function = device, variables, function
-        self.worker, self.strikes = Worker(), Counter()
+        self.worker, self.strikes, self.silence = Worker(silence=silence), Counter(), silence
 
     def row(self, work: Workload, names: list[str], sampling: Sampling) -> dict:
         row = {"workload": asdict(work), "providers": {name: {} for name in names}}
@@ -37,7 +39,7 @@ class RowMeasurer:
             entries = self._call(self.worker, work, names, None if on_cpu else sampling)
             right = [name for name in names if entries[name].keys() & PASSED]
             if on_cpu and right:
-                with Worker(self.variables) as fresh:
+                with Worker(self.variables, silence=self.silence) as fresh:
                     timed = self._call(fresh, work, right, sampling, gate=False)
                 entries |= {name: entries[name] | timed[name] for name in right}
         except Lost as lost:
@@ -110,7 +112,9 @@ def measure_set(
         **facts,
     }
     begin, before = time.monotonic(), environment.background_cpu_seconds()
-    measurer = RowMeasurer(device, environment.KEEP_MEMORY if keep_memory else {})
+    silence = COMPILING if COMPILED in names else SILENCE
+    variables = environment.KEEP_MEMORY if keep_memory else {}
+    measurer = RowMeasurer(device, variables, silence=silence)
     rooflines = []
     try:
         rooflines += filter(None, [find_roofline()])

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import (
 from torch.utils._pytree import tree_map
 
 import lstm_fused
+from bench import cells
 from bench.cases import CELLS, DTYPES, Workload, lengths_of
 from lstm_fused import runtime
 from lstm_fused.testing.oracle import Oracle, in_float64
@@ -46,16 +47,11 @@ class Case:
         return module
 
     def fused(self) -> torch.nn.Module:
-        return lstm_fused.replace(self.copied())
+        return lstm_fused.cells.replace_slstm(lstm_fused.replace(self.copied()))
 
 
-def build_case(work: Workload, device: str = "cpu", seed: int = 0) -> Case:
-    """Weights as torch draws them and normal inputs.
-
-    Drawn on the device: the largest rows would take a CPU longer than all their samples.
-    """
-    torch.manual_seed(seed)
-    module = getattr(torch.nn, CELLS[work.cell])(
+def _torch_layer(work: Workload, device: str) -> torch.nn.RNNBase:
+    return getattr(torch.nn, CELLS[work.cell])(
         work.I,
         work.H,
         num_layers=work.layers,
@@ -66,6 +62,15 @@ def build_case(work: Workload, device: str = "cpu", seed: int = 0) -> Case:
         device=device,
         **({"proj_size": work.proj} if work.cell == "lstm" else {}),
     ).to(DTYPES[work.dtype])
+
+
+def build_case(work: Workload, device: str = "cpu", seed: int = 0) -> Case:
+    """Weights as torch draws them and normal inputs.
+
+    Drawn on the device: the largest rows would take a CPU longer than all their samples.
+    """
+    torch.manual_seed(seed)
+    module = cells.build(work, device) if work.cell not in CELLS else _torch_layer(work, device)
 
     def draw(*shape):
         return torch.randn(*shape, device=device).to(DTYPES[work.dtype])
@@ -121,7 +126,10 @@ class ModuleRun:
         self.training = case.workload.training
         data = data_of(case.x).clone().requires_grad_(self.training)
         self.x = PackedSequence(data, *case.x[1:]) if data_of(case.x) is not case.x else data
-        self.leaves = {"x": data, **dict(module.named_parameters())}
+        self.leaves = {"x": data} | {
+            name if name.startswith(("weight", "bias")) else f"weight_{name}": leaf
+            for name, leaf in module.named_parameters()
+        }
         self.reset()
         modes = {"forward": self._forward, "step": self._carry}
         self.step = modes.get(case.workload.mode, self._training)
@@ -254,6 +262,8 @@ class LoopRun(ModuleRun):
 def exact_results(case: Case) -> dict[str, torch.Tensor]:
     """The case's results in float64, through the naive reference."""
     exact = replace(case, x=in_float64(case.x), state=in_float64(case.state))
+    if case.workload.cell not in CELLS:
+        return ModuleRun(cells.looped(in_float64(case.module)), exact).results()
     options = {k: v for k, v in case.options.items() if k != "checkpoint_every"}
     return ModuleRun(Oracle(case.module), exact, options=options).results()
 

@@ -4,6 +4,7 @@ from lstm_fused import _loaded, integrations, loading, rl  # noqa: F401  _loaded
 from lstm_fused.cells import (
     MGU,
     QRNN,
+    SLSTM,
     SRU,
     CoupledLSTM,
     IndRNN,
@@ -15,6 +16,8 @@ from lstm_fused.cells import (
     RegularizedGRU,
     RegularizedLSTM,
     ResetBeforeGRU,
+    replace_slstm,
+    restore_slstm,
 )
 from lstm_fused.explain import explain
 from lstm_fused.export import decompositions
@@ -53,6 +56,7 @@ __all__ = [
     "RegularizedGRU",
     "RegularizedLSTM",
     "ResetBeforeGRU",
+    "SLSTM",
     "SRU",
     "__version__",
     "batch_first_state",
@@ -63,7 +67,9 @@ __all__ = [
     "gradient_flow",
     "quantize_",
     "replace",
+    "replace_slstm",
     "restore",
+    "restore_slstm",
     "select_state",
     "stream",
     "truncated_bptt",

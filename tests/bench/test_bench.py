@@ -7,10 +7,12 @@ from bench import measure, providers, runs, timing
 from bench.cases import (
     CELLS,
     DTYPES,
+    LAYERS,
     MODES,
     SET_PROVIDERS,
     SET_RATIOS,
     SETS,
+    XLSTM,
     Workload,
     batch_sizes_of,
     lengths_of,
@@ -29,7 +31,8 @@ PAIR = ["torch.nn", "lstm_fused"]
 def test_rows_are_well_formed(rows):
     assert len({row.name for row in rows}) == len(rows)
     for row in rows:
-        assert row.dtype in DTYPES and row.mode in MODES and row.cell in CELLS
+        assert row.dtype in DTYPES and row.mode in MODES
+        assert row.cell in (*CELLS, *LAYERS, XLSTM)
         assert row.T == 1 or row.mode != "step"
         assert row.goals.keys() <= providers.PROVIDERS.keys()
         assert {key.partition(" on ")[0] for key in row.step_us} <= providers.PROVIDERS.keys()
@@ -111,6 +114,24 @@ def test_providers_agree_with_the_oracle(work):
     onnx |= {"layers", "gru layers", "layers step"}
     peers = ["ONNX Runtime", "OpenVINO"] if work.name in onnx else []
     assert passed == [*PAIR, *peers, *(["torch.nn cell"] if work.name == "carried" else [])]
+
+
+@pytest.mark.parametrize("cell", LAYERS)
+def test_layers_of_other_cells(cell):
+    """Beside their Python loop and a plain layer; a loop over them is not compiled."""
+    work = Workload(cell, T=3, N=2, I=16, H=16, cell=cell, mode="training")
+    entries = measure.measure_row(work, ["torch.nn", *SET_PROVIDERS["cells"]], None)
+    verdicts = {"torch.nn": "parity", "lstm_fused": "parity", "plain layer": "unjudged"}
+    verdicts["torch.compile"] = "absent"
+    assert {name: next(iter(entry)) for name, entry in entries.items()} == verdicts, entries
+
+
+def test_layer_of_xlstm():
+    pytest.importorskip("xlstm")
+    work = Workload("small", T=2, N=2, I=16, H=16, cell=XLSTM, mode="training")
+    entries = measure.measure_row(work, ["torch.nn", "lstm_fused", "plain layer"], None)
+    verdicts = {name: next(iter(entry)) for name, entry in entries.items()}
+    assert verdicts == {"torch.nn": "parity", "lstm_fused": "parity", "plain layer": "absent"}
 
 
 ROUNDED = {name: p for name, p in providers.PROVIDERS.items() if p.rounded}

@@ -15,6 +15,8 @@ MODULES = {module.__name__: (module, {}) for module in cells.MODULES} | {
     "IndRNN tanh": (cells.IndRNN, {"nonlinearity": "tanh"}),
     "SRU rescaled": (cells.SRU, {"rescale": True, "highway_bias": -0.5}),
     "QRNN window": (cells.QRNN, {"window": 3}),
+    "SLSTM": (cells.SLSTM, {"num_heads": 2}),
+    "SLSTM one head": (cells.SLSTM, {"num_heads": 1}),
 }
 
 _BY_OPTIONS = sorted(MODULES.values(), key=lambda entry: -len(entry[1]))
