@@ -18,6 +18,7 @@
 #endif
 
 // For functions that most calls do not need: inlined, they would slow the loops around them down.
+#define LSTM_FUSED_SQRT(x) __builtin_sqrt(x)
 #define LSTM_FUSED_COLD __attribute__((noinline, cold))
 
 #define LSTM_FUSED_PRAGMA(...) _Pragma(#__VA_ARGS__)

@@ -19,10 +19,13 @@ namespace lstm_fused {
 struct LayerTensors {
   TensorView x;                                         // (T, N, I), or packed (S, I)
   std::optional<std::span<const int64_t>> batch_sizes;  // (T,) of packed data, see describe_steps
-  // Nothing, or h0 (D, N, R) and, with a cell state, c0 (D, N, H); with resets they may have 2 * N
-  // rows: LayerSizes.
+  // Nothing, or h0 (D, N, R) and, with cell states, c0 (D, N, C * H); with resets they may have
+  // 2 * N rows: LayerSizes.
   std::span<const TensorView> state0;
-  std::span<const TensorView> weights;  // of each direction w_ih, w_hh[, b_ih, b_hh][, w_hr]
+  // Of each direction w_ih, w_hh[, b_ih, b_hh][, w_hr]; of a described cell that has any, its
+  // vectors (vectors, H) and its masks, as x with masks * H for I, follow. Its w_ih may have no
+  // columns: x (.., G * H) is the input's part of the pre-activations then.
+  std::span<const TensorView> weights;
   int64_t cell;
   int64_t directions;
   bool documents = false;           // batch_sizes are the documents' cu_seqlens, (N + 1,)
@@ -49,7 +52,7 @@ struct Layer {
   std::vector<int64_t> offsets;    // of packed data and documents
   std::vector<int64_t> documents;  // their sizes, starts, places and ranks
 
-  bool has_cell_state() const { return info(cell).carry == Carry::kCell; }
+  bool has_cell_state() const { return info(cell).cells > 0; }
   int64_t padding() const { return rows - size.steps.rows(); }
 
   // The shape of gates or saved_states as a device lays them out.
@@ -62,6 +65,8 @@ struct Layer {
         case Dim::kPreacts: return info(cell).preacts;
         case Dim::kLanes: return kBlock;
         case Dim::kUnits: return size.H;
+        case Dim::kCarriedLanes: return info(cell).saved() * kBlock;
+        case Dim::kCarriedUnits: return info(cell).saved() * size.H;
       }
       return 0;
     };
@@ -137,36 +142,61 @@ inline void describe_weights(Layer& layer, const LayerTensors& given) {
   const std::span<const TensorView> weights = given.weights;
   LayerSizes& size = layer.size;
   const size_t each = weights.size() / size.D;
-  LSTM_FUSED_CHECK(weights.size() % size.D == 0 && each >= 2 && each <= 5,
-                   "weights must hold 2 to 5 tensors for each direction, not ", weights.size(),
-                   " in all");
+  const CellInfo& cell = info(layer.cell);
+  const size_t values = (cell.vectors > 0) + (cell.masks > 0);  // the last of them
+  LSTM_FUSED_CHECK(weights.size() % size.D == 0 && each >= 2 + values && each <= 5 + values,
+                   "weights must hold ", 2 + values, " to ", 5 + values,
+                   " tensors for each direction, not ", weights.size(), " in all");
   layer.weights_per_direction = static_cast<int>(each);
-  layer.bias = each >= 4;
-  layer.projection = each % 2 == 1;
-  const int G = info(layer.cell).gates;
+  layer.bias = each - values >= 4;
+  layer.projection = (each - values) % 2 == 1;
+  const int G = cell.gates;
   const TensorView& w_hh = weights[1];
   LSTM_FUSED_CHECK(!layer.projection || layer.has_cell_state(), "cell ", info(layer.cell).name,
                    " has no projection");
   LSTM_FUSED_CHECK(w_hh.dim == 2 && w_hh.size(0) % G == 0, "w_hh has shape ", describe(w_hh),
                    " but must be (", G, " * H, R)");
   size.H = w_hh.size(0) / G;
-  size.R = w_hh.size(1);
+  size.K = w_hh.size(1);
+  size.R = layer.projection ? size.K : size.H;
   LSTM_FUSED_CHECK(size.H >= 1 && size.R >= 1 && size.I >= 1, "I, H and R must be at least 1");
-  LSTM_FUSED_CHECK(layer.projection || size.R == size.H, "w_hh has shape ", describe(w_hh),
-                   ": without a projection it must be (", G, " * H, H)");
+  const bool heads = cell.described && !layer.projection &&
+                     (size.K == 0 || (size.H % size.K == 0 && size.K % kBlock == 0));
+  LSTM_FUSED_CHECK(size.K == size.R || heads, "w_hh has shape ", describe(w_hh),
+                   ": without a projection it must be (", G, " * H, H)",
+                   cell.described ? ", or (.., H / heads) with whole blocks of 16, or (.., 0)" : "");
+  LSTM_FUSED_CHECK(!layer.projection || !cell.keeps_hidden, "cell ", cell.name,
+                   " has no projection");
+  size.x_is_preacts = cell.described && weights[0].dim == 2 && weights[0].size(1) == 0;
+  LSTM_FUSED_CHECK(!size.x_is_preacts || (size.I == G * size.H && size.D == 1),
+                   "without columns of w_ih, x must have ", G, " * H columns, and one direction");
   for (int d = 0; d < size.D; ++d) {
     const TensorView* w = weights.data() + d * each;
     for (size_t i = 0; i < each; ++i) check_like(w[i], given.x, "every weight");
-    check_shape(w[0], {G * size.H, size.I}, "w_ih");
-    check_shape(w[1], {G * size.H, size.R}, "w_hh");
+    check_shape(w[0], {G * size.H, size.x_is_preacts ? 0 : size.I}, "w_ih");
+    check_shape(w[1], {G * size.H, size.K}, "w_hh");
     if (layer.bias) {
       check_shape(w[2], {G * size.H}, "b_ih");
       check_shape(w[3], {G * size.H}, "b_hh");
     }
-    if (layer.projection) check_shape(w[each - 1], {size.R, size.H}, "w_hr");
-    layer.weights[d] = {w[0].data, w[1].data, layer.bias ? w[2].data : nullptr,
-                        layer.bias ? w[3].data : nullptr,
-                        layer.projection ? w[each - 1].data : nullptr};
+    const size_t w_hr = each - values - 1;
+    if (layer.projection) check_shape(w[w_hr], {size.R, size.H}, "w_hr");
+    Weights& found = layer.weights[d];
+    found = {w[0].data, w[1].data, layer.bias ? w[2].data : nullptr,
+             layer.bias ? w[3].data : nullptr, layer.projection ? w[w_hr].data : nullptr};
+    const TensorView* value = w + each - values;
+    if (cell.vectors > 0) {
+      check_shape(*value, {cell.vectors, size.H}, "the vectors of a unit");
+      found.vectors = (value++)->data;
+    }
+    if (cell.masks > 0) {
+      const int64_t width = cell.masks * size.H;
+      if (given.x.dim == 3)
+        check_shape(*value, {given.x.size(0), given.x.size(1), width}, "masks");
+      else
+        check_shape(*value, {given.x.size(0), width}, "masks");
+      found.masks = value->data;
+    }
   }
 }
 
@@ -182,6 +212,9 @@ inline void describe_quantized_weights(Layer& layer, const LayerTensors& given) 
                    " has no projection");
   size.H = given.hidden_size;
   size.R = layer.projection ? given.proj_size : size.H;
+  size.K = size.R;
+  LSTM_FUSED_CHECK(!info(layer.cell).described, "cell ", info(layer.cell).name,
+                   " has no quantized weights");
   const bool int8 = !weights.empty() && weights[0].dtype == kUint8;
   layer.format = int8 ? WeightFormat::kInt8 : WeightFormat::kBFloat16;
   const size_t matrix = int8 ? 2 : 1, least = matrix * (layer.projection ? 3 : 2);
@@ -235,12 +268,13 @@ inline void check_state(const TensorView& t, const TensorView& x, const Layer& l
 // Throws std::runtime_error (check.h) for tensors that do not fit each other.
 inline Layer describe_layer(const LayerTensors& given) {
   Layer layer{};
-  LSTM_FUSED_CHECK(given.cell >= 0 && given.cell < kCellCount, "unknown cell ", given.cell);
+  LSTM_FUSED_CHECK(given.cell >= 0 && given.cell < cell_count(), "unknown cell ", given.cell);
   LSTM_FUSED_CHECK(given.directions == 1 || given.directions == 2, "directions must be 1 or 2");
   LSTM_FUSED_CHECK(given.x.dtype != kOtherDType, "x must be float32, float64, bfloat16 or float16");
   layer.cell = static_cast<CellKind>(given.cell);
   layer.dtype = static_cast<DType>(given.x.dtype);
   layer.size.D = static_cast<int>(given.directions);
+  layer.size.C = info(layer.cell).cells;
   describe_steps(layer, given);
   if (given.hidden_size != 0)
     describe_quantized_weights(layer, given);
@@ -262,7 +296,7 @@ inline Layer describe_layer(const LayerTensors& given) {
     check_state(h0, x, layer, size.state_rows(), size.R, "h0");
     layer.h0 = h0.data;
     if (own) {
-      check_state(given.state0[1], x, layer, size.state_rows(), size.H, "c0");
+      check_state(given.state0[1], x, layer, size.state_rows(), size.cell_width(), "c0");
       layer.c0 = given.state0[1].data;
     }
   }

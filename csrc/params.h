@@ -58,6 +58,20 @@ enum class Carry : int {
   kHidden,  // h before it is rounded to the storage dtype: c_0 is h_0
 };
 
+// What the kernels need to know of a described cell (cells/unit.h), beside its gates.
+struct UnitInfo {
+  int gates, preacts;
+  int cells;          // cell states of a unit
+  bool keeps_hidden;  // whether h is carried, too, before it is rounded
+  int vectors;        // parameters of a unit
+  int masks;          // values of a unit for each step
+  int groups;         // of values that are normalized over all units (cells/unit.h)
+  const void* functions;  // UnitFunctions of the ISA and the compute type
+
+  LSTM_FUSED_INLINE int carried() const { return cells + keeps_hidden; }
+  LSTM_FUSED_INLINE int saved() const { return carried() + groups; }
+};
+
 // Hidden units come in blocks of 16 in every packed or saved buffer, so that shapes do not depend
 // on the ISA's vector length. The last block is zero-padded.
 inline constexpr int kBlock = 16;
@@ -134,7 +148,8 @@ struct Sequence {
 
 // Pointers in the structs below: inputs are owned by the caller and only read, results are
 // allocated by the caller and written in full. No result overlaps an input or another result. S is
-// the number of rows of all steps, D the number of directions, P the pre-activations of a unit.
+// the number of rows of all steps, D the number of directions, P the pre-activations of a unit, C
+// the cell states of a unit.
 
 // One direction's parameters, each contiguous, in the layer's dtype. Of another WeightFormat the
 // three matrices are panels (blocks, columns / 4, gates, 16, 4), of bfloat16 (.., columns / 2, ..,
@@ -143,17 +158,23 @@ struct Sequence {
 // = (number - 128) * scale.
 struct Weights {
   const void* w_ih;                // (G * H, I), G gates
-  const void* w_hh;                // (G * H, R)
+  const void* w_hh;                // (G * H, K)
   const void* b_ih;                // (G * H,) or null
   const void* b_hh;                // (G * H,) or null
   const void* w_hr;                // (R, H) or null: no projection, R == H
   const void *s_ih, *s_hh, *s_hr;  // scales, or null
+  const void* vectors;             // (vectors, H) of a described cell that has any, else null
+  const void* masks;               // (S, masks * H) in the same way
 };
 
 struct LayerSizes {
   Steps steps;
   int64_t I, H, R;
+  // Columns of w_hh: R; or of heads H / heads, unit u being of head u / K; or 0.
+  int64_t K;
   int D;              // directions
+  int C;              // cell states of a unit
+  bool x_is_preacts;  // x holds the input's part of the pre-activations, I == G * H: no w_ih
   bool reset_states;  // the initial states have N more rows: what resets put in, else zeros
   bool cell_states;   // y holds the cell states of all steps, too
   int only;           // 1 + the one direction that is run; 0: all
@@ -162,11 +183,14 @@ struct LayerSizes {
   LSTM_FUSED_INLINE int64_t state_rows() const { return reset_states ? 2 * steps.N : steps.N; }
   LSTM_FUSED_INLINE int first_direction() const { return only ? only - 1 : 0; }
   LSTM_FUSED_INLINE int end_direction() const { return only ? only : D; }
+  LSTM_FUSED_INLINE int64_t cell_width() const { return C * H; }
+  LSTM_FUSED_INLINE int64_t checkpoint_width() const { return R + cell_width(); }
+  LSTM_FUSED_INLINE int64_t heads() const { return K == 0 || K == R ? 1 : H / K; }
   // Of a row of y: the hidden states of all directions, then their cell states if wanted.
-  LSTM_FUSED_INLINE int64_t y_width() const { return D * (cell_states ? R + H : R); }
+  LSTM_FUSED_INLINE int64_t y_width() const { return D * (cell_states ? R + cell_width() : R); }
   LSTM_FUSED_INLINE int64_t hidden_at(int d, int64_t s) const { return s * y_width() + d * R; }
   LSTM_FUSED_INLINE int64_t cell_at(int d, int64_t s) const {
-    return s * y_width() + D * R + d * H;
+    return s * y_width() + D * R + d * cell_width();
   }
   // Row n of the initial states (D, state_rows, width), or of those that resets put in; -1 for
   // zeros.
@@ -184,21 +208,24 @@ struct ForwardParams {
   LayerSizes size;
   Sequence x;      // (T, N, I) or (S, I)
   const void* h0;  // (D, state_rows, R), or null for zeros
-  const void* c0;  // (D, state_rows, H), or null for zeros and without a cell state
+  const void* c0;  // (D, state_rows, C * H), or null for zeros and without a cell state
   Weights weights[2];
   void* y;    // (S, y_width); may be h_n itself where T, D and the number of layers are 1
   void* h_n;  // (D, N, R)
-  void* c_n;  // (D, N, H), or null without a cell state
+  void* c_n;  // (D, N, C * H), or null without a cell state
   // Saved for backward, in the compute dtype; null without gradients. Layouts: saved.h.
   void* gates;         // (D, H/16, S, P, 16) the pre-activations as the cell's forward left them
-  void* saved_states;  // (D, H/16, S, 16) the carried state, or null if the cell carries none
+  // (D, H/16, S, C' + groups, 16) the C' carried states, then of each group that is normalized its
+  // mean and 1 / its standard deviation; or null if there is none of either.
+  void* saved_states;
   // The states between steps k * checkpoint_every - 1 and k * checkpoint_every of dense data, for k
-  // from 1 on: (count, D, N, checkpoint_width) in the compute dtype, h and, if there is one, c; of
-  // a cell that carries h, that alone. Or null.
+  // from 1 on: (count, D, N, checkpoint_width) in the compute dtype: h, as it is carried if it is,
+  // and the cell states. Or null.
   void* checkpoints;
   int64_t checkpoint_every;
   const void* resume;  // one of them, (D, N, checkpoint_width): where the pass begins; or null
   int64_t calls;       // of this thread until now
+  const UnitInfo* unit;  // of a described cell, else null; set by the launch
   void* scratch;       // forward_scratch() bytes, 64-byte aligned, owned by the calling thread
 };
 
@@ -218,6 +245,7 @@ struct WeightGradients {
   void* b_ih;
   void* b_hh;
   void* w_hr;
+  void* vectors;
 };
 
 struct BackwardParams {
@@ -231,16 +259,16 @@ struct BackwardParams {
   const void* saved_states;  // as forward saved them, or null
   const void* dy;            // (S, y_width) or null for zeros
   const void* dh_n;          // (D, N, R) or null for zeros
-  const void* dc_n;          // (D, N, H) or null for zeros
+  const void* dc_n;          // (D, N, C * H) or null for zeros
   void* dx;                  // (S, I), or null where it is not wanted
   void* dh0;                 // (D, state_rows, R), or null where it is not wanted
-  void* dc0;                 // (D, state_rows, H), or null where it is not wanted
+  void* dc0;                 // (D, state_rows, C * H), or null where it is not wanted
   WeightGradients dweights[2];
   // What forward stored, and then neither gates nor saved_states.
   const void* checkpoints;
   int64_t checkpoint_every;
   // A call for the steps between two checkpoints, in one direction. The gradients of the states at
-  // either end are (D, N, R + H) in the compute dtype, of h and of what is carried; null: dh_n and
+  // either end are (D, N, R + C' * H) in the compute dtype, of h and of what is carried; null: dh_n and
   // dc_n, dh0 and dc0. Sums over the steps of all calls are in lasting, backward_lasting() bytes.
   const void* resume;
   const void* d_after;
@@ -250,6 +278,7 @@ struct BackwardParams {
   bool unfinished;  // more calls follow
   bool add_dx;      // to what dx holds
   void* d_preacts;  // (S, D, P, H) gradients of the pre-activations, in the compute dtype, or null
+  const UnitInfo* unit;  // of a described cell, else null; set by the launch
   void* scratch;    // backward_scratch() bytes, 64-byte aligned, owned by the calling thread
 };
 

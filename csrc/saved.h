@@ -14,10 +14,13 @@ enum class Dim : int {
   kPreacts,     // P, pre-activations of a unit
   kLanes,       // kBlock units, the last block zero-padded
   kUnits,       // H
+  kCarriedLanes,  // kBlock units of each carried state
+  kCarriedUnits,  // H of each carried state
 };
 
 inline const char* name(Dim dim) {
-  constexpr const char* names[] = {"directions", "blocks", "rows", "preacts", "lanes", "units"};
+  constexpr const char* names[] = {"directions", "blocks", "rows", "preacts", "lanes", "units",
+                                    "carried_lanes", "carried_units"};
   return names[static_cast<int>(dim)];
 }
 
@@ -36,9 +39,9 @@ struct SavedLayouts {
 
 inline constexpr SavedLayouts kCpuSaved{
     {5, {Dim::kDirections, Dim::kBlocks, Dim::kRows, Dim::kPreacts, Dim::kLanes}},
-    {4, {Dim::kDirections, Dim::kBlocks, Dim::kRows, Dim::kLanes}}};
+    {4, {Dim::kDirections, Dim::kBlocks, Dim::kRows, Dim::kCarriedLanes}}};
 inline constexpr SavedLayouts kCudaSaved{
     {4, {Dim::kRows, Dim::kDirections, Dim::kPreacts, Dim::kUnits}},
-    {3, {Dim::kRows, Dim::kDirections, Dim::kUnits}}};
+    {3, {Dim::kRows, Dim::kDirections, Dim::kCarriedUnits}}};
 
 }  // namespace lstm_fused

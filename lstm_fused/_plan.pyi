@@ -18,6 +18,12 @@ class CellInfo(TypedDict):
     gates: int
     preacts: int
     carry: Literal["none", "cell", "hidden"]
+    cells: int  # cell states of a unit
+    keeps_hidden: bool  # whether h is carried before it is rounded
+    vectors: int  # parameters of a unit
+    masks: int  # values of a unit for each step
+    groups: int  # of values that are normalized over all units of a row
+    described: bool
     input_gates: tuple[int, ...]
     hidden_gates: tuple[int, ...]
 
@@ -91,6 +97,16 @@ def plan(
 ) -> Plan: ...
 def run_of(numbers: Sequence[int]) -> dict[str, Any]: ...
 def cells() -> dict[str, CellInfo]: ...
+def register_cell(
+    name: str,
+    gates: int,
+    preacts: int,
+    cells: int,
+    keeps_hidden: bool,
+    vectors: int,
+    masks: int,
+    groups: int,
+) -> int: ...
 def saved_layouts() -> dict[str, dict[str, tuple[str, ...]]]: ...
 def build_info() -> BuildInfo: ...
 def read_topology(root: str, cpus: Sequence[int]) -> Topology: ...

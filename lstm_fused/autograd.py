@@ -75,7 +75,7 @@ class LayerForward(_SingleLevelFunction):
             if not cuda.serves(x):
                 # The CPU's kernels recompute h from what else is saved, except after a projection.
                 # A copy lets the caller change y in place before backward.
-                y = y.clone() if (len(weights) // layer.directions) % 2 == 1 else None
+                y = y.clone() if layer.is_projected(weights) else None
         kept = (x, batch_sizes, resets, y, gates, saved_states, *tensors)
         _save(ctx, ctx.needs_input_grad[5:], kept)
         if _follows_tangents():
@@ -106,7 +106,7 @@ class LayerForward(_SingleLevelFunction):
         x, y, gates, saved_states, *tensors = (_primal(t) for t in (x, *saved))
         moves = [tangents[2], *tangents[5:]]
         state0, weights = layer.split(tensors)
-        if has_kernel(x, weights, layer.directions):
+        if has_kernel(x, weights, layer.cell, layer.directions):
             call = (x, batch_sizes, resets, state0, weights)
             options = (layer.cell, layer.directions)
             if layer.save_every > 1:  # a tangent needs every step
@@ -178,7 +178,9 @@ def _save(ctx, needs, kept):
     reads_x = any(needs[layer.states :: each])
     kept = list(kept)
     ctx.unread = []
-    for k in _unread(len(kept) - len(needs) + layer.states, each, layer.directions, reads_x):
+    first = len(kept) - len(needs) + layer.states
+    biased = layer.plain_count(kept[first:]) >= 4
+    for k in _unread(first, each, layer.directions, reads_x, biased):
         t = kept[k]
         ctx.unread.append((k, t, _version(t)))
         kept[k] = None
@@ -186,10 +188,10 @@ def _save(ctx, needs, kept):
 
 
 @cache
-def _unread(first, each, directions, reads_x):
+def _unread(first, each, directions, reads_x, biased):
     """The places that backward does not read; `each` weights of a direction begin at `first`."""
     places = [] if reads_x else [0]
-    if each >= 4:
+    if biased:
         places += [first + d * each + k for d in range(directions) for k in (2, 3)]
     return places
 
@@ -429,7 +431,7 @@ def _backward_kernel(op, keyset, *args):
     if not differentiates(x, *state0, *weights, dy, dh_n, dc_n):
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-    cell_states = has_cell_states(dy, weights, directions)
+    cell_states = has_cell_states(dy, weights, cell, directions)
     layer = Layer(cell, directions, len(state0), cell_states, save_every, *samples)
     tensors = (batch_sizes, resets, y, gates, saved_states, dy, dh_n, dc_n, x, *state0, *weights)
     with enable_single_level_autograd_function():
@@ -445,7 +447,7 @@ def _jvp_kernel(keyset, *args):
         with torch._C._AutoDispatchBelowAutograd():
             return jvp_op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
     cell, directions = rest
-    layer = Layer(cell, directions, len(state0), has_cell_states(y, weights, directions))
+    layer = Layer(cell, directions, len(state0), has_cell_states(y, weights, cell, directions))
     tensors = (batch_sizes, resets, y, gates, saved_states, x, *state0, *weights, *tangents)
     with enable_single_level_autograd_function():
         return LayerTangents.apply(below(jvp_op, keyset), layer, *tensors)

@@ -107,6 +107,11 @@ class Examples:
         yield self.part(saved_states, -2 if checkpoints else self.state_rows)
 
 
+def has_masks(cell):
+    """Whether a cell's weights hold a row for each of x's, which examples would have to share."""
+    return cuda.CELLS[cell]["masks"] > 0
+
+
 def of_documents(batch_sizes):
     return batch_sizes is not None and batch_sizes.dim() == 2
 
@@ -122,7 +127,8 @@ def _any(dims):
 
 def _forward_rule(info, in_dims, x, batch_sizes, resets, state0, weights, *options):
     x_dim, sizes_dim, resets_dim, state_dims, weight_dims, *_ = in_dims
-    examples = Examples(info, x, weights, weight_dims, batch_sizes, sizes_dim, _any(weight_dims))
+    as_models = _any(weight_dims) or has_masks(options[0])
+    examples = Examples(info, x, weights, weight_dims, batch_sizes, sizes_dim, as_models)
     out = forward_op(
         examples.rows(x, x_dim),
         examples.batch_sizes,
@@ -175,8 +181,9 @@ def _backward_rule(info, in_dims, *args):
     dims = in_dims[: len(tensors)]
     weights = tensors[4]
     wants_weights = any(mask[3:-1])
-    # recurrent_backward_samples has no gradient of a projection.
-    as_models = _any(dims[4]) or (wants_weights and len(weights) // directions % 2 == 1)
+    # recurrent_backward_samples has neither projections nor described cells.
+    unsampled = cuda.CELLS[cell]["described"] or len(weights) // directions % 2 == 1
+    as_models = _any(dims[4]) or has_masks(cell) or (wants_weights and unsampled)
     examples, given = _lay_out_backward(info, dims, tensors, as_models)
     options = (cell, directions, save_every, mask)
     if wants_weights and not examples.as_models:
@@ -191,7 +198,7 @@ def _samples_rule(info, in_dims, *args):
     """Examples are samples too: rows (n, sample, example), gradients (sample, example)."""
     *tensors, cell, directions, save_every, mask, samples = args
     dims = in_dims[: len(tensors)]
-    examples, given = _lay_out_backward(info, dims, tensors, _any(dims[4]))
+    examples, given = _lay_out_backward(info, dims, tensors, _any(dims[4]) or has_masks(cell))
     options = (cell, directions, save_every, mask)
     if examples.as_models:
         found = samples_op(*given, *options, samples)
@@ -209,7 +216,7 @@ def _jvp_rule(info, in_dims, *args):
     x, batch_sizes, resets, state0, weights, y, *saved, tangents, cell, directions = args
     x_dim, sizes_dim, resets_dim, state_dims, weight_dims, y_dim, *saved_dims, moved, _, _ = in_dims
     rows = 1 + len(state0)
-    as_models = _any(weight_dims) or _any(moved[rows:])
+    as_models = _any(weight_dims) or _any(moved[rows:]) or has_masks(cell)
     examples = Examples(info, x, weights, weight_dims, batch_sizes, sizes_dim, as_models)
     pairs = list(zip(tangents, moved, strict=True))
     out = jvp_op(

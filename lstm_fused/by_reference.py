@@ -56,16 +56,19 @@ def layer(
     number = _plan.cells()[cell]["id"]
     state0 = state_or_zeros(x, None, state0, weights, number, directions)
     each, found = len(weights) // directions, []
+    masked = _plan.cells()[cell]["masks"] > 0
     for d in range(directions):
         start = [s[d : d + 1] for s in state0]
-        part = weights[d * each : (d + 1) * each]
+        part = list(weights[d * each : (d + 1) * each])
+        masks = part.pop() if masked else None
         rows, anew = x, resets
         if d:  # backwards in time, where a reset comes before the step that it followed
             rows = x.flip(0)
+            masks = masks if masks is None else masks.flip(0)
             anew = resets if resets is None else resets.roll(-1, 0).flip(0)
             # The first has no step before it.
             anew = anew if anew is None else torch.cat((torch.zeros_like(anew[:1]), anew[1:]))
-        y, end, *cells = _by_chunks(run, rows, start, part, anew, cell_states, save_every)
+        y, end, *cells = _by_chunks(run, rows, start, part, masks, anew, cell_states, save_every)
         found.append((*(t.flip(0) if d else t for t in (y, *cells)), *end))
     joined = [
         torch.cat(ts, dim=-1) for ts in zip(*(f[: 1 + cell_states] for f in found), strict=True)
@@ -74,15 +77,17 @@ def layer(
     return joined[0], ends, *joined[1:]
 
 
-def _by_chunks(run, x, state0, weights, resets, cell_states, steps):
+def _by_chunks(run, x, state0, weights, masks, resets, cell_states, steps):
     """run, a layer in one direction, `steps` steps at a time, each computed again in backward."""
     N = x.shape[1]
     first, after_reset = [s[:, :N] for s in state0], [s[:, N:] for s in state0]
-    anews = [None] * -(-len(x) // steps) if resets is None else resets.split(steps)
+    none = [None] * -(-len(x) // steps)
+    anews, all_masks = (none if t is None else t.split(steps) for t in (resets, masks))
     found, state = [], first
-    for rows, anew in zip(x.split(steps), anews, strict=True):
+    for rows, anew, mask in zip(x.split(steps), anews, all_masks, strict=True):
 
-        def chunk(rows, state, after_reset, weights, anew=anew):
+        def chunk(rows, state, after_reset, weights, anew=anew, mask=mask):
+            weights = weights if mask is None else [*weights, mask]
             state0 = [torch.cat(s, dim=1) for s in zip(state, after_reset, strict=True)]
             options = {"resets": anew, "cell_states": cell_states}
             return run(rows, None, state0, weights, 1, **options)

@@ -50,9 +50,9 @@ def kept_bytes(cell, T, N, H, R, directions, save_every, itemsize, block=1):
     info = _plan.cells()[cell]
     if save_every > 1:
         return (ceil(T / save_every) - 1) * N * directions * _state_width(cell, H, R) * itemsize
-    values = info["preacts"] + (info["carry"] != "none")
+    values = info["preacts"] + info["cells"] + info["keeps_hidden"] + info["groups"]
     return T * N * directions * values * ceil(H / block) * block * itemsize
 
 
 def _state_width(cell, H, R):
-    return R + H if _plan.cells()[cell]["carry"] == "cell" else R
+    return R + _plan.cells()[cell]["cells"] * H

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lstm_fused import reference
+from lstm_fused import layer_weights, reference
 from lstm_fused.cuda import CELLS
 from lstm_fused.operators import forward_op, padded_op, quantized_op
 from lstm_fused.panels import plain_weights
@@ -47,8 +47,8 @@ def state_or_zeros(x, batch_sizes, state0, weights, cell, directions):
     if state0:
         return list(state0)
     info = CELLS[cell]
-    widths = [weights[1].shape[1], weights[0].shape[0] // info["gates"]]
-    return zeros_state(x, batch_sizes, widths[: 1 + (info["carry"] == "cell")], directions)
+    widths = layer_weights.state_widths(info, weights, directions)
+    return zeros_state(x, batch_sizes, widths, directions)
 
 
 def zeros_state(x, batch_sizes, widths, directions):
@@ -87,7 +87,7 @@ def _forward(x, batch_sizes, resets, state0, weights, cell, directions, cell_sta
     _check_steps(x, batch_sizes)
     state0 = state_or_zeros(x, None, state0, weights, cell, directions)
     none = x.new_empty(0)
-    if resets is not None or cell_states:
+    if resets is not None or cell_states or CELLS[cell]["described"]:
         layer = reference.CELLS[CELLS[cell]["name"]]
         options = {"resets": resets, "cell_states": cell_states}
         y, ends, *cells = layer(x, None, state0, weights, directions, **options)

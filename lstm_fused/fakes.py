@@ -3,7 +3,7 @@
 import torch
 from torch.library import register_fake
 
-from lstm_fused import _plan, cuda, models
+from lstm_fused import _plan, cuda, layer_weights, models
 from lstm_fused.cuda import CELLS
 from lstm_fused.reference_derivatives import has_cell_states
 
@@ -19,15 +19,18 @@ def batch_of(x, batch_sizes, state):
     return torch.library.get_ctx().new_dynamic_size()
 
 
-def _saved_shapes(x, rows, directions, hidden, preacts):
+def _saved_shapes(x, rows, directions, hidden, info):
     """Of gates and saved states, beside models."""
+    carried = info["cells"] + info["keeps_hidden"] + info["groups"]
     extents = {
         "rows": rows,
         "directions": directions,
         "blocks": (hidden + _plan.block - 1) // _plan.block,
-        "preacts": preacts,
+        "preacts": info["preacts"],
         "lanes": _plan.block,
         "units": hidden,
+        "carried_lanes": carried * _plan.block,
+        "carried_units": carried * hidden,
     }
     layout = cuda.saved_layout(x)
     return (tuple(extents[dim] for dim in layout[t]) for t in ("gates", "saved_states"))
@@ -41,25 +44,25 @@ def _compute_dtype(x):
 def _forward(x, batch_sizes, resets, state0, weights, cell, directions, cell_states, save_every):
     info = CELLS[cell]
     lead = x.shape[:1] if models.several(weights) else ()
-    hidden, width = weights[1].shape[-2] // info["gates"], weights[1].shape[-1]
+    hidden, width = layer_weights.widths(info, weights, directions)
+    cell_width = info["cells"] * hidden
     rows = x.shape[-2] if batch_sizes is not None else x.shape[-3] * x.shape[-2]
     # With resets a state may have 2 * N rows.
     n = batch_of(x, batch_sizes, state0[0] if state0 and resets is None else None)
-    gates, saved_states = _saved_shapes(x, rows, directions, hidden, info["preacts"])
+    gates, saved_states = _saved_shapes(x, rows, directions, hidden, info)
     saves_steps, saves_states = save_every > 0, save_every > 0 and info["carry"] != "none"
-    has_cell_state = info["carry"] == "cell"
     if save_every > 1 and batch_sizes is None:
         chunks = (x.shape[-3] + save_every - 1) // save_every
         saves_steps, saves_states = False, True
-        saved_states = (chunks - 1, directions, n, width + hidden * has_cell_state)
+        saved_states = (chunks - 1, directions, n, width + cell_width)
 
     def maybe(wanted, *shape, dtype=x.dtype):
         return x.new_empty((*lead, *shape) if wanted else (0,), dtype=dtype)
 
     return (
-        x.new_empty(*x.shape[:-1], directions * (width + hidden * cell_states)),
+        x.new_empty(*x.shape[:-1], directions * (width + cell_width * cell_states)),
         maybe(True, directions, n, width),
-        maybe(has_cell_state, directions, n, hidden),
+        maybe(cell_width > 0, directions, n, cell_width),
         maybe(saves_steps, *gates, dtype=_compute_dtype(x)),
         maybe(saves_states, *saved_states, dtype=_compute_dtype(x)),
     )
@@ -69,7 +72,7 @@ def _backward(x, batch_sizes, resets, state0, weights, y, gates, saved_states, *
     dy, dh_n, dc_n, cell, directions, save_every, mask, *samples = rest
     info = CELLS[cell]
     lead = x.shape[:1] if models.several(weights) else ()
-    hidden, width = weights[1].shape[-2] // info["gates"], weights[1].shape[-1]
+    hidden, width = layer_weights.widths(info, weights, directions)
     rows = x.shape[-2] if batch_sizes is not None else x.shape[-3] * x.shape[-2]
 
     def wanted(want, shape, dtype=x.dtype):
@@ -91,7 +94,7 @@ def _backward(x, batch_sizes, resets, state0, weights, y, gates, saved_states, *
     return (
         wanted(mask[0], x.shape),
         of_state(0, width),
-        of_state(1, hidden),
+        of_state(1, info["cells"] * hidden),
         [wanted(want, of_weight(w)) for want, w in zip(mask[3:-1], weights, strict=True)],
         wanted(mask[-1], d_preacts, _compute_dtype(x)),
     )
@@ -101,7 +104,7 @@ def _backward(x, batch_sizes, resets, state0, weights, y, gates, saved_states, *
 def _jvp(
     x, batch_sizes, resets, state0, weights, y, gates, saved_states, tangents, cell, directions
 ):
-    cell_states = has_cell_states(y, weights, directions)
+    cell_states = has_cell_states(y, weights, cell, directions)
     call = (x, batch_sizes, resets, state0, weights, cell, directions, cell_states)
     return _forward(*call, 0)[:3]
 

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lstm_fused import _C, _plan, autograd, batching, cuda, fakes, samples, tangents  # noqa: F401
+from lstm_fused import (
+    _plan,
+    autograd,
+    batching,
+    cuda,
+    fakes,  # noqa: F401
+    layer_weights,
+    samples,
+    tangents,
+)
 from lstm_fused.export import state_or_zeros
 from lstm_fused.operators import forward_op
 from lstm_fused.reference_derivatives import Layer
@@ -77,9 +86,14 @@ def layer(
             resets, a state may have 2 * N rows: the initial states, then those that resets put in,
             which are zeros otherwise.
         weights: for each direction w_ih (G*H, I), w_hh (G*H, R), then b_ih (G*H,) and b_hh (G*H,)
-            if there are biases, then w_hr (R, H) if there is a projection ("lstm" only); flat, as a
-            sequence. G, the gates, are 4 of "lstm", 3 of "gru" and 1 of the others.
-        cell: "lstm", "gru", "rnn_tanh" or "rnn_relu".
+            if there are biases, then w_hr (R, H) if there is a projection (of cells with a cell
+            state); flat, as a sequence. G, the gates, are 4 of "lstm", 3 of "gru" and 1 of
+            "rnn_tanh" and "rnn_relu". Of a described cell, its parameters of a unit (vectors, H)
+            and its masks, as x with masks * H for I and without a gradient, follow if it has any;
+            and w_hh may be (G*H, H / heads), for units that see the hidden units of their head
+            alone, in whole blocks of 16, or (G*H, 0), for none.
+        cell: a name of ``_plan.cells()``: "lstm", "gru", "rnn_tanh", "rnn_relu", or a described
+            cell, whose cell states, if several, are side by side in c0 and c_n (D, N, cells * H).
         directions: 1, or 2: the second runs from the last step to the first.
         resets: None, or x's shape with 1 for I, uint8: 1 where a row begins anew before that step.
             The second direction begins anew after it.
@@ -112,7 +126,8 @@ def layer(
         return y, (ends[0],)
     if not cell_states:
         return y, tuple(ends)
-    width = directions * weights[1].shape[-1]
+    _, width = layer_weights.widths(CELLS[cell], weights, directions)
+    width *= directions
     return y[..., :width], tuple(ends), y[..., width:]
 
 

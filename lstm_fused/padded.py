@@ -15,7 +15,7 @@ from contextlib import nullcontext
 import torch
 from torch._guards import detect_fake_mode
 
-from lstm_fused import cuda, ops
+from lstm_fused import cuda, layer_weights, ops
 from lstm_fused.export import state_or_zeros
 from lstm_fused.operators import forward_op, library, padded_op
 
@@ -51,7 +51,8 @@ def layer(
         return y, (h_n,)
     if not cell_states:
         return y, (h_n, c_n)
-    width = directions * weights[1].shape[-1]
+    _, width = layer_weights.widths(ops.CELLS[cell], weights, directions)
+    width *= directions
     return y[..., :width], (h_n, c_n), y[..., width:]
 
 
@@ -60,20 +61,36 @@ def _padded(x, lengths, resets, state0, weights, cell, directions, cell_states):
     # Given explicitly, so that the operator's results have N rows, which batch_sizes cannot show.
     state0 = state_or_zeros(x, None, state0, weights, cell, directions)
 
-    def run(rows, batch_sizes, anew, start):
-        found = forward_op(
-            rows, batch_sizes, anew, start, weights, cell, directions, cell_states, 0
-        )
+    masks = masks_of(cuda.CELLS[cell], weights, directions)
+
+    def run(rows, batch_sizes, anew, start, *masks):
+        given = with_masks(weights, directions, masks)
+        found = forward_op(rows, batch_sizes, anew, start, given, cell, directions, cell_states, 0)
         return found[:3]
 
-    return by_packing(run, x, lengths, resets, state0)
+    return by_packing(run, x, lengths, resets, state0, masks)
 
 
-def by_packing(run, x, lengths, resets, state0):
+def masks_of(info, weights, directions):
+    """Of each direction of a described cell that has masks, its last weight."""
+    each = len(weights) // directions
+    return list(weights[each - 1 :: each]) if info["masks"] else []
+
+
+def with_masks(weights, directions, masks):
+    """The weights with other masks."""
+    given, each = list(weights), len(weights) // directions
+    for d, mask in enumerate(masks):
+        given[(d + 1) * each - 1] = mask
+    return given
+
+
+def by_packing(run, x, lengths, resets, state0, masks=()):
     """y (T, N, ...), h_n and c_n of x (T, N, I) whose row n holds lengths[n] steps, then padding.
 
-    run(x, batch_sizes, resets, state0): the operator's y, h_n and c_n of packed data. state0: every
-    state, each (D, N, width), with resets 2 * N rows if they are not to zeros.
+    run(x, batch_sizes, resets, state0, *masks): the operator's y, h_n and c_n of packed data.
+    state0: every state, each (D, N, width), with resets 2 * N rows if they are not to zeros. masks:
+    (T, N, ...), packed with x.
     """
     T, N, _ = x.shape
     lengths = lengths.to("cpu", torch.int64)
@@ -109,7 +126,8 @@ def by_packing(run, x, lengths, resets, state0):
             for s, given in zip(start, state0, strict=True)
         ]
     with _known_sizes(x):
-        y, *ends = run(rows, batch_sizes, anew, start)
+        packed = [m.flatten(0, 1).index_select(0, source) for m in masks]
+        y, *ends = run(rows, batch_sizes, anew, start, *packed)
         for end in ends[: len(initial)]:
             torch._check(end.shape[1] == N)
     y = y.index_select(0, at).unflatten(0, (T, N)).masked_fill(~began, 0)

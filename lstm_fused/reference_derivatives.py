@@ -11,7 +11,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lstm_fused import models, reference
+from lstm_fused import layer_weights, models, reference
 from lstm_fused.cuda import CELLS
 
 
@@ -27,8 +27,18 @@ class Layer:
     samples: int = 0  # of recurrent_backward_samples, 0 for the other operators
 
     @property
+    def info(self):
+        return CELLS[self.cell]
+
+    @property
     def has_cell_state(self):
-        return CELLS[self.cell]["carry"] == "cell"
+        return self.info["carry"] == "cell"
+
+    def plain_count(self, weights):
+        return layer_weights.plain_count(self.info, weights, self.directions)
+
+    def is_projected(self, weights):
+        return layer_weights.is_projected(self.info, weights, self.directions)
 
     @property
     def outputs(self):
@@ -45,9 +55,12 @@ class Layer:
         return [x, *needs[: self.states], *absent, *needs[self.states :], False]
 
 
-def has_cell_states(y, weights, directions):
+def has_cell_states(y, weights, cell, directions):
     """Whether y, or its gradient, holds the cell states of all steps behind the hidden ones."""
-    return y is not None and y.shape[-1] > directions * weights[1].shape[-1]
+    if y is None:
+        return False
+    _, width = layer_weights.widths(CELLS[cell], weights, directions)
+    return y.shape[-1] > directions * width
 
 
 def replaced(tensors, places, others):

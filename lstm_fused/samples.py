@@ -25,7 +25,7 @@ def run(x, batch_sizes, resets, state0, weights, y, *rest):
         return models.each(run, x, batch_sizes, resets, state0, weights, y, *rest)
     *saved_and_d_out, cell, directions, save_every, mask, samples = rest
     each = len(weights) // directions
-    if each % 2:
+    if CELLS[cell]["described"] or each % 2:
         raise RuntimeError("recurrent_backward_samples has no gradient of a projection")
     if batch_sizes is not None and batch_sizes.dim() == 2:
         raise RuntimeError("recurrent_backward_samples takes no documents")

@@ -16,9 +16,11 @@ from lstm_fused.reference_derivatives import has_cell_states
 from lstm_fused.samples import states_before
 
 
-def has_kernel(x, weights, directions):
-    """Whether tangents run fused: on the CPU, without a projection."""
-    return not cuda.serves(x) and len(weights) // directions % 2 == 0
+def has_kernel(x, weights, cell, directions):
+    """Whether tangents run fused: on the CPU, without a projection, of no described cell."""
+    if cuda.serves(x) or CELLS[cell]["described"]:
+        return False
+    return len(weights) // directions % 2 == 0
 
 
 def run(
@@ -62,7 +64,7 @@ def run(
         preacts,
         cell,
         directions,
-        has_cell_states(y, weights, directions),
+        has_cell_states(y, weights, cell, directions),
     )
     return tuple(t.to(tangents_dtype(tangents)) for t in out)
 

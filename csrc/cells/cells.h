@@ -1,7 +1,7 @@
-// Every cell: an include and a row in the list for each. The position in the list is the number by
-// which operators know a cell.
+// Every cell: an include and a row in one of two lists for each. The position in the lists is the
+// number by which operators know a cell.
 //
-// A cell is a struct of static members. V is the value a kernel computes with, SIMD lanes on a CPU
+// A cell of the first list is compiled into the kernels, and is a struct of static members. V is the value a kernel computes with, SIMD lanes on a CPU
 // and a scalar on a GPU; sigmoid(V) and tanh(V) are declared before this header is included.
 //   kGates            blocks of H rows in w_ih, w_hh and the biases, 4 at most
 //   kPreacts          pre-activations of a unit, kGates or more. The input's part of gate
@@ -20,17 +20,48 @@
 //   tangent(saved, c_prev, c, d_preact, dc_prev, dc) -> dh
 //                     as backward, with d_preact, dc_prev, dc and dh the tangents of preact,
 //                     c_prev, c, h
+//
+// A described cell, of the second list, derives from DescribedCell (described.h) and has forward
+// alone. The kernels, which are the same for all of them, call it through pointers (unit.h).
 #pragma once
 
+#include <deque>
+#include <string>
+
+#include "coupled_lstm.h"
 #include "gru.h"
+#include "ind_rnn.h"
+#include "layer_norm.h"
 #include "lstm.h"
+#include "min_rnn.h"
+#include "peephole_lstm.h"
+#include "qrnn.h"
+#include "regularized.h"
 #include "rnn.h"
+#include "slstm.h"
+#include "sru.h"
 
 #define LSTM_FUSED_CELLS(CELL) \
   CELL(lstm, Lstm)             \
   CELL(gru, Gru)               \
   CELL(rnn_tanh, RnnTanh)      \
   CELL(rnn_relu, RnnRelu)
+
+#define LSTM_FUSED_DESCRIBED_CELLS(CELL)   \
+  CELL(peephole_lstm, PeepholeLstm)       \
+  CELL(regularized_lstm, RegularizedLstm) \
+  CELL(regularized_gru, RegularizedGru)   \
+  CELL(coupled_lstm, CoupledLstm)         \
+  CELL(ind_rnn, IndRnn)                   \
+  CELL(ind_rnn_tanh, IndRnnTanh)          \
+  CELL(sru, Sru)                          \
+  CELL(qrnn, Qrnn)                        \
+  CELL(min_gru, MinGru)                   \
+  CELL(min_lstm, MinLstm)                 \
+  CELL(slstm, Slstm)                      \
+  CELL(layer_norm_lstm, LayerNormLstm)    \
+  CELL(layer_norm_lstm_carried, LayerNormLstmCarried) \
+  CELL(layer_norm_gru, LayerNormGru)
 
 namespace lstm_fused {
 namespace {
@@ -43,9 +74,27 @@ struct TangentOf : Cell {
 
 }  // namespace
 
+// input_gate(j) of every cell of G gates and P pre-activations; hidden_gate(j) is j. The last P - G
+// gates have two pre-activations each, one for the input's part, which come first, and one for the
+// hidden state's, which come last.
+inline constexpr int input_gate_of(int G, int P, int j) {
+  return j < P - G ? 2 * G - P + j : j - (P - G);
+}
+
+// Every described cell, in the kernels: its numbers are known at run time, and are at most these.
+struct AnyCell {
+  static constexpr int kGates = 4;
+  static constexpr int kPreacts = 8;
+};
+
+template <class Cell>
+inline constexpr bool kIsAny = false;
+template <>
+inline constexpr bool kIsAny<AnyCell> = true;
+
 enum class CellKind : int {
 #define LSTM_FUSED_KIND(name, Cell) k##Cell,
-  LSTM_FUSED_CELLS(LSTM_FUSED_KIND)
+  LSTM_FUSED_CELLS(LSTM_FUSED_KIND) LSTM_FUSED_DESCRIBED_CELLS(LSTM_FUSED_KIND)
 #undef LSTM_FUSED_KIND
       kCount
 };
@@ -55,25 +104,55 @@ inline constexpr int kCellCount = static_cast<int>(CellKind::kCount);
 struct CellInfo {
   const char* name;
   int gates, preacts;
-  Carry carry;
+  bool described;
+  int cells;          // cell states of a unit: c0 and c_n are (D, N, cells * H)
+  bool keeps_hidden;  // whether h is carried before it is rounded
+  int vectors, masks;
+  int groups;  // of values that are normalized over all units of a row
+
+  constexpr int carried() const { return cells + keeps_hidden; }
+  constexpr int saved() const { return carried() + groups; }
+  // Of a cell of the first list.
+  constexpr Carry carry() const {
+    return cells > 0 ? Carry::kCell : keeps_hidden ? Carry::kHidden : Carry::kNone;
+  }
 };
 
 inline constexpr CellInfo kCells[] = {
-#define LSTM_FUSED_INFO(name, Cell) {#name, Cell::kGates, Cell::kPreacts, Cell::kCarry},
+#define LSTM_FUSED_INFO(name, Cell)                                                             \
+  {#name, Cell::kGates, Cell::kPreacts, false, Cell::kCarry == Carry::kCell,                    \
+   Cell::kCarry == Carry::kHidden, 0, 0, 0},
     LSTM_FUSED_CELLS(LSTM_FUSED_INFO)
+#undef LSTM_FUSED_INFO
+#define LSTM_FUSED_INFO(name, Cell)                                                             \
+  {#name, Cell::kGates, Cell::kPreacts, true, Cell::kCells, Cell::kKeepsHidden, Cell::kVectors, \
+   Cell::kMasks, groups_of<Cell>()},
+        LSTM_FUSED_DESCRIBED_CELLS(LSTM_FUSED_INFO)
 #undef LSTM_FUSED_INFO
 };
 
-inline constexpr const CellInfo& info(CellKind cell) {
-  return kCells[static_cast<int>(cell)];
+// Cells of the user, whose numbers follow those of the lists. Every library has its own.
+inline std::deque<CellInfo>& registered_cells() {
+  static std::deque<CellInfo> cells;
+  return cells;
 }
 
-// Of a row of ForwardParams::checkpoints.
-inline constexpr int64_t checkpoint_width(CellKind cell, const LayerSizes& size) {
-  return size.R + (info(cell).carry == Carry::kCell ? size.H : 0);
+inline int cell_count() {
+  return kCellCount + static_cast<int>(registered_cells().size());
 }
 
-inline constexpr const char* name(CellKind cell) {
+inline const CellInfo& info(CellKind cell) {
+  const int k = static_cast<int>(cell);
+  return k < kCellCount ? kCells[k] : registered_cells()[k - kCellCount];
+}
+
+inline UnitInfo unit_info(CellKind cell, const void* functions) {
+  const CellInfo& known = info(cell);
+  return {known.gates,   known.preacts, known.cells,  known.keeps_hidden,
+          known.vectors, known.masks,   known.groups, functions};
+}
+
+inline const char* name(CellKind cell) {
   return info(cell).name;
 }
 

@@ -41,6 +41,8 @@ struct Derivation {
   bool reached[Trace::kMaxSteps] = {};
   Reach h_reach = Reach::kNone, next_reach[kStates + 1] = {};
   Reach operand_reach[Trace::kMaxSteps][TraceStep::kMaxOperands] = {};
+  int levels = 0;
+  UnitGroup group[kMaxUnitGroups] = {};
 
   constexpr Derivation() {
     run_forward();
@@ -50,6 +52,7 @@ struct Derivation {
       for (int k = 0; k < step.count; ++k)
         active[i] |= active[step.operands[k]] && has_gradient(step.operation, k);
     }
+    find_levels();
     h_reach = reach(h);
     for (int k = 0; k < kStates; ++k) next_reach[k] = reach(next[k]);
     for (int i = trace.count - 1; i >= 0; --i)
@@ -76,6 +79,29 @@ struct Derivation {
     for (int k = 0; k < kStates; ++k) next[k] = k < Cell::kCells ? values[k].step_in(trace) : h;
   }
 
+  constexpr void find_levels() {
+    int level[Trace::kMaxSteps] = {};
+    for (int i = 0, known = 0; i < trace.count; ++i) {
+      const TraceStep& step = trace.steps[i];
+      if (step.operation != Operation::kNormalize) {
+        for (int k = 0; k < step.count; ++k)
+          level[i] = level[i] < level[step.operands[k]] ? level[step.operands[k]] : level[i];
+        continue;
+      }
+      UnitGroup& own = group[step.group];
+      for (int j = i; step.group == known && j < trace.count; ++j) {  // the first of its group
+        const TraceStep& other = trace.steps[j];
+        if (other.operation != Operation::kNormalize || other.group != known) continue;
+        const int needed = level[other.operands[0]];
+        own.level = own.level < needed ? needed : own.level;
+        ++own.count;
+      }
+      known = step.group + 1;
+      level[i] = own.level + 1;
+      levels = levels < level[i] ? level[i] : levels;
+    }
+  }
+
   constexpr Reach reach(int step) {
     if (!active[step]) return Reach::kNone;
     const Reach how = reached[step] ? Reach::kAdd : Reach::kAssign;
@@ -98,6 +124,9 @@ LSTM_FUSED_INLINE double scalar_of(double s) {
   return s;
 }
 
+template <class V>
+using ScalarOf = decltype(scalar_of(V{}));
+
 template <Reach how, class V>
 LSTM_FUSED_INLINE void contribute(V& sum, const V& d) {
   if constexpr (how == Reach::kAssign) sum = d;
@@ -113,12 +142,13 @@ using FirstNumbers = std::make_integer_sequence<int, count>;
 template <class Cell, class V>
 struct TraceRunner {
   using D = Derivation<Cell>;
-  using A = decltype(scalar_of(V{}));
+  using A = ScalarOf<V>;
   static constexpr const D& kD = kDerivation<Cell>;
   static constexpr int kSteps = kD.trace.count;
 
   V value[kSteps];
   V gradient[kSteps];
+  const A* statistics;  // of the groups that are normalized (unit.h)
 
   LSTM_FUSED_INLINE void put_inputs(const V* preact, const V* vector, const V* mask,
                                     const V* prev) {
@@ -132,7 +162,12 @@ struct TraceRunner {
   template <int i, int... k>
   LSTM_FUSED_INLINE void compute(Numbers<k...>) {
     constexpr TraceStep step = kD.trace.steps[i];
-    value[i] = Rule<step.operation>::value(value[step.operands[k]]...);
+    if constexpr (step.operation == Operation::kNormalize) {
+      const A* of_group = statistics + 4 * step.group;
+      value[i] = (value[step.operands[0]] - of_group[0]) * of_group[1];
+    } else {
+      value[i] = Rule<step.operation>::value(value[step.operands[k]]...);
+    }
   }
   // next: the states after the step where they are known, else null.
   template <bool known, int i>
@@ -160,7 +195,11 @@ struct TraceRunner {
   LSTM_FUSED_INLINE void propagate_to(Numbers<other...>) {
     constexpr TraceStep step = kD.trace.steps[i];
     constexpr Reach how = kD.operand_reach[i][k];
-    if constexpr (how != Reach::kNone)
+    if constexpr (step.operation == Operation::kNormalize) {
+      const A* of_group = statistics + 4 * step.group;
+      contribute<how>(gradient[step.operands[0]],
+                      of_group[1] * (gradient[i] - of_group[2] - value[i] * of_group[3]));
+    } else if constexpr (how != Reach::kNone)
       contribute<how>(gradient[step.operands[k]],
                       Rule<step.operation>::template gradient<k>(gradient[i], value[i],
                                                                  value[step.operands[other]]...));
@@ -196,8 +235,10 @@ struct TraceRunner {
 // preact (kPreacts), vector (kVectors), mask (kMasks), prev and next (kCells + kKeepsHidden) -> h.
 template <class Cell, class V>
 LSTM_FUSED_INLINE V described_forward(const V* preact, const V* vector, const V* mask,
-                                      const V* prev, V* next) {
+                                      const V* prev, V* next,
+                                      const ScalarOf<V>* statistics = nullptr) {
   TraceRunner<Cell, V> runner;
+  runner.statistics = statistics;
   runner.put_inputs(preact, vector, mask, prev);
   runner.template run<false>(nullptr);
   runner.take_next(FirstNumbers<Derivation<Cell>::kStates>(), next);
@@ -209,9 +250,11 @@ LSTM_FUSED_INLINE V described_forward(const V* preact, const V* vector, const V*
 template <class Cell, class V>
 LSTM_FUSED_INLINE V described_backward(const V* preact, const V* vector, const V* mask,
                                        const V* prev, const V* next, const V& dh, V* d_state,
-                                       V* d_preact, V* d_vector) {
+                                       V* d_preact, V* d_vector,
+                                       const ScalarOf<V>* statistics = nullptr) {
   using D = Derivation<Cell>;
   TraceRunner<Cell, V> runner;
+  runner.statistics = statistics;
   runner.put_inputs(preact, vector, mask, prev);
   runner.template run<true>(next);
   runner.run_backward(dh, d_state);
@@ -232,17 +275,30 @@ LSTM_FUSED_INLINE void store_values(A* to, int64_t stride, const V* from) {
     std::memcpy(to + k * stride, from + k, sizeof(V));
 }
 
+// The inputs of a unit's functions, loaded.
+template <class Cell, class V>
+struct UnitInputs {
+  using D = Derivation<Cell>;
+  static constexpr int64_t lanes = sizeof(V) / sizeof(ScalarOf<V>);
+  V preact[D::kPreacts], vector[D::kVectors + 1], mask[D::kMasks + 1], prev[D::kStates + 1];
+
+  template <class Unit>
+  LSTM_FUSED_INLINE UnitInputs(const Unit& unit, int64_t preacts_stride) {
+    load_values<D::kPreacts>(preact, unit.preacts, preacts_stride);
+    load_values<D::kVectors>(vector, unit.vectors, lanes);
+    load_values<D::kMasks>(mask, unit.masks, lanes);
+    load_values<D::kStates>(prev, unit.prev, unit.prev_stride);
+  }
+};
+
 template <class Cell, class V, class A>
 void unit_forward(const UnitForward<A>& unit) {
   using D = Derivation<Cell>;
   constexpr int64_t lanes = sizeof(V) / sizeof(A);
-  V preact[D::kPreacts], vector[D::kVectors + 1], mask[D::kMasks + 1];
-  V prev[D::kStates + 1], next[D::kStates + 1];
-  load_values<D::kPreacts>(preact, unit.preacts, lanes);
-  load_values<D::kVectors>(vector, unit.vectors, lanes);
-  load_values<D::kMasks>(mask, unit.masks, lanes);
-  load_values<D::kStates>(prev, unit.prev, unit.prev_stride);
-  const V h = described_forward<Cell>(preact, vector, mask, prev, next);
+  const UnitInputs<Cell, V> in(unit, lanes);
+  V next[D::kStates + 1];
+  const V h =
+      described_forward<Cell>(in.preact, in.vector, in.mask, in.prev, next, unit.statistics);
   store_values<D::kStates>(unit.next, unit.next_stride, next);
   store_values<1>(unit.h, lanes, &h);
 }
@@ -251,22 +307,95 @@ template <class Cell, class V, class A>
 void unit_backward(const UnitBackward<A>& unit) {
   using D = Derivation<Cell>;
   constexpr int64_t lanes = sizeof(V) / sizeof(A);
-  V preact[D::kPreacts], vector[D::kVectors + 1], mask[D::kMasks + 1], dh;
-  V prev[D::kStates + 1], next[D::kStates + 1], d_state[D::kStates + 1];
-  V d_preact[D::kPreacts], d_vector[D::kVectors + 1];
-  load_values<D::kPreacts>(preact, unit.preacts, unit.preacts_stride);
-  load_values<D::kVectors>(vector, unit.vectors, lanes);
-  load_values<D::kMasks>(mask, unit.masks, lanes);
-  load_values<D::kStates>(prev, unit.prev, unit.prev_stride);
+  const UnitInputs<Cell, V> in(unit, unit.preacts_stride);
+  V next[D::kStates + 1], d_state[D::kStates + 1], d_preact[D::kPreacts];
+  V d_vector[D::kVectors + 1], dh;
   load_values<D::kStates>(next, unit.next, unit.next_stride);
   load_values<1>(&dh, unit.dh, lanes);
   load_values<D::kStates>(d_state, unit.d_state, unit.d_state_stride);
-  const V h =
-      described_backward<Cell>(preact, vector, mask, prev, next, dh, d_state, d_preact, d_vector);
+  const V h = described_backward<Cell>(in.preact, in.vector, in.mask, in.prev, next, dh, d_state,
+                                       d_preact, d_vector, unit.statistics);
   store_values<D::kPreacts>(unit.d_preacts, lanes, d_preact);
   store_values<D::kVectors>(unit.d_vectors, lanes, d_vector);
   store_values<D::kStates>(unit.d_state, unit.d_state_stride, d_state);
   store_values<1>(unit.h, lanes, &h);
+}
+
+// UnitFunctions::values and sums of a level. What the level does not need is dead code.
+template <class Cell, int level, class V, class A>
+void unit_values(const UnitForward<A>& unit, A* to) {
+  constexpr int64_t lanes = sizeof(V) / sizeof(A);
+  constexpr const Derivation<Cell>& d = kDerivation<Cell>;
+  const UnitInputs<Cell, V> in(unit, lanes);
+  TraceRunner<Cell, V> runner;
+  runner.statistics = unit.statistics;
+  runner.put_inputs(in.preact, in.vector, in.mask, in.prev);
+  runner.template run<false>(nullptr);
+  const auto put = [&]<int i>() {
+    constexpr TraceStep step = d.trace.steps[i];
+    if constexpr (step.operation == Operation::kNormalize) {
+      if constexpr (d.group[step.group].level == level) {
+        store_values<1>(to, lanes, &runner.value[step.operands[0]]);
+        to += lanes;
+      }
+    }
+  };
+  [&]<int... i>(Numbers<i...>) {
+    (put.template operator()<i>(), ...);
+  }(FirstNumbers<d.trace.count>());
+}
+
+template <class Cell, int level, class V, class A>
+void unit_sums(const UnitBackward<A>& unit, A* to) {
+  using D = Derivation<Cell>;
+  constexpr int64_t lanes = sizeof(V) / sizeof(A);
+  constexpr const D& d = kDerivation<Cell>;
+  const UnitInputs<Cell, V> in(unit, unit.preacts_stride);
+  V next[D::kStates + 1], d_state[D::kStates + 1], dh;
+  load_values<D::kStates>(next, unit.next, unit.next_stride);
+  load_values<1>(&dh, unit.dh, lanes);
+  load_values<D::kStates>(d_state, unit.d_state, unit.d_state_stride);
+  TraceRunner<Cell, V> runner;
+  runner.statistics = unit.statistics;
+  runner.put_inputs(in.preact, in.vector, in.mask, in.prev);
+  runner.template run<true>(next);
+  runner.run_backward(dh, d_state);
+  V sums[kMaxUnitGroups][2] = {};
+  const auto add = [&]<int i>() {
+    constexpr TraceStep step = d.trace.steps[i];
+    if constexpr (step.operation == Operation::kNormalize) {
+      sums[step.group][0] += runner.gradient[i];
+      sums[step.group][1] += runner.gradient[i] * runner.value[i];
+    }
+  };
+  [&]<int... i>(Numbers<i...>) {
+    (add.template operator()<i>(), ...);
+  }(FirstNumbers<d.trace.count>());
+  for (int g = 0; g < d.trace.groups; ++g) {
+    if (d.group[g].level != level) continue;
+    store_values<2>(to, lanes, sums[g]);
+    to += 2 * lanes;
+  }
+}
+
+template <class Cell, class V, class A>
+constexpr UnitFunctions<A> unit_functions() {
+  constexpr const Derivation<Cell>& d = kDerivation<Cell>;
+  UnitFunctions<A> found = {unit_forward<Cell, V, A>, unit_backward<Cell, V, A>};
+  found.groups = d.trace.groups;
+  found.levels = d.levels;
+  for (int g = 0; g < d.trace.groups; ++g) found.group[g] = d.group[g];
+  const auto put = [&]<int level>() {
+    if constexpr (level < d.levels) {
+      found.values[level] = unit_values<Cell, level, V, A>;
+      found.sums[level] = unit_sums<Cell, level, V, A>;
+    }
+  };
+  static_assert(kMaxUnitGroups == 3);
+  put.template operator()<0>();
+  put.template operator()<1>();
+  put.template operator()<2>();
+  return found;
 }
 
 }  // namespace

@@ -45,5 +45,20 @@ struct DescribedCell {
   static constexpr int kMasks = 0;
 };
 
+// How often forward normalizes.
+template <class Cell>
+constexpr int groups_of() {
+  constexpr int kStates = Cell::kCells + Cell::kKeepsHidden;
+  constexpr int kFirst[] = {Cell::kPreacts, Cell::kPreacts + Cell::kVectors,
+                            Cell::kPreacts + Cell::kVectors + Cell::kMasks};
+  Trace trace;
+  Traced inputs[kFirst[2] + kStates], next[kStates + 1];
+  for (Traced& input : inputs) input = Traced(&trace, trace.add({}));
+  const Traced* all = inputs;
+  Cell::forward(all, all + kFirst[0], all + kFirst[1], all + kFirst[2],
+                static_cast<Traced*>(next));
+  return trace.groups;
+}
+
 }  // namespace
 }  // namespace lstm_fused

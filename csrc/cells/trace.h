@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../compiler.h"
+#include "unit.h"
 
 namespace lstm_fused {
 namespace {
@@ -30,6 +31,7 @@ enum class Operation : uint8_t {
   kMin,
   kClip,
   kIfLess,
+  kNormalize,
 };
 
 struct TraceStep {
@@ -38,12 +40,14 @@ struct TraceStep {
   int operands[kMaxOperands] = {};  // numbers of earlier steps
   int count = 0;                    // of operands
   double constant = 0;
+  int group = 0;  // of kNormalize: those that share a mean
 };
 
 struct Trace {
   static constexpr int kMaxSteps = 512;
   TraceStep steps[kMaxSteps] = {};
   int count = 0;
+  int groups = 0;
 
   constexpr int add(const TraceStep& step) {
     if (count == kMaxSteps) throw "this cell has more operations than Trace::kMaxSteps";
@@ -76,6 +80,25 @@ class Traced {
     step.operation = operation;
     ((step.operands[step.count++] = operands.step_in(*trace)), ...);
     return {trace, trace->add(step)};
+  }
+
+  // As one more group.
+  template <int count>
+  static constexpr void normalize(const Traced (&values)[count], Traced (&to)[count]) {
+    Trace* trace = nullptr;
+    for (const Traced& value : values) trace = value.trace_ ? value.trace_ : trace;
+    if (!trace) throw "normalize of constants alone";
+    if (trace->groups == kMaxUnitGroups) throw "this cell normalizes more than kMaxUnitGroups times";
+    int steps[count] = {};
+    for (int k = 0; k < count; ++k) steps[k] = values[k].step_in(*trace);
+    for (int k = 0; k < count; ++k) {
+      TraceStep step;
+      step.operation = Operation::kNormalize;
+      step.operands[step.count++] = steps[k];
+      step.group = trace->groups;
+      to[k] = {trace, trace->add(step)};
+    }
+    ++trace->groups;
   }
 
   constexpr bool is_constant() const { return !trace_; }
@@ -151,6 +174,12 @@ constexpr Traced min(const Traced& a, const Traced& b) {
 // x in [-bound, bound]; the bound may be infinite.
 constexpr Traced clip(const Traced& x, const Traced& bound) {
   return Traced::record(Operation::kClip, x, bound);
+}
+// Layer normalisation: of all units of a row, `count` values each, every value less their mean and
+// divided by their standard deviation, sqrt(variance + epsilon). The cell's last vector is epsilon.
+template <int count>
+constexpr void normalize(const Traced (&values)[count], Traced (&to)[count]) {
+  Traced::normalize(values, to);
 }
 // a < b ? x : y
 constexpr Traced if_less(const Traced& a, const Traced& b, const Traced& x, const Traced& y) {

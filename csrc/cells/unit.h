@@ -10,6 +10,13 @@
 
 namespace lstm_fused {
 
+// Of normalize() (trace.h): values of each unit that share a mean. A group of level k needs those of
+// lower levels.
+inline constexpr int kMaxUnitGroups = 3;
+struct UnitGroup {
+  int level, count;
+};
+
 template <class A>
 struct UnitForward {
   const A *preacts, *vectors, *masks;  // (kPreacts, lanes), (kVectors, lanes), (kMasks, lanes)
@@ -18,6 +25,9 @@ struct UnitForward {
   A* next;  // as prev; may be prev itself
   int64_t next_stride;
   A* h;  // (lanes,)
+  // (groups, 4): the mean, 1 / the standard deviation; in backward also the means of d and of d *
+  // value, where value is normalized and d its gradient.
+  const A* statistics;
 };
 
 template <class A>
@@ -35,12 +45,19 @@ struct UnitBackward {
   int64_t d_state_stride;
   A *d_preacts, *d_vectors;  // out
   A* h;                      // out: h again, not rounded
+  const A* statistics;
 };
 
 template <class A>
 struct UnitFunctions {
   void (*forward)(const UnitForward<A>&);
   void (*backward)(const UnitBackward<A>&);
+  int groups, levels;
+  UnitGroup group[kMaxUnitGroups];
+  // For each level: the values of its groups (count, lanes), one group after the other; and of each
+  // group the sums of d and of d * value over its values, (2, lanes). They write nothing else.
+  void (*values[kMaxUnitGroups])(const UnitForward<A>&, A* to);
+  void (*sums[kMaxUnitGroups])(const UnitBackward<A>&, A* to);
 };
 
 }  // namespace lstm_fused

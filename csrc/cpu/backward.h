@@ -16,8 +16,8 @@ struct BackwardSteps {
   using A = typename K::A;
   using E = typename K::E;
   using V = typename K::V;
-  static constexpr int G = K::G, P = K::P, lanes = K::lanes;
-  static constexpr bool kCarries = K::kCarries;
+  static constexpr int kMaxPreacts = K::kMaxPreacts, lanes = K::lanes;
+  static constexpr bool kCarries = K::kCarries, kReadsInPlace = K::kReadsInPlace;
 
   const K& k;
   const int worker;
@@ -26,6 +26,7 @@ struct BackwardSteps {
   const Range units;    // vectors of hidden units: the cell's backward step
   const Range hiddens;  // vectors of the recurrent state: columns of W_hh
   Barrier& barrier;
+  RowSums<A> sums;
   int d = 0;
 
   // Bias gradients are summed over so many rows at a time, and these sums are summed: one chain of
@@ -43,7 +44,8 @@ struct BackwardSteps {
         group(k.p.size.steps, k.plan, place.row_group),
         units(vector_slice<A>(k.H, k.plan.unit_groups, place.unit_group)),
         hiddens(vector_slice<A>(k.R, k.plan.unit_groups, place.unit_group)),
-        barrier(k.barriers[place.direction_group * k.plan.row_groups + place.row_group]) {}
+        barrier(k.barriers[place.direction_group * k.plan.row_groups + place.row_group]),
+        sums(k.statistics, place, i, k.plan.unit_groups, barrier) {}
 
   void run() {
     const int first = k.p.size.first_direction() + place.direction_group;
@@ -67,8 +69,13 @@ struct BackwardSteps {
     const Weights& w = k.p.weights[d];
     if (k.packed_hh) {
       const Panels<M> hh = k.hidden_panels(d, place.unit_group);
-      pack_gate_rows<G>(hh, split(hh.depth, k.plan.row_groups, place.row_group), Cell::hidden_gate,
-                        static_cast<const S*>(w.w_hh), k.H, k.R);
+      const Range steps = split(hh.depth, k.plan.row_groups, place.row_group);
+      const S* w_hh = static_cast<const S*>(w.w_hh);
+      if (k.head_rows)
+        pack_head_rows(hh, steps, k.hidden_gates(), w_hh, k.p.size.K, k.R,
+                          k.head_rows + worker * M::kPair * k.R);
+      else
+        pack_gate_rows(hh, steps, k.hidden_gates(), w_hh, k.H, k.R);
     }
     if (k.projection && place.row_group == 0) {
       const Panels<M> hr = k.projection_panels(d, place.unit_group);
@@ -77,11 +84,18 @@ struct BackwardSteps {
           return r < k.R ? static_cast<const S*>(w.w_hr) + r * k.H : nullptr;
         });
     }
+    if constexpr (kIsAny<Cell>) {
+      if (place.row_group == 0)
+        load_unit_vectors<S, A>(k.p.size, w.vectors, k.p.unit->vectors, units,
+                                k.unit_vectors_of(d, 0));
+    }
     for (int64_t i = place.unit_group; i < group.count; i += k.plan.unit_groups) {
       const int64_t n = group.row(i);
-      if constexpr (kCarries) prepare_carried(n);
+      if constexpr (kCarries)
+        for (int c = 0; c < k.carried(); ++c) prepare_carried(n, c);
       if (k.dh_reset && !k.p.continued) clear(k.dh_reset + (d * k.N + n) * k.Rp, k.Rp);
-      if (k.dc_reset && !k.p.continued) clear(k.dc_reset + (d * k.N + n) * k.Hp, k.Hp);
+      const int64_t all = k.cells() * k.Hp;
+      if (k.dc_reset && !k.p.continued) clear(k.dc_reset + (d * k.N + n) * all, all);
       if (k.resumed)
         for (int64_t u = 0; u < k.R; u += lanes)
           store_first(k.resumed + (d * k.N + n) * k.R + u,
@@ -93,22 +107,25 @@ struct BackwardSteps {
     for (int64_t i = 0; i < width; i += lanes) store(row + i, V{});
   }
 
-  void prepare_carried(int64_t n) const {
-    const bool own = Cell::kCarry == Carry::kCell;
+  // Carried state c of row n.
+  void prepare_carried(int64_t n, int c) const {
+    const bool own = c < k.cells();
     const auto stage = [&](A* to, const void* states, int64_t row) {
       const bool given = states && row >= 0;
-      stage_row(to, given ? static_cast<const S*>(states) + row * k.H : nullptr, given ? k.H : 0,
-                k.Hp);
+      const int64_t at = own ? (row * k.cells() + c) * k.H : row * k.H;
+      stage_row(to, given ? static_cast<const S*>(states) + at : nullptr, given ? k.H : 0, k.Hp);
     };
     const void* c0 = own ? k.p.c0 : k.p.h0;
     if (k.p.resume)
-      stage_row(k.carried0(d, n, false), k.checkpoint(d, n) + (own ? k.R : 0), k.H, k.Hp);
+      stage_row(k.carried0(d, n, false, c), k.checkpoint(d, n) + k.carried_at(c), k.H, k.Hp);
     else
-      stage(k.carried0(d, n, false), c0, k.p.size.initial_row(d, n, false));
-    if (k.p.size.steps.resets) stage(k.carried0(d, n, true), c0, k.p.size.initial_row(d, n, true));
-    A* dc = k.dc + (d * k.N + n) * k.Hp;
+      stage(k.carried0(d, n, false, c), c0, k.p.size.initial_row(d, n, false));
+    if (k.p.size.steps.resets)
+      stage(k.carried0(d, n, true, c), c0, k.p.size.initial_row(d, n, true));
+    A* dc = k.carried_gradients(d, n, c);
     if (k.p.d_after)
-      stage_row(dc, static_cast<const A*>(k.p.d_after) + k.between(d, n) + k.R, k.H, k.Hp);
+      stage_row(dc, static_cast<const A*>(k.p.d_after) + k.between(d, n) + k.R + c * k.H, k.H,
+                k.Hp);
     else
       stage(dc, own ? k.p.dc_n : nullptr, k.p.size.final_row(d, n));
   }
@@ -118,7 +135,7 @@ struct BackwardSteps {
   void keep_bias_sums() {
     for (int64_t v = units.begin; v < units.end; ++v) {
       const int64_t block = v * lanes / kBlock, lane = v * lanes % kBlock;
-      for (int j = 0; j < P; ++j) {
+      for (int j = 0; j < k.sums_of_unit; ++j) {
         A* recent_sum = bias_sums(false, block) + j * kBlock + lane;
         A* sum = bias_sums(true, block) + j * kBlock + lane;
         store(sum, load<V>(sum) + load<V>(recent_sum));
@@ -129,7 +146,7 @@ struct BackwardSteps {
 
   // Rows [0, carried) receive a gradient through W_hh; those past `active` end here, in dh0. Rows
   // [carried, active) start here, from dh_n.
-  void run_step(int64_t step, int64_t carried, int64_t active) const {
+  void run_step(int64_t step, int64_t carried, int64_t active) {
     const Panels<M> panels = k.hidden_panels(d, place.unit_group);
     if (k.in_place && carried > 0) multiply_rows_in_place(step, carried);
     if (k.p.size.cell_states && k.p.dy) add_cell_gradients(step, active);
@@ -153,6 +170,9 @@ struct BackwardSteps {
       barrier.wait();
       through_projection(step, active);
     }
+    if constexpr (kIsAny<Cell>) {
+      if (k.normalizes()) normalize(step, active);
+    }
     if (k.p.size.steps.resets && kCarries) cut_carried(step, active);
     barrier.wait();
   }
@@ -162,7 +182,7 @@ struct BackwardSteps {
 
   // All rows of a step with this thread's columns of W_hh, into the row sums.
   void multiply_rows_in_place(int64_t step, int64_t count) const {
-    if constexpr (Same<E, A>::value) {
+    if constexpr (kReadsInPlace) {
       const int64_t t = k.time(d, step - 1);
       const Range columns{hiddens.begin * lanes, min64(hiddens.end * lanes, k.R)};
       for (int64_t first = 0; first < count; first += kInPlaceRows) {
@@ -171,7 +191,7 @@ struct BackwardSteps {
         for (int r = 0; r < here; ++r)
           rows[r] = k.hidden_preact_gradients(d, 0, row_of(t, first + r));
         with_constant<kInPlaceRows>(here, [&](auto n) {
-          multiply_in_place<G, decltype(n)::value>(rows, k.S_rows * P * kBlock, Cell::hidden_gate,
+          multiply_in_place<Cell::kGates, decltype(n)::value>(rows, k.S_rows * k.P * kBlock, Cell::hidden_gate,
                                                    static_cast<const S*>(k.p.weights[d].w_hh), k.H,
                                                    k.R, columns, k.row_sums_of(worker), first,
                                                    false);
@@ -182,6 +202,9 @@ struct BackwardSteps {
 
   void product(const Panels<M>& panels, int64_t panel, int64_t step, int64_t first, int n,
                bool ended, A* out) const {
+    if constexpr (kIsAny<Cell>) {
+      if (!k.recurs) return clear(out, kMaxRows * kMaxCols * lanes);
+    }
     if (k.in_place) {
       const InPlaceSums<A> sums = k.row_sums_of(worker);
       for (int r = 0; r < n; ++r)
@@ -191,7 +214,8 @@ struct BackwardSteps {
       return;
     }
     const int64_t t = k.time(d, step - 1);
-    GateProduct<G, M> tile(k, panels, panel, {0, k.Hb});
+    const Range blocks = k.blocks_of(panels, panel);
+    GateProduct<M> tile(k, panels, panel, blocks);
     Lines lines;
     if (!ended && !k.projection)
       tile.first().prefetch = prefetch_lines(panels, panel, step, first, n, lines);
@@ -203,7 +227,7 @@ struct BackwardSteps {
 
   // The cache lines that `cell` touches for a tile of the recurrent state. Backward touches each
   // once, long after forward wrote it, so that no cache holds it.
-  using Lines = const void * [kMaxRows * kMaxCols * (2 * P + 2)];
+  using Lines = const void * [kMaxRows * kMaxCols * (2 * kMaxPreacts + 2)];
   Prefetch prefetch_lines(const Panels<M>& panels, int64_t panel, int64_t step, int64_t first,
                           int n, Lines& lines) const {
     const int64_t t = k.time(d, step);
@@ -214,7 +238,7 @@ struct BackwardSteps {
       for (int r = 0; r < n; ++r) {
         const int64_t row = group.row(first + r);
         const int64_t s = k.p.size.steps.row(t, row);
-        for (int j = 0; j < P; ++j) {
+        for (int j = 0; j < k.P; ++j) {
           lines[count++] = k.saved_gates(d, block, s) + j * kBlock + lane;
           lines[count++] = k.preact_gradients(d, block, s) + j * kBlock + lane;
         }
@@ -270,8 +294,8 @@ struct BackwardSteps {
 
   void put_initial(int64_t row, int64_t u, V dh) const {
     // A carried h enters the first step twice: in the product and in the cell.
-    if (Cell::kCarry == Carry::kHidden && !k.p.d_before)
-      dh += load<V>(k.dc + (d * k.N + row) * k.Hp + u);
+    if (k.keeps_hidden() && !k.p.d_before)
+      dh += load<V>(k.carried_gradients(d, row, k.cells()) + u);
     if (k.p.size.steps.resets) dh = within_boundaries(d == 0 ? -1 : k.T, row, u, dh);
     if (k.p.d_before)
       store_first(static_cast<A*>(k.p.d_before) + k.between(d, row) + u, dh, k.R - u);
@@ -288,15 +312,18 @@ struct BackwardSteps {
 
   // The same for the carried states before a step.
   LSTM_FUSED_COLD void cut_carried(int64_t step, int64_t active) const {
-    const bool own = Cell::kCarry == Carry::kCell;
     for (int64_t i = 0; i < active; ++i) {
       const int64_t n = group.row(i);
       if (!k.p.size.steps.begins_anew(d, k.time(d, step), n)) continue;
-      for (int64_t u = units.begin * lanes; u < units.end * lanes; u += lanes) {
-        A* dc = k.dc + (d * k.N + n) * k.Hp + u;
-        add_to_reset(own ? k.dc_reset : k.dh_reset, own ? k.Hp : k.Rp, n, u, load<V>(dc));
-        store(dc, V{});
-      }
+      for (int c = 0; c < k.carried(); ++c)
+        for (int64_t u = units.begin * lanes; u < units.end * lanes; u += lanes) {
+          A* dc = k.carried_gradients(d, n, c) + u;
+          if (c < k.cells())
+            add_to_reset(k.dc_reset, k.cells() * k.Hp, n, c * k.Hp + u, load<V>(dc));
+          else
+            add_to_reset(k.dh_reset, k.Rp, n, u, load<V>(dc));
+          store(dc, V{});
+        }
     }
   }
 
@@ -304,10 +331,12 @@ struct BackwardSteps {
   LSTM_FUSED_COLD void add_cell_gradients(int64_t step, int64_t active) const {
     for (int64_t i = 0; i < active; ++i) {
       const int64_t s = row_of(k.time(d, step), i);
-      const S* from = static_cast<const S*>(k.p.dy) + k.p.size.cell_at(d, s);
-      A* dc = k.dc + (d * k.N + group.row(i)) * k.Hp;
-      for (int64_t u = units.begin * lanes; u < units.end * lanes; u += lanes)
-        store(dc + u, load<V>(dc + u) + load_first<V>(from + u, k.H - u));
+      for (int c = 0; c < k.cells(); ++c) {
+        const S* from = static_cast<const S*>(k.p.dy) + k.p.size.cell_at(d, s) + c * k.H;
+        A* dc = k.carried_gradients(d, group.row(i), c);
+        for (int64_t u = units.begin * lanes; u < units.end * lanes; u += lanes)
+          store(dc + u, load<V>(dc + u) + load_first<V>(from + u, k.H - u));
+      }
     }
   }
 
@@ -324,6 +353,10 @@ struct BackwardSteps {
     const int64_t at = k.p.size.initial_row(d, row, reset) * width + u;
     store_first(static_cast<S*>(states) + at, v, width - u);
   }
+  void put_cell(int64_t row, bool reset, int c, int64_t u, const V& v) const {
+    const int64_t at = (k.p.size.initial_row(d, row, reset) * k.cells() + c) * k.H + u;
+    store_first(static_cast<S*>(k.p.dc0) + at, v, k.H - u);
+  }
 
   const S* output_gradient_at(int64_t s, int64_t u) const {
     return static_cast<const S*>(k.p.dy) + k.p.size.hidden_at(d, s) + u;
@@ -339,25 +372,124 @@ struct BackwardSteps {
     return k.saved_state(d, u / kBlock, k.p.size.steps.row(before, n)) + u % kBlock;
   }
 
+  // What the functions of a described cell are given for one vector of units, and their results.
+  struct Described {
+    A masks[kMaxUnitValues * lanes], d_vectors[kMaxUnitValues * lanes];
+    A dh[lanes], h[lanes], d_preacts[kMaxPreacts * lanes];
+  };
+  UnitBackward<A> unit_at(int64_t t, int64_t n, int64_t s, int64_t vec, const V& dh, Described& own,
+                          const A* statistics) const {
+    const int64_t u = vec * lanes, block = u / kBlock, lane = u % kBlock;
+    load_masks<S, A>(k.p.size, k.p.weights[d].masks, k.p.unit->masks, t, n, u, own.masks);
+    store(own.dh, dh);
+    const bool first = k.p.size.steps.before(d, t, n) < 0;
+    return {k.saved_gates(d, block, s) + lane,
+            kBlock,
+            k.unit_vectors_of(d, vec),
+            own.masks,
+            carried_into(t, n, u),
+            first ? k.Hp : kBlock,
+            k.saved_state(d, block, s) + lane,
+            kBlock,
+            own.dh,
+            k.carried_gradients(d, n) + u,
+            k.Hp,
+            own.d_preacts,
+            own.d_vectors,
+            own.h,
+            statistics};
+  }
+
+  void described(int64_t t, int64_t n, int64_t s, int64_t vec, const V& dh, const A* statistics,
+                 V& h, V (&d_preact)[kMaxPreacts]) const {
+    const int64_t u = vec * lanes;
+    Described own;
+    k.unit().backward(unit_at(t, n, s, vec, dh, own, statistics));
+    h = load<V>(own.h);
+    for (int j = 0; j < k.P; ++j)
+      d_preact[j] = load<V>(own.d_preacts + j * lanes);
+    A* sums = bias_sums(false, u / kBlock) + k.P * kBlock + u % kBlock;
+    for (int j = 0; j < k.p.unit->vectors; ++j, sums += kBlock)
+      store(sums, load<V>(sums) + load<V>(own.d_vectors + j * lanes));
+  }
+
+  // The backward pass of a step of a cell that normalizes, whose gradients of h are known: the sums
+  // that a level's gradients need, from the last level on, then the gradients.
+  LSTM_FUSED_COLD void normalize(int64_t step, int64_t active) {
+    const UnitFunctions<A>& unit = k.unit();
+    const int64_t t = k.time(d, step);
+    for (int64_t i = 0; i < active; ++i)
+      for (int g = 0; g < unit.groups; ++g) {
+        const A* saved = k.saved_state(d, 0, row_of(t, i)) + (k.carried() + g) * kBlock;
+        for (int j = 0; j < 2; ++j) sums.statistics(i)[4 * g + j] = saved[j];
+      }
+    for (int level = unit.levels - 1; level >= 0; --level)
+      sums.run(
+          unit, level, active, [&](int64_t i, double* to) { add_sums(t, level, i, to); },
+          [&](int64_t i, int g, const auto& of) {
+            for (int j = 0; j < 2; ++j) {
+              double sum = 0;
+              for (int from = 0; from < k.plan.unit_groups; ++from) sum += of(from)[j];
+              sums.statistics(i)[4 * g + 2 + j] =
+                  static_cast<A>(sum / static_cast<double>(unit.group[g].count * k.H));
+            }
+          });
+    for (int64_t i = 0; i < active; ++i) {
+      const int64_t n = group.row(i);
+      for (int64_t vec = units.begin; vec < units.end; ++vec)
+        finish_cell(t, n, row_of(t, i), vec, load<V>(k.dh + (d * k.N + n) * k.Hp + vec * lanes),
+                    sums.statistics(i));
+    }
+  }
+
+  void add_sums(int64_t t, int level, int64_t i, double* to) const {
+    const UnitFunctions<A>& unit = k.unit();
+    const int64_t n = group.row(i);
+    V all[2 * kMaxUnitGroups] = {};
+    for (int64_t vec = units.begin; vec < units.end; ++vec) {
+      Described own;
+      A both[2 * kMaxUnitGroups * lanes];
+      const V dh = load<V>(k.dh + (d * k.N + n) * k.Hp + vec * lanes);
+      unit.sums[level](unit_at(t, n, row_of(t, i), vec, dh, own, sums.statistics(i)), both);
+      for (int j = 0, g = 0; g < unit.groups; ++g)
+        for (int s = 0; s < 2 && unit.group[g].level == level; ++s, ++j)
+          all[j] += keep_first(load<V>(both + j * lanes), k.H - vec * lanes);
+    }
+    for (int j = 0; j < 2 * unit.groups; ++j) to[j] = sums.sum(all[j]);
+  }
+
   void cell(int64_t t, int64_t n, int64_t s, int64_t vec, const V& dh) const {
+    if constexpr (kIsAny<Cell>) {
+      if (k.normalizes()) return store(k.dh + (d * k.N + n) * k.Hp + vec * lanes, dh);
+    }
+    finish_cell(t, n, s, vec, dh, nullptr);
+  }
+
+  LSTM_FUSED_INLINE void finish_cell(int64_t t, int64_t n, int64_t s, int64_t vec, const V& dh,
+                                     [[maybe_unused]] const A* statistics) const {
     const int64_t u = vec * lanes;
     const int64_t block = u / kBlock, lane = u % kBlock;
-    V saved[P], d_preact[P];
-    const A* from = k.saved_gates(d, block, s) + lane;
-    LSTM_FUSED_UNROLLED_FOR (int j = 0; j < P; ++j) saved[j] = load<V>(from + j * kBlock);
-    V c_prev = {}, c = {}, dc = {};
-    if constexpr (kCarries) {
-      c_prev = load<V>(carried_into(t, n, u));
-      c = load<V>(k.saved_state(d, block, s) + lane);
-      dc = load<V>(k.dc + (d * k.N + n) * k.Hp + u);
+    V h, d_preact[kMaxPreacts];
+    if constexpr (kIsAny<Cell>) {
+      described(t, n, s, vec, dh, statistics, h, d_preact);
+    } else {
+      V saved[kMaxPreacts];
+      const A* from = k.saved_gates(d, block, s) + lane;
+      LSTM_FUSED_UNROLLED_FOR (int j = 0; j < kMaxPreacts; ++j) saved[j] = load<V>(from + j * kBlock);
+      V c_prev = {}, c = {}, dc = {};
+      if constexpr (kCarries) {
+        c_prev = load<V>(carried_into(t, n, u));
+        c = load<V>(k.saved_state(d, block, s) + lane);
+        dc = load<V>(k.carried_gradients(d, n) + u);
+      }
+      h = Cell::backward(saved, c_prev, c, dh, dc, d_preact);
+      if constexpr (kCarries) store(k.carried_gradients(d, n) + u, dc);
     }
-    const V h = Cell::backward(saved, c_prev, c, dh, dc, d_preact);
     if (k.H - u < lanes)
-      for (int j = 0; j < P; ++j) d_preact[j] = keep_first(d_preact[j], k.H - u);
-    if constexpr (kCarries) store(k.dc + (d * k.N + n) * k.Hp + u, dc);
+      for (int j = 0; j < k.P; ++j) d_preact[j] = keep_first(d_preact[j], k.H - u);
     E* to = k.preact_gradients(d, block, s) + lane;
     A* sums = bias_sums(false, block) + lane;
-    LSTM_FUSED_UNROLLED_FOR (int j = 0; j < P; ++j) {
+    LSTM_FUSED_UNROLLED_FOR (int j = 0; j < k.P; ++j) {
       store(to + j * kBlock, d_preact[j]);
       store(sums + j * kBlock, load<V>(sums + j * kBlock) + d_preact[j]);
     }
@@ -393,7 +525,6 @@ struct BackwardSteps {
   }
 
   void finish_states() const {
-    const bool own = Cell::kCarry == Carry::kCell;
     for (int64_t i = 0; i < group.count; ++i) {
       const int64_t n = group.row(i), at = d * k.N + n;
       const auto each_vector = [&](Range vectors, const auto& f) {
@@ -402,23 +533,25 @@ struct BackwardSteps {
       // A document without a step keeps its initial state.
       if (k.p.dh0 && n >= k.p.size.steps.active(0))
         each_vector(hiddens, [&](int64_t u) { put_state(k.p.dh0, n, false, k.R, u, final(n, u)); });
-      if (kCarries && k.p.d_before)
-        each_vector(units, [&](int64_t u) {
-          store_first(static_cast<A*>(k.p.d_before) + k.between(d, n) + k.R + u,
-                      load<V>(k.dc + at * k.Hp + u), k.H - u);
-        });
-      else if (own && k.p.dc0)
-        each_vector(units, [&](int64_t u) {
-          put_state(k.p.dc0, n, false, k.H, u, load<V>(k.dc + at * k.Hp + u));
-        });
+      if constexpr (kCarries) {
+        for (int c = 0; c < k.carried(); ++c)
+          each_vector(units, [&](int64_t u) {
+            const V dc = load<V>(k.carried_gradients(d, n, c) + u);
+            if (k.p.d_before)
+              store_first(static_cast<A*>(k.p.d_before) + k.between(d, n) + k.R + c * k.H + u, dc,
+                          k.H - u);
+            else if (c < k.cells() && k.p.dc0)
+              put_cell(n, false, c, u, dc);
+          });
+      }
       if (k.p.unfinished) continue;
       if (k.dh_reset)
         each_vector(hiddens, [&](int64_t u) {
           put_state(k.p.dh0, n, true, k.R, u, load<V>(k.dh_reset + at * k.Rp + u));
         });
-      if (own && k.dc_reset)
+      for (int c = 0; k.dc_reset && c < k.cells(); ++c)
         each_vector(units, [&](int64_t u) {
-          put_state(k.p.dc0, n, true, k.H, u, load<V>(k.dc_reset + at * k.Hp + u));
+          put_cell(n, true, c, u, load<V>(k.dc_reset + (at * k.cells() + c) * k.Hp + u));
         });
     }
   }

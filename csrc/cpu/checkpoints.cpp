@@ -51,15 +51,17 @@ class Checkpoints {
     const int64_t lanes = size_.D * size_.blocks() * rows * kBlock;
     const int64_t states = size_.D * size_.steps.N;
     const CellInfo& cell = info(problem_.cell);
+    const int64_t carried = cell.carried() * size_.H;
     const auto take = [&](int64_t bytes) -> void* { return arena.take<char>(bytes); };
     gates_ = take(lanes * cell.preacts * computed_);
-    saved_states_ = cell.carry == Carry::kNone ? nullptr : take(lanes * computed_);
+    saved_states_ = cell.saved() == 0 ? nullptr : take(lanes * cell.saved() * computed_);
     y_ = take(rows * size_.D * size_.R * stored_);
     h_n_ = take(states * size_.R * stored_);
-    c_n_ = cell.carry == Carry::kCell ? take(states * size_.H * stored_) : nullptr;
-    for (void*& ends : between_) ends = take(states * (size_.R + size_.H) * computed_);
+    c_n_ = cell.cells > 0 ? take(states * size_.cell_width() * stored_) : nullptr;
+    for (void*& ends : between_) ends = take(states * (size_.R + carried) * computed_);
     BackwardParams params = p_;
     params.lasting = &params;  // asked for: there is none yet
+    params.unit = kernels_[1]->unit;
     lasting_ = take(kernels_[1]->backward_lasting(params, plans_[1]));
   }
 
@@ -70,6 +72,9 @@ class Checkpoints {
     const int64_t end = std::min(begin + every, all.T), row = begin * all.N;
     BackwardParams p = p_;
     p.checkpoints = nullptr;
+    p.unit = kernels_[1]->unit;
+    const int64_t mask_bytes = info(problem_.cell).masks * size_.H * stored_;
+    for (Weights& w : p.weights) w.masks = forward_by(w.masks, row * mask_bytes);
     p.size.only = d + 1;
     p.size.steps.T = end - begin;
     p.size.steps.resets = all.resets ? all.resets + row : nullptr;
@@ -78,7 +83,7 @@ class Checkpoints {
     const int64_t before = d == 0 ? part - 1 : part;  // the checkpoint where the part begins
     if (before >= 0 && before < count - 1)
       p.resume = forward_by(p_.checkpoints, before * size_.D * all.N *
-                                                checkpoint_width(problem_.cell, size_) * computed_);
+                                                size_.checkpoint_width() * computed_);
     ForwardParams f{};
     f.size = p.size;
     f.size.cell_states = false;
@@ -87,6 +92,7 @@ class Checkpoints {
     f.c0 = p.c0;
     f.weights[0] = p.weights[0];
     f.weights[1] = p.weights[1];
+    f.unit = kernels_[0]->unit;
     f.resume = p.resume;
     f.y = y_;
     f.h_n = h_n_;

@@ -7,6 +7,7 @@
 
 #include "forward_state.h"
 #include "pack.h"
+#include "row_statistics.h"
 #include "team.h"
 
 namespace lstm_fused {
@@ -15,16 +16,20 @@ namespace {
 template <class Cell, class S, class M>
 struct PersistentForward : ForwardState<Cell, S, M> {
   using Base = ForwardState<Cell, S, M>;
-  using Base::G, Base::P, Base::lanes, Base::p, Base::T, Base::N, Base::I, Base::H, Base::R;
+  using Base::G, Base::P, Base::kMaxPreacts, Base::lanes, Base::p, Base::T, Base::N, Base::I,
+      Base::H, Base::R;
   using typename Base::A;
   using typename Base::E;
   using typename Base::V;
-  static_assert(G <= kMaxCols, "a register tile holds all gates of a unit");
-  // Vectors of units in a tile: a cell of one pre-activation needs four for a tile's four columns.
-  static constexpr int kTileVectors = P == 1 ? kMaxCols : 1;
+  static_assert(Cell::kGates <= kMaxCols, "a register tile holds all gates of a unit");
+  // Whether a tile's sums go through memory: of cells of one pre-activation, and of described ones.
+  static constexpr bool kThroughMemory = Cell::kPreacts == 1 || kIsAny<Cell>;
   static constexpr int kTileSize = kMaxCols * lanes;  // a row of a tile, in memory
   // Whether rows of x are copied (converted, padded) first because tiles cannot read them in place.
-  bool stages() const { return !Same<S, E>::value || I % M::kPair != 0; }
+  bool stages() const {
+    return !p.size.x_is_preacts && (!Same<S, E>::value || I % M::kPair != 0);
+  }
+  bool hoists() const { return plan.hoist_steps > 0 && !p.size.x_is_preacts; }
 
   const Plan& plan;
   const int64_t depth_x, depth_h;  // tile steps of the two parts
@@ -36,29 +41,40 @@ struct PersistentForward : ForwardState<Cell, S, M> {
   E* staged;          // (threads, chunk_rows, Ip), if stages()
   const E** rows;     // (threads, chunk_rows)
   Barrier* barriers;  // one a direction and row group, then the team's
+  RowStatistics<A> statistics;
+  // Of a cell that normalizes, for each thread: (rows of a group, vectors of a slice, P, lanes) the
+  // pre-activations of a step, then (vectors of a slice, kMaxUnitGroups * kMaxCols, lanes).
+  A* parts;
 
   static int64_t steps_of(int64_t elements) { return ceil_div(elements, M::kPair); }
   int64_t Ip() const { return round_up(I, 2 * kBlock); }
+  // Vectors of units in a tile: a cell of one gate needs four for a tile's four columns. They are of
+  // one head.
+  int tile_vectors() const {
+    return !kThroughMemory || p.size.heads() > 1 ? 1 : kMaxCols / G;
+  }
   int64_t slice() const {
-    return ceil_div(ceil_div(p.size.blocks(), plan.unit_groups) * (kBlock / lanes), kTileVectors);
+    return ceil_div(ceil_div(p.size.blocks(), plan.unit_groups) * (kBlock / lanes), tile_vectors());
   }
   int groups() const { return plan.direction_groups * plan.row_groups; }
 
   PersistentForward(const typename Base::Params& params, const Plan& the_plan, Arena& arena)
       : Base(params, arena),
         plan(the_plan),
-        depth_x(steps_of(I)),
-        depth_h(T == 1 && !this->has_initial() ? 0 : steps_of(R)),
-        chunk_rows(max64(1, plan.hoist_steps) * ceil_div(N, plan.row_groups)) {
+        depth_x(p.size.x_is_preacts ? 0 : steps_of(I)),
+        depth_h(T == 1 && !this->has_initial() ? 0 : steps_of(p.size.K)),
+        chunk_rows(max64(1, plan.hoist_steps) * ceil_div(N, plan.row_groups)),
+        statistics(kIsAny<Cell> ? p.unit->groups : 0, plan, N, arena) {
     const int D = p.size.D;
     const int threads = plan.threads;
     packed = arena.take<E>(D * this->vectors * panel_size());
     bias = arena.take<A>(D * this->vectors * P * lanes);
     packed_hr = p.weights[0].w_hr ? arena.take<A>(D * this->Rp * H) : nullptr;
-    pre = plan.hoist_steps ? arena.take<A>(threads * slice() * chunk_rows * kTileSize) : nullptr;
+    pre = hoists() ? arena.take<A>(threads * slice() * chunk_rows * kTileSize) : nullptr;
     staged = stages() ? arena.take<E>(threads * chunk_rows * Ip()) : nullptr;
     rows = arena.take<const E*>(threads * chunk_rows);
     barriers = arena.take<Barrier>(groups() + 1);
+    parts = normalizes() ? arena.take<A>(threads * thread_parts()) : nullptr;
   }
 
   void init_barriers() {
@@ -66,7 +82,20 @@ struct PersistentForward : ForwardState<Cell, S, M> {
     barriers[groups()].init(plan.threads);
   }
 
-  bool has_hidden(int64_t step) const { return step > 0 || this->has_initial(); }
+  bool normalizes() const { return kIsAny<Cell> && statistics.groups > 0; }
+  int64_t slice_vectors() const { return slice() * tile_vectors(); }
+  int64_t row_parts() const { return slice_vectors() * P * lanes; }
+  int64_t thread_parts() const {
+    return statistics.rows * row_parts() + slice_vectors() * kMaxUnitGroups * kMaxCols * lanes;
+  }
+  bool has_hidden(int64_t step) const {
+    return depth_h > 0 && (step > 0 || this->has_initial());
+  }
+  // Of the units of a vector: where the hidden states that their weights multiply begin.
+  int64_t head_of(int64_t vec) const {
+    const int64_t K = p.size.K;
+    return kIsAny<Cell> && p.size.heads() > 1 ? vec * lanes / K * K : 0;
+  }
   int64_t panel_size() const { return (depth_x + depth_h) * G * lanes * M::kPair; }
   E* panel(int d, int64_t vec) const { return packed + (d * this->vectors + vec) * panel_size(); }
   E* hidden_panel(int d, int64_t vec, int cols) const {
@@ -85,8 +114,8 @@ struct PersistentForward : ForwardState<Cell, S, M> {
                               static_cast<const S*>(weights) + (gate * H + u) * K, H - u, K);
       };
       for (int j = 0; j < G; ++j) {
-        put(w.w_ih, j, Cell::input_gate(j), I, panel(d, vec));
-        if (depth_h > 0) put(w.w_hh, j, Cell::hidden_gate(j), R, hidden_panel(d, vec, cols));
+        if (depth_x > 0) put(w.w_ih, j, input_gate_of(G, P, j), I, panel(d, vec));
+        if (depth_h > 0) put(w.w_hh, j, j, p.size.K, hidden_panel(d, vec, cols));
       }
       for (int j = 0; j < P; ++j) store(bias_of(d, vec + col) + j * lanes, this->bias_sum(w, j, u));
     }
@@ -108,6 +137,8 @@ struct PersistentForward : ForwardState<Cell, S, M> {
     E* staged;
     const E** rows;
     Barrier& barrier;
+    RowSums<A> sums;
+    A* parts;
     int d = 0;
     int64_t step = 0;
     int64_t chunk_row = 0;  // of the current step's first row in `pre`
@@ -121,7 +152,9 @@ struct PersistentForward : ForwardState<Cell, S, M> {
           pre(k.pre + i * k.slice() * k.chunk_rows * kTileSize),
           staged(k.staged + i * k.chunk_rows * k.Ip()),
           rows(k.rows + i * k.chunk_rows),
-          barrier(k.barriers[place.direction_group * k.plan.row_groups + place.row_group]) {}
+          barrier(k.barriers[place.direction_group * k.plan.row_groups + place.row_group]),
+          sums(k.statistics, place, i, k.plan.unit_groups, barrier),
+          parts(k.normalizes() ? k.parts + i * k.thread_parts() : nullptr) {}
 
     void run() {
       const int first = k.p.size.first_direction() + place.direction_group;
@@ -132,7 +165,7 @@ struct PersistentForward : ForwardState<Cell, S, M> {
         const int64_t chunk = max64(1, k.plan.hoist_steps);
         for (int64_t first = 0; first < k.T; first += chunk) {
           const int64_t end = min64(k.T, first + chunk);
-          if (k.plan.hoist_steps) hoist(first, end);
+          if (k.hoists()) hoist(first, end);
           chunk_row = 0;
           for (step = first; step < end; ++step) run_step();
         }
@@ -148,6 +181,7 @@ struct PersistentForward : ForwardState<Cell, S, M> {
       if (k.packed_hr && place.row_group == 0)
         pack_transposed(k.projection_panels(d, place.unit_group),
                         static_cast<const S*>(k.p.weights[d].w_hr), k.R, k.H);
+      if (place.row_group == 0) k.stage_unit_vectors(d, units);
       for (int64_t i = place.unit_group; i < group.count; i += k.plan.unit_groups)
         k.init_row(d, group.row(i));
     }
@@ -170,7 +204,7 @@ struct PersistentForward : ForwardState<Cell, S, M> {
     }
 
     A* pre_of(int64_t vec, int64_t row) const {
-      return pre + ((vec - units.begin) / kTileVectors * k.chunk_rows + row) * kTileSize;
+      return pre + ((vec - units.begin) / k.tile_vectors() * k.chunk_rows + row) * kTileSize;
     }
 
     // f(vector of units, how many of them) for each tile of the slice. The order alternates from
@@ -178,10 +212,11 @@ struct PersistentForward : ForwardState<Cell, S, M> {
     // last are still in it.
     template <class F>
     void for_each_tile_of_units(bool backwards, const F& f) const {
-      const int64_t count = ceil_div(units.size(), kTileVectors);
+      const int tile = k.tile_vectors();
+      const int64_t count = ceil_div(units.size(), tile);
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t vec = units.begin + (backwards ? count - 1 - i : i) * kTileVectors;
-        f(vec, static_cast<int>(min64(kTileVectors, units.end - vec)));
+        const int64_t vec = units.begin + (backwards ? count - 1 - i : i) * tile;
+        f(vec, static_cast<int>(min64(tile, units.end - vec)));
       }
     }
 
@@ -199,15 +234,15 @@ struct PersistentForward : ForwardState<Cell, S, M> {
       for_tiles(count, [&](int64_t vec, int cols, int64_t row, int n) {
         TileProduct<M> product(k.panel(d, vec), k.depth_x, M::kPair, k.depth_x);
         for (int r = 0; r < n; ++r) product.rows[r] = rows[row + r];
-        multiply_tile(n, cols * G, product, pre_of(vec, row), false);
+        multiply_tile(n, cols * k.G, product, pre_of(vec, row), false);
       });
     }
 
     void run_step() {
       const int64_t active = group.active(k.active_at(d, step));
-      if (!k.plan.hoist_steps) gather(0, step);
+      if (!k.hoists() && !k.p.size.x_is_preacts) gather(0, step);
       for_tiles(active, [&](int64_t vec, int cols, int64_t row, int n) {
-        if constexpr (P == 1) {
+        if constexpr (kThroughMemory) {
           tile_through_memory(vec, cols, row, n);
         } else {
           if constexpr (kWideRows < kMaxRows) {
@@ -218,18 +253,22 @@ struct PersistentForward : ForwardState<Cell, S, M> {
         }
       });
       chunk_row += active;
+      if constexpr (kIsAny<Cell>) {
+        if (k.normalizes()) normalize(active);
+      }
       if (k.packed_hr) {
         barrier.wait();
         project(active);
       }
       k.finish_step(d, step, group, units, hiddens);
-      barrier.wait();
+      // Without products with the hidden state nothing passes from thread to thread.
+      if (k.p.size.K > 0) barrier.wait();
     }
 
     // preacts += rows times one vector of units' weights, G gates that add to the pre-activations
     // [First, First + G).
     template <int First, int Rows>
-    static LSTM_FUSED_INLINE void add_products(V (&preacts)[Rows][P], const E* const* rows,
+    static LSTM_FUSED_INLINE void add_products(V (&preacts)[Rows][kMaxPreacts], const E* const* rows,
                                                const E* weights, int64_t depth) {
       if constexpr (P == G) {
         accumulate<M, Rows, G>(preacts, rows, M::kPair, Columns<M, G>(weights, depth), depth);
@@ -296,25 +335,134 @@ struct PersistentForward : ForwardState<Cell, S, M> {
       }
     }
 
-    // The same for several vectors of units of a cell of one pre-activation. The products are those
-    // that all cells share, which saves 24 instantiations; the epilogue is short.
+    // The same for several vectors of units. The products are those that all cells share, which
+    // saves 24 instantiations; the epilogue is short, or a call.
     void tile_through_memory(int64_t vec, int cols, int64_t first, int n) const {
-      static_assert(P == 1);
+      static_assert(kThroughMemory);
       TileProduct<M> input(k.panel(d, vec), k.depth_x, M::kPair, k.depth_x);
       TileProduct<M> hidden(k.hidden_panel(d, vec, cols), k.depth_h, M::kPair, k.depth_h);
       for (int r = 0; r < n; ++r) {
-        input.rows[r] = rows[first + r];
-        hidden.rows[r] = k.hidden(d, step, group.row(first + r));
+        input.rows[r] = k.depth_x > 0 ? rows[first + r] : nullptr;
+        hidden.rows[r] = k.hidden(d, step, group.row(first + r)) + k.head_of(vec);
       }
-      A own[kMaxRows * kTileSize];
-      A* out = k.plan.hoist_steps ? pre_of(vec, chunk_row + first) : own;
-      if (!k.plan.hoist_steps) multiply_tile(n, cols * G, input, out, false);
-      if (k.has_hidden(step)) multiply_tile(n, cols * G, hidden, out, true);
+      const int G = k.G, P = k.P;
+      A own[kMaxRows * kTileSize], parted[kIsAny<Cell> ? kMaxRows * kTileSize : 1];
+      A* out = k.hoists() ? pre_of(vec, chunk_row + first) : own;
+      A* hidden_out = P == G ? out : parted;
+      if (k.depth_x == 0)
+        copy_input(vec, cols, first, n, out);
+      else if (!k.hoists())
+        multiply_tile(n, cols * G, input, out, false);
+      if (k.has_hidden(step)) multiply_tile(n, cols * G, hidden, hidden_out, P == G);
       for (int r = 0; r < n; ++r)
         for (int c = 0; c < cols; ++c) {
-          V preact[P] = {load<V>(out + r * kTileSize + c * lanes) + load<V>(k.bias_of(d, vec + c))};
-          k.finish(d, step, group.row(first + r), vec + c, preact);
+          const int64_t at = r * kTileSize + c * G * lanes;
+          V preact[kMaxPreacts];
+          for (int j = 0; j < P; ++j) {
+            preact[j] = load<V>(k.bias_of(d, vec + c) + j * lanes);
+            if (j < G) preact[j] = load<V>(out + at + j * lanes) + preact[j];
+            if (P != G && j >= P - G && k.has_hidden(step))
+              preact[j] += load<V>(hidden_out + at + (j - (P - G)) * lanes);
+          }
+          if (k.normalizes()) {
+            for (int j = 0; j < P; ++j)
+              store(part_of(first + r, vec + c) + j * lanes, preact[j]);
+          } else {
+            k.finish(d, step, group.row(first + r), vec + c, preact);
+          }
         }
+    }
+
+    A* part_of(int64_t row, int64_t vec) const {
+      return parts + row * k.row_parts() + (vec - units.begin) * k.P * lanes;
+    }
+
+    // The rest of a step of a cell that normalizes: what the values of each level are normalized by,
+    // then the states.
+    LSTM_FUSED_COLD void normalize(int64_t active) {
+      const UnitFunctions<A>& unit = k.unit();
+      const double epsilon = k.unit_vectors_of(d, 0)[(k.p.unit->vectors - 1) * lanes];
+      for (int level = 0; level < unit.levels; ++level)
+        sums.run(
+            unit, level, active, [&](int64_t i, double* to) { describe_values(level, i, to); },
+            [&](int64_t i, int g, const auto& of) {
+              A* to = sums.statistics(i) + 4 * g;
+              const double count = static_cast<double>(unit.group[g].count * k.H);
+              double mean = 0, squares = 0;
+              for (int from = 0; from < k.plan.unit_groups; ++from) mean += of(from)[0] / count;
+              for (int from = 0; from < k.plan.unit_groups; ++from) {
+                const double own = static_cast<double>(unit.group[g].count * units_of(from));
+                const double shift = own > 0 ? of(from)[0] / own - mean : 0;
+                squares += of(from)[1] + own * shift * shift;
+              }
+              to[0] = static_cast<A>(mean);
+              to[1] = static_cast<A>(1 / LSTM_FUSED_SQRT(squares / count + epsilon));
+            });
+      for (int64_t i = 0; i < active; ++i)
+        for (int64_t vec = units.begin; vec < units.end; ++vec) {
+          V preact[kMaxPreacts];
+          for (int j = 0; j < k.P; ++j) preact[j] = load<V>(part_of(i, vec) + j * lanes);
+          k.finish(d, step, group.row(i), vec, preact, sums.statistics(i));
+        }
+    }
+
+    int64_t units_of(int unit_group) const {
+      const Range vectors = vector_slice<A>(k.H, k.plan.unit_groups, unit_group);
+      return min64(k.H, vectors.end * lanes) - min64(k.H, vectors.begin * lanes);
+    }
+
+    // Of each group of a level, over the thread's units of row i: the sum of its values, and that of
+    // the squares of their distances from their mean, in a second pass so that no digits cancel.
+    void describe_values(int level, int64_t i, double* to) const {
+      const UnitFunctions<A>& unit = k.unit();
+      A masks[kMaxUnitValues * lanes];
+      for (int64_t vec = units.begin; vec < units.end; ++vec)
+        unit.values[level](k.unit_at(d, step, group.row(i), vec, part_of(i, vec), masks, nullptr,
+                                     sums.statistics(i)),
+                           values_of(vec));
+      for (int g = 0, first = 0; g < unit.groups; ++g) {
+        if (unit.group[g].level != level) continue;
+        const int count = unit.group[g].count;
+        V sum = {}, squares = {};
+        each_value(first, count, [&](const V& v, int64_t) { sum += v; });
+        to[0] = sums.sum(sum);
+        const A mean = static_cast<A>(to[0] / max64(1, units_of(place.unit_group) * count));
+        each_value(first, count, [&](const V& v, int64_t here) {
+          const V shifted = keep_first(v - mean, here);
+          squares += shifted * shifted;
+        });
+        to[1] = sums.sum(squares);
+        to += 2;
+        first += count;
+      }
+    }
+
+    A* values_of(int64_t vec) const {
+      return parts + k.statistics.rows * k.row_parts() +
+             (vec - units.begin) * kMaxUnitGroups * kMaxCols * lanes;
+    }
+    // f(v, lanes of it that hold a unit) for `count` values from `first` on of each of the units.
+    template <class F>
+    void each_value(int first, int count, const F& f) const {
+      for (int64_t vec = units.begin; vec < units.end; ++vec)
+        for (int j = first; j < first + count; ++j) {
+          const int64_t here = min64(lanes, k.H - vec * lanes);
+          f(keep_first(load<V>(values_of(vec) + j * lanes), here), here);
+        }
+    }
+
+    // The input's part of a tile where x holds it.
+    LSTM_FUSED_COLD void copy_input(int64_t vec, int cols, int64_t first, int n, A* out) const {
+      const int64_t t = k.time(d, step);
+      for (int r = 0; r < n; ++r) {
+        const S* x = static_cast<const S*>(k.p.x.data) +
+                     k.p.x.row(k.p.size.steps, t, group.row(first + r));
+        for (int c = 0; c < cols * k.G; ++c) {
+          const int64_t u = (vec + c / k.G) * lanes;
+          store(out + (r * kMaxCols + c) * lanes,
+                load_first<V>(x + input_gate_of(k.G, k.P, c % k.G) * k.H + u, k.H - u));
+        }
+      }
     }
 
     void project(int64_t active) const {

@@ -4,8 +4,10 @@
 #include "activations.h"  // first: the cells name sigmoid and tanh
 
 #include "../cells/cells.h"
+#include "../cells/unit.h"
 #include "arena.h"
 #include "partition.h"
+#include "unit_values.h"
 
 namespace lstm_fused {
 namespace {
@@ -39,16 +41,45 @@ struct ParamsOf<TangentOf<Cell>> {
   static constexpr bool tangents = true;
 };
 
+// What a cell carries from step to step: kAny whether that may be anything, how many cell states,
+// whether h. A described cell is known at run time.
+template <class Cell>
+struct CarryOf {
+  static constexpr bool kAny = Cell::kCarry != Carry::kNone;
+  static constexpr int cells(const UnitInfo*) { return Cell::kCarry == Carry::kCell; }
+  static constexpr bool hidden(const UnitInfo*) { return Cell::kCarry == Carry::kHidden; }
+};
+template <>
+struct CarryOf<AnyCell> {
+  static constexpr bool kAny = true;
+  static int cells(const UnitInfo* unit) { return unit->cells; }
+  static bool hidden(const UnitInfo* unit) { return unit->keeps_hidden; }
+};
+
+// A cell's numbers of gates and pre-activations.
+template <class Cell>
+struct GatesOf {
+  static constexpr int G = Cell::kGates, P = Cell::kPreacts;
+  explicit GatesOf(const UnitInfo*) {}
+};
+template <>
+struct GatesOf<AnyCell> {
+  const int G, P;
+  explicit GatesOf(const UnitInfo* unit) : G(unit->gates), P(unit->preacts) {}
+};
+
 // The states that both forward kernels (persistent and direct) keep, and the end of a step: the
 // epilogue from pre-activations to stored states.
 template <class Cell, class S, class M>
-struct ForwardState {
+struct ForwardState : GatesOf<Cell> {
+  using GatesOf<Cell>::G, GatesOf<Cell>::P;
   using A = typename M::Compute;
   using E = typename M::Element;
   using V = Vector<A>;
-  static constexpr int G = Cell::kGates, P = Cell::kPreacts;
+  static constexpr int kMaxPreacts = Cell::kPreacts;
   static constexpr int lanes = VectorOf<A>::lanes;
-  static constexpr bool kCarries = Cell::kCarry != Carry::kNone;
+  using Carried = CarryOf<Cell>;
+  static constexpr bool kCarries = Carried::kAny;
   static constexpr bool kTangents = ParamsOf<Cell>::tangents;
   using Params = typename ParamsOf<Cell>::type;
 
@@ -56,11 +87,13 @@ struct ForwardState {
   const int64_t T, N, I, H, R, S_rows;
   const int64_t Hp, Rp, vectors;
   E* h;     // (D, 2, N, Rp) hidden states of two steps (double buffering), in the type tiles read
-  A* c;     // (D, N, Hp) the carried state, if any
+  A* c;     // (D, N, carried, Hp) the carried states, if any
   A* full;  // (D, N, Hp) hidden states before a projection, else null
+  A* unit_vectors;  // (D, vectors of units, vectors, lanes) of a described cell
 
   ForwardState(const Params& params, Arena& arena)
-      : p(params),
+      : GatesOf<Cell>(params.unit),
+        p(params),
         T(p.size.steps.T),
         N(p.size.steps.N),
         I(p.size.I),
@@ -72,22 +105,36 @@ struct ForwardState {
         vectors(ceil_div(H, lanes)) {
     const int D = p.size.D;
     h = arena.take<E>(D * 2 * N * Rp);
-    c = kCarries ? arena.take<A>(D * N * Hp) : nullptr;
+    c = kCarries ? arena.take<A>(D * N * carried() * Hp) : nullptr;
     full = p.weights[0].w_hr ? arena.take<A>(D * N * Hp) : nullptr;
+    unit_vectors = kIsAny<Cell> ? arena.take<A>(D * vectors * p.unit->vectors * lanes) : nullptr;
   }
 
   E* hidden(int d, int64_t step, int64_t n) const {
     return h + ((d * 2 + (step & 1)) * N + n) * Rp;
   }
-  A* cell(int d, int64_t n) const { return c + (d * N + n) * Hp; }
+  // What is carried: the cell states, then h if it is.
+  int cells() const { return Carried::cells(p.unit); }
+  bool keeps_hidden() const { return Carried::hidden(p.unit); }
+  int carried() const { return cells() + keeps_hidden(); }
+  int saved() const { return carried() + (kIsAny<Cell> ? p.unit->groups : 0); }
+  const UnitFunctions<A>& unit() const {
+    return *static_cast<const UnitFunctions<A>*>(p.unit->functions);
+  }
+  A* cell(int d, int64_t n, int k = 0) const { return c + ((d * N + n) * carried() + k) * Hp; }
 
   bool has_initial() const { return p.h0 || p.resume; }
-  const void* carried0() const { return Cell::kCarry == Carry::kHidden ? p.h0 : p.c0; }
 
   // Row n of initial states, or of those that resets put in; null for zeros.
   const S* initial(const void* states, int d, int64_t n, bool reset, int64_t width) const {
     const int64_t row = states ? p.size.initial_row(d, n, reset) : -1;
     return row < 0 ? nullptr : static_cast<const S*>(states) + row * width;
+  }
+  // The same of carried state k.
+  const S* initial_carried(int d, int64_t n, bool reset, int k) const {
+    if (k == cells()) return initial(p.h0, d, n, reset, H);
+    const S* row = initial(p.c0, d, n, reset, cells() * H);
+    return row ? row + k * H : nullptr;
   }
 
   // Both hidden buffers start as h0: rows of the reverse direction that begin later read it there.
@@ -97,8 +144,10 @@ struct ForwardState {
     const S* h0 = initial(p.h0, d, n, reset, R);
     for (int step = 0; step < 2; ++step) stage_row(hidden(d, step, n), h0, h0 ? R : 0, Rp);
     if constexpr (kCarries) {
-      const S* c0 = initial(carried0(), d, n, reset, H);
-      stage_row(cell(d, n), c0, c0 ? H : 0, Hp);
+      for (int k = 0; k < carried(); ++k) {
+        const S* c0 = initial_carried(d, n, reset, k);
+        stage_row(cell(d, n, k), c0, c0 ? H : 0, Hp);
+      }
     }
     if (n >= p.size.steps.active(0)) store_initial(d, n);
   }
@@ -113,13 +162,14 @@ struct ForwardState {
         store(to + u, round_to(load_first<V>(row + u, R - u), S{}));
     }
     if constexpr (kCarries)
-      stage_row(cell(d, n), Cell::kCarry == Carry::kCell ? row + R : row, H, Hp);
+      for (int k = 0; k < carried(); ++k) stage_row(cell(d, n, k), row + carried_at(k), H, Hp);
   }
 
-  static constexpr bool kOwnCell = Cell::kCarry == Carry::kCell;
-  const A* checkpoint(const void* all, int d, int64_t n) const {
-    return static_cast<const A*>(all) + (d * N + n) * (R + (kOwnCell ? H : 0));
+  const A* checkpoint(const void* all, int64_t d, int64_t n) const {
+    return static_cast<const A*>(all) + (d * N + n) * (R + cells() * H);
   }
+  // Where carried state k is in a checkpoint's row: a carried h is there in the place of h.
+  int64_t carried_at(int k) const { return k < cells() ? R + k * H : 0; }
 
   // The states after a step, where a checkpoint is due.
   LSTM_FUSED_COLD void store_checkpoint(int d, int64_t step, const RowGroup& group, Range c_vectors,
@@ -134,8 +184,9 @@ struct ForwardState {
         for (int64_t u = vectors.begin * lanes; u < vectors.end * lanes; u += lanes)
           store_first(to + u, load<V>(from + u), width - u);
       };
-      if constexpr (kCarries) put(kOwnCell ? row + R : row, cell(d, n), c_vectors, H);
-      if constexpr (Cell::kCarry != Carry::kHidden) put(row, hidden(d, step + 1, n), h_vectors, R);
+      if constexpr (kCarries)
+        for (int k = 0; k < carried(); ++k) put(row + carried_at(k), cell(d, n, k), c_vectors, H);
+      if (!keeps_hidden()) put(row, hidden(d, step + 1, n), h_vectors, R);
     }
   }
 
@@ -148,7 +199,7 @@ struct ForwardState {
       for (int64_t i = 0; i < width; ++i) out[i] = state ? state[i] : S{};
     };
     copy(p.h0, p.h_n, R);
-    if (Cell::kCarry == Carry::kCell) copy(p.c0, p.c_n, H);
+    if (cells() > 0) copy(p.c0, p.c_n, cells() * H);
   }
 
   int64_t time(int d, int64_t step) const { return d == 0 ? step : T - 1 - step; }
@@ -169,26 +220,30 @@ struct ForwardState {
     const auto add = [&](const void* bias, int gate) {
       sum += load_first<V>(static_cast<const S*>(bias) + gate * H + u, H - u);
     };
-    if (j < G) add(w.b_ih, Cell::input_gate(j));
-    if (j >= P - G) add(w.b_hh, Cell::hidden_gate(j - (P - G)));
+    if (j < G) add(w.b_ih, input_gate_of(G, P, j));
+    if (j >= P - G) add(w.b_hh, j - (P - G));
     return sum;
   }
 
-  // From the pre-activations of one vector of units of one row to the stored states.
-  LSTM_FUSED_INLINE void finish(int d, int64_t step, int64_t n, int64_t vec, V (&preact)[P]) const {
+  // From the pre-activations of one vector of units of one row to the stored states. statistics:
+  // those of a described cell that normalizes (unit.h).
+  LSTM_FUSED_INLINE void finish(int d, int64_t step, int64_t n, int64_t vec, V (&preact)[kMaxPreacts],
+                                const A* statistics = nullptr) const {
     const int64_t u = vec * lanes;
     if (H - u < lanes)
       for (int j = 0; j < P; ++j) preact[j] = keep_first(preact[j], H - u);
     V c_old = {}, c_new = {};
-    if constexpr (kCarries) c_old = load<V>(cell(d, n) + u);
+    if constexpr (kCarries && !kIsAny<Cell>) c_old = load<V>(cell(d, n) + u);
     V h_new;
     if constexpr (kTangents) {
       h_new = tangent(d, step, n, u, preact, c_old, c_new);
+    } else if constexpr (kIsAny<Cell>) {
+      h_new = described(d, step, n, vec, preact, statistics);
     } else {
       h_new = Cell::forward(preact, c_old, c_new);
     }
-    if constexpr (kCarries) store(cell(d, n) + u, c_new);
-    if (p.gates) save(d, step, n, vec, preact, c_new);
+    if constexpr (kCarries && !kIsAny<Cell>) store(cell(d, n) + u, c_new);
+    if (p.gates) save(d, step, n, vec, preact, c_new, statistics);
     if (full) {
       store(full + (d * N + n) * Hp + u, h_new);
     } else {
@@ -196,8 +251,37 @@ struct ForwardState {
     }
   }
 
+  // h of a described cell, whose carried states are replaced.
+  V described(int d, int64_t step, int64_t n, int64_t vec, const V (&preact)[kMaxPreacts],
+              const A* statistics) const {
+    A preacts[kMaxPreacts * lanes], masks[kMaxUnitValues * lanes], h_new[lanes];
+    LSTM_FUSED_UNROLLED_FOR (int j = 0; j < P; ++j) store(preacts + j * lanes, preact[j]);
+    unit().forward(unit_at(d, step, n, vec, preacts, masks, h_new, statistics));
+    const V h = load<V>(h_new);
+    const int64_t u = vec * lanes;
+    return H - u < lanes ? keep_first(h, H - u) : h;
+  }
+
+  // masks is filled.
+  UnitForward<A> unit_at(int d, int64_t step, int64_t n, int64_t vec, const A* preacts, A* masks,
+                         A* h, const A* statistics) const {
+    const int64_t u = vec * lanes;
+    load_masks<S, A>(p.size, p.weights[d].masks, p.unit->masks, time(d, step), n, u, masks);
+    A* state = c + (d * N + n) * carried() * Hp + u;
+    return {preacts, unit_vectors_of(d, vec), masks, state, Hp, state, Hp, h, statistics};
+  }
+
+  A* unit_vectors_of(int d, int64_t vec) const {
+    return unit_vectors + (d * vectors + vec) * p.unit->vectors * lanes;
+  }
+  void stage_unit_vectors(int d, Range units) const {
+    if constexpr (kIsAny<Cell>)
+      load_unit_vectors<S, A>(p.size, p.weights[d].vectors, p.unit->vectors, units,
+                              unit_vectors_of(d, 0));
+  }
+
   // The tangent of h, from those of the pre-activations and of the carried state.
-  LSTM_FUSED_INLINE V tangent(int d, int64_t step, int64_t n, int64_t u, V (&preact)[P],
+  LSTM_FUSED_INLINE V tangent(int d, int64_t step, int64_t n, int64_t u, V (&preact)[kMaxPreacts],
                               const V& dc_prev, V& dc) const {
     const Steps& steps = p.size.steps;
     const int64_t t = time(d, step), s = steps.row(t, n);
@@ -205,7 +289,7 @@ struct ForwardState {
       const int64_t at = (d * p.size.blocks() + u / kBlock) * S_rows + row;
       return static_cast<const A*>(saved) + at * kBlock;
     };
-    V saved[P], c_prev = {}, c = {};
+    V saved[kMaxPreacts], c_prev = {}, c = {};
     for (int j = 0; j < P; ++j) {
       const int64_t at = (d * p.size.blocks() + u / kBlock) * S_rows + s;
       saved[j] =
@@ -226,8 +310,8 @@ struct ForwardState {
     return Cell::tangent(saved, c_prev, c, preact, dc_prev, dc);
   }
 
-  LSTM_FUSED_INLINE void save(int d, int64_t step, int64_t n, int64_t vec, const V (&preact)[P],
-                              const V& c_new) const {
+  LSTM_FUSED_INLINE void save(int d, int64_t step, int64_t n, int64_t vec, const V (&preact)[kMaxPreacts],
+                              const V& c_new, const A* statistics) const {
     const int64_t u = vec * lanes;
     const int64_t s = p.size.steps.row(time(d, step), n);
     const int64_t at = (d * p.size.blocks() + u / kBlock) * S_rows + s;
@@ -239,7 +323,19 @@ struct ForwardState {
       for (int64_t l = lanes; l < end; ++l) to[l] = 0;
     };
     LSTM_FUSED_UNROLLED_FOR (int j = 0; j < P; ++j) put(p.gates, at * P + j, preact[j]);
-    if constexpr (kCarries) put(p.saved_states, at, c_new);
+    if constexpr (kIsAny<Cell>) {
+      for (int k = 0; k < carried(); ++k)
+        put(p.saved_states, at * saved() + k, load<V>(cell(d, n, k) + u));
+      if (statistics) {
+        for (int g = 0; g < p.unit->groups; ++g) {
+          V two = {};
+          for (int i = 0; i < 2; ++i) two[i] = statistics[4 * g + i];
+          put(p.saved_states, at * saved() + carried() + g, two);
+        }
+      }
+    } else if constexpr (kCarries) {
+      put(p.saved_states, at, c_new);
+    }
   }
 
   // What a step leaves for other steps and for the caller, of the thread's own vectors: c_vectors
@@ -256,9 +352,10 @@ struct ForwardState {
                                          Range vectors) const {
     for (int64_t i = 0; i < group.active(active_at(d, step)); ++i) {
       const int64_t n = group.row(i), s = p.size.steps.row(time(d, step), n);
-      for (int64_t u = vectors.begin * lanes; u < vectors.end * lanes; u += lanes)
-        store_first(static_cast<S*>(p.y) + p.size.cell_at(d, s) + u, load<V>(cell(d, n) + u),
-                    H - u);
+      for (int k = 0; k < cells(); ++k)
+        for (int64_t u = vectors.begin * lanes; u < vectors.end * lanes; u += lanes)
+          store_first(static_cast<S*>(p.y) + p.size.cell_at(d, s) + k * H + u,
+                      load<V>(cell(d, n, k) + u), H - u);
     }
   }
 
@@ -268,13 +365,14 @@ struct ForwardState {
     for (int64_t i = 0; i < group.active(active_at(d, step)); ++i) {
       const int64_t n = group.row(i);
       if (!p.size.steps.ends_before_reset(d, time(d, step), n)) continue;
-      const auto put = [&](const void* states, auto* to, Range vectors, int64_t width) {
-        const S* from = initial(states, d, n, true, width);
+      const auto put = [&](const S* from, auto* to, Range vectors, int64_t width) {
         for (int64_t u = vectors.begin * lanes; u < vectors.end * lanes; u += lanes)
           store(to + u, from ? load_first<V>(from + u, width - u) : V{});
       };
-      put(p.h0, hidden(d, step + 1, n), h_vectors, R);
-      if constexpr (kCarries) put(carried0(), cell(d, n), c_vectors, H);
+      put(initial(p.h0, d, n, true, R), hidden(d, step + 1, n), h_vectors, R);
+      if constexpr (kCarries)
+        for (int k = 0; k < carried(); ++k)
+          put(initial_carried(d, n, true, k), cell(d, n, k), c_vectors, H);
     }
   }
 
@@ -286,10 +384,11 @@ struct ForwardState {
     const int64_t continuing = d == 0 ? group.active(active_at(d, step + 1)) : step + 1 < T ? N : 0;
     for (int64_t i = continuing; i < group.active(active_at(d, step)); ++i) {
       const int64_t n = group.row(i), row = p.size.final_row(d, n);
-      for (int64_t v = c_vectors.begin; Cell::kCarry == Carry::kCell && v < c_vectors.end; ++v) {
-        const int64_t u = v * lanes;
-        store_first(c_n + row * H + u, load<V>(cell(d, n) + u), H - u);
-      }
+      for (int k = 0; k < cells(); ++k)
+        for (int64_t v = c_vectors.begin; v < c_vectors.end; ++v) {
+          const int64_t u = v * lanes;
+          store_first(c_n + (row * cells() + k) * H + u, load<V>(cell(d, n, k) + u), H - u);
+        }
       for (int64_t v = h_vectors.begin; v < h_vectors.end; ++v) {
         const int64_t u = v * lanes;
         store_first(h_n + row * R + u, load<V>(hidden(d, step + 1, n) + u), R - u);

@@ -44,7 +44,7 @@ struct RowCursor {
 template <class Cell, class S, class M>
 struct Gradients : BackwardState<Cell, S, M> {
   using Base = BackwardState<Cell, S, M>;
-  using Base::G, Base::P, Base::lanes, Base::p, Base::plan, Base::T, Base::N, Base::I, Base::H,
+  using Base::G, Base::P, Base::kReadsInPlace, Base::lanes, Base::p, Base::plan, Base::T, Base::N, Base::I, Base::H,
       Base::R, Base::S_rows, Base::Hb, Base::Hp;
   using typename Base::A;
   using typename Base::E;
@@ -86,16 +86,17 @@ struct Gradients : BackwardState<Cell, S, M> {
   }
 
   void pack_input_weights(int worker) const {
-    if (!this->packed_ih) return;
+    if (!this->packed_ih || p.size.x_is_preacts) return;
     for (int d = p.size.first_direction(); d < p.size.end_direction(); ++d) {
       const Panels<M> panels = input_panels(d);
-      pack_gate_rows<G>(panels, split(panels.depth, plan.threads, worker), Cell::input_gate,
+      pack_gate_rows(panels, split(panels.depth, plan.threads, worker), this->input_gates(),
                         static_cast<const S*>(p.weights[d].w_ih), H, I);
     }
   }
 
   void input_gradient(int worker) const {
     if (!p.dx) return;
+    if (p.size.x_is_preacts) return copy_input_gradient(worker);
     if (this->in_place) return input_gradient_in_place(worker);
     const Range own = split(S_rows, plan.threads, worker);
     for (int64_t begin = own.begin; begin < own.end; begin += kRowsPerPass) {
@@ -106,9 +107,21 @@ struct Gradients : BackwardState<Cell, S, M> {
     }
   }
 
+  // Where x holds the input's part of the pre-activations.
+  LSTM_FUSED_COLD void copy_input_gradient(int worker) const {
+    const Range own = split(S_rows, plan.threads, worker);
+    for (int64_t s = own.begin; s < own.end; ++s)
+      for (int j = 0; j < G; ++j)
+        for (int64_t u = 0; u < H; u += lanes) {
+          const E* from = this->preact_gradients(0, u / kBlock, s) + j * kBlock + u % kBlock;
+          S* to = static_cast<S*>(p.dx) + s * I + input_gate_of(G, P, j) * H + u;
+          store_first(to, load<V>(from), H - u);
+        }
+  }
+
   // All rows of the thread's columns.
   void input_gradient_in_place(int worker) const {
-    if constexpr (Same<E, A>::value) {
+    if constexpr (kReadsInPlace) {
       const Range vectors = split(ceil_div(I, lanes), plan.threads, worker);
       const Range columns{vectors.begin * lanes, min64(vectors.end * lanes, I)};
       const InPlaceSums<A> sums = this->row_sums_of(worker);
@@ -119,7 +132,7 @@ struct Gradients : BackwardState<Cell, S, M> {
           const A* rows[kInPlaceRows];
           for (int r = 0; r < count; ++r) rows[r] = this->preact_gradients(d, 0, first + r);
           with_constant<kInPlaceRows>(count, [&](auto n) {
-            multiply_in_place<G, decltype(n)::value>(rows, S_rows * P * kBlock, Cell::input_gate,
+            multiply_in_place<Cell::kGates, decltype(n)::value>(rows, S_rows * P * kBlock, Cell::input_gate,
                                                      static_cast<const S*>(p.weights[d].w_ih), H, I,
                                                      columns, sums, 0, d > begin);
           });
@@ -146,7 +159,7 @@ struct Gradients : BackwardState<Cell, S, M> {
     const int first_direction = p.size.first_direction();
     for (int d = first_direction; d < p.size.end_direction(); ++d)
       for (int64_t block = 0; block < Hb; block += kBlocksPerPass) {
-        GateProduct<G, M> tile(*this, input_panels(d), panel,
+        GateProduct<M> tile(*this, input_panels(d), panel,
                                {block, min64(block + kBlocksPerPass, Hb)});
         for_each_tile(begin, end, [&](int64_t first, int n) {
           tile.set_rows(
@@ -179,15 +192,18 @@ struct Gradients : BackwardState<Cell, S, M> {
   struct Product {
     const E* a;
     int64_t blocks, gates, pitch;
-    int (*gate_of)(int);
+    GateOrder gate_of;
     int64_t units, columns;
     void* to;      // (gates * units, columns) in S
     int matrix;    // its number among the direction's
     bool forward;  // of the first direction
+    int64_t first_block = 0;  // where the blocks begin among those of all units
 
     int64_t width() const { return gates * kBlock; }
+    // The first unit of a block, among all.
+    int64_t unit_of(int64_t block) const { return (first_block + block) * kBlock; }
     // Only lanes that hold a unit are multiplied: as many of each gate, side by side.
-    int64_t lanes_of(int64_t block) const { return min64(kBlock, units - block * kBlock); }
+    int64_t lanes_of(int64_t block) const { return min64(kBlock, units - unit_of(block)); }
   };
 
   const S* input_row(int64_t t, int64_t n) const {
@@ -210,29 +226,39 @@ struct Gradients : BackwardState<Cell, S, M> {
   void weight_gradients(int worker) const {
     for (int d = p.size.first_direction(); d < p.size.end_direction(); ++d) {
       const WeightGradients& dw = p.dweights[d];
-      if (dw.w_ih)
+      if (dw.w_ih && !p.size.x_is_preacts)
         weight_gradient<S>(worker,
-                           {this->preact_gradients(d, 0, 0), Hb, G, P * kBlock, Cell::input_gate, H,
+                           {this->preact_gradients(d, 0, 0), Hb, G, P * kBlock, this->input_gates(), H,
                             I, dw.w_ih, 0, d == 0},
                            [&](int64_t, int64_t t, int64_t n) { return input_row(t, n); });
-      if (dw.w_hh)
-        weight_gradient<S>(worker,
-                           {this->hidden_preact_gradients(d, 0, 0), Hb, G, P * kBlock,
-                            Cell::hidden_gate, H, R, dw.w_hh, 1, d == 0},
-                           [&](int64_t, int64_t t, int64_t n) { return previous_hidden(d, t, n); });
+      if (dw.w_hh && p.size.K > 0) hidden_gradient(worker, d);
       if (dw.w_hr)
         weight_gradient<A>(worker,
                            {this->hidden_gradients(d, 0, 0), this->Rb, 1, kBlock,
-                            [](int) { return 0; }, R, H, dw.w_hr, 2, d == 0},
+                            {1, 1, true}, R, H, dw.w_hr, 2, d == 0},
                            [&](int64_t s, int64_t, int64_t) {
                              return static_cast<const A*>(this->full + (d * S_rows + s) * Hp);
                            });
     }
   }
 
+  // Of w_hh, head by head.
+  void hidden_gradient(int worker, int d) const {
+    const int64_t heads = p.size.heads(), blocks = heads == 1 ? Hb : p.size.K / kBlock;
+    for (int64_t head = 0; head < heads; ++head)
+      weight_gradient<S>(
+          worker,
+          {this->hidden_preact_gradients(d, head * blocks, 0), blocks, G, P * kBlock,
+           this->hidden_gates(), H, p.size.K, p.dweights[d].w_hh, 1, d == 0, head * blocks},
+          [&](int64_t, int64_t t, int64_t n) {
+            const S* row = previous_hidden(d, t, n);
+            return row && head > 0 ? row + head * p.size.K : row;
+          });
+  }
+
   template <class B, class RowOf>
   void weight_gradient(int worker, const Product& w, const RowOf& row_of) const {
-    if constexpr (Same<E, A>::value) {
+    if constexpr (kReadsInPlace) {
       if (this->in_place && !p.lasting) return gradient_in_place<B>(worker, w, row_of);
     }
     const Split shares(plan, w.blocks, w.columns);
@@ -255,7 +281,7 @@ struct Gradients : BackwardState<Cell, S, M> {
     const Range blocks = split(w.blocks, plan.threads, worker);
     for (int64_t j = blocks.begin; j < blocks.end; ++j)
       for (int64_t m = 0; m < w.width(); m += kInPlaceDepth) {
-        const int64_t unit = j * kBlock + m % kBlock;
+        const int64_t unit = w.unit_of(j) + m % kBlock;
         if (unit >= w.units) continue;
         const A* factors[kDirectMaxAllRows];
         for (int64_t i = 0; i < count; ++i)
@@ -370,7 +396,7 @@ struct Gradients : BackwardState<Cell, S, M> {
                 const A* from) const {
     const int64_t units = w.lanes_of(j);
     for (int64_t m = 0; m < w.gates * units; ++m) {
-      const int64_t unit = j * kBlock + m % units;
+      const int64_t unit = w.unit_of(j) + m % units;
       S* row = static_cast<S*>(w.to) + (w.gate_of(m / units) * w.units + unit) * w.columns;
       for (int c = 0; c < panels.cols(panel); ++c) {
         const int64_t at = (panels.first_vector(panel) + c) * lanes;
@@ -383,10 +409,10 @@ struct Gradients : BackwardState<Cell, S, M> {
     if (p.unfinished) return;
     for (int d = p.size.first_direction(); d < p.size.end_direction(); ++d) {
       const WeightGradients& dw = p.dweights[d];
-      if (!dw.b_ih && !dw.b_hh) continue;
+      if (!dw.b_ih && !dw.b_hh && !dw.vectors) continue;
       const Range vectors = split(ceil_div(H, lanes), plan.threads, worker);
       for (int64_t v = vectors.begin; v < vectors.end; ++v)
-        for (int j = 0; j < P; ++j) {
+        for (int j = 0; j < this->sums_of_unit; ++j) {
           const int64_t u = v * lanes;
           V sum = {};
           for (int from = 0; from < plan.threads; ++from)
@@ -394,8 +420,9 @@ struct Gradients : BackwardState<Cell, S, M> {
           const auto put = [&](void* to, int gate) {
             if (to) store_first(static_cast<S*>(to) + gate * H + u, sum, H - u);
           };
-          if (j < G) put(dw.b_ih, Cell::input_gate(j));
-          if (j >= P - G) put(dw.b_hh, Cell::hidden_gate(j - (P - G)));
+          if (j < G) put(dw.b_ih, input_gate_of(G, P, j));
+          if (j >= P - G && j < P) put(dw.b_hh, j - (P - G));
+          if (j >= P) put(dw.vectors, j - P);
         }
     }
   }
@@ -432,7 +459,7 @@ struct Gradients : BackwardState<Cell, S, M> {
 
   void clear_bias_sums(int worker) const {
     if (p.continued) return;
-    const int64_t each = 2 * p.size.D * Hb * P * kBlock;
+    const int64_t each = 2 * p.size.D * Hb * this->sums_of_unit * kBlock;
     std::memset(this->db + worker * each, 0, each * sizeof(A));
   }
 };

@@ -2,6 +2,9 @@
 // the file switched on before including this.
 #pragma once
 
+#include "activations.h"  // first: the cells name its functions
+
+#include "../cells/derive.h"
 #include "direct.h"
 #include "gradients.h"
 #include "kernels.h"
@@ -66,10 +69,10 @@ int64_t scratch_bytes(const Params& params, const Plan& plan) {
 // The direct kernel multiplies no pairs: where there are pairs, its plan has the ISA without.
 template <class Cell, class S>
 bool forward(const ForwardParams& p, const Plan& plan) {
-  if constexpr (kAllProducts) {
+  if constexpr (kAllProducts && !kIsAny<Cell>) {
     if (plan.kernel == KernelKind::kDirect) return run<Direct<Cell, S>>(p, plan);
   }
-  if constexpr (kAllProducts && Same<S, float>::value) {
+  if constexpr (kAllProducts && Same<S, float>::value && !kIsAny<Cell>) {
     if (plan.kernel == KernelKind::kInt8) return run<QuantizedForward<Cell, Int8Weights>>(p, plan);
     if (plan.kernel == KernelKind::kBFloat16)
       return run<QuantizedForward<Cell, BFloat16Weights>>(p, plan);
@@ -79,10 +82,10 @@ bool forward(const ForwardParams& p, const Plan& plan) {
 
 template <class Cell, class S>
 int64_t forward_scratch(const ForwardParams& p, const Plan& plan) {
-  if constexpr (kAllProducts) {
+  if constexpr (kAllProducts && !kIsAny<Cell>) {
     if (plan.kernel == KernelKind::kDirect) return scratch_bytes<Direct<Cell, S>>(p, plan);
   }
-  if constexpr (kAllProducts && Same<S, float>::value) {
+  if constexpr (kAllProducts && Same<S, float>::value && !kIsAny<Cell>) {
     if (plan.kernel == KernelKind::kInt8)
       return scratch_bytes<QuantizedForward<Cell, Int8Weights>>(p, plan);
     if (plan.kernel == KernelKind::kBFloat16)
@@ -120,8 +123,9 @@ constexpr Kernel kernel() {
               backward<Cell, S>,
               backward_lasting<Cell, S>,
               nullptr,
+              nullptr,
               nullptr};
-  if constexpr (sizeof(S) >= sizeof(float)) {
+  if constexpr (sizeof(S) >= sizeof(float) && !kIsAny<Cell>) {
     using Tangents = Persistent<TangentOf<Cell>, S>;
     k.tangent_scratch = scratch_bytes<Tangents, TangentParams>;
     k.tangent = run<Tangents, TangentParams>;
@@ -141,7 +145,10 @@ inline constexpr Kernel kInt8Kernel = {scratch_bytes<QuantizedForward<Cell, Int8
 template <class Cell, class S>
 const Kernel* kernel_if_planned() {
   if constexpr (kFacts.products == Products::kBytes) {
-    return Same<S, float>::value ? &kInt8Kernel<Cell> : nullptr;
+    if constexpr (kIsAny<Cell>)
+      return nullptr;
+    else
+      return Same<S, float>::value ? &kInt8Kernel<Cell> : nullptr;
   } else {
     if constexpr (kAllProducts || Same<S, BFloat16>::value) return &kKernel<Cell, S>;
     return nullptr;
@@ -159,11 +166,47 @@ const Kernel* kernel_of_dtype(DType dtype) {
   }
 }
 
+// Of a described cell: those of all, with its functions.
+template <class Cell, class S>
+const Kernel* described_kernel() {
+  if constexpr (kFacts.products == Products::kBytes ||
+                !(kAllProducts || Same<S, BFloat16>::value)) {
+    return nullptr;
+  } else {
+    using A = typename ComputeOf<S>::type;
+    static constexpr UnitFunctions<A> functions = unit_functions<Cell, Vector<A>, A>();
+    static constexpr UnitInfo unit = {
+        Cell::kGates,   Cell::kPreacts, Cell::kCells,     Cell::kKeepsHidden,
+        Cell::kVectors, Cell::kMasks,   functions.groups, &functions};
+    static const Kernel found = [] {
+      Kernel k = kKernel<AnyCell, S>;
+      k.unit = &unit;
+      return k;
+    }();
+    return &found;
+  }
+}
+
+template <class Cell>
+const Kernel* described_kernel_of(DType dtype) {
+  switch (dtype) {
+#define LSTM_FUSED_CASE(Name, name, Storage, Compute, Torch) \
+  case DType::k##Name: return described_kernel<Cell, Storage>();
+    LSTM_FUSED_DTYPES(LSTM_FUSED_CASE)
+#undef LSTM_FUSED_CASE
+    default: return nullptr;
+  }
+}
+
 const Kernel* kernel_of(CellKind cell, DType dtype) {
   switch (cell) {
 #define LSTM_FUSED_CASE(name, Cell) \
   case CellKind::k##Cell: return kernel_of_dtype<Cell>(dtype);
     LSTM_FUSED_CELLS(LSTM_FUSED_CASE)
+#undef LSTM_FUSED_CASE
+#define LSTM_FUSED_CASE(name, Cell) \
+  case CellKind::k##Cell: return described_kernel_of<Cell>(dtype);
+    LSTM_FUSED_DESCRIBED_CELLS(LSTM_FUSED_CASE)
 #undef LSTM_FUSED_CASE
     default: return nullptr;
   }

@@ -11,5 +11,8 @@ LSTM_FUSED_TARGET("avx2,fma,f16c")
 const lstm_fused::Kernel* lstm_fused::kernels_avx2(CellKind cell, DType dtype) {
   return kernel_of(cell, dtype);
 }
+const lstm_fused::Kernel* lstm_fused::described_kernels_avx2(DType dtype) {
+  return kernel_of_dtype<AnyCell>(dtype);
+}
 LSTM_FUSED_TARGET_END
 #endif

@@ -11,5 +11,8 @@ LSTM_FUSED_TARGET("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
 const lstm_fused::Kernel* lstm_fused::kernels_avx512(CellKind cell, DType dtype) {
   return kernel_of(cell, dtype);
 }
+const lstm_fused::Kernel* lstm_fused::described_kernels_avx512(DType dtype) {
+  return kernel_of_dtype<AnyCell>(dtype);
+}
 LSTM_FUSED_TARGET_END
 #endif

@@ -12,5 +12,8 @@ LSTM_FUSED_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")
 const lstm_fused::Kernel* lstm_fused::kernels_avx512_vnni(CellKind cell, DType dtype) {
   return kernel_of(cell, dtype);
 }
+const lstm_fused::Kernel* lstm_fused::described_kernels_avx512_vnni(DType dtype) {
+  return kernel_of_dtype<AnyCell>(dtype);
+}
 LSTM_FUSED_TARGET_END
 #endif

@@ -11,4 +11,7 @@ LSTM_FUSED_KEEP_ORDER_OF_LOADS
 const lstm_fused::Kernel* lstm_fused::kernels_neon(CellKind cell, DType dtype) {
   return kernel_of(cell, dtype);
 }
+const lstm_fused::Kernel* lstm_fused::described_kernels_neon(DType dtype) {
+  return kernel_of_dtype<AnyCell>(dtype);
+}
 #endif

@@ -13,5 +13,8 @@ LSTM_FUSED_KEEP_ORDER_OF_LOADS
 const lstm_fused::Kernel* lstm_fused::kernels_neon_bf16(CellKind cell, DType dtype) {
   return kernel_of(cell, dtype);
 }
+const lstm_fused::Kernel* lstm_fused::described_kernels_neon_bf16(DType dtype) {
+  return kernel_of_dtype<AnyCell>(dtype);
+}
 LSTM_FUSED_TARGET_END
 #endif

@@ -12,5 +12,8 @@ LSTM_FUSED_TARGET("arch=armv8.2-a+sve+bf16")
 const lstm_fused::Kernel* lstm_fused::kernels_sve256_bf16(CellKind cell, DType dtype) {
   return kernel_of(cell, dtype);
 }
+const lstm_fused::Kernel* lstm_fused::described_kernels_sve256_bf16(DType dtype) {
+  return kernel_of_dtype<AnyCell>(dtype);
+}
 LSTM_FUSED_TARGET_END
 #endif

@@ -3,6 +3,7 @@
 #include <array>
 
 #include "../compiler.h"
+#include "registry.h"
 #include "system.h"
 
 namespace lstm_fused {
@@ -54,6 +55,7 @@ const Kernel& kernel_for(Isa isa, CellKind cell, DType dtype) {
       LSTM_FUSED_ISAS(LSTM_FUSED_ROW)
 #undef LSTM_FUSED_ROW
   };
+  if (static_cast<int>(cell) >= kCellCount) return registered_kernel(isa, cell, dtype);
   return *tables[static_cast<int>(isa)](cell, dtype);
 }
 

@@ -16,12 +16,20 @@ struct Kernel {
   // Null for the 16-bit dtypes: a tangent would lose digits in them.
   int64_t (*tangent_scratch)(const TangentParams&, const Plan&);
   bool (*tangent)(const TangentParams&, const Plan&);
+  // Of a described cell, whose params get it, else null.
+  const UnitInfo* unit;
 };
 
 // kernels_<isa>(cell, dtype), each in its ISA file; null for a dtype that is never planned for the
 // ISA, and then some of a kernel's functions are, too.
 #define LSTM_FUSED_ROW(Name, name, bytes, cols, products, available) \
   const Kernel* kernels_##name(CellKind cell, DType dtype);
+LSTM_FUSED_ISAS(LSTM_FUSED_ROW)
+#undef LSTM_FUSED_ROW
+
+// Those of every described cell, without its functions.
+#define LSTM_FUSED_ROW(Name, name, bytes, cols, products, available) \
+  const Kernel* described_kernels_##name(DType dtype);
 LSTM_FUSED_ISAS(LSTM_FUSED_ROW)
 #undef LSTM_FUSED_ROW
 

@@ -79,6 +79,7 @@ void launch_pass(const Problem& problem, Params& params, Pass pass, MakePlan mak
   for (int threads = usable_threads();; threads = 1) {
     const Plan plan = make_plan(problem, machine_for(threads));
     const Kernel& kernel = kernel_for(plan.isa, problem.cell, problem.dtype);
+    params.unit = kernel.unit;
     params.scratch = scratch.of(static_cast<size_t>((kernel.*bytes)(params, plan)) + 64);
     const CallWatch watch(plan);
     const bool ran = (kernel.*call)(params, plan);
@@ -108,7 +109,8 @@ Problem problem_of(const Layer& layer, bool training) {
   const LayerSizes& size = layer.size;
   const Steps& steps = size.steps;
   const bool packed = steps.sizes != nullptr;
-  return {layer.cell, layer.dtype,      steps.T,  steps.N, size.I, size.H,      size.R,
+  const int64_t hidden_inputs = layer.projection ? size.R : size.K;
+  return {layer.cell, layer.dtype,      steps.T,  steps.N, size.I, size.H,      hidden_inputs,
           size.D,     layer.projection, training, false,   packed, layer.format};
 }
 
@@ -137,11 +139,14 @@ PlannedForward::Planned PlannedForward::planned(const Problem& problem, const Fo
                                                 int threads) {
   const Plan plan = plan_forward(problem, machine_for(threads));
   const Kernel& kernel = kernel_for(plan.isa, problem.cell, problem.dtype);
-  return {plan, &kernel, static_cast<size_t>(kernel.forward_scratch(params, plan)) + 64};
+  ForwardParams sized = params;
+  sized.unit = kernel.unit;
+  return {plan, &kernel, static_cast<size_t>(kernel.forward_scratch(sized, plan)) + 64};
 }
 
 void PlannedForward::run(ForwardParams& params, Scratch& scratch) const {
   const Planned* planned = own_.plan.threads > usable_threads() ? &single_ : &own_;
+  params.unit = planned->kernel->unit;
   params.scratch = scratch.of(planned->bytes);
   if (!planned->kernel->forward(params, planned->plan)) {
     planned = &single_;

@@ -90,12 +90,22 @@ void pack_panel_step(const Panels<M>& panels, int64_t step, int64_t n, const Row
   }
 }
 
+// The gates of the pre-activations that belong to the input's or to the hidden state's weights.
+struct GateOrder {
+  int G, P;
+  bool hidden;
+  int operator()(int64_t j) const {
+    return hidden ? static_cast<int>(j) : input_gate_of(G, P, static_cast<int>(j));
+  }
+};
+
 // Tile steps `range` of panels of w (G * H, n), its rows in the order of the pre-activations'
 // gradients: block, pre-activation, lane. The last block has only the lanes that hold a unit,
 // rounded up to a tile step. gate_of gives a pre-activation's gate.
-template <int G, class M, class S>
-void pack_gate_rows(const Panels<M>& panels, Range range, int (*gate_of)(int), const S* w,
-                    int64_t H, int64_t n) {
+template <class M, class S>
+void pack_gate_rows(const Panels<M>& panels, Range range, GateOrder gate_of, const S* w, int64_t H,
+                    int64_t n) {
+  const int64_t G = gate_of.G;
   const int64_t whole = H / kBlock * kBlock;
   const int64_t rest = round_up(H - whole, M::kPair);
   for (int64_t step = range.begin; step < range.end; ++step)
@@ -105,6 +115,22 @@ void pack_gate_rows(const Panels<M>& panels, Range range, int (*gate_of)(int), c
       const int64_t gate = gate_of(i / width % G);
       const int64_t u = (last ? whole : i / (G * kBlock) * kBlock) + i % width;
       return u < H ? w + (gate * H + u) * n : nullptr;
+    });
+}
+
+// The same of w (G * H, K) where the units of a head, K of them, have K inputs of their own: the
+// rest of a row of B (n,) is zero. rows: (pair, n) of scratch memory. K is whole blocks.
+template <class M, class S>
+void pack_head_rows(const Panels<M>& panels, Range range, GateOrder gate_of, const S* w, int64_t K,
+                    int64_t n, S* rows) {
+  const int64_t G = gate_of.G;
+  for (int64_t step = range.begin; step < range.end; ++step)
+    pack_panel_step(panels, step, n, [&](int64_t k) {
+      const int64_t gate = gate_of(k / kBlock % G), u = k / (G * kBlock) * kBlock + k % kBlock;
+      S* row = rows + k % M::kPair * n;
+      for (int64_t i = 0; i < n; ++i) row[i] = S{};
+      std::memcpy(row + u / K * K, w + (gate * n + u) * K, K * sizeof(S));
+      return static_cast<const S*>(row);
     });
 }
 

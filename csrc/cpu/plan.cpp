@@ -65,7 +65,8 @@ bool same_sums(const Problem& p, const Machine& m, const Partition& a, const Par
   if (a.row_groups != b.row_groups && !full_tiles) return false;
   // The columns are the gates of one vector of units, or several vectors of units of one gate, of
   // which a slice may end with fewer.
-  if (info(p.cell).preacts > 1) return true;
+  const CellInfo& cell = info(p.cell);
+  if (cell.described ? cell.gates > kTileCols / 2 : cell.preacts > 1) return true;
   const int64_t vectors = kBlock / std::min(kBlock, lanes(m, p.dtype));
   const auto whole_tiles = [&](int unit_groups) {
     for (int64_t i = 1; i < unit_groups; ++i)
@@ -99,7 +100,8 @@ KernelKind kernel_of(const Problem& p) {
   if (p.format == WeightFormat::kBFloat16) return KernelKind::kBFloat16;
   const bool few =
       p.T <= kDirectMaxSteps && p.N <= kDirectMaxRows && p.T * p.N <= kDirectMaxAllRows;
-  return few && !p.projection && !p.tangents ? KernelKind::kDirect : KernelKind::kPersistent;
+  const bool direct = few && !p.projection && !p.tangents && !info(p.cell).described;
+  return direct ? KernelKind::kDirect : KernelKind::kPersistent;
 }
 
 Plan with_partition(const Problem& p, const Machine& m, KernelKind kernel, const Partition& part,

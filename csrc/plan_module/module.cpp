@@ -20,7 +20,7 @@ PyObject* plan(PyObject*, PyObject* args, PyObject* kwargs) {
          "backward", "cell", "undisturbed", "topology", "weights"},
         &dtype, &isa, &threads, &T, &N, &I, &H, &R, &directions, &projection, &training, &backward,
         &cell, &undisturbed, class_of<Topology>, &topology, &weights);
-  const Problem problem{from_name<CellKind>(cell, kCellCount, "cell"),
+  const Problem problem{from_name<CellKind>(cell, cell_count(), "cell"),
                         from_name<DType>(dtype, kDTypeCount, "dtype"),
                         T,
                         N,
@@ -60,22 +60,42 @@ PyObject* run_of(PyObject*, PyObject* args, PyObject* kwargs) {
 PyObject* cells(PyObject*, PyObject*, PyObject*) {
   constexpr const char* carries[] = {"none", "cell", "hidden"};
   PyObject* all = checked(PyDict_New());
-  const auto add = [&](auto type, CellKind kind) {
-    using Cell = decltype(type);
-    const CellInfo& known = info(kind);
+  for (int k = 0; k < cell_count(); ++k) {
+    const CellInfo& known = info(static_cast<CellKind>(k));
+    const int G = known.gates, P = known.preacts;
+    PyObject* const input_gates =
+        tuple_of(G, [&](int j) { return PyLong_FromLong(input_gate_of(G, P, j)); });
+    PyObject* const hidden_gates = tuple_of(G, [](int j) { return PyLong_FromLong(j); });
+    const int carry = known.cells > 0 ? 1 : known.keeps_hidden ? 2 : 0;
     PyObject* cell = checked(Py_BuildValue(
-        "{s:i,s:i,s:i,s:s,s:N,s:N}", "id", static_cast<int>(kind), "gates", known.gates, "preacts",
-        known.preacts, "carry", carries[static_cast<int>(known.carry)], "input_gates",
-        tuple_of(Cell::kGates, [](int j) { return PyLong_FromLong(Cell::input_gate(j)); }),
-        "hidden_gates",
-        tuple_of(Cell::kGates, [](int j) { return PyLong_FromLong(Cell::hidden_gate(j)); })));
+        "{s:i,s:i,s:i,s:s,s:i,s:O,s:i,s:i,s:i,s:O,s:N,s:N}", "id", k, "gates", known.gates, "preacts",
+        known.preacts, "carry", carries[carry], "cells", known.cells, "keeps_hidden",
+        known.keeps_hidden ? Py_True : Py_False, "vectors", known.vectors, "masks", known.masks, "groups", known.groups,
+        "described", known.described ? Py_True : Py_False, "input_gates", input_gates,
+        "hidden_gates", hidden_gates));
     PyDict_SetItemString(all, known.name, cell);
     Py_DECREF(cell);
-  };
-#define LSTM_FUSED_ADD(name, Cell) add(Cell{}, CellKind::k##Cell);
-  LSTM_FUSED_CELLS(LSTM_FUSED_ADD)
-#undef LSTM_FUSED_ADD
+  }
   return all;
+}
+
+// A cell of the user becomes known here, too. Its number is that of the operators' library, where
+// cells are registered in the same order.
+PyObject* add_cell(PyObject*, PyObject* args, PyObject* kwargs) {
+  static std::deque<std::string> names;
+  const char* name;
+  CellInfo cell{};
+  int keeps_hidden;
+  parse(args, kwargs, "siiipiii:register_cell",
+        {"name", "gates", "preacts", "cells", "keeps_hidden", "vectors", "masks", "groups"}, &name,
+        &cell.gates, &cell.preacts, &cell.cells, &keeps_hidden, &cell.vectors, &cell.masks,
+        &cell.groups);
+  names.push_back(name);
+  cell.name = names.back().c_str();
+  cell.described = true;
+  cell.keeps_hidden = keeps_hidden != 0;
+  registered_cells().push_back(cell);
+  return PyLong_FromLong(cell_count() - 1);
 }
 
 // The dimensions of what a forward pass saves, by device and tensor: csrc/saved.h.
@@ -221,6 +241,7 @@ PyMODINIT_FUNC PyInit__plan() {
       python::method<topology_of>("read_topology"),
       python::method<run_of>("run_of"),
       python::method<cells>("cells"),
+      python::method<add_cell>("register_cell"),
       python::method<saved_layouts>("saved_layouts"),
       python::method<build_info>("build_info"),
       {},

@@ -41,7 +41,7 @@ class ForwardPass {
         size_(layer.size),
         x_(x),
         most_(std::min(most, layer.size.steps.T)),
-        width_(checkpoint_width(layer.cell, layer.size)),
+        width_(layer.size.checkpoint_width()),
         computed_(compute_bytes(layer.dtype)),
         pass_(layer, x, false) {
     reserve();

@@ -55,7 +55,7 @@ struct Cuda {
 template <class Data>
 Data* checkpoint(const Layer& layer, Data* all, int64_t k) {
   const int64_t bytes = layer.size.D * layer.size.steps.N *
-                        checkpoint_width(layer.cell, layer.size) * compute_bytes(layer.dtype);
+                        layer.size.checkpoint_width() * compute_bytes(layer.dtype);
   using Byte = std::conditional_t<std::is_const_v<Data>, const char, char>;
   return k < 0 ? nullptr : static_cast<Byte*>(all) + k * bytes;
 }

@@ -33,7 +33,7 @@ class Pass {
 
   int gates() const { return info(layer_.cell).gates; }
   bool tf32() const { return plan_.tf32; }
-  Carry carry() const { return info(layer_.cell).carry; }
+  Carry carry() const { return info(layer_.cell).carry(); }
   void* stream() const { return stream_; }
 
   // A tensor on x's device.

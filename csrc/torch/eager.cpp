@@ -143,9 +143,10 @@ PyObject* backward_checked(const Torch& torch, PyObject* const* args) {
   const int64_t rest = LayerArguments::kFirst + states + count;
   const auto after = [&](int64_t i) -> const MaybeTensor& { return all[rest + i]; };
   const int64_t directions = integer(args[12]);
+  const int64_t cell = integer(args[11]);
   const bool cell_states =
-      directions > 0 && has_cell_states(after(0) ? after(0) : after(3), given.weights, directions);
-  Call call = given.call(integer(args[11]), directions, cell_states);
+      has_cell_states(after(0) ? after(0) : after(3), given.weights, cell, directions);
+  Call call = given.call(cell, directions, cell_states);
   const int64_t save_every = integer(args[13]);
   PyObject* const wanted = args[14];
   if (!after(1) || !PyList_CheckExact(wanted)) throw Left();

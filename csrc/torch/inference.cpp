@@ -109,7 +109,7 @@ class Inference {
     if (model_.batch_first) x_.transpose();
     const int64_t T = x_.sizes[0], N = x_.sizes[1];
     if (!x_.rows_are_contiguous() || T == 0 || N == 0) return false;
-    states_ = info(static_cast<CellKind>(model_.cell)).carry == Carry::kCell ? 2 : 1;
+    states_ = info(static_cast<CellKind>(model_.cell)).cells > 0 ? 2 : 1;
     if (!read_states()) return false;
     layers_.reserve(L_);
     for (long k = 0; k < L_; ++k)
@@ -262,7 +262,7 @@ PyObject* infer_checked(PyObject* const* args) {
                 step,      PyObject_IsTrue(args[9]) != 0, number(7),
                 number(8)};
   const bool fits = PyList_CheckExact(args[0]) && PyDict_CheckExact(args[1]) && m.cell >= 0 &&
-                    m.cell < kCellCount && (m.D == 1 || m.D == 2) && m.L >= 1 &&
+                    m.cell < kCellCount && !kCells[m.cell].described && (m.D == 1 || m.D == 2) && m.L >= 1 &&
                     PyList_Size(args[0]) >= m.L * m.D;
   if (!fits) return leave();
   Inference call(*torch, args[0], args[1], args[2], args[3], m);

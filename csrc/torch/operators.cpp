@@ -1,5 +1,6 @@
 // The operators: their schemas, and the CPU's kernels behind them. Bodies are in operators.h,
 // arithmetic below (cpu/), autograd, vmap and fakes above (lstm_fused/).
+#include "../cpu/registry.h"
 #include "cpu_device.h"
 
 namespace lstm_fused {
@@ -19,7 +20,7 @@ Tangents recurrent_tangent(Tensor x, MaybeTensor batch_sizes, MaybeTensor resets
   LSTM_FUSED_CHECK(storage_bytes(layer.dtype) >= 4 && !layer.projection,
                    "tangents are of float32 or float64, without a projection");
   const Outputs out = allocate_forward<Cpu>(call, x, 0);
-  const bool carries = info(layer.cell).carry != Carry::kNone;
+  const bool carries = info(layer.cell).carried() > 0;
   const LayerSizes& s = layer.size;
   Tensors kept;
   std::vector<TangentParams> params;
@@ -76,6 +77,25 @@ std::vector<int64_t> last_run_numbers() {
   return numbers;
 }
 
+// numbers: gates, preacts, cells, keeps_hidden, vectors, masks, groups.
+int64_t register_cell_of(std::string name, std::vector<int64_t> numbers) {
+  LSTM_FUSED_CHECK(numbers.size() == 7, "a cell is described by 7 numbers");
+  const auto at = [&](int i) { return static_cast<int>(numbers[i]); };
+  return static_cast<int64_t>(
+      register_cell(name, {nullptr, at(0), at(1), true, at(2), numbers[3] != 0, at(4), at(5), at(6)}));
+}
+
+// The addresses of UnitFunctions<float> and <double> of a registered cell in an ISA.
+void register_functions_of(int64_t cell, std::string isa, int64_t of_float, int64_t of_double) {
+  LSTM_FUSED_CHECK(cell >= kCellCount && cell < cell_count(), "cell ", cell, " is not registered");
+  for (int i = 0; i < kIsaCount; ++i)
+    if (isa == name(static_cast<Isa>(i)))
+      return register_functions(static_cast<CellKind>(cell), static_cast<Isa>(i),
+                                reinterpret_cast<const void*>(of_float),
+                                reinterpret_cast<const void*>(of_double));
+  LSTM_FUSED_CHECK(false, "unknown ISA ", isa);
+}
+
 void force_isa_by_name(std::string name) {
   force_isa(name);
 }
@@ -115,6 +135,8 @@ STABLE_TORCH_LIBRARY(lstm_fused, m) {
       "Tensor[] weights, int hidden_size, int proj_size, int cell, int directions, "
       "bool cell_states) -> (Tensor y, Tensor h_n, Tensor c_n)");
   m.def("force_isa(str isa) -> ()");
+  m.def("register_cell(str name, int[] numbers) -> int");
+  m.def("register_functions(int cell, str isa, int of_float, int of_double) -> ()");
   m.def("active_isa() -> str");
   m.def("machine(int threads) -> int[]");
   m.def("available_isas() -> int[]");
@@ -131,6 +153,8 @@ STABLE_TORCH_LIBRARY_IMPL(lstm_fused, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(lstm_fused, CompositeExplicitAutograd, m) {
   m.impl("force_isa", TORCH_BOX(&lstm_fused::force_isa_by_name));
+  m.impl("register_cell", TORCH_BOX(&lstm_fused::register_cell_of));
+  m.impl("register_functions", TORCH_BOX(&lstm_fused::register_functions_of));
   m.impl("active_isa", TORCH_BOX(&lstm_fused::active_isa));
   m.impl("machine", TORCH_BOX(&lstm_fused::machine_numbers));
   m.impl("available_isas", TORCH_BOX(&lstm_fused::available_isas));

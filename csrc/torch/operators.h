@@ -112,7 +112,7 @@ struct Outputs {
 // Of states alone, those between every `every` steps: (count, D, N, width).
 inline Shape checkpoints_shape(const Layer& layer, int64_t every) {
   const LayerSizes& s = layer.size;
-  return {ceil_div(s.steps.T, every) - 1, s.D, s.steps.N, checkpoint_width(layer.cell, s)};
+  return {ceil_div(s.steps.T, every) - 1, s.D, s.steps.N, s.checkpoint_width()};
 }
 
 // Whether a pass keeps them.
@@ -128,7 +128,7 @@ Outputs allocate_forward(const Call& call, const Tensor& x, int64_t save_every) 
   const auto make = [&](bool wanted, const Shape& shape, ScalarType type) {
     return result<Device>(wanted, shape, x, type);
   };
-  const bool carries = info(layer.cell).carry != Carry::kNone;
+  const bool carries = info(layer.cell).saved() > 0;
   const int64_t N = layer.size.steps.N;
   const bool checkpoints = keeps_checkpoints<Device>(layer, save_every);
   const Shape gates = checkpoints ? Shape{0} : call.of_all(layer.saved_shape(Device::kSaved.gates));
@@ -137,7 +137,7 @@ Outputs allocate_forward(const Call& call, const Tensor& x, int64_t save_every) 
                               : layer.saved_shape(Device::kSaved.saved_states));
   return {make(!call.is_step(), call.output_shape(), dtype),
           make(true, call.state_shape(N, layer.size.R), dtype),
-          make(layer.has_cell_state(), call.state_shape(N, layer.size.H), dtype),
+          make(layer.has_cell_state(), call.state_shape(N, layer.size.cell_width()), dtype),
           make(save_every > 0, gates, compute),
           make(save_every > 0 && (carries || checkpoints), saved_states, compute)};
 }
@@ -230,21 +230,32 @@ GradientTensors allocate_backward(const Call& call, const Tensor& x, const Tenso
   const Shape preacts = call.of_all({layer.rows, s.D, info(layer.cell).preacts, s.H});
   return {make(wanted.x, shape_of(x), dtype),
           make(wanted.h0, call.state_shape(s.state_rows(), s.R), dtype),
-          make(wanted.c0, call.state_shape(s.state_rows(), s.H), dtype), std::move(dweights),
+          make(wanted.c0, call.state_shape(s.state_rows(), s.cell_width()), dtype),
+          std::move(dweights),
           make(wanted.preacts, preacts, compute_dtype(layer.dtype))};
 }
 
-// The gradient of weight i of a direction, of weights_per_direction.
-inline void*& gradient_of(WeightGradients& gradients, const Layer& layer, int i) {
+// The gradient of weight i of a direction, of weights_per_direction; null for masks.
+inline void** gradient_of(WeightGradients& gradients, const Layer& layer, int i) {
   void** const places[] = {&gradients.w_ih, &gradients.w_hh, &gradients.b_ih, &gradients.b_hh};
-  const bool last = i == layer.weights_per_direction - 1;
-  return layer.projection && last ? gradients.w_hr : *places[i];
+  const int matrices = 2 + 2 * layer.bias;
+  if (i < matrices) return places[i];
+  if (layer.projection && i == matrices) return &gradients.w_hr;
+  return i == matrices + layer.projection && info(layer.cell).vectors ? &gradients.vectors
+                                                                      : nullptr;
 }
 
 // Whether y, or its gradient, holds cell states too: its width tells.
-inline bool has_cell_states(const MaybeTensor& y, const Tensors& weights, int64_t directions) {
-  if (!y || y->dim() == 0 || weights.size() < 2 || weights[1].dim() == 0) return false;
-  return y->size(y->dim() - 1) > directions * weights[1].size(weights[1].dim() - 1);
+inline bool has_cell_states(const MaybeTensor& y, const Tensors& weights, int64_t cell,
+                            int64_t directions) {
+  if (!y || y->dim() == 0 || weights.size() < 2 || weights[1].dim() < 2) return false;
+  if (cell < 0 || cell >= cell_count() || directions < 1) return false;
+  const CellInfo& known = info(static_cast<CellKind>(cell));
+  const size_t matrices = weights.size() / directions - (known.vectors > 0) - (known.masks > 0);
+  const Tensor& w_hh = weights[1];
+  const int64_t R = matrices % 2 == 1 ? w_hh.size(w_hh.dim() - 1)
+                                      : w_hh.size(w_hh.dim() - 2) / known.gates;
+  return y->size(y->dim() - 1) > directions * R;
 }
 
 // The outputs' gradients, and y where a gradient of w_hh reads it.
@@ -277,7 +288,7 @@ void read_outputs(Call& call, int64_t m, const Wanted& wanted, const MaybeTensor
   }
   if (dy) p.dy = read_output(*dy, "dy");
   if (dh_n) p.dh_n = read_state(*dh_n, layer.size.R, "dh_n");
-  if (dc_n) p.dc_n = read_state(*dc_n, layer.size.H, "dc_n");
+  if (dc_n) p.dc_n = read_state(*dc_n, layer.size.cell_width(), "dc_n");
 }
 
 template <class Device>
@@ -290,8 +301,13 @@ GradientTensors run_backward(Call& call, const Tensor& x, const Tensors& weights
   const Wanted wanted(mask, weights.size());
   LSTM_FUSED_CHECK(layer.has_cell_state() || (!wanted.c0 && !dc_n), "cell ", info(layer.cell).name,
                    " has no c0 or c_n to have a gradient");
-  const bool carries = info(layer.cell).carry != Carry::kNone;
+  const bool carries = info(layer.cell).saved() > 0;
   const bool checkpoints = keeps_checkpoints<Device>(layer, save_every);
+  if (info(layer.cell).masks > 0) {
+    const size_t each = layer.weights_per_direction;
+    for (size_t i = each - 1; i < weights.size(); i += each)
+      LSTM_FUSED_CHECK(!wanted.weights[i], "masks have no gradient");
+  }
   LSTM_FUSED_CHECK(!(carries || checkpoints) || saved_states,
                    "saved_states must be as the forward pass saved it");
   Tensors kept;
@@ -320,7 +336,8 @@ GradientTensors run_backward(Call& call, const Tensor& x, const Tensors& weights
     p.dh0 = call.part(out.dh0, m);
     p.dc0 = call.part(out.dc0, m);
     for (size_t i = 0; i < weights.size(); ++i)
-      gradient_of(p.dweights[i / each], layer, i % each) = call.part(out.dweights[i], m);
+      if (void** const place = gradient_of(p.dweights[i / each], layer, i % each))
+        *place = call.part(out.dweights[i], m);
     p.d_preacts = call.part(out.d_preacts, m);
   }
   if (layer.size.steps.N > 0) {
@@ -341,7 +358,7 @@ Backward recurrent_backward(Tensor x, MaybeTensor batch_sizes, MaybeTensor reset
                             Tensors weights, MaybeTensor y, Tensor gates, Tensor saved_states,
                             MaybeTensor dy, MaybeTensor dh_n, MaybeTensor dc_n, int64_t cell,
                             int64_t directions, int64_t save_every, std::vector<bool> mask) {
-  const bool cell_states = has_cell_states(y ? y : dy, weights, directions);
+  const bool cell_states = has_cell_states(y ? y : dy, weights, cell, directions);
   Call call({x, batch_sizes, resets, state0, weights, cell, directions, cell_states},
             Device::kNeedsUniformRows);
   const GradientTensors out = run_backward<Device>(call, x, weights, y, gates, saved_states, dy,

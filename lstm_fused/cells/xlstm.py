@@ -87,8 +87,6 @@ class _Cell:
     Inside, a state is theirs: (4, N, H), h, c, n and m.
     """
 
-    _user_class: type  # theirs, as replace.derived sets it
-
     def _layer(self, run):
         """What runs the layer where run, `ops.layer`, would; as `fallback.Fused` has it."""
         return run if "slstm" in ops.CELLS else by_reference.layer

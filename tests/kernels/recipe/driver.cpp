@@ -22,7 +22,7 @@ float largest_error(int64_t T, int64_t N, int64_t I, int64_t H) {
   const std::vector<float> x = drawn(T * N * I), w_ih = drawn(H * I), w_hh = drawn(H * H);
   std::vector<float> y(T * N * H), h_n(N * H), c_n(N * H);
   ForwardParams p{};
-  p.size = {{T, N, nullptr, nullptr}, I, H, H, 1};
+  p.size = {{T, N, nullptr, nullptr}, I, H, H, H, 1, 1};
   p.x = {x.data(), N * I, I};
   p.weights[0] = {w_ih.data(), w_hh.data(), nullptr, nullptr, nullptr};
   p.y = y.data();

@@ -34,6 +34,11 @@ class Buffers {
     for (int64_t i = 0; i < count; ++i) put(p, i, next());
     return p;
   }
+  void* filled(int64_t count, double value) {
+    void* p = take(count * size(dtype_));
+    for (int64_t i = 0; i < count; ++i) put(p, i, value);
+    return p;
+  }
   void* nan(int64_t count, bool compute = false) {
     const int64_t bytes = count * (compute ? (dtype_ == DType::kFloat64 ? 8 : 4) : size(dtype_));
     void* p = take(bytes);
@@ -124,8 +129,9 @@ bool run_quantized(const Case& c, CellKind cell, Isa isa, int threads, const For
 }
 
 bool run(const Case& c, CellKind cell, Isa isa, DType dtype, int threads) {
-  const int64_t G = info(cell).gates;
-  const bool has_c = info(cell).carry == Carry::kCell;
+  const CellInfo& known = info(cell);
+  const int64_t G = known.gates, C = known.cells * c.H;
+  const bool has_c = C > 0;
   Buffers b(dtype);
   const int64_t R = c.P ? c.P : c.H;
   std::vector<int64_t> sizes, offsets{0};
@@ -149,7 +155,9 @@ bool run(const Case& c, CellKind cell, Isa isa, DType dtype, int threads) {
             c.I,
             c.H,
             R,
-            c.D};
+            R,
+            c.D,
+            known.cells};
   if (c.documents) {
     f.size.steps.starts = starts.data();
     f.size.steps.places = f.size.steps.ranks = places.data();  // a reversal is its own inverse
@@ -162,49 +170,53 @@ bool run(const Case& c, CellKind cell, Isa isa, DType dtype, int threads) {
   f.x = {b.random(S * c.I), c.N * c.I, c.I};
   if (c.state) {
     f.h0 = b.random(initial * R);
-    if (has_c) f.c0 = b.random(initial * c.H);
+    if (has_c) f.c0 = b.random(initial * C);
   }
   for (int d = 0; d < c.D; ++d) {
     f.weights[d] = {b.random(G * c.H * c.I), b.random(G * c.H * R),
                     c.bias ? b.random(G * c.H) : nullptr, c.bias ? b.random(G * c.H) : nullptr,
                     c.P ? b.random(R * c.H) : nullptr};
+    if (known.vectors) f.weights[d].vectors = b.filled(known.vectors * c.H, 0.5);
+    if (known.masks) f.weights[d].masks = b.filled(S * known.masks * c.H, 0.5);
   }
   const int64_t units = f.size.blocks() * kBlock;
   f.y = b.nan(y_size);
   f.h_n = b.nan(c.D * c.N * R);
-  if (has_c) f.c_n = b.nan(c.D * c.N * c.H);
+  if (has_c) f.c_n = b.nan(c.D * c.N * C);
   if (c.every) {
-    const int64_t width = checkpoint_width(cell, f.size);
+    const int64_t width = f.size.checkpoint_width();
     f.checkpoints = b.nan((ceil_div(c.T, c.every) - 1) * c.D * c.N * width, true);
     f.checkpoint_every = c.every;
   } else {
     f.gates = b.nan(c.D * S * info(cell).preacts * units, true);
-    if (info(cell).carry != Carry::kNone) f.saved_states = b.nan(c.D * S * units, true);
+    if (known.saved()) f.saved_states = b.nan(c.D * S * units * known.saved(), true);
   }
   const Problem problem{cell, dtype, c.T, c.N, c.I, c.H, R, c.D, c.P > 0, true};
   const Plan forward = plan_forward(problem, {isa, threads});
   const Kernel& kernel = kernel_for(forward.isa, cell, dtype);
+  f.unit = kernel.unit;
   f.scratch = b.scratch(kernel.forward_scratch(f, forward));
   if (!kernel.forward(f, forward)) return false;
   if (!b.finite(f.y, y_size) || !b.finite(f.h_n, c.D * c.N * R) ||
-      (has_c && !b.finite(f.c_n, c.D * c.N * c.H)))
+      (has_c && !b.finite(f.c_n, c.D * c.N * C)))
     return false;
 
-  if (dtype == DType::kFloat32 && !c.every)
+  if (dtype == DType::kFloat32 && !c.every && !known.described)
     for (const WeightFormat format : {WeightFormat::kInt8, WeightFormat::kBFloat16})
       if (!run_quantized(c, cell, isa, threads, f, format)) return false;
 
   BackwardParams g = backward_of(f);
   for (int d = 0; d < c.D; ++d)
     g.dweights[d] = {b.nan(G * c.H * c.I), b.nan(G * c.H * R), c.bias ? b.nan(G * c.H) : nullptr,
-                     c.bias ? b.nan(G * c.H) : nullptr, c.P ? b.nan(R * c.H) : nullptr};
+                     c.bias ? b.nan(G * c.H) : nullptr, c.P ? b.nan(R * c.H) : nullptr,
+                     known.vectors ? b.nan(known.vectors * c.H) : nullptr};
   g.dy = b.random(y_size);
   if (c.state) {
     g.dh_n = b.random(c.D * c.N * R);
     g.dh0 = b.nan(initial * R);
     if (has_c) {
-      g.dc_n = b.random(c.D * c.N * c.H);
-      g.dc0 = b.nan(initial * c.H);
+      g.dc_n = b.random(c.D * c.N * C);
+      g.dc0 = b.nan(initial * C);
     }
   }
   g.dx = b.nan(S * c.I);
@@ -214,17 +226,19 @@ bool run(const Case& c, CellKind cell, Isa isa, DType dtype, int threads) {
     Scratch scratch;
     if (!backward_from_checkpoints(problem, forward, backward, g, scratch)) return false;
   } else {
+    g.unit = back.unit;
     g.scratch = b.scratch(back.backward_scratch(g, backward));
     if (!back.backward(g, backward)) return false;
   }
   bool good = b.finite(g.dx, S * c.I);
   if (c.state) good = good && b.finite(g.dh0, initial * R);
-  if (g.dc0) good = good && b.finite(g.dc0, initial * c.H);
+  if (g.dc0) good = good && b.finite(g.dc0, initial * C);
   for (int d = 0; d < c.D; ++d) {
     const WeightGradients& w = g.dweights[d];
     good = good && b.finite(w.w_ih, G * c.H * c.I) && b.finite(w.w_hh, G * c.H * R);
     if (c.bias) good = good && b.finite(w.b_ih, G * c.H) && b.finite(w.b_hh, G * c.H);
     if (c.P) good = good && b.finite(w.w_hr, R * c.H);
+    if (w.vectors) good = good && b.finite(w.vectors, known.vectors * c.H);
   }
   return good;
 }
@@ -246,7 +260,8 @@ int run_all(CellKind cell, Isa isa, DType dtype, int& ran) {
   int failed = 0;
   for (Case c : cases)
     for (const int threads : {1, 2, 5}) {
-      if (info(cell).carry != Carry::kCell) c.P = 0;  // such a cell has no projection
+      // Such a cell has no projection.
+      if (info(cell).cells == 0 || info(cell).keeps_hidden) c.P = 0;
       ++ran;
       if (run(c, cell, isa, dtype, threads)) continue;
       ++failed;

@@ -127,7 +127,7 @@ void solve(const Header& h, Isa isa, Problems& file) {
   const CellInfo& cell_info = info(cell);
   const int64_t G = cell_info.gates, T = h.T, N = h.N, I = h.I, H = h.H, D = h.D;
   const int64_t R = h.P ? h.P : H, b = storage_bytes(dtype), wide = compute_bytes(dtype);
-  const bool has_c = cell_info.carry == Carry::kCell;
+  const bool has_c = cell_info.cells > 0;
 
   std::vector<int64_t> offsets{0};
   const int64_t* sizes =
@@ -136,7 +136,8 @@ void solve(const Header& h, Isa isa, Problems& file) {
   const int64_t S = offsets.back();
 
   ForwardParams f{};
-  f.size = {{T, N, sizes, sizes ? offsets.data() : nullptr}, I, H, R, static_cast<int>(D)};
+  f.size = {{T, N, sizes, sizes ? offsets.data() : nullptr}, I, H, R, R,
+            static_cast<int>(D), cell_info.cells};
   f.x = {file.given(S * I * b), N * I, I};
   if (h.state) f.h0 = file.given(D * N * R * b);
   if (h.state && has_c) f.c0 = file.given(D * N * H * b);
@@ -170,7 +171,7 @@ void solve(const Header& h, Isa isa, Problems& file) {
   }
   const int64_t units = f.size.blocks() * kBlock;
   f.gates = file.wanted(D * S * cell_info.preacts * units * wide, false);
-  if (cell_info.carry != Carry::kNone) f.saved_states = file.wanted(D * S * units * wide, false);
+  if (cell_info.carried() > 0) f.saved_states = file.wanted(D * S * units * wide, false);
 
   BackwardParams g = backward_of(f);
   g.dy = file.given(S * D * R * b);
