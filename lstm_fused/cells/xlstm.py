@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import torch
 
-from lstm_fused import by_reference, ops
+from lstm_fused import ops
 from lstm_fused.cells import slstm
 from lstm_fused.fallback import overridden
 from lstm_fused.replace import check_model, derived
@@ -89,7 +89,7 @@ class _Cell:
 
     def _layer(self, run):
         """What runs the layer where run, `ops.layer`, would; as `fallback.Fused` has it."""
-        return run if "slstm" in ops.CELLS else by_reference.layer
+        return run
 
     def _run(self, preacts, state):
         """preacts (T, N, 4*H), state None or (4, N, H) -> y (T, N, H), the state after the last."""
