@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lstm_fused
-from lstm_fused import cells, ops
+from lstm_fused import cells
 from tests.helpers import cell_modules, loops
 from tests.helpers.cell_modules import MODULES, make
 from tests.helpers.compare_modules import H, I, T, changed, draw, states_of
@@ -262,12 +262,13 @@ def test_dtypes_and_autocast(name):
     assert {t.dtype for t in (y, *states_of(ends))} == {torch.bfloat16}
 
 
-def test_kernels():
+@each_module
+def test_kernels(name):
     """Which calls kernels run; test_call holds them to the steps."""
-    for name in MODULES:
-        module = make(name, I, H)
-        fused = module._cell() in ops.CELLS
-        assert (module._fallback_reason(draw(T, N, I), None, module._weights()) is None) == fused
+    module = make(name, I, H)
+    fused = name not in ("ResetBeforeGRU", "MGU")
+    reason = module._fallback_reason(draw(T, N, I), None, module._weights())
+    assert reason == (None if fused else f"the kernels have no {module._cell()}")
 
 
 def test_plain_options_run_plain_kernels():
