@@ -58,14 +58,17 @@ enum class Carry : int {
   kHidden,  // h before it is rounded to the storage dtype: c_0 is h_0
 };
 
+// The most parameters, and masks, of a unit: arrays on the stack hold so many vectors.
+inline constexpr int kMaxUnitValues = 16;
+
 // What the kernels need to know of a described cell (cells/unit.h), beside its gates.
 struct UnitInfo {
   int gates, preacts;
-  int cells;          // cell states of a unit
-  bool keeps_hidden;  // whether h is carried, too, before it is rounded
-  int vectors;        // parameters of a unit
-  int masks;          // values of a unit for each step
-  int groups;         // of values that are normalized over all units (cells/unit.h)
+  int cells;              // cell states of a unit
+  bool keeps_hidden;      // whether h is carried, too, before it is rounded
+  int vectors;            // parameters of a unit
+  int masks;              // values of a unit for each step
+  int groups;             // of values that are normalized over all units (cells/unit.h)
   const void* functions;  // UnitFunctions of the ISA and the compute type
 
   LSTM_FUSED_INLINE int carried() const { return cells + keeps_hidden; }
@@ -214,7 +217,7 @@ struct ForwardParams {
   void* h_n;  // (D, N, R)
   void* c_n;  // (D, N, C * H), or null without a cell state
   // Saved for backward, in the compute dtype; null without gradients. Layouts: saved.h.
-  void* gates;         // (D, H/16, S, P, 16) the pre-activations as the cell's forward left them
+  void* gates;  // (D, H/16, S, P, 16) the pre-activations as the cell's forward left them
   // (D, H/16, S, C' + groups, 16) the C' carried states, then of each group that is normalized its
   // mean and 1 / its standard deviation; or null if there is none of either.
   void* saved_states;
@@ -223,10 +226,10 @@ struct ForwardParams {
   // and the cell states. Or null.
   void* checkpoints;
   int64_t checkpoint_every;
-  const void* resume;  // one of them, (D, N, checkpoint_width): where the pass begins; or null
-  int64_t calls;       // of this thread until now
+  const void* resume;    // one of them, (D, N, checkpoint_width): where the pass begins; or null
+  int64_t calls;         // of this thread until now
   const UnitInfo* unit;  // of a described cell, else null; set by the launch
-  void* scratch;       // forward_scratch() bytes, 64-byte aligned, owned by the calling thread
+  void* scratch;         // forward_scratch() bytes, 64-byte aligned, owned by the calling thread
 };
 
 // The forward pass of tangents. x, h0, c0, the biases, y, h_n and c_n are tangents; w_ih and w_hh
@@ -268,8 +271,9 @@ struct BackwardParams {
   const void* checkpoints;
   int64_t checkpoint_every;
   // A call for the steps between two checkpoints, in one direction. The gradients of the states at
-  // either end are (D, N, R + C' * H) in the compute dtype, of h and of what is carried; null: dh_n and
-  // dc_n, dh0 and dc0. Sums over the steps of all calls are in lasting, backward_lasting() bytes.
+  // either end are (D, N, R + C' * H) in the compute dtype, of h and of what is carried; null: dh_n
+  // and dc_n, dh0 and dc0. Sums over the steps of all calls are in lasting, backward_lasting()
+  // bytes.
   const void* resume;
   const void* d_after;
   void* d_before;
@@ -279,7 +283,7 @@ struct BackwardParams {
   bool add_dx;      // to what dx holds
   void* d_preacts;  // (S, D, P, H) gradients of the pre-activations, in the compute dtype, or null
   const UnitInfo* unit;  // of a described cell, else null; set by the launch
-  void* scratch;    // backward_scratch() bytes, 64-byte aligned, owned by the calling thread
+  void* scratch;         // backward_scratch() bytes, 64-byte aligned, owned by the calling thread
 };
 
 }  // namespace lstm_fused

@@ -8,19 +8,19 @@ namespace lstm_fused {
 
 // A dimension of a saved tensor.
 enum class Dim : int {
-  kDirections,  // D
-  kBlocks,      // ceil(H / kBlock)
-  kRows,        // T * N, or S of packed data
-  kPreacts,     // P, pre-activations of a unit
-  kLanes,       // kBlock units, the last block zero-padded
-  kUnits,       // H
+  kDirections,    // D
+  kBlocks,        // ceil(H / kBlock)
+  kRows,          // T * N, or S of packed data
+  kPreacts,       // P, pre-activations of a unit
+  kLanes,         // kBlock units, the last block zero-padded
+  kUnits,         // H
   kCarriedLanes,  // kBlock units of each carried state
   kCarriedUnits,  // H of each carried state
 };
 
 inline const char* name(Dim dim) {
-  constexpr const char* names[] = {"directions", "blocks", "rows", "preacts", "lanes", "units",
-                                    "carried_lanes", "carried_units"};
+  constexpr const char* names[] = {"directions", "blocks", "rows",          "preacts",
+                                   "lanes",      "units",  "carried_lanes", "carried_units"};
   return names[static_cast<int>(dim)];
 }
 

@@ -1,8 +1,9 @@
 // Every cell: an include and a row in one of two lists for each. The position in the lists is the
 // number by which operators know a cell.
 //
-// A cell of the first list is compiled into the kernels, and is a struct of static members. V is the value a kernel computes with, SIMD lanes on a CPU
-// and a scalar on a GPU; sigmoid(V) and tanh(V) are declared before this header is included.
+// A cell of the first list is compiled into the kernels, and is a struct of static members. V is
+// the value a kernel computes with, SIMD lanes on a CPU and a scalar on a GPU; sigmoid(V) and
+// tanh(V) are declared before this header is included.
 //   kGates            blocks of H rows in w_ih, w_hh and the biases, 4 at most
 //   kPreacts          pre-activations of a unit, kGates or more. The input's part of gate
 //                     input_gate(j) adds to pre-activation j, the hidden state's part of
@@ -47,19 +48,19 @@
   CELL(rnn_tanh, RnnTanh)      \
   CELL(rnn_relu, RnnRelu)
 
-#define LSTM_FUSED_DESCRIBED_CELLS(CELL)   \
-  CELL(peephole_lstm, PeepholeLstm)       \
-  CELL(regularized_lstm, RegularizedLstm) \
-  CELL(regularized_gru, RegularizedGru)   \
-  CELL(coupled_lstm, CoupledLstm)         \
-  CELL(ind_rnn, IndRnn)                   \
-  CELL(ind_rnn_tanh, IndRnnTanh)          \
-  CELL(sru, Sru)                          \
-  CELL(qrnn, Qrnn)                        \
-  CELL(min_gru, MinGru)                   \
-  CELL(min_lstm, MinLstm)                 \
-  CELL(slstm, Slstm)                      \
-  CELL(layer_norm_lstm, LayerNormLstm)    \
+#define LSTM_FUSED_DESCRIBED_CELLS(CELL)              \
+  CELL(peephole_lstm, PeepholeLstm)                   \
+  CELL(regularized_lstm, RegularizedLstm)             \
+  CELL(regularized_gru, RegularizedGru)               \
+  CELL(coupled_lstm, CoupledLstm)                     \
+  CELL(ind_rnn, IndRnn)                               \
+  CELL(ind_rnn_tanh, IndRnnTanh)                      \
+  CELL(sru, Sru)                                      \
+  CELL(qrnn, Qrnn)                                    \
+  CELL(min_gru, MinGru)                               \
+  CELL(min_lstm, MinLstm)                             \
+  CELL(slstm, Slstm)                                  \
+  CELL(layer_norm_lstm, LayerNormLstm)                \
   CELL(layer_norm_lstm_carried, LayerNormLstmCarried) \
   CELL(layer_norm_gru, LayerNormGru)
 
@@ -119,14 +120,21 @@ struct CellInfo {
 };
 
 inline constexpr CellInfo kCells[] = {
-#define LSTM_FUSED_INFO(name, Cell)                                                             \
-  {#name, Cell::kGates, Cell::kPreacts, false, Cell::kCarry == Carry::kCell,                    \
-   Cell::kCarry == Carry::kHidden, 0, 0, 0},
+#define LSTM_FUSED_INFO(name, Cell) \
+  {#name,                           \
+   Cell::kGates,                    \
+   Cell::kPreacts,                  \
+   false,                           \
+   Cell::kCarry == Carry::kCell,    \
+   Cell::kCarry == Carry::kHidden,  \
+   0,                               \
+   0,                               \
+   0},
     LSTM_FUSED_CELLS(LSTM_FUSED_INFO)
 #undef LSTM_FUSED_INFO
-#define LSTM_FUSED_INFO(name, Cell)                                                             \
-  {#name, Cell::kGates, Cell::kPreacts, true, Cell::kCells, Cell::kKeepsHidden, Cell::kVectors, \
-   Cell::kMasks, groups_of<Cell>()},
+#define LSTM_FUSED_INFO(name, Cell)                                                        \
+  {#name,          Cell::kGates, Cell::kPreacts,   true, Cell::kCells, Cell::kKeepsHidden, \
+   Cell::kVectors, Cell::kMasks, groups_of<Cell>()},
         LSTM_FUSED_DESCRIBED_CELLS(LSTM_FUSED_INFO)
 #undef LSTM_FUSED_INFO
 };

@@ -55,8 +55,7 @@ constexpr int groups_of() {
   Traced inputs[kFirst[2] + kStates], next[kStates + 1];
   for (Traced& input : inputs) input = Traced(&trace, trace.add({}));
   const Traced* all = inputs;
-  Cell::forward(all, all + kFirst[0], all + kFirst[1], all + kFirst[2],
-                static_cast<Traced*>(next));
+  Cell::forward(all, all + kFirst[0], all + kFirst[1], all + kFirst[2], static_cast<Traced*>(next));
   return trace.groups;
 }
 

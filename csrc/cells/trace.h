@@ -88,7 +88,8 @@ class Traced {
     Trace* trace = nullptr;
     for (const Traced& value : values) trace = value.trace_ ? value.trace_ : trace;
     if (!trace) throw "normalize of constants alone";
-    if (trace->groups == kMaxUnitGroups) throw "this cell normalizes more than kMaxUnitGroups times";
+    if (trace->groups == kMaxUnitGroups)
+      throw "this cell normalizes more than kMaxUnitGroups times";
     int steps[count] = {};
     for (int k = 0; k < count; ++k) steps[k] = values[k].step_in(*trace);
     for (int k = 0; k < count; ++k) {

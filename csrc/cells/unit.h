@@ -10,8 +10,8 @@
 
 namespace lstm_fused {
 
-// Of normalize() (trace.h): values of each unit that share a mean. A group of level k needs those of
-// lower levels.
+// Of normalize() (trace.h): values of each unit that share a mean. A group of level k needs those
+// of lower levels.
 inline constexpr int kMaxUnitGroups = 3;
 struct UnitGroup {
   int level, count;

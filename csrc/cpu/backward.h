@@ -5,29 +5,22 @@
 // one product over all rows (gradients.h).
 #pragma once
 
-#include "backward_state.h"
+#include "backward_thread.h"
 
 namespace lstm_fused {
 namespace {
 
 template <class Cell, class S, class M>
-struct BackwardSteps {
-  using K = BackwardState<Cell, S, M>;
-  using A = typename K::A;
-  using E = typename K::E;
-  using V = typename K::V;
-  static constexpr int kMaxPreacts = K::kMaxPreacts, lanes = K::lanes;
-  static constexpr bool kCarries = K::kCarries, kReadsInPlace = K::kReadsInPlace;
-
-  const K& k;
-  const int worker;
-  const Place place;
-  const RowGroup group;
-  const Range units;    // vectors of hidden units: the cell's backward step
-  const Range hiddens;  // vectors of the recurrent state: columns of W_hh
-  Barrier& barrier;
-  RowSums<A> sums;
-  int d = 0;
+struct BackwardSteps : BackwardThread<Cell, S, M> {
+  using Base = BackwardThread<Cell, S, M>;
+  using Base::add_sums, Base::barrier, Base::bias_sums, Base::carried_into, Base::d,
+      Base::described, Base::group, Base::hiddens, Base::k, Base::kCarries, Base::kMaxPreacts,
+      Base::kReadsInPlace, Base::lanes, Base::place, Base::row_of, Base::sums, Base::units,
+      Base::worker;
+  using typename Base::A;
+  using typename Base::E;
+  using typename Base::K;
+  using typename Base::V;
 
   // Bias gradients are summed over so many rows at a time, and these sums are summed: one chain of
   // additions over all rows would lose digits. Where the pieces begin depends on the rows alone, so
@@ -37,15 +30,7 @@ struct BackwardSteps {
     return k.p.size.steps.offset(k.time(d, step)) / kRecentRows;
   }
 
-  BackwardSteps(const K& kernel, int i)
-      : k(kernel),
-        worker(i),
-        place(k.plan, i),
-        group(k.p.size.steps, k.plan, place.row_group),
-        units(vector_slice<A>(k.H, k.plan.unit_groups, place.unit_group)),
-        hiddens(vector_slice<A>(k.R, k.plan.unit_groups, place.unit_group)),
-        barrier(k.barriers[place.direction_group * k.plan.row_groups + place.row_group]),
-        sums(k.statistics, place, i, k.plan.unit_groups, barrier) {}
+  using Base::Base;
 
   void run() {
     const int first = k.p.size.first_direction() + place.direction_group;
@@ -73,7 +58,7 @@ struct BackwardSteps {
       const S* w_hh = static_cast<const S*>(w.w_hh);
       if (k.head_rows)
         pack_head_rows(hh, steps, k.hidden_gates(), w_hh, k.p.size.K, k.R,
-                          k.head_rows + worker * M::kPair * k.R);
+                       k.head_rows + worker * M::kPair * k.R);
       else
         pack_gate_rows(hh, steps, k.hidden_gates(), w_hh, k.H, k.R);
     }
@@ -130,8 +115,6 @@ struct BackwardSteps {
       stage(dc, own ? k.p.dc_n : nullptr, k.p.size.final_row(d, n));
   }
 
-  A* bias_sums(bool all, int64_t block) const { return k.bias_sums(worker, all, d, block); }
-
   void keep_bias_sums() {
     for (int64_t v = units.begin; v < units.end; ++v) {
       const int64_t block = v * lanes / kBlock, lane = v * lanes % kBlock;
@@ -177,9 +160,6 @@ struct BackwardSteps {
     barrier.wait();
   }
 
-  // Where step t of the group's row i is among all steps' rows.
-  int64_t row_of(int64_t t, int64_t i) const { return k.p.size.steps.row(t, group.row(i)); }
-
   // All rows of a step with this thread's columns of W_hh, into the row sums.
   void multiply_rows_in_place(int64_t step, int64_t count) const {
     if constexpr (kReadsInPlace) {
@@ -191,10 +171,10 @@ struct BackwardSteps {
         for (int r = 0; r < here; ++r)
           rows[r] = k.hidden_preact_gradients(d, 0, row_of(t, first + r));
         with_constant<kInPlaceRows>(here, [&](auto n) {
-          multiply_in_place<Cell::kGates, decltype(n)::value>(rows, k.S_rows * k.P * kBlock, Cell::hidden_gate,
-                                                   static_cast<const S*>(k.p.weights[d].w_hh), k.H,
-                                                   k.R, columns, k.row_sums_of(worker), first,
-                                                   false);
+          multiply_in_place<Cell::kGates, decltype(n)::value>(
+              rows, k.S_rows * k.P * kBlock, Cell::hidden_gate,
+              static_cast<const S*>(k.p.weights[d].w_hh), k.H, k.R, columns, k.row_sums_of(worker),
+              first, false);
         });
       }
     }
@@ -365,54 +345,6 @@ struct BackwardSteps {
     return k.p.dy ? load_first<V>(output_gradient_at(s, u), k.R - u) : V{};
   }
 
-  // The carried state before step t of row n, from unit u on: c0, or what the step before saved.
-  const A* carried_into(int64_t t, int64_t n, int64_t u) const {
-    const int64_t before = k.p.size.steps.before(d, t, n);
-    if (before < 0) return k.carried0(d, n, k.p.size.steps.begins_anew(d, t, n)) + u;
-    return k.saved_state(d, u / kBlock, k.p.size.steps.row(before, n)) + u % kBlock;
-  }
-
-  // What the functions of a described cell are given for one vector of units, and their results.
-  struct Described {
-    A masks[kMaxUnitValues * lanes], d_vectors[kMaxUnitValues * lanes];
-    A dh[lanes], h[lanes], d_preacts[kMaxPreacts * lanes];
-  };
-  UnitBackward<A> unit_at(int64_t t, int64_t n, int64_t s, int64_t vec, const V& dh, Described& own,
-                          const A* statistics) const {
-    const int64_t u = vec * lanes, block = u / kBlock, lane = u % kBlock;
-    load_masks<S, A>(k.p.size, k.p.weights[d].masks, k.p.unit->masks, t, n, u, own.masks);
-    store(own.dh, dh);
-    const bool first = k.p.size.steps.before(d, t, n) < 0;
-    return {k.saved_gates(d, block, s) + lane,
-            kBlock,
-            k.unit_vectors_of(d, vec),
-            own.masks,
-            carried_into(t, n, u),
-            first ? k.Hp : kBlock,
-            k.saved_state(d, block, s) + lane,
-            kBlock,
-            own.dh,
-            k.carried_gradients(d, n) + u,
-            k.Hp,
-            own.d_preacts,
-            own.d_vectors,
-            own.h,
-            statistics};
-  }
-
-  void described(int64_t t, int64_t n, int64_t s, int64_t vec, const V& dh, const A* statistics,
-                 V& h, V (&d_preact)[kMaxPreacts]) const {
-    const int64_t u = vec * lanes;
-    Described own;
-    k.unit().backward(unit_at(t, n, s, vec, dh, own, statistics));
-    h = load<V>(own.h);
-    for (int j = 0; j < k.P; ++j)
-      d_preact[j] = load<V>(own.d_preacts + j * lanes);
-    A* sums = bias_sums(false, u / kBlock) + k.P * kBlock + u % kBlock;
-    for (int j = 0; j < k.p.unit->vectors; ++j, sums += kBlock)
-      store(sums, load<V>(sums) + load<V>(own.d_vectors + j * lanes));
-  }
-
   // The backward pass of a step of a cell that normalizes, whose gradients of h are known: the sums
   // that a level's gradients need, from the last level on, then the gradients.
   LSTM_FUSED_COLD void normalize(int64_t step, int64_t active) {
@@ -442,22 +374,6 @@ struct BackwardSteps {
     }
   }
 
-  void add_sums(int64_t t, int level, int64_t i, double* to) const {
-    const UnitFunctions<A>& unit = k.unit();
-    const int64_t n = group.row(i);
-    V all[2 * kMaxUnitGroups] = {};
-    for (int64_t vec = units.begin; vec < units.end; ++vec) {
-      Described own;
-      A both[2 * kMaxUnitGroups * lanes];
-      const V dh = load<V>(k.dh + (d * k.N + n) * k.Hp + vec * lanes);
-      unit.sums[level](unit_at(t, n, row_of(t, i), vec, dh, own, sums.statistics(i)), both);
-      for (int j = 0, g = 0; g < unit.groups; ++g)
-        for (int s = 0; s < 2 && unit.group[g].level == level; ++s, ++j)
-          all[j] += keep_first(load<V>(both + j * lanes), k.H - vec * lanes);
-    }
-    for (int j = 0; j < 2 * unit.groups; ++j) to[j] = sums.sum(all[j]);
-  }
-
   void cell(int64_t t, int64_t n, int64_t s, int64_t vec, const V& dh) const {
     if constexpr (kIsAny<Cell>) {
       if (k.normalizes()) return store(k.dh + (d * k.N + n) * k.Hp + vec * lanes, dh);
@@ -475,7 +391,8 @@ struct BackwardSteps {
     } else {
       V saved[kMaxPreacts];
       const A* from = k.saved_gates(d, block, s) + lane;
-      LSTM_FUSED_UNROLLED_FOR (int j = 0; j < kMaxPreacts; ++j) saved[j] = load<V>(from + j * kBlock);
+      LSTM_FUSED_UNROLLED_FOR (int j = 0; j < kMaxPreacts; ++j)
+        saved[j] = load<V>(from + j * kBlock);
       V c_prev = {}, c = {}, dc = {};
       if constexpr (kCarries) {
         c_prev = load<V>(carried_into(t, n, u));

@@ -29,8 +29,8 @@ struct BackwardState : GatesOf<Cell> {
   const Plan& plan;
   const int64_t T, N, I, H, R, S_rows, Hb, Rb, Hp, Rp;
   const bool projection;
-  const bool in_place;  // weights are read in place; E is A then
-  const bool recurs;    // a step's product with W_hh is wanted
+  const bool in_place;     // weights are read in place; E is A then
+  const bool recurs;       // a step's product with W_hh is wanted
   const int sums_of_unit;  // over all rows: of P biases, and of a described cell's vectors
 
   E* d_preacts;  // (D, Hb, S, P, 16) in the type the tiles read
@@ -42,13 +42,13 @@ struct BackwardState : GatesOf<Cell> {
   A* full;       // (D, S, Hp) hidden states before the projection, projection only
   S* hidden;     // (D, S, H) hidden states as forward gave them, for d_w_hh without a projection
   S* resumed;    // (D, N, R) the hidden states of the checkpoint, for d_w_hh
-  A* db;         // (threads, 2, D, Hb, sums_of_unit, 16) sums over rows: recent ones, and all before
+  A* db;  // (threads, 2, D, Hb, sums_of_unit, 16) sums over rows: recent ones, and all before
   A* unit_vectors;  // (D, vectors of units, vectors, lanes) of a described cell
   S* head_rows;     // (threads, pair, R) of packing, where there are heads
-  E* packed_hh;  // (D, Rp, G * Hp) in panels: columns of W_hh
-  E* packed_hr;  // (D, Hp, R) in panels: columns of W_hr, projection only
-  E* packed_ih;  // (D, Ip, G * Hp) in panels, dx only
-  A* row_sums;   // (threads, InPlaceSums of a state or of dx), in place only
+  E* packed_hh;     // (D, Rp, G * Hp) in panels: columns of W_hh
+  E* packed_hr;     // (D, Hp, R) in panels: columns of W_hr, projection only
+  E* packed_ih;     // (D, Ip, G * Hp) in panels, dx only
+  A* row_sums;      // (threads, InPlaceSums of a state or of dx), in place only
   Barrier* barriers;
   RowStatistics<A> statistics;
   A* dh;  // (D, N, Hp) the gradients of h of a step, of a cell that normalizes
@@ -93,8 +93,8 @@ struct BackwardState : GatesOf<Cell> {
     resumed = wanted && p.resume ? arena.take<S>(D * N * R) : nullptr;
     db = lasting.take<A>(plan.threads * 2 * D * Hb * sums_of_unit * kBlock);
     const int64_t unit_values = kIsAny<Cell> ? p.unit->vectors : 0;
-    unit_vectors = unit_values ? arena.take<A>(D * ceil_div(H, lanes) * unit_values * lanes)
-                               : nullptr;
+    unit_vectors =
+        unit_values ? arena.take<A>(D * ceil_div(H, lanes) * unit_values * lanes) : nullptr;
     head_rows = p.size.heads() > 1 ? arena.take<S>(plan.threads * M::kPair * R) : nullptr;
     packed_hh = recurs && !in_place ? arena.take<E>(D * Rp * G * Hp) : nullptr;
     packed_hr = projection ? arena.take<E>(D * Hp * Rp) : nullptr;

@@ -82,8 +82,8 @@ class Checkpoints {
     p.x.data = forward_by(p.x.data, begin * p.x.stride_t * stored_);
     const int64_t before = d == 0 ? part - 1 : part;  // the checkpoint where the part begins
     if (before >= 0 && before < count - 1)
-      p.resume = forward_by(p_.checkpoints, before * size_.D * all.N *
-                                                size_.checkpoint_width() * computed_);
+      p.resume = forward_by(p_.checkpoints,
+                            before * size_.D * all.N * size_.checkpoint_width() * computed_);
     ForwardParams f{};
     f.size = p.size;
     f.size.cell_states = false;

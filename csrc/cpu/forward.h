@@ -26,9 +26,7 @@ struct PersistentForward : ForwardState<Cell, S, M> {
   static constexpr bool kThroughMemory = Cell::kPreacts == 1 || kIsAny<Cell>;
   static constexpr int kTileSize = kMaxCols * lanes;  // a row of a tile, in memory
   // Whether rows of x are copied (converted, padded) first because tiles cannot read them in place.
-  bool stages() const {
-    return !p.size.x_is_preacts && (!Same<S, E>::value || I % M::kPair != 0);
-  }
+  bool stages() const { return !p.size.x_is_preacts && (!Same<S, E>::value || I % M::kPair != 0); }
   bool hoists() const { return plan.hoist_steps > 0 && !p.size.x_is_preacts; }
 
   const Plan& plan;
@@ -48,11 +46,9 @@ struct PersistentForward : ForwardState<Cell, S, M> {
 
   static int64_t steps_of(int64_t elements) { return ceil_div(elements, M::kPair); }
   int64_t Ip() const { return round_up(I, 2 * kBlock); }
-  // Vectors of units in a tile: a cell of one gate needs four for a tile's four columns. They are of
-  // one head.
-  int tile_vectors() const {
-    return !kThroughMemory || p.size.heads() > 1 ? 1 : kMaxCols / G;
-  }
+  // Vectors of units in a tile: a cell of one gate needs four for a tile's four columns. They are
+  // of one head.
+  int tile_vectors() const { return !kThroughMemory || p.size.heads() > 1 ? 1 : kMaxCols / G; }
   int64_t slice() const {
     return ceil_div(ceil_div(p.size.blocks(), plan.unit_groups) * (kBlock / lanes), tile_vectors());
   }
@@ -88,9 +84,7 @@ struct PersistentForward : ForwardState<Cell, S, M> {
   int64_t thread_parts() const {
     return statistics.rows * row_parts() + slice_vectors() * kMaxUnitGroups * kMaxCols * lanes;
   }
-  bool has_hidden(int64_t step) const {
-    return depth_h > 0 && (step > 0 || this->has_initial());
-  }
+  bool has_hidden(int64_t step) const { return depth_h > 0 && (step > 0 || this->has_initial()); }
   // Of the units of a vector: where the hidden states that their weights multiply begin.
   int64_t head_of(int64_t vec) const {
     const int64_t K = p.size.K;
@@ -268,8 +262,9 @@ struct PersistentForward : ForwardState<Cell, S, M> {
     // preacts += rows times one vector of units' weights, G gates that add to the pre-activations
     // [First, First + G).
     template <int First, int Rows>
-    static LSTM_FUSED_INLINE void add_products(V (&preacts)[Rows][kMaxPreacts], const E* const* rows,
-                                               const E* weights, int64_t depth) {
+    static LSTM_FUSED_INLINE void add_products(V (&preacts)[Rows][kMaxPreacts],
+                                               const E* const* rows, const E* weights,
+                                               int64_t depth) {
       if constexpr (P == G) {
         accumulate<M, Rows, G>(preacts, rows, M::kPair, Columns<M, G>(weights, depth), depth);
       } else {
@@ -365,8 +360,7 @@ struct PersistentForward : ForwardState<Cell, S, M> {
               preact[j] += load<V>(hidden_out + at + (j - (P - G)) * lanes);
           }
           if (k.normalizes()) {
-            for (int j = 0; j < P; ++j)
-              store(part_of(first + r, vec + c) + j * lanes, preact[j]);
+            for (int j = 0; j < P; ++j) store(part_of(first + r, vec + c) + j * lanes, preact[j]);
           } else {
             k.finish(d, step, group.row(first + r), vec + c, preact);
           }
@@ -377,8 +371,8 @@ struct PersistentForward : ForwardState<Cell, S, M> {
       return parts + row * k.row_parts() + (vec - units.begin) * k.P * lanes;
     }
 
-    // The rest of a step of a cell that normalizes: what the values of each level are normalized by,
-    // then the states.
+    // The rest of a step of a cell that normalizes: what the values of each level are normalized
+    // by, then the states.
     LSTM_FUSED_COLD void normalize(int64_t active) {
       const UnitFunctions<A>& unit = k.unit();
       const double epsilon = k.unit_vectors_of(d, 0)[(k.p.unit->vectors - 1) * lanes];
@@ -411,8 +405,8 @@ struct PersistentForward : ForwardState<Cell, S, M> {
       return min64(k.H, vectors.end * lanes) - min64(k.H, vectors.begin * lanes);
     }
 
-    // Of each group of a level, over the thread's units of row i: the sum of its values, and that of
-    // the squares of their distances from their mean, in a second pass so that no digits cancel.
+    // Of each group of a level, over the thread's units of row i: the sum of its values, and that
+    // of the squares of their distances from their mean, in a second pass so that no digits cancel.
     void describe_values(int level, int64_t i, double* to) const {
       const UnitFunctions<A>& unit = k.unit();
       A masks[kMaxUnitValues * lanes];
@@ -455,8 +449,8 @@ struct PersistentForward : ForwardState<Cell, S, M> {
     LSTM_FUSED_COLD void copy_input(int64_t vec, int cols, int64_t first, int n, A* out) const {
       const int64_t t = k.time(d, step);
       for (int r = 0; r < n; ++r) {
-        const S* x = static_cast<const S*>(k.p.x.data) +
-                     k.p.x.row(k.p.size.steps, t, group.row(first + r));
+        const S* x =
+            static_cast<const S*>(k.p.x.data) + k.p.x.row(k.p.size.steps, t, group.row(first + r));
         for (int c = 0; c < cols * k.G; ++c) {
           const int64_t u = (vec + c / k.G) * lanes;
           store(out + (r * kMaxCols + c) * lanes,

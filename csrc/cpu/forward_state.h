@@ -227,8 +227,8 @@ struct ForwardState : GatesOf<Cell> {
 
   // From the pre-activations of one vector of units of one row to the stored states. statistics:
   // those of a described cell that normalizes (unit.h).
-  LSTM_FUSED_INLINE void finish(int d, int64_t step, int64_t n, int64_t vec, V (&preact)[kMaxPreacts],
-                                const A* statistics = nullptr) const {
+  LSTM_FUSED_INLINE void finish(int d, int64_t step, int64_t n, int64_t vec,
+                                V (&preact)[kMaxPreacts], const A* statistics = nullptr) const {
     const int64_t u = vec * lanes;
     if (H - u < lanes)
       for (int j = 0; j < P; ++j) preact[j] = keep_first(preact[j], H - u);
@@ -310,8 +310,9 @@ struct ForwardState : GatesOf<Cell> {
     return Cell::tangent(saved, c_prev, c, preact, dc_prev, dc);
   }
 
-  LSTM_FUSED_INLINE void save(int d, int64_t step, int64_t n, int64_t vec, const V (&preact)[kMaxPreacts],
-                              const V& c_new, const A* statistics) const {
+  LSTM_FUSED_INLINE void save(int d, int64_t step, int64_t n, int64_t vec,
+                              const V (&preact)[kMaxPreacts], const V& c_new,
+                              const A* statistics) const {
     const int64_t u = vec * lanes;
     const int64_t s = p.size.steps.row(time(d, step), n);
     const int64_t at = (d * p.size.blocks() + u / kBlock) * S_rows + s;

@@ -44,8 +44,8 @@ struct RowCursor {
 template <class Cell, class S, class M>
 struct Gradients : BackwardState<Cell, S, M> {
   using Base = BackwardState<Cell, S, M>;
-  using Base::G, Base::P, Base::kReadsInPlace, Base::lanes, Base::p, Base::plan, Base::T, Base::N, Base::I, Base::H,
-      Base::R, Base::S_rows, Base::Hb, Base::Hp;
+  using Base::G, Base::P, Base::kReadsInPlace, Base::lanes, Base::p, Base::plan, Base::T, Base::N,
+      Base::I, Base::H, Base::R, Base::S_rows, Base::Hb, Base::Hp;
   using typename Base::A;
   using typename Base::E;
   using typename Base::V;
@@ -90,7 +90,7 @@ struct Gradients : BackwardState<Cell, S, M> {
     for (int d = p.size.first_direction(); d < p.size.end_direction(); ++d) {
       const Panels<M> panels = input_panels(d);
       pack_gate_rows(panels, split(panels.depth, plan.threads, worker), this->input_gates(),
-                        static_cast<const S*>(p.weights[d].w_ih), H, I);
+                     static_cast<const S*>(p.weights[d].w_ih), H, I);
     }
   }
 
@@ -132,9 +132,9 @@ struct Gradients : BackwardState<Cell, S, M> {
           const A* rows[kInPlaceRows];
           for (int r = 0; r < count; ++r) rows[r] = this->preact_gradients(d, 0, first + r);
           with_constant<kInPlaceRows>(count, [&](auto n) {
-            multiply_in_place<Cell::kGates, decltype(n)::value>(rows, S_rows * P * kBlock, Cell::input_gate,
-                                                     static_cast<const S*>(p.weights[d].w_ih), H, I,
-                                                     columns, sums, 0, d > begin);
+            multiply_in_place<Cell::kGates, decltype(n)::value>(
+                rows, S_rows * P * kBlock, Cell::input_gate,
+                static_cast<const S*>(p.weights[d].w_ih), H, I, columns, sums, 0, d > begin);
           });
         }
         for (int r = 0; r < count; ++r)
@@ -160,7 +160,7 @@ struct Gradients : BackwardState<Cell, S, M> {
     for (int d = first_direction; d < p.size.end_direction(); ++d)
       for (int64_t block = 0; block < Hb; block += kBlocksPerPass) {
         GateProduct<M> tile(*this, input_panels(d), panel,
-                               {block, min64(block + kBlocksPerPass, Hb)});
+                            {block, min64(block + kBlocksPerPass, Hb)});
         for_each_tile(begin, end, [&](int64_t first, int n) {
           tile.set_rows(
               n, [&](int r, int64_t block) { return this->preact_gradients(d, block, first + r); });
@@ -194,9 +194,9 @@ struct Gradients : BackwardState<Cell, S, M> {
     int64_t blocks, gates, pitch;
     GateOrder gate_of;
     int64_t units, columns;
-    void* to;      // (gates * units, columns) in S
-    int matrix;    // its number among the direction's
-    bool forward;  // of the first direction
+    void* to;                 // (gates * units, columns) in S
+    int matrix;               // its number among the direction's
+    bool forward;             // of the first direction
     int64_t first_block = 0;  // where the blocks begin among those of all units
 
     int64_t width() const { return gates * kBlock; }
@@ -228,14 +228,22 @@ struct Gradients : BackwardState<Cell, S, M> {
       const WeightGradients& dw = p.dweights[d];
       if (dw.w_ih && !p.size.x_is_preacts)
         weight_gradient<S>(worker,
-                           {this->preact_gradients(d, 0, 0), Hb, G, P * kBlock, this->input_gates(), H,
-                            I, dw.w_ih, 0, d == 0},
+                           {this->preact_gradients(d, 0, 0), Hb, G, P * kBlock, this->input_gates(),
+                            H, I, dw.w_ih, 0, d == 0},
                            [&](int64_t, int64_t t, int64_t n) { return input_row(t, n); });
       if (dw.w_hh && p.size.K > 0) hidden_gradient(worker, d);
       if (dw.w_hr)
         weight_gradient<A>(worker,
-                           {this->hidden_gradients(d, 0, 0), this->Rb, 1, kBlock,
-                            {1, 1, true}, R, H, dw.w_hr, 2, d == 0},
+                           {this->hidden_gradients(d, 0, 0),
+                            this->Rb,
+                            1,
+                            kBlock,
+                            {1, 1, true},
+                            R,
+                            H,
+                            dw.w_hr,
+                            2,
+                            d == 0},
                            [&](int64_t s, int64_t, int64_t) {
                              return static_cast<const A*>(this->full + (d * S_rows + s) * Hp);
                            });

@@ -40,10 +40,12 @@ CellKind register_cell(const std::string& name, const CellInfo& cell) {
   const std::lock_guard<std::mutex> guard(lock);
   for (int k = 0; k < cell_count(); ++k)
     LSTM_FUSED_CHECK(name != info(static_cast<CellKind>(k)).name, "cell ", name, " is known");
-  LSTM_FUSED_CHECK(1 <= cell.gates && cell.gates <= AnyCell::kGates &&
-                       cell.gates <= cell.preacts && cell.preacts <= 2 * cell.gates,
+  LSTM_FUSED_CHECK(1 <= cell.gates && cell.gates <= AnyCell::kGates && cell.gates <= cell.preacts &&
+                       cell.preacts <= 2 * cell.gates,
                    "there are no kernels for ", cell.gates, " gates of ", cell.preacts,
                    " pre-activations");
+  LSTM_FUSED_CHECK(cell.vectors <= kMaxUnitValues && cell.masks <= kMaxUnitValues,
+                   "a cell has at most ", kMaxUnitValues, " vectors, and masks");
   registered().push_back({name, {}, {}});
   CellInfo known = cell;
   known.name = registered().back().name.c_str();

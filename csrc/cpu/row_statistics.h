@@ -1,6 +1,6 @@
-// Sums over all units of a row, where the threads of a row group divide the units: each adds those of
-// its own, then all wait for each other, then each adds up all. For described cells that normalize
-// (cells/unit.h), forward and backward.
+// Sums over all units of a row, where the threads of a row group divide the units: each adds those
+// of its own, then all wait for each other, then each adds up all. For described cells that
+// normalize (cells/unit.h), forward and backward.
 #pragma once
 
 #include "../cells/unit.h"

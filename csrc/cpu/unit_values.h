@@ -7,9 +7,6 @@
 namespace lstm_fused {
 namespace {
 
-// Of each kind; arrays on the stack hold so many vectors.
-constexpr int kMaxUnitValues = 16;
-
 // to (count, lanes): the masks (S, count * H) of step t of row n, for the vector of units from u
 // on.
 template <class S, class A>

@@ -68,11 +68,11 @@ PyObject* cells(PyObject*, PyObject*, PyObject*) {
     PyObject* const hidden_gates = tuple_of(G, [](int j) { return PyLong_FromLong(j); });
     const int carry = known.cells > 0 ? 1 : known.keeps_hidden ? 2 : 0;
     PyObject* cell = checked(Py_BuildValue(
-        "{s:i,s:i,s:i,s:s,s:i,s:O,s:i,s:i,s:i,s:O,s:N,s:N}", "id", k, "gates", known.gates, "preacts",
-        known.preacts, "carry", carries[carry], "cells", known.cells, "keeps_hidden",
-        known.keeps_hidden ? Py_True : Py_False, "vectors", known.vectors, "masks", known.masks, "groups", known.groups,
-        "described", known.described ? Py_True : Py_False, "input_gates", input_gates,
-        "hidden_gates", hidden_gates));
+        "{s:i,s:i,s:i,s:s,s:i,s:O,s:i,s:i,s:i,s:O,s:N,s:N}", "id", k, "gates", known.gates,
+        "preacts", known.preacts, "carry", carries[carry], "cells", known.cells, "keeps_hidden",
+        known.keeps_hidden ? Py_True : Py_False, "vectors", known.vectors, "masks", known.masks,
+        "groups", known.groups, "described", known.described ? Py_True : Py_False, "input_gates",
+        input_gates, "hidden_gates", hidden_gates));
     PyDict_SetItemString(all, known.name, cell);
     Py_DECREF(cell);
   }

@@ -54,8 +54,8 @@ struct Cuda {
 // -1.
 template <class Data>
 Data* checkpoint(const Layer& layer, Data* all, int64_t k) {
-  const int64_t bytes = layer.size.D * layer.size.steps.N *
-                        layer.size.checkpoint_width() * compute_bytes(layer.dtype);
+  const int64_t bytes = layer.size.D * layer.size.steps.N * layer.size.checkpoint_width() *
+                        compute_bytes(layer.dtype);
   using Byte = std::conditional_t<std::is_const_v<Data>, const char, char>;
   return k < 0 ? nullptr : static_cast<Byte*>(all) + k * bytes;
 }

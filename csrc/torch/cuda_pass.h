@@ -27,6 +27,8 @@ class Pass {
     LSTM_FUSED_CHECK(!layer.size.steps.starts, "batch_sizes has shape (1, ", layer.size.steps.N + 1,
                      "), cu_seqlens of documents, but on a CUDA device it must be the (T,) of "
                      "packed data");
+    LSTM_FUSED_CHECK(!info(layer.cell).described, "cell ", info(layer.cell).name,
+                     " has no CUDA kernels");
     plan_ = choose_plan(backward, in_parts);
     last_run().set({layer.dtype, plan_});
   }

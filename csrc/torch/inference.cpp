@@ -262,8 +262,8 @@ PyObject* infer_checked(PyObject* const* args) {
                 step,      PyObject_IsTrue(args[9]) != 0, number(7),
                 number(8)};
   const bool fits = PyList_CheckExact(args[0]) && PyDict_CheckExact(args[1]) && m.cell >= 0 &&
-                    m.cell < kCellCount && !kCells[m.cell].described && (m.D == 1 || m.D == 2) && m.L >= 1 &&
-                    PyList_Size(args[0]) >= m.L * m.D;
+                    m.cell < kCellCount && !kCells[m.cell].described && (m.D == 1 || m.D == 2) &&
+                    m.L >= 1 && PyList_Size(args[0]) >= m.L * m.D;
   if (!fits) return leave();
   Inference call(*torch, args[0], args[1], args[2], args[3], m);
   if (!call.describe()) return leave();

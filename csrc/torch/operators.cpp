@@ -81,8 +81,8 @@ std::vector<int64_t> last_run_numbers() {
 int64_t register_cell_of(std::string name, std::vector<int64_t> numbers) {
   LSTM_FUSED_CHECK(numbers.size() == 7, "a cell is described by 7 numbers");
   const auto at = [&](int i) { return static_cast<int>(numbers[i]); };
-  return static_cast<int64_t>(
-      register_cell(name, {nullptr, at(0), at(1), true, at(2), numbers[3] != 0, at(4), at(5), at(6)}));
+  return static_cast<int64_t>(register_cell(
+      name, {nullptr, at(0), at(1), true, at(2), numbers[3] != 0, at(4), at(5), at(6)}));
 }
 
 // The addresses of UnitFunctions<float> and <double> of a registered cell in an ISA.

@@ -231,8 +231,7 @@ GradientTensors allocate_backward(const Call& call, const Tensor& x, const Tenso
   return {make(wanted.x, shape_of(x), dtype),
           make(wanted.h0, call.state_shape(s.state_rows(), s.R), dtype),
           make(wanted.c0, call.state_shape(s.state_rows(), s.cell_width()), dtype),
-          std::move(dweights),
-          make(wanted.preacts, preacts, compute_dtype(layer.dtype))};
+          std::move(dweights), make(wanted.preacts, preacts, compute_dtype(layer.dtype))};
 }
 
 // The gradient of weight i of a direction, of weights_per_direction; null for masks.
@@ -253,8 +252,8 @@ inline bool has_cell_states(const MaybeTensor& y, const Tensors& weights, int64_
   const CellInfo& known = info(static_cast<CellKind>(cell));
   const size_t matrices = weights.size() / directions - (known.vectors > 0) - (known.masks > 0);
   const Tensor& w_hh = weights[1];
-  const int64_t R = matrices % 2 == 1 ? w_hh.size(w_hh.dim() - 1)
-                                      : w_hh.size(w_hh.dim() - 2) / known.gates;
+  const int64_t R =
+      matrices % 2 == 1 ? w_hh.size(w_hh.dim() - 1) : w_hh.size(w_hh.dim() - 2) / known.gates;
   return y->size(y->dim() - 1) > directions * R;
 }
 

@@ -198,6 +198,8 @@ class DescribedLayer(Recurrent[State], _Parameters):
     def _fallback_reason(self, x, hx, weights):
         if reason := self._unsupported_reason():
             return reason
+        if x.is_cuda:
+            return f"the CUDA kernels have no {self._cell()}"
         return super()._fallback_reason(x, hx, weights)
 
     def _unsupported_reason(self):

@@ -207,8 +207,11 @@ bool run(const Case& c, CellKind cell, Isa isa, DType dtype, int threads) {
 
   BackwardParams g = backward_of(f);
   for (int d = 0; d < c.D; ++d)
-    g.dweights[d] = {b.nan(G * c.H * c.I), b.nan(G * c.H * R), c.bias ? b.nan(G * c.H) : nullptr,
-                     c.bias ? b.nan(G * c.H) : nullptr, c.P ? b.nan(R * c.H) : nullptr,
+    g.dweights[d] = {b.nan(G * c.H * c.I),
+                     b.nan(G * c.H * R),
+                     c.bias ? b.nan(G * c.H) : nullptr,
+                     c.bias ? b.nan(G * c.H) : nullptr,
+                     c.P ? b.nan(R * c.H) : nullptr,
                      known.vectors ? b.nan(known.vectors * c.H) : nullptr};
   g.dy = b.random(y_size);
   if (c.state) {

@@ -136,8 +136,13 @@ void solve(const Header& h, Isa isa, Problems& file) {
   const int64_t S = offsets.back();
 
   ForwardParams f{};
-  f.size = {{T, N, sizes, sizes ? offsets.data() : nullptr}, I, H, R, R,
-            static_cast<int>(D), cell_info.cells};
+  f.size = {{T, N, sizes, sizes ? offsets.data() : nullptr},
+            I,
+            H,
+            R,
+            R,
+            static_cast<int>(D),
+            cell_info.cells};
   f.x = {file.given(S * I * b), N * I, I};
   if (h.state) f.h0 = file.given(D * N * R * b);
   if (h.state && has_c) f.c0 = file.given(D * N * H * b);
