@@ -55,6 +55,7 @@ def require(package, oldest):
 
 setuptools = require("setuptools", "77")
 torch = require("torch", "2.10")
+from setuptools.command.build_py import build_py  # noqa: E402
 from torch.utils.cpp_extension import BuildExtension, CppExtension  # noqa: E402
 
 
@@ -106,6 +107,12 @@ def version():
     major, minor = re.search(r"release (\d+)\.(\d+)", says).groups()
     return f"{VERSION}+cu{major}{minor}"
 
+
+# What a cell of a user is compiled against: cell_library.py.
+CELL_HEADERS = (
+    *("compiler.h", "params.h", "cells/*.h"),
+    *("cpu/activations.h", "cpu/simd*.h", "cpu/isa_*.cpp"),
+)
 
 OPENMP = ["-fopenmp"] if platform.system() == "Linux" else []  # Apple's clang has none
 # Without effect outside of csrc/cpu/isa_sve256*.cpp.
@@ -295,6 +302,27 @@ class Build(BuildExtension):
         build_cuda(Path(self.build_temp) / "cuda", self.get_ext_fullpath(ext.name))
 
 
+class BuildPython(build_py):
+    """Puts the headers for lstm_fused.compile_cell into the package, as lstm_fused/csrc."""
+
+    def _headers(self):
+        """{file in the package: file here}; an editable install reads csrc itself."""
+        if self.editable_mode:
+            return {}
+        csrc, to = ROOT / "csrc", Path(self.build_lib, "lstm_fused", "csrc")
+        found = [path for part in CELL_HEADERS for path in sorted(csrc.glob(part))]
+        return {str(to / path.relative_to(csrc)): str(path) for path in found}
+
+    def run(self):
+        super().run()
+        for target, source in self._headers().items():
+            self.mkpath(str(Path(target).parent))
+            self.copy_file(source, target)
+
+    def get_outputs(self, include_bytecode=True):
+        return [*super().get_outputs(include_bytecode), *self._headers()]
+
+
 def say(what):
     print(f"lstm_fused: {what}", flush=True)
 
@@ -303,6 +331,6 @@ if __name__ == "__main__":
     setuptools.setup(
         version=version(),
         ext_modules=extensions(),
-        cmdclass={"build_ext": Build},
+        cmdclass={"build_ext": Build, "build_py": BuildPython},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )

@@ -19,6 +19,7 @@ from lstm_fused.cells import (
     replace_slstm,
     restore_slstm,
 )
+from lstm_fused.compile_cell import compile_cell
 from lstm_fused.explain import explain
 from lstm_fused.export import decompositions
 from lstm_fused.gradient_flow import gradient_flow
@@ -60,6 +61,7 @@ __all__ = [
     "SRU",
     "__version__",
     "batch_first_state",
+    "compile_cell",
     "decompositions",
     "dequantize_",
     "detach_state",

@@ -2,9 +2,12 @@
 
 import os
 import warnings
+from pathlib import Path
 
 os.environ["LSTM_FUSED_POISON"] = "1"  # both read once, when the first layer runs
 os.environ["LSTM_FUSED_FIXED_PLANS"] = "1"  # whatever the machine is and does meanwhile
+# Cells that tests and pages compile are kept here.
+os.environ["TORCH_EXTENSIONS_DIR"] = str(Path(__file__).parents[1] / "build" / "extensions")
 
 import pytest
 import torch

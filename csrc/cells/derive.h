@@ -29,10 +29,11 @@ struct Derivation {
   static constexpr int kFirstVector = kPreacts, kFirstMask = kFirstVector + kVectors;
   static constexpr int kFirstPrev = kFirstMask + kMasks, kInputs = kFirstPrev + kStates;
 
-  static_assert(1 <= Cell::kGates && Cell::kGates <= 4, "kGates: from 1 to 4");
+  static_assert(1 <= Cell::kGates && Cell::kGates <= 4, "the cell's kGates must be 1 to 4");
   static_assert(Cell::kGates <= kPreacts && kPreacts <= 2 * Cell::kGates,
-                "kPreacts: from kGates to 2 * kGates");
-  static_assert(kVectors >= 0 && kMasks >= 0 && Cell::kCells >= 0, "a count is below 0");
+                "the cell's kPreacts must be kGates to 2 * kGates");
+  static_assert(kVectors >= 0 && kMasks >= 0 && Cell::kCells >= 0,
+                "the cell's counts must not be negative");
 
   Trace trace;
   int h = 0;

@@ -26,7 +26,7 @@ def source_for(isa):
     """The ISA's file with functions.h in place of its kernels."""
     text = (ROOT / "csrc" / "cpu" / f"isa_{isa}.cpp").read_text().replace("../", "")
     return re.sub(
-        r'#include "instantiate.h".*?^}\n', '#include "functions.h"\n', text, flags=re.S | re.M
+        r'#include "instantiate.h".*^}\n', '#include "functions.h"\n', text, flags=re.S | re.M
     )
 
 

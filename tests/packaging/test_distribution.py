@@ -26,6 +26,17 @@ x, ours, theirs = torch.randn(5, 3, 4), lstm_fused.LSTM(4, 7), torch.nn.LSTM(4, 
 ours.load_state_dict(theirs.state_dict())
 torch.testing.assert_close(ours(x)[0], theirs(x)[0])
 assert lstm_fused.runtime.last_run()["kernel"]
+cell = '''
+#include "described.h"
+struct Leaky : DescribedCell {{
+  static constexpr int kGates = 1, kPreacts = 1, kCells = 1;
+  template <class V>
+  static constexpr V forward(const V* preact, const V*, const V*, const V* prev, V* next) {{
+    return next[0] = 0.5 * (prev[0] + tanh(preact[0]));
+  }}
+}};
+'''
+assert lstm_fused.compile_cell(cell)(4, 7)(x)[0].shape == (5, 3, 7)
 """
 
 
@@ -92,7 +103,7 @@ def test_wheel_from_sdist(sdist, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", USE.format(installed=str(installed))],
         cwd=tmp_path,
-        env=dict(os.environ, PYTHONPATH=str(installed)),
+        env=dict(os.environ, PYTHONPATH=str(installed), TORCH_EXTENSIONS_DIR=str(tmp_path)),
         capture_output=True,
         text=True,
     )
