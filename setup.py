@@ -146,6 +146,7 @@ CUDA = [
     "-std=c++20",
     "-O3",
     "--expt-relaxed-constexpr",
+    "-Xptxas=-v",  # registers and spills of each kernel, which test_no_spills reads
     "-DUSE_CUDA",  # torch's shims for streams
     f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
     f"-DPy_LIMITED_API={LIMITED_API}",
@@ -234,7 +235,7 @@ def extensions():
 
 NINJA = """\
 rule compile
-  command = {nvcc} {flags} -MD -MF $out.d -c $in -o $out
+  command = {nvcc} {flags} -MD -MF $out.d -c $in -o $out 2> $out.log || {{ cat $out.log; exit 1; }}
   depfile = $out.d
   deps = gcc
 rule link
