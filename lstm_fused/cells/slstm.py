@@ -49,14 +49,34 @@ class SLSTM(DescribedLayer[_States]):
     _states = 4
     _state_names = ("initial_h", "initial_c", "initial_n", "initial_m")
 
-    def __init__(self, input_size: int, hidden_size: int, *args, num_heads: int = 4, **kwargs):
-        whole = isinstance(num_heads, int) and not isinstance(num_heads, bool) and num_heads > 0
-        if not whole or hidden_size % num_heads:
-            raise ValueError(
-                f"num_heads must be a divisor of hidden_size, got {num_heads!r} of {hidden_size}"
-            )
-        self.num_heads = num_heads
-        super().__init__(input_size, hidden_size, *args, **kwargs)
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            *,
+            num_heads: int = 4,
+            learned_initial_state: bool = False,
+        ) -> None: ...
+
+    else:
+
+        def __init__(self, input_size: int, hidden_size: int, *args, num_heads: int = 4, **kwargs):
+            whole = isinstance(num_heads, int) and not isinstance(num_heads, bool) and num_heads > 0
+            if not whole or hidden_size % num_heads:
+                raise ValueError(
+                    f"num_heads must be a divisor of hidden_size, got {num_heads!r} of {hidden_size}"
+                )
+            self.num_heads = num_heads
+            super().__init__(input_size, hidden_size, *args, **kwargs)
 
     def _weight_shape(self, name, inputs):
         if name == "weight_hh":
@@ -100,24 +120,6 @@ class SLSTM(DescribedLayer[_States]):
 
     def extra_repr(self):
         return super().extra_repr() + f", num_heads={self.num_heads}"
-
-    if TYPE_CHECKING:
-
-        def __init__(
-            self,
-            input_size: int,
-            hidden_size: int,
-            num_layers: int = 1,
-            bias: bool = True,
-            batch_first: bool = False,
-            dropout: float = 0.0,
-            bidirectional: bool = False,
-            device: Device = None,
-            dtype: torch.dtype | None = None,
-            *,
-            num_heads: int = 4,
-            learned_initial_state: bool = False,
-        ) -> None: ...
 
 
 def recurrent_weight(blocks):

@@ -1,7 +1,7 @@
 """The sLSTM cells of the packages xlstm and tirex, computed by our layer inside built models."""
 
 import warnings
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -76,7 +76,8 @@ def restore_slstm(model: M) -> M:
     check_model(model)
     for cell in model.modules():
         if isinstance(cell, _Cell):
-            cell.__class__ = type(cell)._user_class
+            ours: Any = type(cell)
+            cell.__class__ = ours._user_class
     return model
 
 
