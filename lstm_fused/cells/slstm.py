@@ -73,7 +73,8 @@ class SLSTM(DescribedLayer[_States]):
             whole = isinstance(num_heads, int) and not isinstance(num_heads, bool) and num_heads > 0
             if not whole or hidden_size % num_heads:
                 raise ValueError(
-                    f"num_heads must be a divisor of hidden_size, got {num_heads!r} of {hidden_size}"
+                    "num_heads must be a divisor of hidden_size, "
+                    f"got {num_heads!r} of {hidden_size}"
                 )
             self.num_heads = num_heads
             super().__init__(input_size, hidden_size, *args, **kwargs)
