@@ -20,6 +20,7 @@ from bench.cases import (
     regime,
 )
 from bench.timing import Sampling
+from lstm_fused import runtime
 from lstm_fused.testing import parity, tolerance
 
 SAMPLING = Sampling(rounds=2, seconds=0.0)
@@ -146,7 +147,11 @@ INT8_SHAPES = [  # int8, bfloat16; the peers where they have such a layer
 
 @pytest.mark.parametrize("work", INT8_SHAPES, ids=lambda work: work.name)
 def test_errors_of_rounded_weights_are_shown(work):
-    """They are larger than float32's, which would be wrong, and not so large as another row's."""
+    """They are larger than float32's, which would be wrong, and not so large as another row's.
+
+    Without VNNI, as on processors with AVX2 alone, the 16-bit sums of ONNX Runtime's int8 products
+    overflow.
+    """
     case = runs.build_case(work)
     names = [n for n, p in ROUNDED.items() if "stream" not in n]
     entries = measure.measure_row(work, ["torch.nn", *names], None)
@@ -156,8 +161,10 @@ def test_errors_of_rounded_weights_are_shown(work):
     for name in names:
         assert entries[name].keys() == ({"rounded"} if name in have else {"absent"}), entries[name]
     exact = runs.exact_results(case)
+    overflows = "avx512_vnni" not in runtime.available_isas()
     for name in have:
-        assert 1e-5 < entries[name]["rounded"]["relative"] < 0.03
+        most = 0.5 if overflows and name == "ONNX Runtime int8" else 0.03
+        assert 1e-5 < entries[name]["rounded"]["relative"] < most
         strict = parity.compare(
             providers.PROVIDERS[name].build(case).results(),
             providers.torch_nn(case).results(),
