@@ -41,6 +41,7 @@
 #include "rnn.h"
 #include "slstm.h"
 #include "sru.h"
+#include "variational.h"
 
 #define LSTM_FUSED_CELLS(CELL) \
   CELL(lstm, Lstm)             \
@@ -59,6 +60,8 @@
   CELL(qrnn, Qrnn)                                    \
   CELL(min_gru, MinGru)                               \
   CELL(min_lstm, MinLstm)                             \
+  CELL(variational_lstm, VariationalLstm)             \
+  CELL(variational_gru, VariationalGru)               \
   CELL(slstm, Slstm)                                  \
   CELL(layer_norm_lstm, LayerNormLstm)                \
   CELL(layer_norm_lstm_carried, LayerNormLstmCarried) \
