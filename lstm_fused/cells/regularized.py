@@ -162,7 +162,7 @@ class RegularizedLSTM(_Regularized[Any], TwoStates):
         recurrent_dropout: the probability with which a hidden unit is dropped in the recurrence;
             what stays is divided by 1 - recurrent_dropout.
         recurrent_dropout_mode: ``"variational"``: one mask of h before W_hh for all steps of a row,
-            that of Gal and Ghahramani 2016, and of Keras; through the reference, with one warning.
+            that of Gal and Ghahramani 2016, and of Keras.
             ``"update"``: a mask of g for each step, that of Semeniuta, Severyn and Barth 2016.
         zoneout_h, zoneout_c: the probability with which a unit keeps its h, or c, of the step
             before; in evaluation mode the expectation of both. Krueger et al. 2017; as there h is

@@ -219,4 +219,4 @@ def test_the_reference_is_announced(monkeypatch):
     monkeypatch.setattr("lstm_fused.fallback._warned", set())
     x = torch.ones(T, N, I, dtype=torch.float64)
     with pytest.warns(UserWarning, match="RegularizedLSTM ran through its reference in pure torch"):
-        lstm(recurrent_dropout=P)(x)
+        lstm(recurrent_dropout=P, proj_size=2)(x)
