@@ -115,6 +115,8 @@ def _padded(x, lengths, resets, state0, weights, cell, directions, cell_states):
     steps, histories, ends = x.unbind(0), [], []
     for d in range(directions):
         each = len(weights) // directions
+        *own, last = weights[d * each : (d + 1) * each]
+        has_masks = CELLS[cell]["masks"] > 0  # the last weight: of a step its own
         state = [s[d : d + 1, :N] for s in state0]
         reset = [s[d : d + 1, N:] if s.shape[1] > N else 0 for s in state0]
         history = [None] * T
@@ -125,7 +127,8 @@ def _padded(x, lengths, resets, state0, weights, cell, directions, cell_states):
                 # Behind a row's end, in the padding, the reverse direction has not begun yet.
                 anew = resets[boundary].bool() & (lengths > boundary).to(x.device).unsqueeze(1)
                 before = [torch.where(anew, new, s) for new, s in zip(reset, state, strict=True)]
-            _, after = step(steps[t].unsqueeze(0), None, before, weights[d * each : (d + 1) * each])
+            of_step = [*own, last[t : t + 1] if has_masks else last]
+            _, after = step(steps[t].unsqueeze(0), None, before, of_step)
             history[t] = [torch.where(here, new[0], 0) for new in after]
             state = [torch.where(here, new, old) for new, old in zip(after, state, strict=True)]
         histories.append(history)
