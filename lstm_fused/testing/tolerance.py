@@ -23,6 +23,7 @@ WIDE = {
     # The same slopes summed over all T * N rows, where they may cancel.
     "d_weight": 12,
     "d_bias": 12,
+    "d_vectors": 12,
     # A sum before relu, no function yet: a rounding error may make it change sides of 0.
     "relu_preact": 8,
 }

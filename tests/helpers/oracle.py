@@ -18,8 +18,9 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import lstm_fused
-from lstm_fused import ops, reference, runtime
+from lstm_fused import reference, reference_steps, runtime
 from lstm_fused.testing import tolerance
+from tests.helpers import described
 
 # {name of the operator's cell: (module of torch.nn and of lstm_fused, further arguments)}.
 CELLS = {
@@ -28,13 +29,31 @@ CELLS = {
     "rnn_tanh": ("RNN", {}),
     "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
 }
+# With those that torch.nn does not have: there, torch.nn's part is that of the reference in the
+# problem's own dtype.
+EVERY_CELL = (*CELLS, *described.CELLS)
 ELEMENTS_JUDGED = 64
 MAX_DRAWS = 16
 
 
 def has_cell_state(cell):
-    """Whether the cell has a state c besides h; only such cells have projections."""
-    return ops.CELLS[cell]["carry"] == "cell"
+    """Whether the cell has a state c besides h."""
+    return reference_steps.CELLS[cell].cells > 0
+
+
+def may_project(cell):
+    """Whether there are projections of the cell's h."""
+    return described.CELLS[cell].projects if cell in described.CELLS else has_cell_state(cell)
+
+
+def module_of(cell, library, *sizes, **options):
+    """A module of torch.nn or lstm_fused, or of a cell without one the layers by the reference or
+    by ops.layer, with the same arguments; sizes: I, H."""
+    if cell in described.CELLS:
+        by_reference = library is torch.nn
+        return described.Layers(cell, *sizes, **options, by_reference=by_reference)
+    name, more = CELLS[cell]
+    return getattr(library, name)(*sizes, **options | more)
 
 
 @dataclass(frozen=True)
@@ -88,13 +107,13 @@ class Problem:
     @property
     def states(self):
         """Widths of the states."""
-        return (self.R, self.H) if has_cell_state(self.cell) else (self.H,)
+        return described.widths_of(self.cell, self.H, self.R)
 
     def module(self, library=torch.nn):
-        name, more = CELLS[self.cell]
-        if self.proj:
-            more = more | {"proj_size": self.proj}
-        return getattr(library, name)(
+        more = {"proj_size": self.proj} if self.proj else {}
+        return module_of(
+            self.cell,
+            library,
             self.I,
             self.H,
             num_layers=self.layers,
@@ -166,11 +185,13 @@ def values_of(problem, draw=0):
             lengths = lengths.sort(descending=True).values
     states = p.layers * p.directions
     state = tuple(normal(states, p.N, width) for width in p.states) if p.hx else ()
+    state = described.proper_state(p.cell, state)
     rows = (int(lengths.sum()),) if p.packed else (p.T, p.N)
     cotangents = [
         normal(*rows, p.directions * p.R),
         *(normal(states, p.N, width) for width in p.states),
     ]
+    cotangents = described.proper_cotangents(p.cell, cotangents, p.dtype)
     return Values(normal(p.T, p.N, p.I), lengths, state, weights, cotangents)
 
 
@@ -278,20 +299,32 @@ class Relu:
 def reversed_layer(cell, layer, x, batch_sizes, state0, weights, directions, **options):
     """layer, of the reference, with its features and hidden units in reverse order."""
 
-    gates = ops.CELLS[cell]["gates"]
+    known = reference_steps.CELLS[cell]
+    own = ["vectors"] * (known.vectors > 0) + ["masks"] * (known.masks > 0)
+    shared = len(weights) // directions - len(own)  # of every cell
+    names = ["w_ih", "w_hh", "b_ih", "b_hh"][: shared // 2 * 2] + ["w_hr"] * (shared % 2)
 
-    def reversed_weight(w, is_projection):
-        if is_projection:  # (R, H)
-            return w.flip(0, 1)
-        w = w.unflatten(0, (gates, -1)).flip(1)  # (G, H, K) or (G, H)
-        return (w.flip(2) if w.dim() == 3 else w).flatten(0, 1)
+    def in_parts(t, parts):
+        """t with each of so many parts of its last dimension in reverse order."""
+        return t.unflatten(-1, (parts, -1)).flip(-1).flatten(-2)
 
-    each = len(weights) // directions
-    weights = [reversed_weight(w, each % 2 and k % each == each - 1) for k, w in enumerate(weights)]
-    state0 = tuple(s.flip(-1) for s in state0)
+    def reversed_weight(name, w):
+        if name in ("w_hr", "vectors"):  # (R, H), (V, H)
+            return w.flip(0, 1) if name == "w_hr" else w.flip(1)
+        if name == "masks":  # (..., M * H)
+            return in_parts(w, known.masks)
+        w = in_parts(w.mT if w.dim() == 2 else w, known.gates)
+        return w.mT.flip(1) if w.dim() == 2 else w
+
+    weights = [
+        reversed_weight(name, w)
+        for name, w in zip((names + own) * directions, weights, strict=True)
+    ]
+    blocks = (1, known.cells)
+    state0 = tuple(in_parts(s, k) for s, k in zip(state0, blocks, strict=False))
     y, states, *cells = layer(x.flip(-1), batch_sizes, state0, weights, directions, **options)
-    y, *cells = (t.unflatten(-1, (directions, -1)).flip(-1).flatten(-2) for t in (y, *cells))
-    return y, tuple(s.flip(-1) for s in states), *cells
+    states = tuple(in_parts(s, k) for s, k in zip(states, blocks, strict=False))
+    return in_parts(y, directions), states, *(in_parts(c, directions * known.cells) for c in cells)
 
 
 def run_reference(problem, draw=0, signs=None):
@@ -324,6 +357,7 @@ def run_reference(problem, draw=0, signs=None):
             part = slice(k * p.directions, (k + 1) * p.directions)
             state0 = tuple(s[part] if order is None else s[part][:, order] for s in state)
         part = flat[k * each : (k + 1) * each]
+        part = described.whole(p.cell, part, p.directions, rows)
         rows, end = reversed_layer(p.cell, layer, rows, sizes, state0, part, p.directions)
         ends.append(tuple(s if back is None else s[:, back] for s in end))
     ends = tuple(torch.cat(s) for s in zip(*ends, strict=True))

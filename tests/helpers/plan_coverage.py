@@ -3,6 +3,7 @@
 import torch
 
 from lstm_fused import _plan, runtime
+from tests.helpers import described
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DEVICES = (
@@ -31,7 +32,7 @@ def planned(problem, isa, threads, backward):
         p.N,
         p.I if first else p.directions * p.R,
         p.H,
-        p.R,
+        described.columns_of(p.cell, p.H, p.R),
         p.directions,
         projection=p.proj > 0,
         training=True,

@@ -15,7 +15,8 @@ import torch
 import lstm_fused
 from lstm_fused import ops, reference
 from lstm_fused.testing import tolerance
-from tests.helpers.oracle import CELLS, has_cell_state, reversed_layer
+from tests.helpers import described
+from tests.helpers.oracle import has_cell_state, module_of, reversed_layer
 
 MASKS = ("none", "all", "first", "last", "adjacent", "random")
 ROWS = ("dense", "packed", "documents")
@@ -52,15 +53,16 @@ class Sequence:
 
     def module(self):
         """A module with the layer's parameters."""
-        name, more = CELLS[self.cell]
         torch.manual_seed(1)
-        return getattr(lstm_fused, name)(
+        return module_of(
+            self.cell,
+            lstm_fused,
             self.I,
             self.H,
             bidirectional=self.directions == 2,
             bias=self.bias,
             dtype=torch.float64,
-            **more | ({"proj_size": self.proj} if self.proj else {}),
+            **({"proj_size": self.proj} if self.proj else {}),
         )
 
     @cached_property
@@ -118,7 +120,7 @@ class Sequence:
     @property
     def widths(self):
         """Of the states."""
-        return (self.proj or self.H, self.H) if has_cell_state(self.cell) else (self.H,)
+        return described.widths_of(self.cell, self.H, self.proj or self.H)
 
     def inputs(self, draw=0):
         """x and the states, as a tuple."""
@@ -131,7 +133,8 @@ class Sequence:
         x = normal(*self.shape, self.I)
         if self.state == "none":
             return (x,)
-        return x, *(normal(self.directions, rows, width) for width in self.widths)
+        states = tuple(normal(self.directions, rows, width) for width in self.widths)
+        return x, *described.proper_state(self.cell, states)
 
     def run(self, layer, weights, x, *states, resets=None):
         """(y, *final states, cell states if wanted) by ops.layer or one of the same arguments."""
@@ -139,7 +142,7 @@ class Sequence:
             x,
             self.batch_sizes,
             states,
-            weights,
+            described.whole(self.cell, weights, self.directions, x),
             directions=self.directions,
             resets=self.resets if resets is None else resets,
             cell_states=self.cells,
@@ -174,6 +177,7 @@ def results(sequence, layer, dtype, compute, draw):
         torch.randn(t.shape, dtype=torch.float64, generator=generator).to(dtype).to(compute)
         for t in out
     ]
+    cotangents = described.proper_cotangents(sequence.cell, cotangents, dtype)
     torch.autograd.backward(out, cotangents)
     found = dict(zip(names, [t.detach() for t in out], strict=False))
     leaves = {**dict(zip(("x", "h0", "c0"), tensors, strict=False)), **weights}

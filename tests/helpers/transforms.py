@@ -29,7 +29,8 @@ from torch.utils._pytree import tree_leaves
 
 import lstm_fused
 from lstm_fused import reference
-from tests.helpers.oracle import CELLS, has_cell_state
+from tests.helpers import described
+from tests.helpers.oracle import CELLS, module_of
 
 T, N, I, H, B = 3, 2, 3, 5, 4  # noqa: E741
 SIZES = [2, 2, 1]  # of packed data
@@ -59,20 +60,20 @@ class Form:
         return " ".join(filter(None, words))
 
     def module(self, library=lstm_fused):
-        name, more = CELLS[self.cell]
         torch.manual_seed(1)
         if self.step:
+            name, more = CELLS[self.cell]
             return getattr(library, f"{name}Cell")(I, H, bias=self.bias, dtype=F64, **more)
-        if self.proj:
-            more = more | {"proj_size": self.proj}
-        return getattr(library, name)(
+        return module_of(
+            self.cell,
+            library,
             I,
             H,
             num_layers=self.layers,
             bidirectional=self.directions == 2,
             bias=self.bias,
             dtype=F64,
-            **more,
+            **({"proj_size": self.proj} if self.proj else {}),
         )
 
     @cached_property
@@ -86,12 +87,13 @@ class Form:
         def draw(*shape):
             return torch.randn(*shape, dtype=F64, generator=generator)
 
-        widths = (self.proj or H, H) if has_cell_state(self.cell) else (H,)
+        widths = described.widths_of(self.cell, H, self.proj or H)
         if self.step:
             return draw(N, I), *(draw(N, width) for width in widths)
         states = self.layers * self.directions
         x = draw(sum(SIZES), I) if self.packed else draw(T, N, I)
-        return x, *(draw(states, N, width) for width in widths)
+        given = tuple(draw(states, N, width) for width in widths)
+        return x, *described.proper_state(self.cell, given)
 
     def call(self, library):
         """f(weights by name, x, *states) -> tuple of outputs, by a library or the reference."""
@@ -123,7 +125,7 @@ class Form:
                 x,
                 torch.tensor(SIZES) if self.packed else None,
                 of_layer,
-                flat[k * each : (k + 1) * each],
+                described.whole(self.cell, flat[k * each : (k + 1) * each], self.directions, x),
                 self.directions,
             )
             ends.append(end)
@@ -140,6 +142,9 @@ FORMS = [
     Form("gru", layers=2, directions=2, bias=False),
     Form("lstm", directions=2, packed=True),
     Form("gru", packed=True),
+    *(Form(cell, directions=2) for cell in described.CELLS),
+    Form("peephole_lstm", layers=2, proj=2, bias=False),
+    Form("regularized_gru", packed=True),
 ]
 each_form = pytest.mark.parametrize("form", FORMS, ids=str)
 

@@ -11,8 +11,8 @@ from torch.library import opcheck
 import lstm_fused
 from lstm_fused import ops, padded, reference, runtime
 from lstm_fused.operators import backward_op, forward_op, jvp_op, samples_op
-from tests.helpers import emulated
-from tests.helpers.oracle import CELLS, has_cell_state
+from tests.helpers import described, emulated
+from tests.helpers.oracle import EVERY_CELL, has_cell_state, may_project
 from tests.helpers.plan_coverage import DTYPES
 from tests.helpers.sequences import MASKS, ROWS, Sequence, violations
 from tests.helpers.transforms import TRANSFORMS, assert_close, run, total
@@ -38,7 +38,25 @@ FORMS = [
     Sequence("rnn_tanh", 2, save_every=2, state="with reset"),
     Sequence("lstm", proj=2, mask="", bias=False, save_every=2),
     Sequence("rnn_relu", rows="packed", mask="", save_every=2),
+    Sequence("peephole_lstm", 2, proj=2, state="with reset", cells=True),
+    Sequence("regularized_lstm", 2, state="with reset", cells=True, save_every=2),
+    Sequence("regularized_lstm", rows="documents", bias=False),
+    Sequence("regularized_gru", 2, rows="packed", state="with reset"),
+    Sequence("coupled_lstm", rows="documents", state="with reset", cells=True),
+    Sequence("ind_rnn", 2, state="none"),
+    Sequence("ind_rnn_tanh", rows="packed", save_every=2),
+    Sequence("sru", 2, state="with reset", cells=True, save_every=3),
+    Sequence("qrnn", rows="packed", state="none", cells=True),
+    Sequence("min_gru", 2, rows="documents", mask=""),
+    Sequence("min_lstm", 2, mask="adjacent", bias=False),
+    Sequence("slstm", 2, state="with reset", cells=True, save_every=2),
+    Sequence("slstm", mask="", state="none", H=32),
+    Sequence("slstm", rows="packed", cells=True),
+    Sequence("layer_norm_lstm", 2, rows="packed", state="with reset", cells=True),
+    Sequence("layer_norm_lstm_carried", proj=2, save_every=2),
+    Sequence("layer_norm_gru", 2, rows="documents", state="with reset"),
 ]
+KINKED = ("rnn_relu", "ind_rnn", "min_gru", "min_lstm")  # their slope jumps at 0
 
 
 def goals_of(form):
@@ -50,9 +68,8 @@ each_form = pytest.mark.parametrize("form", FORMS, ids=str)
 
 @st.composite
 def sequences(draw):
-    cell = draw(st.sampled_from(tuple(CELLS)))
+    cell = draw(st.sampled_from(EVERY_CELL))
     hidden = draw(st.integers(1, 40))
-    lstm = has_cell_state(cell)
     mask = draw(st.sampled_from(("", *MASKS)))
     return Sequence(
         cell,
@@ -60,8 +77,8 @@ def sequences(draw):
         rows=draw(st.sampled_from(ROWS)),
         mask=mask,
         state=draw(st.sampled_from(("none", "given", "with reset")[: 3 if mask else 2])),
-        cells=draw(st.booleans()) and lstm,
-        proj=draw(st.integers(0, hidden - 1)) if lstm else 0,
+        cells=draw(st.booleans()) and has_cell_state(cell),
+        proj=draw(st.integers(0, hidden - 1)) if may_project(cell) else 0,
         bias=draw(st.booleans()),
         T=draw(st.integers(1, 9)),
         N=draw(st.integers(1, 12)),
@@ -74,7 +91,8 @@ def sequences(draw):
 @given(sequence=sequences(), dtype=st.sampled_from(DTYPES), threads=st.integers(1, 3))
 def test_parity(sequence, dtype, threads):
     # relu's slope jumps at 0, so that a rounding error may decide a gradient.
-    assume(sequence.cell != "rnn_relu" or dtype is torch.float64)
+    assume(sequence.cell not in KINKED or dtype is torch.float64)
+    assume(not described.is_invariant(sequence.cell, sequence.I, sequence.proj or sequence.H))
     torch.set_num_threads(threads)
     lines = violations(sequence, dtype)
     assert not lines, "\n".join([f"{sequence} {dtype}", *lines])
@@ -132,7 +150,7 @@ SMALL = [replace(form, T=3, N=2, I=1, H=2, proj=min(form.proj, 1)) for form in F
 @pytest.mark.parametrize("form", SMALL, ids=str)
 def test_gradcheck(form):
     tensors, weights = leaves(form)
-    if form.cell == "rnn_relu":  # away from the step of relu's slope
+    if form.cell in KINKED:  # away from the step of relu's slope
         with torch.no_grad():
             for w in weights:
                 w.copy_(w.abs())
@@ -146,6 +164,7 @@ def test_gradcheck(form):
     torch.autograd.gradgradcheck(f, (*tensors, *weights))
 
 
+@pytest.mark.covering(goals=lambda form, where: {(form.cell, where), form.cells})
 @pytest.mark.parametrize("where", range(2))
 @pytest.mark.parametrize("form", [f for f in FORMS if f.mask], ids=str)
 def test_vmap_of_resets(form, where):
@@ -222,6 +241,7 @@ class Exported(torch.nn.Module):
         return self.form.run(self.form.layer, list(self.weights), *tensors, resets=resets)
 
 
+@pytest.mark.covering(goals=lambda form: {form.cell, form.rows, form.state, form.save_every})
 @pytest.mark.parametrize(
     "form", [*FORMS, Sequence("lstm", rows="documents", mask="", state="none")], ids=str
 )
@@ -246,6 +266,7 @@ def test_opcheck(form):
     """Schemas, fakes and Autograd kernels of the operators."""
     x, *states = form.inputs()
     weights = [w.detach() for w in form.module().parameters()]
+    weights = described.whole(form.cell, weights, form.directions, x)
     call = (x, form.batch_sizes, form.resets, states, weights)
     kind, D = ops.CELLS[form.cell]["id"], form.directions
     for save_every in (0, form.save_every):
@@ -253,12 +274,12 @@ def test_opcheck(form):
     y, h_n, c_n, gates, saved = forward_op(*call, kind, D, form.cells, form.save_every)
     lstm = has_cell_state(form.cell)
     d_out = [t.cos() if t.numel() else None for t in (y, h_n, c_n)]
-    mask = [True, True, lstm, *[True] * len(weights)]
+    mask = [True, True, lstm, *described.with_gradients(form.cell, weights, D)]
     options = (kind, D, form.save_every)
     opcheck(backward_op, (*call, y, gates, saved, *d_out, *options, [*mask, False]))
     no_y = None if not form.proj else y
     opcheck(backward_op, (*call, no_y, gates, saved, *d_out, *options, [*mask, True]))
-    if form.proj:
+    if form.proj or form.cell in described.CELLS:
         return
     if form.rows != "documents":
         opcheck(samples_op, (*call, y, gates, saved, *d_out, *options, [*mask, False], 1))
@@ -275,6 +296,7 @@ def test_opcheck(form):
         Sequence("gru", 2, rows="packed"),
         Sequence("rnn_tanh", rows="packed", state="none", mask="all"),
         Sequence("lstm", rows="packed", mask="", cells=True, proj=2),
+        Sequence("regularized_lstm", 2, rows="packed", state="with reset", cells=True),
     ],
     ids=str,
 )
@@ -290,6 +312,7 @@ def test_lengths_in_a_graph(form, how):
     wide = replace(form, rows="dense", N=form.N + 1)
     x, *states = wide.inputs()
     weights = [w.detach() for w in form.module().parameters()]
+    weights = described.whole(form.cell, weights, form.directions, x)
     options = {"directions": form.directions, "cell_states": form.cells}
 
     class Padded(torch.nn.Module):
@@ -318,7 +341,7 @@ def test_lengths_in_a_graph(form, how):
         packed(x),
         form.batch_sizes,
         [torch.cat([half[:, back] for half in parts], 1) for parts in halves],
-        weights,
+        [packed(w) if w.dim() == 3 else w for w in weights],  # masks are rows
         resets=packed(wide.resets),
         **options,
     )
