@@ -76,14 +76,14 @@ struct TangentOf : Cell {
   using Primal = Cell;
 };
 
-}  // namespace
-
 // input_gate(j) of every cell of G gates and P pre-activations; hidden_gate(j) is j. The last P - G
 // gates have two pre-activations each, one for the input's part, which come first, and one for the
 // hidden state's, which come last.
-inline constexpr int input_gate_of(int G, int P, int j) {
+constexpr int input_gate_of(int G, int P, int j) {
   return j < P - G ? 2 * G - P + j : j - (P - G);
 }
+
+}  // namespace
 
 // Every described cell, in the kernels: its numbers are known at run time, and are at most these.
 struct AnyCell {

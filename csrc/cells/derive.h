@@ -267,13 +267,17 @@ LSTM_FUSED_INLINE V described_backward(const V* preact, const V* vector, const V
 
 template <int count, class V, class A>
 LSTM_FUSED_INLINE void load_values(V* to, const A* from, int64_t stride) {
-  LSTM_FUSED_UNROLLED_FOR (int k = 0; k < count; ++k)
-    std::memcpy(to + k, from + k * stride, sizeof(V));
+  if constexpr (count > 0) {
+    LSTM_FUSED_UNROLLED_FOR (int k = 0; k < count; ++k)
+      std::memcpy(to + k, from + k * stride, sizeof(V));
+  }
 }
 template <int count, class V, class A>
 LSTM_FUSED_INLINE void store_values(A* to, int64_t stride, const V* from) {
-  LSTM_FUSED_UNROLLED_FOR (int k = 0; k < count; ++k)
-    std::memcpy(to + k * stride, from + k, sizeof(V));
+  if constexpr (count > 0) {
+    LSTM_FUSED_UNROLLED_FOR (int k = 0; k < count; ++k)
+      std::memcpy(to + k * stride, from + k, sizeof(V));
+  }
 }
 
 // The inputs of a unit's functions, loaded.

@@ -60,7 +60,9 @@ def test_errors_are_those_of_the_layer(kind):
 
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_a_layer_through_onnx_runtime(batch_first):
-    """Two layers, a state or none, packed or not: near what it stands for."""
+    """Two layers, a state or none, packed or not: near what it stands for, and less so without VNNI,
+    where ONNX Runtime's 16-bit sums overflow."""
+    atol = 0.03 if "avx512_vnni" in lstm_fused.runtime.available_isas() else 0.2
     torch.manual_seed(0)
     lstm = nn.LSTM(5, 8, 2, batch_first=batch_first)
     small, x = accuracy.OnnxInt8(lstm), torch.randn(4, 3, 5)
@@ -73,7 +75,7 @@ def test_a_layer_through_onnx_runtime(batch_first):
             assert torch.equal(y.batch_sizes, expected.batch_sizes)
             y, expected = y.data, expected.data
         for one, other in zip((y, *ends), (expected, *expected_ends), strict=True):
-            torch.testing.assert_close(one, other, atol=0.03, rtol=0)
+            torch.testing.assert_close(one, other, atol=atol, rtol=0)
 
 
 TRAINERS = {
