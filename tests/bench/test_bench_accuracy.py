@@ -60,8 +60,10 @@ def test_errors_are_those_of_the_layer(kind):
 
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_a_layer_through_onnx_runtime(batch_first):
-    """Two layers, a state or none, packed or not: near what it stands for, and less so without VNNI,
-    where ONNX Runtime's 16-bit sums overflow."""
+    """Two layers, a state or none, packed or not: near what it stands for.
+
+    Less so without VNNI, where ONNX Runtime's 16-bit sums overflow.
+    """
     atol = 0.03 if "avx512_vnni" in lstm_fused.runtime.available_isas() else 0.2
     torch.manual_seed(0)
     lstm = nn.LSTM(5, 8, 2, batch_first=batch_first)
