@@ -64,7 +64,7 @@ def test_a_layer_through_onnx_runtime(batch_first):
 
     Less so without VNNI, where ONNX Runtime's 16-bit sums overflow.
     """
-    atol = 0.03 if "avx512_vnni" in lstm_fused.runtime.available_isas() else 0.2
+    atol = 0.03 if "avx512_vnni" in lstm_fused.runtime.available_isas() else 0.5
     torch.manual_seed(0)
     lstm = nn.LSTM(5, 8, 2, batch_first=batch_first)
     small, x = accuracy.OnnxInt8(lstm), torch.randn(4, 3, 5)
