@@ -64,7 +64,7 @@ class Traced {
 
   // The number of the step in `trace`, to which a constant is added.
   constexpr int step_in(Trace& trace) const {
-    if (trace_) return step_;
+    if (!is_constant()) return step_;
     TraceStep step;
     step.operation = Operation::kConstant;
     step.constant = constant_;
@@ -74,8 +74,9 @@ class Traced {
   template <class... Numbers>
   static constexpr Traced record(Operation operation, const Numbers&... operands) {
     Trace* trace = nullptr;
-    ((trace = operands.trace_ ? operands.trace_ : trace), ...);
-    if (!trace) throw "a function of constants alone: compute it outside of forward";
+    ((trace = operands.is_constant() ? trace : operands.trace_), ...);
+    if ((operands.is_constant() && ...))
+      throw "a function of constants alone: compute it outside of forward";
     TraceStep step;
     step.operation = operation;
     ((step.operands[step.count++] = operands.step_in(*trace)), ...);
@@ -86,8 +87,12 @@ class Traced {
   template <int count>
   static constexpr void normalize(const Traced (&values)[count], Traced (&to)[count]) {
     Trace* trace = nullptr;
-    for (const Traced& value : values) trace = value.trace_ ? value.trace_ : trace;
-    if (!trace) throw "normalize of constants alone";
+    bool constant = true;
+    for (const Traced& value : values) {
+      trace = value.is_constant() ? trace : value.trace_;
+      constant = constant && value.is_constant();
+    }
+    if (constant) throw "normalize of constants alone";
     if (trace->groups == kMaxUnitGroups)
       throw "this cell normalizes more than kMaxUnitGroups times";
     int steps[count] = {};
@@ -102,12 +107,13 @@ class Traced {
     ++trace->groups;
   }
 
-  constexpr bool is_constant() const { return !trace_; }
+  // By the number: g++ with its sanitizers knows no address that is not null in a constant.
+  constexpr bool is_constant() const { return step_ < 0; }
   constexpr double constant() const { return constant_; }
 
  private:
   Trace* trace_ = nullptr;
-  int step_ = 0;
+  int step_ = -1;
   double constant_ = 0;
 };
 
