@@ -282,9 +282,12 @@ int main() {
   for (int isa = 0; isa < kIsaCount; ++isa) {
     if (!runs(static_cast<Isa>(isa))) continue;
     for (int cell = 0; cell < kCellCount; ++cell)
-      for (int dtype = 0; dtype < kDTypeCount; ++dtype)
+      for (int dtype = 0; dtype < kDTypeCount; ++dtype) {
+        // Described cells share their kernels: each runs in one dtype.
+        if (kCells[cell].described && cell % kDTypeCount != dtype) continue;
         failed += run_all(static_cast<CellKind>(cell), static_cast<Isa>(isa),
                           static_cast<DType>(dtype), ran);
+      }
   }
   std::printf("%d runs, %d failed\n", ran, failed);
   return failed != 0;
