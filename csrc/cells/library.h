@@ -4,6 +4,7 @@
 
 #include <concepts>
 
+#include "../params.h"
 #include "derive.h"
 
 namespace lstm_fused {
@@ -29,8 +30,8 @@ static_assert(HasForward<UserCell>,
               "the cell has no `template <class V> static constexpr V forward(const V* preact, "
               "const V* vector, const V* mask, const V* prev, V* next)`");
 
-// kMaxUnitValues of cpu/unit_values.h.
-static_assert(UserCell::kVectors <= 16 && UserCell::kMasks <= 16,
+static_assert(kMaxUnitValues == 16);  // as the message says
+static_assert(UserCell::kVectors <= kMaxUnitValues && UserCell::kMasks <= kMaxUnitValues,
               "the cell's kVectors and kMasks must be 16 at most");
 
 using UserDerivation = Derivation<UserCell>;
