@@ -31,7 +31,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     (
         "py:.*",
-        r"(torch|collections|typing|types)\..*|\w+"
+        r"(torch|collections|typing|types|os)\..*|\w+"
         r"|lstm_fused\.(replace|explain|states|rl|fallback|quantization)\.\w+",
     )
 ]

@@ -24,6 +24,7 @@ class Row:
     projects: bool = False  # whether there may be a projection
     # The last vectors, where they are no parameters: bounds of clips, or an epsilon.
     constants: tuple = ()
+    kinked: bool = False  # a slope jumps at 0: a rounding error may decide a gradient
 
 
 CELLS = {
@@ -31,17 +32,18 @@ CELLS = {
     "regularized_lstm": Row(constants=("bound", "bound")),
     "regularized_gru": Row(constants=("bound",)),
     "coupled_lstm": Row(projects=True),
-    "ind_rnn": Row("none"),
+    "ind_rnn": Row("none", kinked=True),
     "ind_rnn_tanh": Row("none"),
     "sru": Row("none"),
     "qrnn": Row("none"),
-    "min_gru": Row("none"),
-    "min_lstm": Row("none"),
+    "min_gru": Row("none", kinked=True),
+    "min_lstm": Row("none", kinked=True),
     "slstm": Row("heads"),
     "layer_norm_lstm": Row(projects=True, constants=("epsilon",)),
     "layer_norm_lstm_carried": Row(projects=True, constants=("epsilon",)),
     "layer_norm_gru": Row(constants=("epsilon",)),
 }
+KINKED = tuple(cell for cell, row in CELLS.items() if row.kinked)
 BLOCK = 16  # of a head's units, a multiple
 
 

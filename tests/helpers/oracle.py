@@ -415,11 +415,20 @@ def violations(found, problem):
     for name in ours[0]:
         if wrong := {t[name].dtype for t in found if t.get(name) is not None} - {problem.dtype}:
             lines.append(f"{name} is {wrong}")
+        if is_undecided(name, problem):
+            continue
         error, torch_error = (max(e[name] for e in es) for es in (ours, [t.errors for t in torchs]))
         limit = tolerance.allowed(name, problem.dtype, torch_error, largest(name, exact))
         if not error <= limit:
             lines.append(f"{name}: off by {error:.2e} > {limit:.2e}, torch by {torch_error:.2e}")
     return lines
+
+
+def is_undecided(name, problem):
+    """Whether rounding errors may decide this gradient: a slope jumps, and whose branches were
+    taken is known of relu in torch.nn's cells alone."""
+    kinked = problem.cell in described.KINKED and problem.dtype is not torch.float64
+    return kinked and name.startswith("d_")
 
 
 def largest(name, exact):

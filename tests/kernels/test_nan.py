@@ -70,6 +70,8 @@ def with_value(problem, name, index, value):
     named = {"x": values.x, **values.weights}
     named |= zip(("h0", "c0"), values.state, strict=False)
     named |= zip(("dy", "dh_n", "dc_n"), values.cotangents, strict=False)
+    if name == "x" and problem.packed:  # a row that has every step
+        index = (index[0], int(values.lengths.argmax()), index[2])
     if name in values.weights:
         index = (index[0] % len(named[name]), *index[1:])
     named[name][index] = value
