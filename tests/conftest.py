@@ -43,9 +43,13 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error:lstm_fused.* ran through torch")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--every-case", action="store_true", help="none of `full` is left out")
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
-def pytest_collection_modifyitems(items):
-    pairwise.mark_full(items)
+def pytest_collection_modifyitems(config, items):
+    pairwise.mark_full(items, config.getoption("--every-case"))
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def goals_of(kind, dtype, sequence):
     return found | {(kind, *option) for option in options} | {(s.cell, *o) for o in options}
 
 
-@pytest.mark.covering(goals=goals_of, most=500)
+@pytest.mark.covering(goals=goals_of)
 @pytest.mark.parametrize(
     ("kind", "dtype", "sequence"),
     [pytest.param(*case, id="-".join(map(str, case))) for case in cases()],

@@ -2,7 +2,7 @@
 
 `pairwise` designs rows from factors. `covering` selects cases from a list, and `mark_full` keeps
 such a selection of a test's cases in `make test`; `make test-full` runs the others, or a spread of
-them where they are thousands.
+them where they are hundreds, and `python -m pytest -m "" --every-case` all of them.
 """
 
 import inspect
@@ -12,6 +12,7 @@ from itertools import combinations, product
 import pytest
 
 CANDIDATES = 40
+MOST = 150
 
 
 def pairs_of(row):
@@ -62,13 +63,12 @@ def covering(goals):
     return sorted(taken)
 
 
-def mark_full(items):
+def mark_full(items, every_case=False):
     """Mark `full` the collected tests that no covering needs, of those functions that are
-    marked `covering(goals=..., most=...)`.
+    marked `covering(goals=...)`. MOST of the others are kept, spread evenly, or every case.
 
     goals: a function of the test's parameters that gives the set of what the test reaches; without
-    it, each pair of two parameters' values. most: so many of the others are kept at most, spread
-    evenly, where the product of all parameters has thousands.
+    it, each pair of two parameters' values.
     """
     dropped = set()
     functions = {}
@@ -78,11 +78,11 @@ def mark_full(items):
     for tests in functions.values():
         needed = set(covering([goals_of(test) for test in tests]))
         others = [test for index, test in enumerate(tests) if index not in needed]
-        most = tests[0].get_closest_marker("covering").kwargs.get("most", len(others))
-        kept = {k * len(others) // most for k in range(most)} if most < len(others) else None
+        count = len(others) if every_case else min(MOST, len(others))
+        kept = {k * len(others) // count for k in range(count)}
         for k, test in enumerate(others):
             test.add_marker(pytest.mark.full)
-            if kept is not None and k not in kept:
+            if k not in kept:
                 dropped.add(test)
     items[:] = [item for item in items if item not in dropped]
 

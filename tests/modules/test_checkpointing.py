@@ -27,7 +27,7 @@ EVERY = (1, 2, 3, T - 1, T, T + 1, "auto")
 
 
 @pytest.mark.usefixtures("device")
-@pytest.mark.covering(most=500)
+@pytest.mark.covering
 @each_option
 @pytest.mark.parametrize("with_options", (False, True), ids=("", "resets and cell states"))
 @pytest.mark.parametrize("every", EVERY)

@@ -82,7 +82,7 @@ def compare(form, cell, options, mask, with_state=True, kind="row", **more):
 
 
 @pytest.mark.usefixtures("device")
-@pytest.mark.covering(most=500)
+@pytest.mark.covering
 @each_option
 @pytest.mark.parametrize("kind", ("zeros", "one", "row"))
 @pytest.mark.parametrize("with_state", (False, True), ids=("", "hx"))
