@@ -17,8 +17,11 @@
 #define LSTM_FUSED_INLINE inline __attribute__((always_inline))
 #endif
 
-// For functions that most calls do not need: inlined, they would slow the loops around them down.
 #define LSTM_FUSED_SQRT(x) __builtin_sqrt(x)
+
+// For functions that most calls do not need: inlined, they would slow the loops around them down.
+// A cold one is made small instead of fast.
+#define LSTM_FUSED_NOINLINE __attribute__((noinline))
 #define LSTM_FUSED_COLD __attribute__((noinline, cold))
 
 #define LSTM_FUSED_PRAGMA(...) _Pragma(#__VA_ARGS__)

@@ -347,7 +347,7 @@ struct BackwardSteps : BackwardThread<Cell, S, M> {
 
   // The backward pass of a step of a cell that normalizes, whose gradients of h are known: the sums
   // that a level's gradients need, from the last level on, then the gradients.
-  LSTM_FUSED_COLD void normalize(int64_t step, int64_t active) {
+  LSTM_FUSED_NOINLINE void normalize(int64_t step, int64_t active) {
     const UnitFunctions<A>& unit = k.unit();
     const int64_t t = k.time(d, step);
     for (int64_t i = 0; i < active; ++i)

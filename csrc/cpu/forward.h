@@ -373,7 +373,7 @@ struct PersistentForward : ForwardState<Cell, S, M> {
 
     // The rest of a step of a cell that normalizes: what the values of each level are normalized
     // by, then the states.
-    LSTM_FUSED_COLD void normalize(int64_t active) {
+    LSTM_FUSED_NOINLINE void normalize(int64_t active) {
       const UnitFunctions<A>& unit = k.unit();
       const double epsilon = k.unit_vectors_of(d, 0)[(k.p.unit->vectors - 1) * lanes];
       for (int level = 0; level < unit.levels; ++level)
@@ -417,15 +417,9 @@ struct PersistentForward : ForwardState<Cell, S, M> {
       for (int g = 0, first = 0; g < unit.groups; ++g) {
         if (unit.group[g].level != level) continue;
         const int count = unit.group[g].count;
-        V sum = {}, squares = {};
-        each_value(first, count, [&](const V& v, int64_t) { sum += v; });
-        to[0] = sums.sum(sum);
+        to[0] = sum_of_values(first, count, [](const V& v) { return v; });
         const A mean = static_cast<A>(to[0] / max64(1, units_of(place.unit_group) * count));
-        each_value(first, count, [&](const V& v, int64_t here) {
-          const V shifted = keep_first(v - mean, here);
-          squares += shifted * shifted;
-        });
-        to[1] = sums.sum(squares);
+        to[1] = sum_of_values(first, count, [=](const V& v) { return (v - mean) * (v - mean); });
         to += 2;
         first += count;
       }
@@ -435,18 +429,24 @@ struct PersistentForward : ForwardState<Cell, S, M> {
       return parts + k.statistics.rows * k.row_parts() +
              (vec - units.begin) * kMaxUnitGroups * kMaxCols * lanes;
     }
-    // f(v, lanes of it that hold a unit) for `count` values from `first` on of each of the units.
+    // The sum of f(v) over `count` values from `first` on of each of the thread's units.
     template <class F>
-    void each_value(int first, int count, const F& f) const {
-      for (int64_t vec = units.begin; vec < units.end; ++vec)
-        for (int j = first; j < first + count; ++j) {
-          const int64_t here = min64(lanes, k.H - vec * lanes);
-          f(keep_first(load<V>(values_of(vec) + j * lanes), here), here);
-        }
+    double sum_of_values(int first, int count, const F& f) const {
+      constexpr int kSums = 4;  // added to in turn
+      V sum[kSums] = {};
+      const auto add = [&](int64_t vec, const auto& of) {
+        const A* values = values_of(vec) + first * lanes;
+        for (int j = 0; j < count; ++j) sum[j % kSums] += of(load<V>(values + j * lanes));
+      };
+      const int64_t whole = min64(units.end, k.H / lanes);  // vectors without padding
+      for (int64_t vec = units.begin; vec < whole; ++vec) add(vec, f);
+      for (int64_t vec = max64(units.begin, whole); vec < units.end; ++vec)
+        add(vec, [&](const V& v) { return keep_first(f(v), k.H - vec * lanes); });
+      return sums.sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
     }
 
     // The input's part of a tile where x holds it.
-    LSTM_FUSED_COLD void copy_input(int64_t vec, int cols, int64_t first, int n, A* out) const {
+    LSTM_FUSED_NOINLINE void copy_input(int64_t vec, int cols, int64_t first, int n, A* out) const {
       const int64_t t = k.time(d, step);
       for (int r = 0; r < n; ++r) {
         const S* x =

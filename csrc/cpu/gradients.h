@@ -108,7 +108,7 @@ struct Gradients : BackwardState<Cell, S, M> {
   }
 
   // Where x holds the input's part of the pre-activations.
-  LSTM_FUSED_COLD void copy_input_gradient(int worker) const {
+  LSTM_FUSED_NOINLINE void copy_input_gradient(int worker) const {
     const Range own = split(S_rows, plan.threads, worker);
     for (int64_t s = own.begin; s < own.end; ++s)
       for (int j = 0; j < G; ++j)
