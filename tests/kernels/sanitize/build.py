@@ -14,7 +14,6 @@ FLAGS = [
     *("-O0", "-g1", "-fopenmp", "-Wno-psabi"),
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     "-fno-sanitize=null,object-size,vptr",
-    "-DLSTM_FUSED_FEW_CELLS",
 ]
 
 
