@@ -1,6 +1,7 @@
 """Builds csrc/cpu and a driver into a program, without Python and torch."""
 
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,9 @@ DRIVER = Path(__file__).parent / "driver.cpp"
 # described cells would take minutes to compile.
 ARITHMETIC = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 FEW_CELLS = "-DLSTM_FUSED_FEW_CELLS"
+
+# The newest of 14 and later, or None.
+CLANG = next(filter(shutil.which, ("clang++", *(f"clang++-{n}" for n in range(30, 13, -1)))), None)
 
 RULES = """\
 rule compile
