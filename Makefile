@@ -33,7 +33,7 @@ demo: build
 examples: build
 	@for name in $(EXAMPLES); do $(BIN)/python -m examples.$$name --quick $(ARGS) || exit 1; done
 
-PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: lint $(STAMPS)/build-cpu
 	$(PYTEST) $(ARGS)

@@ -32,6 +32,14 @@ if settings:
     settings.load_profile("repeatable")
 
 
+# Files that take longest, which begin first, so that no process is alone with one at the end.
+LONGEST = (
+    *("test_arm64", "test_sanitizers", "test_portability", "test_cuda_build", "test_distribution"),
+    *("test_sequences", "test_cells", "test_layer_parity", "test_kernel_paths", "test_autograd"),
+    *("test_compile", "test_bench_model", "test_transforms", "test_threads", "test_bench_run"),
+)
+
+
 def pytest_configure(config):
     config.addinivalue_line(
         "filterwarnings", "ignore:LSTM with projections is not supported with oneDNN"
@@ -50,6 +58,8 @@ def pytest_addoption(parser):
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(config, items):
     pairwise.mark_full(items, config.getoption("--every-case"))
+    place = {name: k for k, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture

@@ -352,17 +352,23 @@ struct PersistentForward : ForwardState<Cell, S, M> {
       for (int r = 0; r < n; ++r)
         for (int c = 0; c < cols; ++c) {
           const int64_t at = r * kTileSize + c * G * lanes;
-          V preact[kMaxPreacts];
-          for (int j = 0; j < P; ++j) {
-            preact[j] = load<V>(k.bias_of(d, vec + c) + j * lanes);
-            if (j < G) preact[j] = load<V>(out + at + j * lanes) + preact[j];
+          const auto preact = [&](int j) {
+            V sum = load<V>(k.bias_of(d, vec + c) + j * lanes);
+            if (j < G) sum = load<V>(out + at + j * lanes) + sum;
             if (P != G && j >= P - G && k.has_hidden(step))
-              preact[j] += load<V>(hidden_out + at + (j - (P - G)) * lanes);
-          }
-          if (k.normalizes()) {
-            for (int j = 0; j < P; ++j) store(part_of(first + r, vec + c) + j * lanes, preact[j]);
+              sum += load<V>(hidden_out + at + (j - (P - G)) * lanes);
+            return sum;
+          };
+          const int64_t n = group.row(first + r);
+          if constexpr (kIsAny<Cell>) {
+            A here[kMaxPreacts * lanes];
+            A* preacts = k.normalizes() ? part_of(first + r, vec + c) : here;
+            for (int j = 0; j < P; ++j) store(preacts + j * lanes, preact(j));
+            if (!k.normalizes()) k.finish_described(d, step, n, vec + c, preacts, nullptr);
           } else {
-            k.finish(d, step, group.row(first + r), vec + c, preact);
+            V preacts[kMaxPreacts];
+            for (int j = 0; j < P; ++j) preacts[j] = preact(j);
+            k.finish(d, step, n, vec + c, preacts);
           }
         }
     }
@@ -393,11 +399,8 @@ struct PersistentForward : ForwardState<Cell, S, M> {
               to[1] = static_cast<A>(1 / LSTM_FUSED_SQRT(squares / count + epsilon));
             });
       for (int64_t i = 0; i < active; ++i)
-        for (int64_t vec = units.begin; vec < units.end; ++vec) {
-          V preact[kMaxPreacts];
-          for (int j = 0; j < k.P; ++j) preact[j] = load<V>(part_of(i, vec) + j * lanes);
-          k.finish(d, step, group.row(i), vec, preact, sums.statistics(i));
-        }
+        for (int64_t vec = units.begin; vec < units.end; ++vec)
+          k.finish_described(d, step, group.row(i), vec, part_of(i, vec), sums.statistics(i));
     }
 
     int64_t units_of(int unit_group) const {

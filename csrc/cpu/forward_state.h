@@ -225,41 +225,58 @@ struct ForwardState : GatesOf<Cell> {
     return sum;
   }
 
-  // From the pre-activations of one vector of units of one row to the stored states. statistics:
-  // those of a described cell that normalizes (unit.h).
+  // From the pre-activations of one vector of units of one row to the stored states.
   LSTM_FUSED_INLINE void finish(int d, int64_t step, int64_t n, int64_t vec,
-                                V (&preact)[kMaxPreacts], const A* statistics = nullptr) const {
+                                V (&preact)[kMaxPreacts]) const {
     const int64_t u = vec * lanes;
     if (H - u < lanes)
       for (int j = 0; j < P; ++j) preact[j] = keep_first(preact[j], H - u);
     V c_old = {}, c_new = {};
-    if constexpr (kCarries && !kIsAny<Cell>) c_old = load<V>(cell(d, n) + u);
+    if constexpr (kCarries) c_old = load<V>(cell(d, n) + u);
     V h_new;
     if constexpr (kTangents) {
       h_new = tangent(d, step, n, u, preact, c_old, c_new);
-    } else if constexpr (kIsAny<Cell>) {
-      h_new = described(d, step, n, vec, preact, statistics);
     } else {
       h_new = Cell::forward(preact, c_old, c_new);
     }
-    if constexpr (kCarries && !kIsAny<Cell>) store(cell(d, n) + u, c_new);
-    if (p.gates) save(d, step, n, vec, preact, c_new, statistics);
-    if (full) {
-      store(full + (d * N + n) * Hp + u, h_new);
-    } else {
-      put_hidden(d, step, n, u, h_new);
+    if constexpr (kCarries) store(cell(d, n) + u, c_new);
+    if (p.gates) {
+      save_gates(d, step, n, vec, [&](int j) { return preact[j]; });
+      if constexpr (kCarries) save_state(d, step, n, vec, 0, c_new);
     }
+    put_cell_output(d, step, n, u, h_new);
   }
 
-  // h of a described cell, whose carried states are replaced.
-  V described(int d, int64_t step, int64_t n, int64_t vec, const V (&preact)[kMaxPreacts],
-              const A* statistics) const {
-    A preacts[kMaxPreacts * lanes], masks[kMaxUnitValues * lanes], h_new[lanes];
-    LSTM_FUSED_UNROLLED_FOR (int j = 0; j < P; ++j) store(preacts + j * lanes, preact[j]);
+  // The same for a described cell, whose pre-activations (P, lanes) are in memory. statistics:
+  // those of a cell that normalizes (unit.h).
+  void finish_described(int d, int64_t step, int64_t n, int64_t vec, A* preacts,
+                        const A* statistics) const {
+    const int64_t u = vec * lanes, here = H - u;
+    for (int j = 0; here < lanes && j < P; ++j)
+      store(preacts + j * lanes, keep_first(load<V>(preacts + j * lanes), here));
+    A masks[kMaxUnitValues * lanes], h_new[lanes];
     unit().forward(unit_at(d, step, n, vec, preacts, masks, h_new, statistics));
+    if (p.gates) {
+      save_gates(d, step, n, vec, [&](int j) { return load<V>(preacts + j * lanes); });
+      for (int k = 0; k < carried(); ++k)
+        save_state(d, step, n, vec, k, load<V>(cell(d, n, k) + u));
+      for (int g = 0; statistics && g < p.unit->groups; ++g) {
+        V two = {};
+        for (int i = 0; i < 2; ++i) two[i] = statistics[4 * g + i];
+        save_state(d, step, n, vec, carried() + g, two);
+      }
+    }
     const V h = load<V>(h_new);
-    const int64_t u = vec * lanes;
-    return H - u < lanes ? keep_first(h, H - u) : h;
+    put_cell_output(d, step, n, u, here < lanes ? keep_first(h, here) : h);
+  }
+
+  LSTM_FUSED_INLINE void put_cell_output(int d, int64_t step, int64_t n, int64_t u,
+                                         const V& h) const {
+    if (full) {
+      store(full + (d * N + n) * Hp + u, h);
+    } else {
+      put_hidden(d, step, n, u, h);
+    }
   }
 
   // masks is filled.
@@ -310,33 +327,29 @@ struct ForwardState : GatesOf<Cell> {
     return Cell::tangent(saved, c_prev, c, preact, dc_prev, dc);
   }
 
-  LSTM_FUSED_INLINE void save(int d, int64_t step, int64_t n, int64_t vec,
-                              const V (&preact)[kMaxPreacts], const V& c_new,
-                              const A* statistics) const {
-    const int64_t u = vec * lanes;
-    const int64_t s = p.size.steps.row(time(d, step), n);
-    const int64_t at = (d * p.size.blocks() + u / kBlock) * S_rows + s;
+  // What backward needs of a vector of units of a row: gate(j), its P values of the cell, and value
+  // k of what the step leaves behind.
+  template <class Gate>
+  LSTM_FUSED_INLINE void save_gates(int d, int64_t step, int64_t n, int64_t vec,
+                                    const Gate& gate) const {
+    const int64_t at = saved_at(d, step, n, vec) * P;
+    LSTM_FUSED_UNROLLED_FOR (int j = 0; j < P; ++j) save(p.gates, at + j, vec, gate(j));
+  }
+  LSTM_FUSED_INLINE void save_state(int d, int64_t step, int64_t n, int64_t vec, int k,
+                                    const V& v) const {
+    save(p.saved_states, saved_at(d, step, n, vec) * saved() + k, vec, v);
+  }
+  LSTM_FUSED_INLINE int64_t saved_at(int d, int64_t step, int64_t n, int64_t vec) const {
+    return (d * p.size.blocks() + vec * lanes / kBlock) * S_rows +
+           p.size.steps.row(time(d, step), n);
+  }
+  LSTM_FUSED_INLINE void save(void* saved, int64_t row, int64_t vec, const V& v) const {
+    const int64_t lane = vec * lanes % kBlock;
+    A* to = static_cast<A*>(saved) + row * kBlock + lane;
+    store(to, v);
     // No thread computes vectors of the last block that hold no unit: they are cleared here.
-    const int64_t end = vec == vectors - 1 ? kBlock - u % kBlock : lanes;
-    const auto put = [&](void* saved, int64_t row, const V& v) {
-      A* to = static_cast<A*>(saved) + row * kBlock + u % kBlock;
-      store(to, v);
-      for (int64_t l = lanes; l < end; ++l) to[l] = 0;
-    };
-    LSTM_FUSED_UNROLLED_FOR (int j = 0; j < P; ++j) put(p.gates, at * P + j, preact[j]);
-    if constexpr (kIsAny<Cell>) {
-      for (int k = 0; k < carried(); ++k)
-        put(p.saved_states, at * saved() + k, load<V>(cell(d, n, k) + u));
-      if (statistics) {
-        for (int g = 0; g < p.unit->groups; ++g) {
-          V two = {};
-          for (int i = 0; i < 2; ++i) two[i] = statistics[4 * g + i];
-          put(p.saved_states, at * saved() + carried() + g, two);
-        }
-      }
-    } else if constexpr (kCarries) {
-      put(p.saved_states, at, c_new);
-    }
+    const int64_t end = vec == vectors - 1 ? kBlock - lane : lanes;
+    for (int64_t l = lanes; l < end; ++l) to[l] = 0;
   }
 
   // What a step leaves for other steps and for the caller, of the thread's own vectors: c_vectors

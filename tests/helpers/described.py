@@ -43,6 +43,10 @@ CELLS = {
     "layer_norm_lstm_carried": Row(projects=True, constants=("epsilon",)),
     "layer_norm_gru": Row(constants=("epsilon",)),
 }
+# One for each thing that the kernels do differently: projections, masks and gates in two parts, no
+# product with the hidden state, heads, normalisation. For tests of the kernels, which are the same
+# for all described cells.
+EACH_KIND = ("peephole_lstm", "regularized_gru", "ind_rnn_tanh", "slstm", "layer_norm_lstm")
 KINKED = tuple(cell for cell, row in CELLS.items() if row.kinked)
 BLOCK = 16  # of a head's units, a multiple
 

@@ -14,6 +14,7 @@ import torch
 
 import lstm_fused
 from lstm_fused import _C, _plan, runtime
+from tests.kernels.standalone.build import FEW_CELLS
 
 ROOT = Path(__file__).parents[2]
 UNSTABLE = re.compile(r"\b(at|c10|torch|caffe2|pybind11)::")
@@ -99,7 +100,7 @@ def test_isa_code_has_internal_linkage(isa, tmp_path):
     there is none. So an ISA's object, even one that inlines nothing it need not (-O0), defines its
     own two entries and nothing else that others see."""
     source, target = ROOT / "csrc" / "cpu" / f"isa_{isa}.cpp", tmp_path / "isa.o"
-    compiler = [os.environ.get("CXX", "g++"), "-std=c++20", "-O0", "-fPIC", "-Wno-psabi"]
+    compiler = [os.environ.get("CXX", "g++"), "-std=c++20", "-O0", "-fPIC", "-Wno-psabi", FEW_CELLS]
     compiler += ["-msve-vector-bits=256"] if isa.startswith("sve") else []
     subprocess.run([*compiler, "-c", str(source), "-o", str(target)], check=True)
     defined = [(k, n) for k, n in symbols(target, "--defined-only") if k.isupper() or k in "uvw"]

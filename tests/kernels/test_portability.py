@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lstm_fused import runtime
-from tests.kernels.standalone.build import ROOT, build
+from tests.kernels.standalone.build import CLANG, ROOT, build
 from tests.kernels.standalone.problems import cases, check_quantized, complaints, read, write
 
 CSRC = ROOT / "csrc"
@@ -45,7 +45,6 @@ def zig():
     return [shutil.which("zig")] if shutil.which("zig") else None
 
 
-CLANG = next(filter(shutil.which, ("clang++", *(f"clang++-{n}" for n in range(30, 13, -1)))), None)
 NEED_CLANG = pytest.mark.skipif(CLANG is None, reason="no clang++ 14 or newer")
 NEED_ZIG = pytest.mark.skipif(zig() is None, reason="no zig: pip install ziglang")
 

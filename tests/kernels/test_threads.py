@@ -28,6 +28,10 @@ PROBLEMS = (
     Problem(8, 11, 5, 50, form="unsorted", hx=True, directions=2, cell="gru"),
     Problem(9, 40, 6, 33, hx=True, cell="rnn_tanh"),
     Problem(20, 3, 6, 100, cell="rnn_relu"),
+    Problem(9, 40, 6, 33, hx=True, cell="regularized_gru"),
+    Problem(9, 7, 6, 50, cell="ind_rnn_tanh"),
+    Problem(20, 3, 6, 96, hx=True, cell="slstm"),
+    Problem(8, 11, 5, 50, form="unsorted", hx=True, directions=2, cell="layer_norm_lstm"),
 )
 
 

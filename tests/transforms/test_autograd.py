@@ -19,10 +19,19 @@ import lstm_fused
 from lstm_fused import runtime
 from lstm_fused.testing.tolerance import allowed, error_of
 from tests.helpers.cuda_cases import tf32
-from tests.helpers.oracle import CELLS, Problem, has_cell_state, on_default_device, values_of
+from tests.helpers import described
+from tests.helpers.oracle import (
+    Problem,
+    has_cell_state,
+    may_project,
+    on_default_device,
+    values_of,
+)
+from tests.helpers.oracle import CELLS as OF_TORCH
 
 pytestmark = pytest.mark.usefixtures("device")
 
+CELLS = (*OF_TORCH, *described.EACH_KIND)
 SMALL = Problem(3, 2, 3, 4, dtype=torch.float64)
 CHECKED = (
     SMALL,
@@ -46,7 +55,7 @@ each_cell = pytest.mark.parametrize("cell", CELLS)
 
 def of(cell, problem):
     """The problem for another cell, without a projection where the cell has none."""
-    return replace(problem, cell=cell, proj=problem.proj if has_cell_state(cell) else 0)
+    return replace(problem, cell=cell, proj=problem.proj if may_project(cell) else 0)
 
 
 def each_of(*problems):
@@ -302,7 +311,7 @@ def test_in_place_change_before_backward(cell, changed, frozen, proj, device):
 
     CUDA's kernels read y again, as cuDNN's do: there it may raise.
     """
-    if proj and not has_cell_state(cell):
+    if proj and not may_project(cell):
         return
 
     def outcome(library, dtype=torch.float64):
