@@ -124,8 +124,10 @@ def test_kernel_path(problem, threads, isa):
 
 
 def test_every_partition_is_planned():
-    """The cases reach every kind of partition, for each cell, dtype and ISA."""
-    for cell, dtype in product(PATH_CELLS, DTYPES):
+    """The cases reach every kind of partition, for each cell that multiplies its hidden state, each
+    dtype and ISA."""
+    recurrent = [cell for cell in PATH_CELLS if described.columns_of(cell, 32, 32)]
+    for cell, dtype in product(recurrent, DTYPES):
         for isa in isas_for(dtype):
             reached = set()
             for problem, threads, case_isa in CASES:

@@ -167,9 +167,7 @@ def test_gradcheck(form):
 
     # Second derivatives of described cells are those of their reference, which is slow.
     torch.autograd.gradcheck(f, (*tensors, *weights), check_forward_ad=True)
-    torch.autograd.gradgradcheck(
-        f, (*tensors, *weights), fast_mode=form.cell in described.CELLS
-    )
+    torch.autograd.gradgradcheck(f, (*tensors, *weights), fast_mode=form.cell in described.CELLS)
 
 
 @pytest.mark.covering(goals=lambda form, where: {(form.cell, where), form.cells})
