@@ -17,21 +17,6 @@
 namespace lstm_fused::cuda {
 namespace {
 
-// w (gates * n, m) as (m, gates * n), n padded with zeros to whole matrix instructions.
-Tensor transposed_weights(const Pass& pass, const Layer& layer, const void* w, int gates, int64_t n,
-                          int64_t m, const Tensor& x) {
-  const ScalarType dtype = x.scalar_type();
-  const int64_t padded = row_bytes(layer.dtype, n) / storage_bytes(layer.dtype);
-  Tensor out = pass.empty({m, gates * padded});
-  if (padded != n) torch::stable::zero_(out);
-  const Shape sizes{gates, n, m};
-  const Tensor from =
-      torch::stable::from_blob(const_cast<void*>(w), sizes, Shape{n * m, m, 1}, x.device(), dtype);
-  Tensor to = reinterpret(out, sizes, {padded, 1, gates * padded}, 0);
-  torch::stable::copy_(to, from);
-  return out;
-}
-
 struct Cuda {
   static constexpr SavedLayouts kSaved = kCudaSaved;
   static constexpr bool kNeedsOutput = true, kNeedsUniformRows = true, kCheckpoints = true;
@@ -97,8 +82,11 @@ void Cuda::backward(const std::vector<Layer>& layers, const std::vector<Backward
                        Shape{s.D * preacts_shape[2] * s.H, preacts_shape[2] * s.H, s.H, 1},
                        x.device(), x.scalar_type())
                  : pass.empty(preacts_shape);
-    bool hidden_weights = false;
-    for (int d = 0; d < s.D; ++d) hidden_weights = hidden_weights || given.dweights[d].w_hh;
+    bool hidden_weights = false, vectors = false;
+    for (int d = 0; d < s.D; ++d) {
+      hidden_weights = hidden_weights || (given.dweights[d].w_hh && pass.recurs());
+      vectors = vectors || given.dweights[d].vectors;
+    }
     const auto maybe = [&](bool wanted, const Shape& shape) {
       return pass.empty(wanted ? shape : Shape{0});
     };
@@ -108,11 +96,16 @@ void Cuda::backward(const std::vector<Layer>& layers, const std::vector<Backward
     const Tensor h_prev = maybe(saves_h_prev, {S, s.D, s.R});
 
     const int64_t hidden_row = row_bytes(layer.dtype, s.H), width = row_bytes(layer.dtype, s.R);
-    const auto of_gates = pass.reserve_exchange(2, pass.gates() * hidden_row);
-    const auto of_h = layer.projection ? pass.reserve_exchange(1, width) : of_gates;
+    Pass::ExchangeSlot of_gates{}, of_h{};
+    if (pass.recurs()) {
+      of_gates = pass.reserve_exchange(2, pass.gates() * hidden_row);
+      of_h = layer.projection ? pass.reserve_exchange(1, width) : of_gates;
+    }
     const bool reset_state = s.reset_states;
     const Workspace::Slot dh_reset = pass.reserve_sums(reset_state && given.dh0 ? s.R : 0);
-    const Workspace::Slot dc_reset = pass.reserve_sums(reset_state && given.dc0 ? s.H : 0);
+    const Workspace::Slot dc_reset =
+        pass.reserve_sums(reset_state && given.dc0 ? s.cell_width() : 0);
+    const Workspace::Slot d_vectors = pass.reserve_sums(vectors ? pass.cell().vectors * s.H : 0);
     pass.allocate();
 
     RecurrenceParams p = pass.params();
@@ -131,15 +124,19 @@ void Cuda::backward(const std::vector<Layer>& layers, const std::vector<Backward
     p.dc0 = given.dc0;
     if (reset_state && given.dh0) p.dh_reset = pass.resolve_sums(dh_reset);
     if (reset_state && given.dc0) p.dc_reset = pass.resolve_sums(dc_reset);
-    p.product = {{}, layer.projection ? s.R : s.H, pass.resolve(of_gates), pass.resolve(of_h)};
+    if (vectors) p.d_vectors = pass.resolve_sums(d_vectors);
+    p.product.units = layer.projection ? s.R : s.H;
+    if (pass.recurs()) {
+      p.product.in = pass.resolve(of_gates);
+      p.product.out = pass.resolve(of_h);
+    }
     Product second{{}, s.H, p.product.out, p.product.in};
     Tensors kept;
-    for (int d = 0; d < s.D; ++d) {
-      const Weights& w = layer.weights[d];
-      kept.push_back(transposed_weights(pass, layer, w.w_hh, pass.gates(), s.H, s.R, x));
+    for (int d = 0; d < s.D && pass.recurs(); ++d) {
+      kept.push_back(transposed_hidden_weights(pass, layer, d, x));
       p.product.a[d] = static_cast<const char*>(kept.back().data_ptr());
       if (!layer.projection) continue;
-      kept.push_back(transposed_weights(pass, layer, w.w_hr, 1, s.R, s.H, x));
+      kept.push_back(transposed_projection(pass, layer, d, x));
       second.a[d] = static_cast<const char*>(kept.back().data_ptr());
     }
     if (layer.projection) {
@@ -155,7 +152,7 @@ void Cuda::backward(const std::vector<Layer>& layers, const std::vector<Backward
       p.s_end = T - begin + (k == 0 && (given.dh0 || given.dc0));
       pass.launch(p, layer.projection ? &second : nullptr);
     }
-    const Recurred recurred{d_preacts, p.hidden, p.d_hidden, p.h_prev};
+    const Recurred recurred{d_preacts, p.hidden, p.d_hidden, p.h_prev, p.d_vectors};
     Gradients(pass, layer, given, recurred).compute();
   }
 }
