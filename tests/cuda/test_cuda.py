@@ -14,6 +14,7 @@ from lstm_fused import cuda, ops, runtime
 from lstm_fused.testing import tolerance
 from tests.helpers import oracle
 from tests.helpers.cuda_cases import (
+    DESCRIBED,
     KINDS,
     LARGE,
     PROJECTED,
@@ -49,7 +50,7 @@ def on_device(kind, problem):
 
 
 @pytest.mark.parametrize(
-    ("kind", "problem"), [on_device(*case) for case in cases(SMALL, PROJECTED, RESIDENT)]
+    ("kind", "problem"), [on_device(*case) for case in cases(SMALL, PROJECTED, RESIDENT, DESCRIBED)]
 )
 def test_agrees(kind, problem):
     cuda.set_plan(kind)
