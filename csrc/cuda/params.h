@@ -73,7 +73,9 @@ struct Product {
 // "storage" is the layer's dtype, "compute" is float32, or float64 for float64. The caller owns all
 // memory. Pointers alias each other only where that is said.
 struct RecurrenceParams {
-  Steps steps;  // device pointers for a persistent kernel, unused in a launch of one step
+  // Device pointers, for a launch of several steps: of a persistent kernel, or of a cell without
+  // products. Zeros for a launch of one step.
+  Steps steps;
   int64_t s_begin, s_end;
   StepRows rows[2];  // of step s_begin for each direction, for a launch of one step
   int64_t N, H, R;

@@ -1,5 +1,5 @@
-// The kernel of the gemm plan: the epilogue of a step, after a product by cuBLAS. A thread for each
-// unit of a row. Grid: (units, rows, directions).
+// The kernel of the gemm plan: the epilogue of a step, after a product by cuBLAS, or of all steps
+// of a cell without products. A thread for each unit of a row. Grid: (units, rows, directions).
 #pragma once
 
 #include "epilogue.h"
@@ -47,22 +47,27 @@ LSTM_FUSED_KERNEL(kPointwiseUnits* kPointwiseRows, (pointwise_ctas<Epilogue, S>(
 pointwise_kernel(const LSTM_FUSED_CONSTANT RecurrenceParams p) {
   using C = Compute<S>;
   const int d = block_index().z;
-  const StepRows& rows = p.rows[d];
-  const int64_t units = p.product.units, count = Epilogue::row_count(rows);
   const int64_t u = int64_t{block_index().x} * kPointwiseUnits + thread_index() % kPointwiseUnits;
-  if (u >= units) return;
+  if (u >= p.product.units) return;
+  const bool one_step = p.steps.T == 0;
   const int64_t first =
       int64_t{block_index().y} * kPointwiseRows + thread_index() / kPointwiseUnits;
-  for (int64_t n = first; n < count; n += int64_t{block_count().y} * kPointwiseRows) {
-    C product[Epilogue::kGates];
-    load_product<Epilogue>(p, d, n, u, product);
-    typename Epilogue::Unit unit;
-    S out[Epilogue::kOut];
-    Epilogue::fetch(p, rows, d, n, u, unit);
-    if (Epilogue::apply(p, rows, d, n, u, unit, product, out))
-      put_out<Epilogue, S>(p, d, n, u, out);
-    Epilogue::store(p, rows, d, n, u, unit);
-  }
+  const int64_t count = one_step ? Epilogue::row_count(p.rows[d]) : p.N;
+  for (int64_t n = first; n < count; n += int64_t{block_count().y} * kPointwiseRows)
+    // Nothing but what a thread wrote itself is read in the next of several steps.
+    for (int64_t s = p.s_begin; s < p.s_end; ++s) {
+      const StepRows rows =
+          one_step ? p.rows[d] : rows_at(p.steps, s, Epilogue::kBackward != (d == 1));
+      if (n >= Epilogue::row_count(rows)) continue;
+      C product[Epilogue::kGates];
+      load_product<Epilogue>(p, d, n, u, product);
+      typename Epilogue::Unit unit;
+      S out[Epilogue::kOut];
+      Epilogue::fetch(p, rows, d, n, u, unit);
+      if (Epilogue::apply(p, rows, d, n, u, unit, product, out))
+        put_out<Epilogue, S>(p, d, n, u, out);
+      Epilogue::store(p, rows, d, n, u, unit);
+    }
 }
 
 }  // namespace lstm_fused::cuda

@@ -76,10 +76,16 @@ const char* launch_pointwise(const RecurrenceParams& p, const RowCounts& counts,
                        configured_devices<Epilogue, S>());
 }
 
-// All steps, each with its one or two products. launch<Epilogue>(params of the step).
+// All steps, each with its one or two products; at once if params.steps say so. launch<Epilogue>
+// (params of the step).
 template <class Forward, class Backward, class S, class Launch>
 const char* launch_steps(bool backward, RecurrenceParams p, const Product* second,
                          const Steps& steps, const Launch& launch) {
+  if (p.steps.T > 0) {
+    for (StepRows& rows : p.rows) rows.active = p.N;
+    return backward ? launch.template operator()<Backward>(p)
+                    : launch.template operator()<Forward>(p);
+  }
   const Product first = p.product;
   for (int64_t s = p.s_begin, end = p.s_end; s < end; ++s) {
     p.s_begin = s;

@@ -99,8 +99,8 @@ class Pass {
     const Steps& steps = size_.steps;
     const int64_t groups = plan_.kind == PlanKind::kGrid ? size_.D * plan_.row_groups : 0;
     barrier_ = workspace_.reserve_zeros(groups * kBarrierBytes);
-    // Packed data's sizes and offsets, (2, T + 1), for a persistent kernel.
-    steps_ = workspace_.reserve(persistent() && steps.sizes ? 2 * (steps.T + 1) * 8 : 0);
+    // Packed data's sizes and offsets, (2, T + 1), for a launch of several steps.
+    steps_ = workspace_.reserve(has_one_launch() && steps.sizes ? 2 * (steps.T + 1) * 8 : 0);
     const int64_t states = size_.D * steps.N * cell().carried() * size_.H;
     carry_ = workspace_.reserve(states * compute_bytes(layer_.dtype));
     workspace_.allocate(x_, stream_);
@@ -133,7 +133,7 @@ class Pass {
     }
     p.carry = workspace_.at(carry_);
     if (plan_.kind == PlanKind::kGrid) p.barrier = workspace_.at(barrier_);
-    if (!persistent()) return p;
+    if (!has_one_launch()) return p;
     p.steps = host;
     if (host.sizes) {
       std::vector<int64_t> both(2 * (host.T + 1));
@@ -158,7 +158,12 @@ class Pass {
   }
 
  private:
-  bool persistent() const { return !is_stepwise(plan_.kind); }
+  // Whether all steps are one launch: of a persistent plan, or of a cell whose units see nothing of
+  // each other's steps. A CUDA graph cannot copy packed data's sizes to the device.
+  bool has_one_launch() const {
+    if (!is_stepwise(plan_.kind)) return true;
+    return !recurs() && cell().groups == 0 && !(size_.steps.sizes && is_capturing(stream_));
+  }
 
   Plan choose_plan(bool backward, bool in_parts) const {
     const Device device = device_of(x_.get_device_index());
