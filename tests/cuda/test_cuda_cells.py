@@ -7,7 +7,7 @@ modules give the operator.
 import pytest
 import torch
 
-from lstm_fused import cells, cuda, ops
+from lstm_fused import cells, cuda, ops, runtime
 from lstm_fused.operators import forward_op
 from tests.helpers import cell_modules, emulated, loops
 from tests.helpers.compare_modules import I, T, changed, draw, states_of
@@ -16,6 +16,10 @@ N, H = 4, 6
 WITH_KERNELS = {m for m in cells.MODULES if m not in (cells.ResetBeforeGRU, cells.MGU)}
 MODULES = cell_modules.MODULES | {
     "SLSTM": (cells.SLSTM, {"num_heads": 2, "hidden": 32}),  # heads of whole blocks
+    # More units than a CTA has threads, and a row that has no space for what forward saves of it.
+    "LayerNormLSTM wide": (cells.LayerNormLSTM, {"hidden": 300}),
+    "LayerNormLSTM one unit": (cells.LayerNormLSTM, {"hidden": 1}),
+    "LayerNormGRU one unit": (cells.LayerNormGRU, {"hidden": 1}),
     "variational": (cells.RegularizedLSTM, {"recurrent_dropout": 0.4, "clip": 0.6}),
     "GRU variational": (cells.RegularizedGRU, {"recurrent_dropout": 0.4, "zoneout": 0.2}),
 }
@@ -104,6 +108,18 @@ def test_input_of_preactivations(cell, every):
         return y, *ends, *torch.autograd.grad(loss, [x, *weights])
 
     torch.testing.assert_close(*(given(k, cell, run) for k in (True, False)))
+
+
+@pytest.mark.parametrize("kind", (None, "step"))
+def test_plans(kind):
+    """As explain shows them."""
+    with emulated.kernels():
+        cuda.set_plan(kind)
+        for cell, shape in (("slstm", (13, 38, 8)), ("layer_norm_lstm", (1, 300, 1))):
+            sizes = (cell, torch.float32, 9, 300, 5, 400, 400, 2)
+            p = runtime.plan(*sizes, device=torch.device("cuda"))
+            assert p.kind == "gemm" and (p.unit_ctas, p.row_groups, p.tile_rows) == shape
+            assert str(p).startswith("gemm plan, products by cuBLAS")
 
 
 def test_cells_of_the_user_have_no_kernels():
