@@ -155,7 +155,7 @@ std::optional<Plan> plan_as(PlanKind kind, const Problem& p, const Device& devic
   return kind == PlanKind::kGemm ? plan_gemm(p, backward) : plan_step(p, backward);
 }
 
-Plan plan_as_far_as_possible(PlanKind kind, const Problem& p, const Device& device, bool backward) {
+Plan forced_plan(PlanKind kind, const Problem& p, const Device& device, bool backward) {
   if (const std::optional<Plan> plan = plan_as(kind, p, device, backward)) return *plan;
   return p.described ? plan_gemm(p, backward) : plan_step(p, backward);
 }

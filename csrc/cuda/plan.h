@@ -134,9 +134,8 @@ bool supported(const Device& device);
 std::optional<Plan> plan_as(PlanKind kind, const Problem& problem, const Device& device,
                             bool backward);
 
-// The plan of one kind that is asked for; if there is none, the plan that every problem has.
-Plan plan_as_far_as_possible(PlanKind kind, const Problem& problem, const Device& device,
-                             bool backward);
+// The plan of one kind; if it does not support the problem, the one that every such problem has.
+Plan forced_plan(PlanKind kind, const Problem& problem, const Device& device, bool backward);
 
 // The plan that is expected to be the fastest. The device must be supported. stepwise: only plans
 // that launch each step.

@@ -180,11 +180,11 @@ class Pass {
     const std::optional<PlanKind> kind = forced_kind().get();
     const Plan plan = !kind || (stepwise && !is_stepwise(*kind))
                           ? make_plan(problem, device, backward, stepwise)
-                          : plan_as_far_as_possible(*kind, problem, device, backward);
+                          : forced_plan(*kind, problem, device, backward);
     // What a cluster exchanges is in its shared memory, where the next launch does not find it. A
     // forward pass begins from a checkpoint.
     if (plan.kind == PlanKind::kCluster && backward && in_parts)
-      return plan_as_far_as_possible(PlanKind::kGrid, problem, device, backward);
+      return forced_plan(PlanKind::kGrid, problem, device, backward);
     return plan;
   }
 

@@ -73,6 +73,7 @@ def test_agrees(kind, problem):
     [
         *((kind, Problem(5, 19, 6, 100, directions=2, hx=True)) for kind in KINDS),
         ("grid", Problem(2, 3, 4, 400)),  # weights both in registers and in shared memory
+        ("gemm", Problem(5, 19, 6, 100, cell="coupled_lstm", directions=2, hx=True)),
     ],
     ids=str,
 )

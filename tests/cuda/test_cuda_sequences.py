@@ -53,12 +53,14 @@ def is_undecided(cell, dtype):
 
 
 def goals_of(kind, dtype, sequence):
-    """Each plan with each dtype, cell and option; each mask of each plan with the other options."""
+    """Each plan with each dtype, cell and option; each mask of each plan with the other options;
+    each cell with resets to each state."""
     s = sequence
     options = [("rows", s.rows), ("directions", s.directions), ("state", s.state)]
     options += [("cells", s.cells, bool(s.proj))]
     found = {(kind, dtype), (kind, s.cell, s.state)}
     found |= {(kind, s.mask, s.rows, s.directions), (kind, s.mask, s.state)}
+    found |= {(s.cell, s.state, s.mask)} if s.mask == "random" else set()
     return found | {(kind, *option) for option in options} | {(s.cell, *o) for o in options}
 
 
