@@ -270,7 +270,7 @@ const char* run(Layer<Cell>& l, gpu::PlanKind kind, bool backward) {
   std::vector<char> barrier(c.D * plan->row_groups * gpu::kBarrierBytes, 0);
   std::vector<float> a[2];
   gpu::RecurrenceParams p{};
-  p.steps = l.steps();
+  if (!gpu::is_stepwise(kind)) p.steps = l.steps();
   p.s_end = c.T + backward;
   p.N = c.N;
   p.H = p.R = c.H;
