@@ -58,7 +58,7 @@
 #endif
 
 // A loop of a constant count up to 16, unrolled: its counter indexes arrays that lie in registers.
-#if defined(__clang__)
+#if defined(__clang__) || defined(__CUDACC__)
 #define LSTM_FUSED_UNROLLED_FOR LSTM_FUSED_PRAGMA(unroll) for
 #else
 #define LSTM_FUSED_UNROLLED_FOR LSTM_FUSED_PRAGMA(GCC unroll 16) for

@@ -17,6 +17,7 @@ KINDS = _plan.cuda_kinds()  # of plans: csrc/cuda/plan.h
 _SAVED = _plan.saved_layouts()
 # By number, csrc/cells/cells.h.
 CELLS = {cell["id"]: {"name": name, **cell} for name, cell in _plan.cells().items()}
+_BUILT_IN = frozenset(cell["name"] for cell in CELLS.values())
 
 # To be taken out when docs/cuda.md's first line is.
 _NEVER_RUN = (
@@ -81,10 +82,16 @@ def unsupported_reason(device):
     return None
 
 
+def has_cell(name):
+    """Whether the kernels have a cell; those of compile_cell are compiled for the CPU."""
+    return name in _BUILT_IN
+
+
 def set_plan(kind=None):
     """Force a plan, one of KINDS; None takes the best again. For tests and measurements.
 
-    A layer that does not fit the forced plan runs the step plan.
+    A layer that does not fit the forced plan runs the step plan, one of a described cell the gemm
+    plan.
     """
     global _forced_kind
     if kind not in (None, *KINDS):
@@ -129,18 +136,37 @@ def tf32_allowed():
 
 
 @lru_cache(maxsize=4096)
-def plan(dtype, T, N, H, R, D, gates, projection, tf32, device, backward, kind=""):
+def plan(
+    dtype,
+    T,
+    N,
+    H,
+    R,
+    D,
+    gates,
+    projection,
+    tf32,
+    device,
+    backward,
+    kind="",
+    described=False,
+    normalizes=False,
+):
     """The plan of one layer's forward or backward pass, as a printable object.
 
-    dtype: a torch.dtype's name; device: as device_properties gives it; kind: "" for the best.
+    dtype: a torch.dtype's name; device: as device_properties gives it; kind: "" for the best;
+    described, normalizes: of the cell.
     """
     sizes = (dtype, T, N, H, R, D, gates, projection, tf32, device, backward)
-    return _plan.cuda_plan(*sizes, kind) or _plan.cuda_plan(*sizes, "step")
+    cell = {"described": described, "normalizes": normalizes}
+    every = "gemm" if described else "step"  # the plan that every such problem has
+    return _plan.cuda_plan(*sizes, kind, **cell) or _plan.cuda_plan(*sizes, every, **cell)
 
 
 def plan_on(device, cell, dtype, T, N, H, R, directions):
     """The forward plan of a layer on a CUDA device now; dtype: a torch.dtype or its name."""
     name = str(dtype).removeprefix("torch.")
-    tf32 = name == "float32" and tf32_allowed()
-    sizes = (name, T, N, H, R, directions, CELLS[cell]["gates"], R != H, tf32)
-    return plan(*sizes, device_properties(index_of(device)), False, _forced_kind)
+    tf32, info = name == "float32" and tf32_allowed(), CELLS[cell]
+    sizes = (name, T, N, H, R, directions, info["gates"], R != H, tf32)
+    of_cell = info["described"], info["groups"] > 0
+    return plan(*sizes, device_properties(index_of(device)), False, _forced_kind, *of_cell)

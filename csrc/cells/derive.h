@@ -144,8 +144,12 @@ template <class Cell, class V>
 struct TraceRunner {
   using D = Derivation<Cell>;
   using A = ScalarOf<V>;
-  static constexpr const D& kD = kDerivation<Cell>;
-  static constexpr int kSteps = kD.trace.count;
+  // Numbers of their own: of a GPU's code none reads the derivation, which is the host's.
+  static constexpr int kSteps = kDerivation<Cell>.trace.count, kH = kDerivation<Cell>.h;
+  template <int k>
+  static constexpr int kNext = kDerivation<Cell>.next[k];
+  template <int step>
+  static constexpr bool kReached = kDerivation<Cell>.reached[step];
 
   V value[kSteps];
   V gradient[kSteps];
@@ -162,7 +166,7 @@ struct TraceRunner {
 
   template <int i, int... k>
   LSTM_FUSED_INLINE void compute(Numbers<k...>) {
-    constexpr TraceStep step = kD.trace.steps[i];
+    constexpr TraceStep step = kDerivation<Cell>.trace.steps[i];
     if constexpr (step.operation == Operation::kNormalize) {
       const A* of_group = statistics + 4 * step.group;
       value[i] = (value[step.operands[0]] - of_group[0]) * of_group[1];
@@ -173,8 +177,8 @@ struct TraceRunner {
   // next: the states after the step where they are known, else null.
   template <bool known, int i>
   LSTM_FUSED_INLINE void compute_step(const V* next) {
-    constexpr TraceStep step = kD.trace.steps[i];
-    constexpr int state = kD.state_of(i);
+    constexpr TraceStep step = kDerivation<Cell>.trace.steps[i];
+    constexpr int state = kDerivation<Cell>.state_of(i);
     if constexpr (step.operation == Operation::kConstant) {
       value[i] = static_cast<A>(step.constant) - V{};  // of all lanes; V{} + -0.0 would be 0
     } else if constexpr (known && state >= 0) {
@@ -194,8 +198,8 @@ struct TraceRunner {
 
   template <int i, int k, int... other>
   LSTM_FUSED_INLINE void propagate_to(Numbers<other...>) {
-    constexpr TraceStep step = kD.trace.steps[i];
-    constexpr Reach how = kD.operand_reach[i][k];
+    constexpr TraceStep step = kDerivation<Cell>.trace.steps[i];
+    constexpr Reach how = kDerivation<Cell>.operand_reach[i][k];
     if constexpr (step.operation == Operation::kNormalize) {
       const A* of_group = statistics + 4 * step.group;
       contribute<how>(gradient[step.operands[0]],
@@ -211,12 +215,13 @@ struct TraceRunner {
   }
   template <int... i>
   LSTM_FUSED_INLINE void propagate_steps(Numbers<i...>) {
-    (propagate<kSteps - 1 - i>(FirstNumbers<kD.trace.steps[kSteps - 1 - i].count>()), ...);
+    (propagate<kSteps - 1 - i>(FirstNumbers<kDerivation<Cell>.trace.steps[kSteps - 1 - i].count>()),
+     ...);
   }
   template <int... k>
   LSTM_FUSED_INLINE void seed(Numbers<k...>, const V& dh, const V* d_next) {
-    contribute<kD.h_reach>(gradient[kD.h], dh);
-    (contribute<kD.next_reach[k]>(gradient[kD.next[k]], d_next[k]), ...);
+    contribute<kDerivation<Cell>.h_reach>(gradient[kH], dh);
+    (contribute<kDerivation<Cell>.next_reach[k]>(gradient[kNext<k>], d_next[k]), ...);
   }
   // gradient[i] for each input i, from those of h and next.
   LSTM_FUSED_INLINE void run_backward(const V& dh, const V* d_next) {
@@ -225,11 +230,11 @@ struct TraceRunner {
   }
   template <int first, int... k>
   LSTM_FUSED_INLINE void take(Numbers<k...>, V* to) const {
-    ((to[k] = kD.reached[first + k] ? gradient[first + k] : V{}), ...);
+    ((to[k] = kReached<first + k> ? gradient[first + k] : V{}), ...);
   }
   template <int... k>
   LSTM_FUSED_INLINE void take_next(Numbers<k...>, V* next) const {
-    ((next[k] = value[kD.next[k]]), ...);
+    ((next[k] = value[kNext<k>]), ...);
   }
 };
 
@@ -243,7 +248,7 @@ LSTM_FUSED_INLINE V described_forward(const V* preact, const V* vector, const V*
   runner.put_inputs(preact, vector, mask, prev);
   runner.template run<false>(nullptr);
   runner.take_next(FirstNumbers<Derivation<Cell>::kStates>(), next);
-  return runner.value[kDerivation<Cell>.h];
+  return runner.value[runner.kH];
 }
 
 // next: as forward left it. d_state: gradients of next from later steps, replaced by those of prev.
@@ -262,7 +267,7 @@ LSTM_FUSED_INLINE V described_backward(const V* preact, const V* vector, const V
   runner.template take<0>(FirstNumbers<D::kPreacts>(), d_preact);
   runner.template take<D::kFirstVector>(FirstNumbers<D::kVectors>(), d_vector);
   runner.template take<D::kFirstPrev>(FirstNumbers<D::kStates>(), d_state);
-  return runner.value[kDerivation<Cell>.h];
+  return runner.value[runner.kH];
 }
 
 template <int count, class V, class A>

@@ -63,18 +63,16 @@ LSTM_FUSED_INLINE int64_t backward_row_count(const StepRows& rows) {
 template <class Cell, class S>
 struct BackwardCell {
   using C = Compute<S>;
+  using Values = UnitValues<Cell, C>;
   static constexpr int kGates = 1;
   static constexpr int kOut = Cell::kGates;
   static constexpr bool kBackward = true;
-  static constexpr int kFirstHidden = Cell::kPreacts - Cell::kGates;
 
-  struct Unit {
-    C saved[Cell::kPreacts];
+  struct Unit : Values {
     // Until apply, dh is what comes from outside the layer. After it, it is what goes to h0 or to
     // the reset state.
-    C c_prev, c, dh, dc;
-    C d_preact[Cell::kPreacts];
-    C h;
+    C dh, h;
+    C d_state[Values::kCarried + 1], d_preact[Cell::kPreacts], d_vector[Values::kVectors + 1];
     bool reset;  // reset_follows
   };
 
@@ -85,76 +83,125 @@ struct BackwardCell {
 
   static LSTM_FUSED_DEVICE void fetch(const RecurrenceParams& p, const StepRows& rows, int d,
                                       int64_t n, int64_t u, Unit& f) {
-    const int64_t state = (d * p.N + n) * p.H + u;
-    f.dc = 0;
-    f.reset = reset_follows(p, rows, d, n);
-    if constexpr (Cell::kCarry != Carry::kNone) {
-      if (n >= rows.active_prev) {
-        if (Cell::kCarry == Carry::kCell && p.dc_n) f.dc = load(as<S>(p.dc_n)[state]);
-      } else if (!f.reset) {
-        f.dc = as<C>(p.carry)[state];
-      }
-    }
+    fetch_state_gradients(p, rows, d, n, u, f);
     if (n >= rows.active) return;
-    if constexpr (Cell::kCarry == Carry::kCell)
-      if (p.cell_states && p.dy) f.dc += load(as<S>(p.dy)[cell_at(p, rows, d, n, u)]);
-    const C* saved = as<C>(p.gates) + saved_row(p, rows, d, n) * Cell::kPreacts * p.H + u;
+    if (p.cell_states && p.dy) {
+      LSTM_FUSED_UNROLL
+      for (int k = 0; k < Values::kCells; ++k)
+        f.d_state[k] +=
+            load(as<S>(p.dy)[cell_at(p, rows, d, n, Values::kCells * p.H, k * p.H + u)]);
+    }
+    const int64_t row = saved_row(p, rows, d, n);
+    const C* preacts = as<C>(p.gates) + row * Cell::kPreacts * p.H + u;
     LSTM_FUSED_UNROLL
-    for (int j = 0; j < Cell::kPreacts; ++j) f.saved[j] = saved[j * p.H];
-    f.c = f.c_prev = 0;
-    if constexpr (Cell::kCarry != Carry::kNone) {
-      const C* cells = as<C>(p.saved_states) + u;
+    for (int j = 0; j < Cell::kPreacts; ++j) f.preact[j] = preacts[j * p.H];
+    fetch_constants<Cell, S>(p, rows, d, n, u, f);
+    f.next[0] = f.prev[0] = 0;
+    if constexpr (Values::kCarried > 0) {
       const bool reset = reset_after(p, rows, d == 0, n);
-      f.c = cells[saved_row(p, rows, d, n) * p.H];
-      if (n < rows.active_next && !reset)
-        f.c_prev = cells[((rows.offset_next + n) * p.D + d * (1 + p.saved_shift)) * p.H];
-      else
-        f.c_prev = load(
-            initial_state<S>(p, Cell::kCarry == Carry::kCell ? p.c0 : p.h0, d, n, p.H, u, reset));
+      const bool carried = n < rows.active_next && !reset;
+      const int64_t row_before = (rows.offset_next + n) * p.D + d * (1 + p.saved_shift);
+      const C* states = as<C>(p.saved_states) + u;
+      LSTM_FUSED_UNROLL
+      for (int k = 0; k < Values::kCarried; ++k) {
+        f.next[k] = states[(row * Values::kSaved + k) * p.H];
+        if (carried)
+          f.prev[k] = states[(row_before * Values::kSaved + k) * p.H];
+        else
+          f.prev[k] = initial_carried<Cell, S>(p, d, n, u, k, reset);
+      }
     }
     f.dh = p.projection ? C(0) : outer_gradient<S>(p, rows, d, n, u);
   }
 
+  // Those of the carried states from the time step after this one, or of the final states.
+  static LSTM_FUSED_DEVICE void fetch_state_gradients(const RecurrenceParams& p,
+                                                      const StepRows& rows, int d, int64_t n,
+                                                      int64_t u, Unit& f) {
+    f.d_state[0] = 0;
+    f.reset = reset_follows(p, rows, d, n);
+    LSTM_FUSED_UNROLL
+    for (int k = 0; k < Values::kCarried; ++k) {
+      f.d_state[k] = 0;
+      if (n >= rows.active_prev) {
+        if (k < Values::kCells && p.dc_n)
+          f.d_state[k] = load(as<S>(p.dc_n)[((d * p.N + n) * Values::kCells + k) * p.H + u]);
+      } else if (!f.reset) {
+        f.d_state[k] = carry_of<Cell, S>(p, d, n, u, k);
+      }
+    }
+  }
+
+  // The whole gradient of h, before apply. With a projection the product is within the step.
+  static LSTM_FUSED_DEVICE C gradient_of_h(const RecurrenceParams& p, const Unit& f,
+                                           const C (&product)[1]) {
+    return f.reset && !p.projection ? f.dh : f.dh + product[0];
+  }
+
+  // statistics: of a cell that normalizes, else null.
   static LSTM_FUSED_DEVICE bool apply(const RecurrenceParams& p, const StepRows& rows, int,
                                       int64_t n, int64_t, Unit& f, const C (&product)[1],
-                                      S (&out)[kOut]) {
+                                      S (&out)[kOut], const C* statistics = nullptr) {
     if (n >= rows.active) {
-      f.dh = Cell::kCarry == Carry::kHidden ? product[0] + f.dc : product[0];
+      f.dh = Values::kHidden ? product[0] + f.d_state[Values::kCells] : product[0];
       return false;
     }
-    // With a projection the product is within the step.
-    const C dh = f.reset && !p.projection ? f.dh : f.dh + product[0];
+    const C dh = gradient_of_h(p, f, product);
     f.dh = product[0];
-    f.h = Cell::backward(f.saved, f.c_prev, f.c, dh, f.dc, f.d_preact);
+    f.h = f.backward(dh, f.d_state, f.d_preact, f.d_vector, statistics);
     LSTM_FUSED_UNROLL
-    for (int j = 0; j < kOut; ++j)
-      out[Cell::hidden_gate(j)] = round_to<S>(f.d_preact[kFirstHidden + j]);
+    for (int j = 0; j < kOut; ++j) out[j] = round_to<S>(f.d_preact[Values::kFirstHidden + j]);
     return true;
   }
 
   static LSTM_FUSED_DEVICE void store(const RecurrenceParams& p, const StepRows& rows, int d,
                                       int64_t n, int64_t u, const Unit& f) {
-    const int64_t state = (d * p.N + n) * p.H + u;
-    if (f.reset) {
-      const C carried = Cell::kCarry == Carry::kNone ? C(0) : as<C>(p.carry)[state];
-      if (Cell::kCarry == Carry::kCell) add_reset_gradient<S>(p, p.dc_reset, p.H, d, n, u, carried);
-      if (!p.projection)
-        add_reset_gradient<S>(p, p.dh_reset, p.R, d, n, u,
-                              Cell::kCarry == Carry::kHidden ? f.dh + carried : f.dh);
-    }
+    const int64_t width = Values::kCells * p.H;
+    if (f.reset) store_reset_gradients(p, d, n, u, f);
     if (n >= rows.active) {
       if (!p.projection)
         store_state_gradient<S>(p, p.dh0, p.dh_reset, p.R, d, n, u, f.reset ? C(0) : f.dh);
-      store_state_gradient<S>(p, p.dc0, p.dc_reset, p.H, d, n, u, f.dc);
+      LSTM_FUSED_UNROLL
+      for (int k = 0; k < Values::kCells; ++k)
+        store_state_gradient<S>(p, p.dc0, p.dc_reset, width, d, n, k * p.H + u, f.d_state[k]);
       return;
     }
-    if constexpr (Cell::kCarry != Carry::kNone) as<C>(p.carry)[state] = f.dc;
+    LSTM_FUSED_UNROLL
+    for (int k = 0; k < Values::kCarried; ++k) carry_of<Cell, S>(p, d, n, u, k) = f.d_state[k];
+    add_vector_gradients(p, d, n, u, f);
     const int64_t row = data_row(p, rows, d, n);
     if (p.hidden) as<S>(p.hidden)[row * p.H + u] = round_to<S>(f.h);
     S* d_gates = as<S>(p.d_gates) + row * Cell::kPreacts * p.H + u;
     LSTM_FUSED_UNROLL
     for (int j = 0; j < Cell::kPreacts; ++j) d_gates[j * p.H] = round_to<S>(f.d_preact[j]);
     if (!p.projection) store_h_prev<S>(p, rows, d, n, u);
+  }
+
+ private:
+  // What comes from the time step after a reset is the reset state's.
+  static LSTM_FUSED_DEVICE void store_reset_gradients(const RecurrenceParams& p, int d, int64_t n,
+                                                      int64_t u, const Unit& f) {
+    C of_h = f.dh;
+    LSTM_FUSED_UNROLL
+    for (int k = 0; k < Values::kCarried; ++k) {
+      const C carried = carry_of<Cell, S>(p, d, n, u, k);
+      if (k < Values::kCells)
+        add_reset_gradient<S>(p, p.dc_reset, Values::kCells * p.H, d, n, k * p.H + u, carried);
+      else
+        of_h += carried;
+    }
+    if (!p.projection) add_reset_gradient<S>(p, p.dh_reset, p.R, d, n, u, of_h);
+  }
+
+  // One thread has all steps of a unit of a row.
+  static LSTM_FUSED_DEVICE void add_vector_gradients(const RecurrenceParams& p, int d, int64_t n,
+                                                     int64_t u, const Unit& f) {
+    if constexpr (Values::kVectors > 0) {
+      if (!p.d_vectors) return;
+      C* sums = as<C>(p.d_vectors) + (d * p.N + n) * Values::kVectors * p.H + u;
+      LSTM_FUSED_UNROLL
+      for (int j = 0; j < Values::kVectors; ++j) sums[j * p.H] += f.d_vector[j];
+    }
   }
 };
 

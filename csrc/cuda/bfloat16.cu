@@ -1,19 +1,6 @@
 #include "launch.h"
-#include "ptx/conversions.h"
 
 namespace lstm_fused::cuda {
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-LSTM_FUSED_DEVICE float load(const BFloat16& x) {
-  return float_of_bfloat16(x.bits);
-}
-template <>
-LSTM_FUSED_DEVICE BFloat16 round_to<BFloat16>(float x) {
-  return {bfloat16_of_float(x)};
-}
 
 struct BFloat16Mma {
   using Storage = BFloat16;

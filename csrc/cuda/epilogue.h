@@ -12,11 +12,9 @@
 // Their arguments are n (row of the batch), u (unit) and d (direction).
 #pragma once
 
-#include "activations.h"
+#include "cell.h"
 #include "params.h"
 #include "types.h"
-// The cells call the functions of activations.h.
-#include "../cells/cells.h"
 
 namespace lstm_fused::cuda {
 
@@ -41,14 +39,14 @@ LSTM_FUSED_DEVICE int64_t saved_row(const RecurrenceParams& p, const StepRows& r
   return data_row(p, rows, d, n) + d * p.saved_shift;
 }
 
-// Element u of row n's hidden state, or of its cell state, in y or dy.
+// Element u of row n's hidden state, or of its cell states, `width` in all, in y or dy.
 LSTM_FUSED_DEVICE int64_t hidden_at(const RecurrenceParams& p, const StepRows& rows, int d,
                                     int64_t n, int64_t u) {
   return (rows.offset + n) * p.y_width + d * p.R + u;
 }
 LSTM_FUSED_DEVICE int64_t cell_at(const RecurrenceParams& p, const StepRows& rows, int d, int64_t n,
-                                  int64_t u) {
-  return (rows.offset + n) * p.y_width + p.D * p.R + d * p.H + u;
+                                  int64_t width, int64_t u) {
+  return (rows.offset + n) * p.y_width + p.D * p.R + d * width + u;
 }
 
 // Whether a reset parts row n's step from the one before it in the order of the pass, and from the
@@ -70,6 +68,34 @@ LSTM_FUSED_DEVICE S initial_state(const RecurrenceParams& p, const void* state, 
                                   int64_t width, int64_t u, bool reset) {
   if (!state || (reset && p.state_rows == p.N)) return S{};
   return as<S>(state)[(d * p.state_rows + (reset ? p.N : 0) + n) * width + u];
+}
+// The same of carried state k of unit u: of c0, or of h0 where that is what is carried.
+template <class Cell, class S>
+LSTM_FUSED_DEVICE Compute<S> initial_carried(const RecurrenceParams& p, int d, int64_t n, int64_t u,
+                                             int k, bool reset) {
+  constexpr int kCells = CellNumbers<Cell>::kCells;
+  return load(k < kCells ? initial_state<S>(p, p.c0, d, n, kCells * p.H, k * p.H + u, reset)
+                         : initial_state<S>(p, p.h0, d, n, p.H, u, reset));
+}
+
+// Carried state k of unit u of row n in p.carry.
+template <class Cell, class S>
+LSTM_FUSED_DEVICE Compute<S>& carry_of(const RecurrenceParams& p, int d, int64_t n, int64_t u,
+                                       int k) {
+  constexpr int kCarried = UnitValues<Cell, Compute<S>>::kCarried;
+  return as<Compute<S>>(p.carry)[((d * p.N + n) * kCarried + k) * p.H + u];
+}
+
+// Loads a unit's parameters, and its masks of this step.
+template <class Cell, class S>
+LSTM_FUSED_DEVICE void fetch_constants(const RecurrenceParams& p, const StepRows& rows, int d,
+                                       int64_t n, int64_t u, UnitValues<Cell, Compute<S>>& f) {
+  constexpr int kVectors = CellNumbers<Cell>::kVectors, kMasks = CellNumbers<Cell>::kMasks;
+  LSTM_FUSED_UNROLL
+  for (int j = 0; j < kVectors; ++j) f.vector[j] = load(as<S>(p.vectors[d])[j * p.H + u]);
+  LSTM_FUSED_UNROLL
+  for (int j = 0; j < kMasks; ++j)
+    f.mask[j] = load(as<S>(p.masks[d])[((rows.offset + n) * kMasks + j) * p.H + u]);
 }
 
 }  // namespace lstm_fused::cuda

@@ -1,19 +1,6 @@
 #include "launch.h"
-#include "ptx/conversions.h"
 
 namespace lstm_fused::cuda {
-
-struct Half {
-  uint16_t bits;
-};
-
-LSTM_FUSED_DEVICE float load(const Half& x) {
-  return float_of_float16(x.bits);
-}
-template <>
-LSTM_FUSED_DEVICE Half round_to<Half>(float x) {
-  return {float16_of_float(x)};
-}
 
 struct Float16Mma {
   using Storage = Half;

@@ -17,18 +17,16 @@ LSTM_FUSED_DEVICE S passed_on(const RecurrenceParams& p, const StepRows& rows, i
 template <class Cell, class S>
 struct ForwardCell {
   using C = Compute<S>;
+  using Values = UnitValues<Cell, C>;
   static constexpr int kGates = Cell::kGates;
   static constexpr int kOut = 1;
   static constexpr bool kBackward = false;
-  static constexpr int kFirstHidden = Cell::kPreacts - Cell::kGates;
 
-  struct Unit {
-    C preact[Cell::kPreacts];
-    C c_prev, c;
+  struct Unit : Values {
     S h;
   };
 
-  static LSTM_FUSED_DEVICE int64_t gate(int m) { return Cell::hidden_gate(m); }
+  static LSTM_FUSED_DEVICE int64_t gate(int m) { return m; }
   static LSTM_FUSED_INLINE int64_t row_count(const StepRows& rows) { return rows.active; }
 
   static LSTM_FUSED_DEVICE void fetch(const RecurrenceParams& p, const StepRows& rows, int d,
@@ -37,54 +35,74 @@ struct ForwardCell {
     LSTM_FUSED_UNROLL
     for (int j = 0; j < Cell::kPreacts; ++j) f.preact[j] = 0;
     LSTM_FUSED_UNROLL
-    for (int j = 0; j < kGates; ++j) f.preact[j] = pre[Cell::input_gate(j) * p.H];
+    for (int j = 0; j < kGates; ++j) f.preact[j] = pre[Values::input_gate(j) * p.H];
     if (p.b_ih[d]) {
       const S* b_ih = as<S>(p.b_ih[d]) + u;
       const S* b_hh = as<S>(p.b_hh[d]) + u;
       LSTM_FUSED_UNROLL
       for (int j = 0; j < kGates; ++j) {
-        f.preact[j] += load(b_ih[Cell::input_gate(j) * p.H]);
-        f.preact[kFirstHidden + j] += load(b_hh[Cell::hidden_gate(j) * p.H]);
+        f.preact[j] += load(b_ih[Values::input_gate(j) * p.H]);
+        f.preact[Values::kFirstHidden + j] += load(b_hh[j * p.H]);
       }
     }
-    f.c_prev = 0;
-    if constexpr (Cell::kCarry != Carry::kNone) {
+    fetch_constants<Cell, S>(p, rows, d, n, u, f);
+    f.prev[0] = 0;
+    if constexpr (Values::kCarried > 0) {
       const bool reset = reset_before(p, rows, d == 1, n);
-      if (n < rows.active_prev && !reset)
-        f.c_prev = as<C>(p.carry)[(d * p.N + n) * p.H + u];
-      else
-        f.c_prev = load(
-            initial_state<S>(p, Cell::kCarry == Carry::kCell ? p.c0 : p.h0, d, n, p.H, u, reset));
+      const bool carried = n < rows.active_prev && !reset;
+      LSTM_FUSED_UNROLL
+      for (int k = 0; k < Values::kCarried; ++k) {
+        if (carried)
+          f.prev[k] = carry_of<Cell, S>(p, d, n, u, k);
+        else
+          f.prev[k] = initial_carried<Cell, S>(p, d, n, u, k, reset);
+      }
     }
+  }
+
+  static LSTM_FUSED_DEVICE void add(Unit& f, const C (&product)[kGates]) {
+    LSTM_FUSED_UNROLL
+    for (int j = 0; j < kGates; ++j) f.preact[Values::kFirstHidden + j] += product[j];
+  }
+
+  // The cell, once the product is added. statistics: of a cell that normalizes, else null.
+  static LSTM_FUSED_DEVICE void finish(const RecurrenceParams& p, const StepRows& rows, int d,
+                                       int64_t n, int64_t u, Unit& f, const C* statistics,
+                                       S (&out)[kOut]) {
+    f.next[0] = 0;
+    f.h = round_to<S>(f.forward(statistics));
+    out[0] = p.projection ? f.h : passed_on<S>(p, rows, d, n, u, f.h);
   }
 
   static LSTM_FUSED_DEVICE bool apply(const RecurrenceParams& p, const StepRows& rows, int d,
                                       int64_t n, int64_t u, Unit& f, const C (&product)[kGates],
                                       S (&out)[kOut]) {
-    LSTM_FUSED_UNROLL
-    for (int j = 0; j < kGates; ++j) f.preact[kFirstHidden + j] += product[j];
-    f.c = 0;
-    f.h = round_to<S>(Cell::forward(f.preact, f.c_prev, f.c));
-    out[0] = p.projection ? f.h : passed_on<S>(p, rows, d, n, u, f.h);
+    add(f, product);
+    finish(p, rows, d, n, u, f, nullptr, out);
     return true;
   }
 
   static LSTM_FUSED_DEVICE void store(const RecurrenceParams& p, const StepRows& rows, int d,
                                       int64_t n, int64_t u, const Unit& f) {
-    const int64_t state = (d * p.N + n) * p.H + u, row = saved_row(p, rows, d, n);
+    const int64_t row = saved_row(p, rows, d, n);
     const bool last = n >= rows.active_next;
-    if constexpr (Cell::kCarry != Carry::kNone) {
-      as<C>(p.carry)[state] = f.c;
-      if (p.saved_states) as<C>(p.saved_states)[row * p.H + u] = f.c;
+    LSTM_FUSED_UNROLL
+    for (int k = 0; k < Values::kCarried; ++k) {
+      carry_of<Cell, S>(p, d, n, u, k) = f.next[k];
+      if (p.saved_states) as<C>(p.saved_states)[(row * Values::kSaved + k) * p.H + u] = f.next[k];
     }
     if (p.y) {
-      if constexpr (Cell::kCarry == Carry::kCell) {
-        if (last) as<S>(p.c_n)[state] = round_to<S>(f.c);
-        if (p.cell_states) as<S>(p.y)[cell_at(p, rows, d, n, u)] = round_to<S>(f.c);
+      const int64_t width = Values::kCells * p.H;
+      LSTM_FUSED_UNROLL
+      for (int k = 0; k < Values::kCells; ++k) {
+        const S c = round_to<S>(f.next[k]);
+        const int64_t at = k * p.H + u;
+        if (last) as<S>(p.c_n)[(d * p.N + n) * width + at] = c;
+        if (p.cell_states) as<S>(p.y)[cell_at(p, rows, d, n, width, at)] = c;
       }
       if (!p.projection) {
         as<S>(p.y)[hidden_at(p, rows, d, n, u)] = f.h;
-        if (last) as<S>(p.h_n)[state] = f.h;
+        if (last) as<S>(p.h_n)[(d * p.N + n) * p.H + u] = f.h;
       }
     }
     if (p.gates) {

@@ -24,14 +24,35 @@ class Gemm {
 using Launcher = const char*(const Plan& plan, const RecurrenceParams& params,
                              const Product* second, const Steps& steps, Gemm& gemm, void* stream);
 
-// The launchers of each arithmetic, by cell (CellKind).
+// The launchers of each arithmetic, by cell (CellKind); of each dtype, by described cell.
 #define LSTM_FUSED_ROW(Name, name, dtype, tf32, tensor_cores, persistent, type, compute) \
   extern Launcher* const* const launchers_##name;
 LSTM_FUSED_ARITHMETICS(LSTM_FUSED_ROW)
 #undef LSTM_FUSED_ROW
+#define LSTM_FUSED_DTYPE(Name, name, Storage, Compute, Torch) \
+  extern Launcher* const* const described_launchers_##name;
+LSTM_FUSED_DTYPES(LSTM_FUSED_DTYPE)
+#undef LSTM_FUSED_DTYPE
+
+#define LSTM_FUSED_COUNT(name, Cell) +1
+inline constexpr int kFirstDescribed = 0 LSTM_FUSED_CELLS(LSTM_FUSED_COUNT);
+#undef LSTM_FUSED_COUNT
+
+inline Launcher* described_launcher_of(CellKind cell, DType dtype) {
+  const int kind = static_cast<int>(cell) - kFirstDescribed;
+  switch (dtype) {
+#define LSTM_FUSED_DTYPE(Name, name, Storage, Compute, Torch) \
+  case DType::k##Name: return described_launchers_##name[kind];
+    LSTM_FUSED_DTYPES(LSTM_FUSED_DTYPE)
+#undef LSTM_FUSED_DTYPE
+    case DType::kCount: break;
+  }
+  return nullptr;
+}
 
 inline Launcher* launcher_of(CellKind cell, Arithmetic arithmetic) {
   const int kind = static_cast<int>(cell);
+  if (kind >= kFirstDescribed) return described_launcher_of(cell, facts(arithmetic).dtype);
   switch (arithmetic) {
 #define LSTM_FUSED_ROW(Name, name, dtype, tf32, tensor_cores, persistent, type, compute) \
   case Arithmetic::k##Name: return launchers_##name[kind];

@@ -3,16 +3,10 @@
 // the others.
 #pragma once
 
-#include <algorithm>
-#include <type_traits>
-
 #include "backward.h"
 #include "forward.h"
-#include "initial.h"
-#include "kernel_launch.h"
-#include "kernels.h"
-#include "pointwise.h"
 #include "recurrence.h"
+#include "stepwise.h"
 
 namespace lstm_fused::cuda {
 namespace {
@@ -42,13 +36,6 @@ const char* with_tiles(const Plan& plan, Call call) {
   }
 }
 
-// Which devices a kernel, named by its template arguments, has been configured for.
-template <class... Compiled>
-ConfiguredDevices& configured_devices() {
-  static ConfiguredDevices devices;
-  return devices;
-}
-
 LaunchConfig configure(const Plan& plan, const RecurrenceParams& p, int64_t unit_ctas,
                        int64_t row_groups, int64_t shared_bytes, void* stream) {
   const dim3 grid(static_cast<unsigned>(unit_ctas), static_cast<unsigned>(row_groups),
@@ -61,69 +48,24 @@ LaunchConfig configure(const Plan& plan, const RecurrenceParams& p, int64_t unit
           stream};
 }
 
-// The B that a forward pass begins with, which is zeros without an initial state.
-template <class S>
-const char* launch_initial(RecurrenceParams p, const Steps& steps, void* stream) {
-  if (!p.h0 && !p.in_parts) return nullptr;
-  for (int d = 0; d < p.D; ++d) p.rows[d] = rows_at(steps, p.s_begin, d == 1);
-  const dim3 grid(
-      static_cast<unsigned>(ceil_div(p.R, kPointwiseUnits)),
-      static_cast<unsigned>(std::min<int64_t>(ceil_div(p.N, kPointwiseRows), kMaxGridY)),
-      static_cast<unsigned>(p.D));
-  return launch_kernel(initial_kernel<S>,
-                       {grid, kPointwiseUnits * kPointwiseRows, 0, 0, false, stream}, p,
-                       configured_devices<S>());
-}
-
-// A step's product and epilogue. Its rows are partitioned anew: a packed batch shrinks or grows.
+// A step's product and epilogue.
 template <class Math, class Epilogue>
 const char* launch_step(const Plan& plan, RecurrenceParams& p, Gemm& gemm, void* stream) {
   using S = typename Math::Storage;
-  int64_t count[2] = {}, max_count = 0;
-  for (int d = 0; d < p.D; ++d) {
-    count[d] = Epilogue::row_count(p.rows[d]);
-    max_count = std::max(max_count, count[d]);
+  const RowCounts counts = row_counts<Epilogue>(p);
+  if (counts.most == 0) return nullptr;
+  if (plan.kind == PlanKind::kGemm) {
+    multiply<Epilogue>(p, counts, gemm);
+    return launch_pointwise<Epilogue, S>(p, counts, stream);
   }
-  if (max_count == 0) return nullptr;
-  const auto groups_of = [&](int64_t rows) {
-    return std::min<int64_t>(ceil_div(max_count, rows), kMaxGridY);
-  };
-  const int64_t units = p.product.units;
-  if (plan.kind == PlanKind::kStep) {
-    constexpr int kRowTiles = kStepRows / 8;
-    const DType dtype = sizeof(typename Math::Acc) == 8 ? DType::kFloat64 : DType::kFloat32;
-    const int64_t shared = shared_bytes(PlanKind::kStep, dtype, false, Epilogue::kGates, 1,
-                                        kStepRows, p.product.in.bytes);
-    return launch_kernel(
-        recurrence_kernel<Math, Epilogue, kRowTiles, PlanKind::kStep, 1>,
-        configure(plan, p, ceil_div(units, kUnitTile), groups_of(kStepRows), shared, stream), p,
-        configured_devices<Math, Epilogue>());
-  }
-  for (int d = 0; d < p.D; ++d)
-    if (count[d])
-      p.products[d] = gemm.multiply(p.product, Epilogue::kGates, p.s_begin, d, count[d]);
-  return launch_kernel(
-      pointwise_kernel<Epilogue, S>,
-      configure(plan, p, ceil_div(units, kPointwiseUnits), groups_of(kPointwiseRows), 0, stream), p,
-      configured_devices<Epilogue, S>());
-}
-
-// All steps, each with its one or two products.
-template <class Math, class First, class Second>
-const char* launch_steps(const Plan& plan, RecurrenceParams p, const Product* second,
-                         const Steps& steps, Gemm& gemm, void* stream) {
-  const Product first = p.product;
-  for (int64_t s = p.s_begin, end = p.s_end; s < end; ++s) {
-    p.s_begin = s;
-    p.s_end = s + 1;
-    for (int d = 0; d < p.D; ++d) p.rows[d] = rows_at(steps, s, First::kBackward != (d == 1));
-    p.product = first;
-    if (const char* error = launch_step<Math, First>(plan, p, gemm, stream)) return error;
-    if (!second) continue;
-    p.product = *second;
-    if (const char* error = launch_step<Math, Second>(plan, p, gemm, stream)) return error;
-  }
-  return nullptr;
+  constexpr int kRowTiles = kStepRows / 8;
+  const DType dtype = sizeof(typename Math::Acc) == 8 ? DType::kFloat64 : DType::kFloat32;
+  const int64_t shared = shared_bytes(PlanKind::kStep, dtype, false, Epilogue::kGates, 1, kStepRows,
+                                      p.product.in.bytes);
+  return launch_kernel(recurrence_kernel<Math, Epilogue, kRowTiles, PlanKind::kStep, 1>,
+                       configure(plan, p, ceil_div(p.product.units, kUnitTile),
+                                 counts.groups_of(kStepRows), shared, stream),
+                       p, configured_devices<Math, Epilogue>());
 }
 
 // A Launcher (kernels.h).
@@ -136,11 +78,10 @@ const char* launch_plan(const Plan& plan, const RecurrenceParams& p, const Produ
   if (!plan.backward)
     if (const char* error = launch_initial<S>(p, steps, stream)) return error;
   if (is_stepwise(plan.kind)) {
-    if (!plan.backward)
-      return launch_steps<Math, Forward, Project<S>>(plan, p, second, steps, gemm, stream);
-    return second ? launch_steps<Math, ProjectedGradient<S>, Backward>(plan, p, second, steps, gemm,
-                                                                       stream)
-                  : launch_steps<Math, Backward, Backward>(plan, p, nullptr, steps, gemm, stream);
+    return launch_steps<Forward, Backward, S>(
+        plan.backward, p, second, steps, [&]<class Epilogue>(RecurrenceParams& of_step) {
+          return launch_step<Math, Epilogue>(plan, of_step, gemm, stream);
+        });
   }
   if constexpr (!Math::kPersistent) {
     return "no persistent kernel was compiled for this dtype";

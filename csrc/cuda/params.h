@@ -1,7 +1,8 @@
 // What a CUDA kernel is given. Nothing here knows torch, and the host emulation uses the same.
 //
 // A step of the recurrence is a product of A (the weights) with B (what the previous step computed)
-// and an epilogue on each of its results:
+// and an epilogue on each of its results. A described cell whose w_hh has no columns has the
+// epilogue alone: A and B are null then.
 //   epilogue       A                     B                      gives B of the next product
 //   ForwardCell    w_hh (G * H, R)       h (N, R)               h (N, H)
 //   Project        w_hr (R, H)           h of the cell (N, H)   h (N, R)
@@ -67,18 +68,21 @@ struct Product {
   Exchange out;      // B of the next product; may be the same buffers as `in`
 };
 
-// All tensors are contiguous. S is the sum of the active rows of all steps; "storage" is the
-// layer's dtype, "compute" is float32, or float64 for float64. The caller owns all memory. Pointers
-// alias each other only where that is said.
+// All tensors are contiguous. S is the sum of the active rows of all steps, C the cell states of a
+// unit (1 of an LSTM), C' the states that it carries: these, and h if it is carried before it is
+// rounded. "storage" is the layer's dtype, "compute" is float32, or float64 for float64. The caller
+// owns all memory. Pointers alias each other only where that is said.
 struct RecurrenceParams {
-  Steps steps;  // device pointers for a persistent kernel, unused in a launch of one step
+  // Device pointers, for a launch of several steps: of a persistent kernel, or of a cell without
+  // products. Zeros for a launch of one step.
+  Steps steps;
   int64_t s_begin, s_end;
   StepRows rows[2];  // of step s_begin for each direction, for a launch of one step
   int64_t N, H, R;
   int D;
   bool projection;     // the cell's h is projected by w_hr before the recurrence uses it
   bool cell_states;    // y holds those of all steps, and dy their gradients
-  int64_t y_width;     // of a row of y: D * R, with cell states D * R + D * H
+  int64_t y_width;     // of a row of y: D * R, with cell states D * R + D * C * H
   int64_t state_rows;  // of h0, c0 and their gradients: N, or 2 * N with a reset state
   // Not 0 where a row begins anew before the step, (S,); or null. It begins with the last N rows of
   // h0 and c0, or with zeros.
@@ -88,7 +92,7 @@ struct RecurrenceParams {
   // group share one. Zero at the launch.
   char* barrier;
 
-  // For a gemm plan: the product of each direction, compute (N, gates * units).
+  // For a gemm plan: the product of each direction, compute (N, gates * units), or null.
   const void* products[2];
 
   // Of pre, gates and saved_states there may be the rows of some steps alone: the pointers are
@@ -101,7 +105,9 @@ struct RecurrenceParams {
   const void* b_ih[2];  // storage (G * H,) or null
   const void* b_hh[2];  // storage (G * H,) or null
   const void* h0;       // storage (D, state_rows, R) or null for zeros
-  const void* c0;       // storage (D, state_rows, H) or null for zeros
+  const void* c0;       // storage (D, state_rows, C * H) or null for zeros
+  // Of a described cell that has any, else null: storage (vectors, H) and (S, masks * H).
+  const void *vectors[2], *masks[2];
   // Where a launch of some of the steps begins: the states before step s_begin, h first, compute
   // (D, N, resume_width), or null for the initial states. What the cell carries is in `carry` then.
   const void* resume;
@@ -109,27 +115,31 @@ struct RecurrenceParams {
   bool in_parts;  // such launches share B, which may then hold anything at their begin
   void* y;        // storage (S, y_width), or null as are h_n and c_n where they are not wanted
   void* h_n;      // storage (D, N, R)
-  void* c_n;      // storage (D, N, H), or null where the cell has no state of its own
-  void* carry;    // compute (D, N, H): what the cell carries; its gradient backward
+  void* c_n;      // storage (D, N, C * H), or null where the cell has no state of its own
+  void* carry;    // compute (D, N, C', H): what the cell carries, cell states first; its gradient
+                  // backward
   void* gates;    // compute (S, D, P, H), P preacts a unit, or null; may alias pre
-  // compute (S, D, H): what the cell carries after each step, or null. Backward also reads that of
-  // the step before s_begin.
+  // compute (S, D, C' + groups, H): what the cell carries after each step, and of each group that
+  // is normalized over the row its mean and 1 / its standard deviation, the first two of H values;
+  // or null. Backward also reads that of the step before s_begin.
   void* saved_states;
   // Backward.
   const void* h;     // storage (S, y_width): y, where h_prev is wanted
   void* h_prev;      // storage (S, D, R): h that the step began with, or null
   const void* dy;    // storage (S, y_width) or null
   const void* dh_n;  // storage (D, N, R) or null
-  const void* dc_n;  // storage (D, N, H) or null
+  const void* dc_n;  // storage (D, N, C * H) or null
   void* d_gates;     // storage (S, D, P, H): gradients of the preacts
   void* hidden;      // storage (S, D, H): h before the projection, or null without one
   void* d_hidden;    // storage (S, D, R): gradient of h after the projection, or null without one
   void* dh0;         // storage (D, state_rows, R) or null
-  void* dc0;         // storage (D, state_rows, H) or null
+  void* dc0;         // storage (D, state_rows, C * H) or null
   // Sums of the reset state's gradients over the steps that began with it, which start as zeros;
   // null where they are not wanted.
   void* dh_reset;  // compute (D, N, R)
-  void* dc_reset;  // compute (D, N, H)
+  void* dc_reset;  // compute (D, N, C * H)
+  // Sums of the vectors' gradients over the steps of a row, which start as zeros; or null.
+  void* d_vectors;  // compute (D, N, vectors, H)
 };
 
 }  // namespace lstm_fused::cuda

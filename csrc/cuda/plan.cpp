@@ -106,6 +106,13 @@ Plan plan_gemm(const Problem& p, bool backward) {
       static_cast<int>(std::clamp<int64_t>(ceil_div(p.N, kPointwiseRows), 1, kMaxGridY));
   plan.threads = kPointwiseUnits * kPointwiseRows;
   plan.shared_bytes = 0;
+  if (!p.normalizes) return plan;
+  plan.threads = static_cast<int>(std::clamp<int64_t>(round_up(p.H, 32), 32, kMaxRowThreads));
+  plan.tile_rows = 1;
+  plan.unit_tiles = plan.threads / kUnitTile;
+  plan.unit_ctas = 1;
+  plan.row_groups = static_cast<int>(std::clamp<int64_t>(p.N, 1, kMaxGridY));
+  plan.shared_bytes = row_shared_bytes(plan.threads);
   return plan;
 }
 
@@ -142,12 +149,19 @@ bool supported(const Device& device) {
 }
 
 std::optional<Plan> plan_as(PlanKind kind, const Problem& p, const Device& device, bool backward) {
+  if (p.described && kind != PlanKind::kGemm) return std::nullopt;
   if (kind == PlanKind::kCluster) return plan_cluster(p, device, backward);
   if (kind == PlanKind::kGrid) return plan_grid(p, device, backward);
   return kind == PlanKind::kGemm ? plan_gemm(p, backward) : plan_step(p, backward);
 }
 
+Plan forced_plan(PlanKind kind, const Problem& p, const Device& device, bool backward) {
+  if (const std::optional<Plan> plan = plan_as(kind, p, device, backward)) return *plan;
+  return p.described ? plan_gemm(p, backward) : plan_step(p, backward);
+}
+
 Plan make_plan(const Problem& p, const Device& device, bool backward, bool stepwise) {
+  if (p.described) return plan_gemm(p, backward);
   if (!stepwise)
     for (const PlanKind kind : {PlanKind::kCluster, PlanKind::kGrid})
       if (const std::optional<Plan> plan = plan_as(kind, p, device, backward))

@@ -44,6 +44,9 @@ struct Problem {
   int gates;  // of the cell: w_hh has gates * H rows
   bool projection;
   bool tf32;  // whether products of float32 may use TF32
+  // Of a described cell, which has the gemm plan alone.
+  bool described = false;
+  bool normalizes = false;  // over all units of a row: a CTA has a row
 };
 
 struct Plan {
@@ -71,6 +74,8 @@ inline constexpr int kMaxUnitTiles = 4;     // of a CTA in a cluster
 inline constexpr int kStepRows = 16;        // the one tile_rows that step plans are compiled for
 inline constexpr int kPointwiseUnits = 32;  // of a CTA of a gemm plan, which has a thread
 inline constexpr int kPointwiseRows = 8;    // for each unit of each of its rows
+inline constexpr int kMaxRowThreads = 256;  // of a CTA that has a row of a cell that normalizes
+inline constexpr int kMaxRowSums = 6;       // that such a CTA adds up at a time
 inline constexpr int kMaxGridY = 65535;     // CTAs of a grid along y
 inline constexpr int kBarrierBytes = 128;   // each counter has a cache line to itself
 
@@ -116,12 +121,21 @@ int64_t row_bytes(DType dtype, int64_t values);
 int64_t shared_bytes(PlanKind kind, DType dtype, bool tensor_cores, int gates, int unit_tiles,
                      int tile_rows, int64_t k_bytes);
 
+// The same of a CTA that has a row: for each of its sums a value of every thread, those of a warp
+// that adds them, and the result.
+constexpr int64_t row_shared_bytes(int threads) {
+  return kMaxRowSums * (threads + 32 + 1) * int64_t{sizeof(double)};
+}
+
 // Whether the kernels run on the device at all.
 bool supported(const Device& device);
 
 // The plan of one kind, or nothing if it does not support the problem or exceeds the device.
 std::optional<Plan> plan_as(PlanKind kind, const Problem& problem, const Device& device,
                             bool backward);
+
+// The plan of one kind; if it does not support the problem, the one that every such problem has.
+Plan forced_plan(PlanKind kind, const Problem& problem, const Device& device, bool backward);
 
 // The plan that is expected to be the fastest. The device must be supported. stepwise: only plans
 // that launch each step.

@@ -39,13 +39,13 @@ const char* kind(const Plan& p) {
 PyObject* plan(PyObject*, PyObject* args, PyObject* kwargs) {
   const char *dtype, *kind = "";
   long long T, N, H, R;
-  int directions, gates, projection, tf32, backward = 0;
+  int directions, gates, projection, tf32, backward = 0, described = 0, normalizes = 0;
   PyObject* properties;
-  parse(args, kwargs, "sLLLLiippO|ps:cuda_plan",
+  parse(args, kwargs, "sLLLLiippO|pspp:cuda_plan",
         {"dtype", "T", "N", "H", "R", "directions", "gates", "projection", "tf32", "device",
-         "backward", "kind"},
+         "backward", "kind", "described", "normalizes"},
         &dtype, &T, &N, &H, &R, &directions, &gates, &projection, &tf32, &properties, &backward,
-        &kind);
+        &kind, &described, &normalizes);
   const Problem problem{from_name<DType>(dtype, kDTypeCount, "dtype"),
                         T,
                         N,
@@ -54,7 +54,9 @@ PyObject* plan(PyObject*, PyObject* args, PyObject* kwargs) {
                         directions,
                         gates,
                         projection != 0,
-                        tf32 != 0};
+                        tf32 != 0,
+                        described != 0,
+                        normalizes != 0};
   const Device device = read_device(properties);
   if (!supported(device))
     throw std::invalid_argument("the CUDA kernels need compute capability 8.0 or later, this is " +

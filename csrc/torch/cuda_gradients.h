@@ -6,29 +6,13 @@
 
 namespace lstm_fused::cuda {
 
-// order[j] for the gate of pre-activation j.
-using GateOrder = int (*)(int);
-
-struct GateOrders {
-  GateOrder input, hidden;
-};
-
-inline GateOrders gate_orders(CellKind cell) {
-  switch (cell) {
-#define LSTM_FUSED_CASE(name, Cell) \
-  case CellKind::k##Cell: return {Cell::input_gate, Cell::hidden_gate};
-    LSTM_FUSED_CELLS(LSTM_FUSED_CASE)
-#undef LSTM_FUSED_CASE
-    default: return {};
-  }
-}
-
 // What the recurrence's backward pass left, each of the storage dtype.
 struct Recurred {
   const Tensor& d_preacts;  // (S, D, P, H)
   const void* hidden;       // (S, D, H): h before a projection, or null
   const void* d_hidden;     // (S, D, R): gradient of h after it, or null
   const void* h_prev;       // (S, D, R): h that each step began with; or null
+  void* d_vectors;          // compute (D, N, vectors, H): sums over a row's steps; or null
 };
 
 class Gradients {
@@ -42,11 +26,15 @@ class Gradients {
         H_(layer.size.H),
         P_(info(layer.cell).preacts),
         G_(info(layer.cell).gates),
-        bytes_(storage_bytes(layer.dtype)),
-        orders_(gate_orders(layer.cell)) {}
+        bytes_(storage_bytes(layer.dtype)) {
+    for (int j = 0; j < G_; ++j) {
+      input_gates_.push_back(input_gate_of(G_, P_, j));
+      hidden_gates_.push_back(j);
+    }
+  }
 
   void compute() const {
-    if (p_.dx) of_input();
+    if (p_.dx) layer_.size.x_is_preacts ? to_input() : of_input();
     for (int d = 0; d < layer_.size.D; ++d) of_weights(d);
     if (p_.d_preacts && p_.d_preacts != recurred_.d_preacts.data_ptr()) {
       const Tensor wide = torch::stable::to(recurred_.d_preacts, compute_dtype(layer_.dtype));
@@ -56,6 +44,9 @@ class Gradients {
   }
 
  private:
+  // Of the input's pre-activations, or of the hidden state's: the gate of each.
+  using Gates = std::vector<int>;
+
   // Pre-activations [first, first + count) of a direction as a matrix (S, count * H).
   Matrix preacts(int d, int first, int count) const {
     const int64_t at = (int64_t{d} * P_ + first) * H_ * bytes_;
@@ -73,13 +64,20 @@ class Gradients {
     multiply_into(out, true, a, b, layer_.dtype, pass_.tf32());
   }
 
+  // dx where x is the input's part of the pre-activations.
+  void to_input() const {
+    const int64_t block = H_ * bytes_, pitch = layer_.size.I * bytes_;
+    for (int j = 0; j < G_; ++j)
+      pass_.copy_rows(static_cast<char*>(p_.dx) + input_gates_[j] * block, pitch,
+                      preacts(0, j, 1).data, P_ * block, block, S_);
+  }
+
   // dx = d_preacts (S, D * P * H) times w_ih of both directions, its rows in the order of the
   // pre-activations and zero where the input has no part in one.
   void of_input() const {
     const LayerSizes& s = layer_.size;
     const int64_t block = H_ * s.I * bytes_;
-    bool in_order = s.D == 1;
-    for (int j = 0; j < G_; ++j) in_order = in_order && orders_.input(j) == j;
+    const bool in_order = s.D == 1 && input_gates_ == hidden_gates_;
     const int used = s.D == 1 ? G_ : P_;  // of each direction's pre-activations
     Matrix weights{layer_.weights[0].w_ih, s.D * used * H_, s.I, s.I, false};
     std::optional<Tensor> stacked;
@@ -90,7 +88,7 @@ class Gradients {
         for (int j = 0; j < used; ++j, to += block) {
           const char* w = static_cast<const char*>(layer_.weights[d].w_ih);
           if (j < G_)
-            pass_.copy_rows(to, block, w + orders_.input(j) * block, block, block, 1);
+            pass_.copy_rows(to, block, w + input_gates_[j] * block, block, block, 1);
           else
             check(fill_async(to, 0, block, pass_.stream()), "zeros");
         }
@@ -104,14 +102,15 @@ class Gradients {
   void of_weights(int d) const {
     const LayerSizes& s = layer_.size;
     const WeightGradients& out = p_.dweights[d];
-    if (out.w_ih) by_gate(out.w_ih, d, 0, orders_.input, input_of(layer_));
-    if (out.w_hh) of_recurrent_weights(out.w_hh, d);
+    if (out.w_ih && !s.x_is_preacts) by_gate(out.w_ih, d, 0, input_gates_, input_of(layer_));
+    if (out.w_hh && s.K > 0) of_recurrent_weights(out.w_hh, d);
     if (out.w_hr) {
       const Matrix d_hidden{part(recurred_.d_hidden, d, s.R), S_, s.R, s.D * s.R, false};
       const Matrix hidden{part(recurred_.hidden, d, H_), S_, H_, s.D * H_, false};
       multiply(out.w_hr, transposed(d_hidden), hidden);
     }
     if (out.b_ih || out.b_hh) of_biases(d);
+    if (out.vectors) of_vectors(out.vectors, d);
   }
 
   // Direction d of (S, D, width).
@@ -120,14 +119,29 @@ class Gradients {
   }
 
   // out (G * H, m): for each gate, its pre-activations' gradients transposed times `right` (S, m).
-  void by_gate(void* out, int d, int first, GateOrder order, const Matrix& right) const {
-    bool in_order = true;
-    for (int j = 0; j < G_; ++j) in_order = in_order && order(j) == j;
-    if (in_order) return multiply(out, transposed(preacts(d, first, G_)), right);
+  void by_gate(void* out, int d, int first, const Gates& gates, const Matrix& right) const {
+    if (gates == hidden_gates_) return multiply(out, transposed(preacts(d, first, G_)), right);
     for (int j = 0; j < G_; ++j) {
-      char* to = static_cast<char*>(out) + order(j) * H_ * right.columns * bytes_;
+      char* to = static_cast<char*>(out) + gates[j] * H_ * right.columns * bytes_;
       multiply(to, transposed(preacts(d, first + j, 1)), right);
     }
+  }
+
+  // The same for w_hh: with heads, units by the hidden units of their head, a product for each.
+  void by_head(void* out, int d, const Matrix& h_prev) const {
+    const int64_t heads = layer_.size.heads(), K = layer_.size.K;
+    if (heads == 1) return by_gate(out, d, P_ - G_, hidden_gates_, h_prev);
+    char* to = static_cast<char*>(out);
+    for (int j = 0; j < G_; ++j)
+      for (int64_t head = 0; head < heads; ++head, to += K * K * bytes_)
+        multiply(to, transposed(columns_of(preacts(d, P_ - G_ + j, 1), head * K, K)),
+                 columns_of(h_prev, head * K, K));
+  }
+
+  Matrix columns_of(Matrix m, int64_t first, int64_t count) const {
+    m.data = static_cast<const char*>(m.data) + first * bytes_;
+    m.columns = count;
+    return m;
   }
 
   // Of w_hh: every step's gradients times what h was before it. Without resets, dense data's is y,
@@ -137,7 +151,7 @@ class Gradients {
     const int64_t N = s.steps.N, width = s.R * bytes_, pitch = s.y_width() * bytes_;
     if (recurred_.h_prev) {
       const Matrix h_prev{part(recurred_.h_prev, d, s.R), S_, s.R, s.D * s.R, false};
-      return by_gate(out, d, P_ - G_, orders_.hidden, h_prev);
+      return by_head(out, d, h_prev);
     }
     const Tensor h_prev = pass_.empty({S_, s.R});
     char* to = static_cast<char*>(h_prev.data_ptr());
@@ -150,7 +164,7 @@ class Gradients {
       pass_.copy_rows(first, N * width, part(layer_.h0, d, N * s.R), N * width, N * width, 1);
     else
       check(fill_async(first, 0, N * width, pass_.stream()), "zeros");
-    by_gate(out, d, P_ - G_, orders_.hidden, {to, S_, s.R, s.R, false});
+    by_head(out, d, {to, S_, s.R, s.R, false});
   }
 
   // Sums over all rows, accumulated in the compute dtype.
@@ -160,15 +174,31 @@ class Gradients {
                                     d * unit_preacts);
     const int64_t dims[] = {0};
     const Tensor sums = torch::stable::sum(rows, torch::headeronly::IntHeaderOnlyArrayRef(dims, 1));
-    const auto copy_gates = [&](void* out, int first, GateOrder order) {
+    const auto copy_gates = [&](void* out, int first, const Gates& gates) {
       const int64_t block = H_ * bytes_;
       const char* from = static_cast<const char*>(sums.data_ptr()) + first * block;
       for (int j = 0; out && j < G_; ++j)
-        pass_.copy_rows(static_cast<char*>(out) + order(j) * block, block, from + j * block, block,
+        pass_.copy_rows(static_cast<char*>(out) + gates[j] * block, block, from + j * block, block,
                         block, 1);
     };
-    copy_gates(p_.dweights[d].b_ih, 0, orders_.input);
-    copy_gates(p_.dweights[d].b_hh, P_ - G_, orders_.hidden);
+    copy_gates(p_.dweights[d].b_ih, 0, input_gates_);
+    copy_gates(p_.dweights[d].b_hh, P_ - G_, hidden_gates_);
+  }
+
+  // Sums over the rows of the batch.
+  void of_vectors(void* out, int d) const {
+    const int64_t N = layer_.size.steps.N, width = pass_.cell().vectors * H_;
+    char* first =
+        static_cast<char*>(recurred_.d_vectors) + d * N * width * compute_bytes(layer_.dtype);
+    const Tensor rows =
+        torch::stable::from_blob(first, Shape{N, width}, Shape{width, 1},
+                                 recurred_.d_preacts.device(), compute_dtype(layer_.dtype));
+    const int64_t dims[] = {0};
+    const Tensor sums = torch::stable::to(
+        torch::stable::sum(rows, torch::headeronly::IntHeaderOnlyArrayRef(dims, 1)),
+        recurred_.d_preacts.scalar_type());
+    const int64_t bytes = width * bytes_;
+    pass_.copy_rows(out, bytes, sums.data_ptr(), bytes, bytes, 1);
   }
 
   const Pass& pass_;
@@ -178,7 +208,7 @@ class Gradients {
   const int64_t S_, H_;
   const int P_, G_;
   const int64_t bytes_;
-  const GateOrders orders_;
+  Gates input_gates_, hidden_gates_;
 };
 
 }  // namespace lstm_fused::cuda

@@ -1,9 +1,6 @@
 // The operators on a CUDA device (bodies in operators.h): the product of x and W_ih, the
 // recurrence, and after its backward pass the other gradients.
-#include <type_traits>
-
-#include "cuda_forward.h"
-#include "cuda_gradients.h"
+#include "cuda_backward.h"
 #include "operators.h"
 
 #if defined(LSTM_FUSED_EMULATION)
@@ -16,21 +13,6 @@
 
 namespace lstm_fused::cuda {
 namespace {
-
-// w (gates * n, m) as (m, gates * n), n padded with zeros to whole matrix instructions.
-Tensor transposed_weights(const Pass& pass, const Layer& layer, const void* w, int gates, int64_t n,
-                          int64_t m, const Tensor& x) {
-  const ScalarType dtype = x.scalar_type();
-  const int64_t padded = row_bytes(layer.dtype, n) / storage_bytes(layer.dtype);
-  Tensor out = pass.empty({m, gates * padded});
-  if (padded != n) torch::stable::zero_(out);
-  const Shape sizes{gates, n, m};
-  const Tensor from =
-      torch::stable::from_blob(const_cast<void*>(w), sizes, Shape{n * m, m, 1}, x.device(), dtype);
-  Tensor to = reinterpret(out, sizes, {padded, 1, gates * padded}, 0);
-  torch::stable::copy_(to, from);
-  return out;
-}
 
 struct Cuda {
   static constexpr SavedLayouts kSaved = kCudaSaved;
@@ -50,16 +32,6 @@ struct Cuda {
   }
 };
 
-// Checkpoint k of those that a pass keeps, after (k + 1) * checkpoint_every steps; null for k ==
-// -1.
-template <class Data>
-Data* checkpoint(const Layer& layer, Data* all, int64_t k) {
-  const int64_t bytes = layer.size.D * layer.size.steps.N * layer.size.checkpoint_width() *
-                        compute_bytes(layer.dtype);
-  using Byte = std::conditional_t<std::is_const_v<Data>, const char, char>;
-  return k < 0 ? nullptr : static_cast<Byte*>(all) + k * bytes;
-}
-
 void Cuda::forward(const std::vector<Layer>& layers, const std::vector<ForwardParams>& params,
                    const Tensor& x, bool) {
   for (size_t m = 0; m < layers.size(); ++m) {
@@ -78,86 +50,7 @@ void Cuda::forward(const std::vector<Layer>& layers, const std::vector<ForwardPa
 
 void Cuda::backward(const std::vector<Layer>& layers, const std::vector<BackwardParams>& params,
                     const Tensor& x) {
-  for (size_t m = 0; m < layers.size(); ++m) {
-    const Layer& layer = layers[m];
-    const BackwardParams& given = params[m];
-    const LayerSizes& s = layer.size;
-    const int64_t S = s.steps.rows();
-    const int64_t T = s.steps.T, every = given.checkpoint_every ? given.checkpoint_every : T;
-    // The forward pass of the steps between two checkpoints, again.
-    std::optional<ForwardPass> again;
-    if (given.checkpoints) again.emplace(layer, ForwardParams{}, x, every, true);
-    Pass pass(layer, x, true, every < T);
-    const Shape preacts_shape{S, s.D, info(layer.cell).preacts, s.H};
-    const bool in_place =
-        given.d_preacts && storage_bytes(layer.dtype) == compute_bytes(layer.dtype);
-    const Tensor d_preacts =
-        in_place ? torch::stable::from_blob(
-                       given.d_preacts, preacts_shape,
-                       Shape{s.D * preacts_shape[2] * s.H, preacts_shape[2] * s.H, s.H, 1},
-                       x.device(), x.scalar_type())
-                 : pass.empty(preacts_shape);
-    bool hidden_weights = false;
-    for (int d = 0; d < s.D; ++d) hidden_weights = hidden_weights || given.dweights[d].w_hh;
-    const auto maybe = [&](bool wanted, const Shape& shape) {
-      return pass.empty(wanted ? shape : Shape{0});
-    };
-    const bool saves_h_prev = (s.steps.sizes || s.steps.resets) && hidden_weights;
-    const Tensor hidden = maybe(layer.projection, {S, s.D, s.H});
-    const Tensor d_hidden = maybe(layer.projection, {S, s.D, s.R});
-    const Tensor h_prev = maybe(saves_h_prev, {S, s.D, s.R});
-
-    const int64_t hidden_row = row_bytes(layer.dtype, s.H), width = row_bytes(layer.dtype, s.R);
-    const auto of_gates = pass.reserve_exchange(2, pass.gates() * hidden_row);
-    const auto of_h = layer.projection ? pass.reserve_exchange(1, width) : of_gates;
-    const bool reset_state = s.reset_states;
-    const Workspace::Slot dh_reset = pass.reserve_sums(reset_state && given.dh0 ? s.R : 0);
-    const Workspace::Slot dc_reset = pass.reserve_sums(reset_state && given.dc0 ? s.H : 0);
-    pass.allocate();
-
-    RecurrenceParams p = pass.params();
-    // Read only.
-    p.gates = const_cast<void*>(given.gates);
-    p.saved_states = const_cast<void*>(given.saved_states);
-    p.dy = given.dy;
-    p.dh_n = given.dh_n;
-    p.dc_n = given.dc_n;
-    p.d_gates = d_preacts.data_ptr();
-    if (saves_h_prev) {
-      p.h = given.y;
-      p.h_prev = h_prev.data_ptr();
-    }
-    p.dh0 = given.dh0;
-    p.dc0 = given.dc0;
-    if (reset_state && given.dh0) p.dh_reset = pass.resolve_sums(dh_reset);
-    if (reset_state && given.dc0) p.dc_reset = pass.resolve_sums(dc_reset);
-    p.product = {{}, layer.projection ? s.R : s.H, pass.resolve(of_gates), pass.resolve(of_h)};
-    Product second{{}, s.H, p.product.out, p.product.in};
-    Tensors kept;
-    for (int d = 0; d < s.D; ++d) {
-      const Weights& w = layer.weights[d];
-      kept.push_back(transposed_weights(pass, layer, w.w_hh, pass.gates(), s.H, s.R, x));
-      p.product.a[d] = static_cast<const char*>(kept.back().data_ptr());
-      if (!layer.projection) continue;
-      kept.push_back(transposed_weights(pass, layer, w.w_hr, 1, s.R, s.H, x));
-      second.a[d] = static_cast<const char*>(kept.back().data_ptr());
-    }
-    if (layer.projection) {
-      p.hidden = hidden.data_ptr();
-      p.d_hidden = d_hidden.data_ptr();
-    }
-    for (int64_t k = ceil_div(T, every) - 1; k >= 0; --k) {
-      const int64_t begin = k * every, end = std::min(begin + every, T);
-      if (again) again->run(begin, end, checkpoint(layer, given.checkpoints, k - 1));
-      if (again) again->give_saved(p);
-      p.s_begin = T - end;
-      // A step past the last where the initial state's gradients are wanted.
-      p.s_end = T - begin + (k == 0 && (given.dh0 || given.dc0));
-      pass.launch(p, layer.projection ? &second : nullptr);
-    }
-    const Recurred recurred{d_preacts, p.hidden, p.d_hidden, p.h_prev};
-    Gradients(pass, layer, given, recurred).compute();
-  }
+  for (size_t m = 0; m < layers.size(); ++m) BackwardPass(layers[m], params[m], x).run();
 }
 
 // (major, minor, SMs, shared bytes of a block, CTAs of a cluster, clusters of that size at once).

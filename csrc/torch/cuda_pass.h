@@ -27,15 +27,17 @@ class Pass {
     LSTM_FUSED_CHECK(!layer.size.steps.starts, "batch_sizes has shape (1, ", layer.size.steps.N + 1,
                      "), cu_seqlens of documents, but on a CUDA device it must be the (T,) of "
                      "packed data");
-    LSTM_FUSED_CHECK(!info(layer.cell).described, "cell ", info(layer.cell).name,
+    LSTM_FUSED_CHECK(static_cast<int>(layer.cell) < kCellCount, "cell ", cell().name,
                      " has no CUDA kernels");
     plan_ = choose_plan(backward, in_parts);
     last_run().set({layer.dtype, plan_});
   }
 
-  int gates() const { return info(layer_.cell).gates; }
+  const CellInfo& cell() const { return info(layer_.cell); }
+  int gates() const { return cell().gates; }
   bool tf32() const { return plan_.tf32; }
-  Carry carry() const { return info(layer_.cell).carry(); }
+  // Whether steps have a product with w_hh.
+  bool recurs() const { return size_.K > 0; }
   void* stream() const { return stream_; }
 
   // A tensor on x's device.
@@ -97,9 +99,9 @@ class Pass {
     const Steps& steps = size_.steps;
     const int64_t groups = plan_.kind == PlanKind::kGrid ? size_.D * plan_.row_groups : 0;
     barrier_ = workspace_.reserve_zeros(groups * kBarrierBytes);
-    // Packed data's sizes and offsets, (2, T + 1), for a persistent kernel.
-    steps_ = workspace_.reserve(persistent() && steps.sizes ? 2 * (steps.T + 1) * 8 : 0);
-    const int64_t states = carry() != Carry::kNone ? size_.D * steps.N * size_.H : 0;
+    // Packed data's sizes and offsets, (2, T + 1), for a launch of several steps.
+    steps_ = workspace_.reserve(has_one_launch() && steps.sizes ? 2 * (steps.T + 1) * 8 : 0);
+    const int64_t states = size_.D * steps.N * cell().carried() * size_.H;
     carry_ = workspace_.reserve(states * compute_bytes(layer_.dtype));
     workspace_.allocate(x_, stream_);
   }
@@ -125,9 +127,13 @@ class Pass {
     p.resets = host.resets;
     p.h0 = layer_.h0;
     p.c0 = layer_.c0;
+    for (int d = 0; d < size_.D; ++d) {
+      p.vectors[d] = layer_.weights[d].vectors;
+      p.masks[d] = layer_.weights[d].masks;
+    }
     p.carry = workspace_.at(carry_);
     if (plan_.kind == PlanKind::kGrid) p.barrier = workspace_.at(barrier_);
-    if (!persistent()) return p;
+    if (!has_one_launch()) return p;
     p.steps = host;
     if (host.sizes) {
       std::vector<int64_t> both(2 * (host.T + 1));
@@ -152,7 +158,12 @@ class Pass {
   }
 
  private:
-  bool persistent() const { return !is_stepwise(plan_.kind); }
+  // Whether all steps are one launch: of a persistent plan, or of a cell whose units see nothing of
+  // each other's steps. A CUDA graph cannot copy packed data's sizes to the device.
+  bool has_one_launch() const {
+    if (!is_stepwise(plan_.kind)) return true;
+    return !recurs() && cell().groups == 0 && !(size_.steps.sizes && is_capturing(stream_));
+  }
 
   Plan choose_plan(bool backward, bool in_parts) const {
     const Device device = device_of(x_.get_device_index());
@@ -161,21 +172,20 @@ class Pass {
                      ".", device.minor);
     const bool tf32 = layer_.dtype == DType::kFloat32 && tf32_allowed();
     const Steps& steps = size_.steps;
-    const Problem problem{layer_.dtype, steps.T, steps.N,           size_.H, size_.R,
-                          size_.D,      gates(), layer_.projection, tf32};
+    const Problem problem{layer_.dtype, steps.T,          steps.N,          size_.H,
+                          size_.R,      size_.D,          gates(),          layer_.projection,
+                          tf32,         cell().described, cell().groups > 0};
     // A CUDA graph cannot copy packed data's sizes to the device, as persistent plans need them.
     const bool stepwise = steps.sizes && is_capturing(stream_);
     const std::optional<PlanKind> kind = forced_kind().get();
-    std::optional<Plan> plan;
-    if (!kind || (stepwise && !is_stepwise(*kind)))
-      plan = make_plan(problem, device, backward, stepwise);
-    else
-      plan = plan_as(*kind, problem, device, backward);
+    const Plan plan = !kind || (stepwise && !is_stepwise(*kind))
+                          ? make_plan(problem, device, backward, stepwise)
+                          : forced_plan(*kind, problem, device, backward);
     // What a cluster exchanges is in its shared memory, where the next launch does not find it. A
     // forward pass begins from a checkpoint.
-    if (plan && plan->kind == PlanKind::kCluster && backward && in_parts)
-      plan = plan_as(PlanKind::kGrid, problem, device, backward);
-    return plan ? *plan : *plan_as(PlanKind::kStep, problem, device, backward);
+    if (plan.kind == PlanKind::kCluster && backward && in_parts)
+      return forced_plan(PlanKind::kGrid, problem, device, backward);
+    return plan;
   }
 
   const Layer& layer_;

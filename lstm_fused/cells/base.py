@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lstm_fused import errors, ops, reference_variants
+from lstm_fused import cuda, errors, ops, reference_variants
 from lstm_fused.fallback import State
 from lstm_fused.recurrent import Recurrent
 
@@ -198,7 +198,7 @@ class DescribedLayer(Recurrent[State], _Parameters):
     def _fallback_reason(self, x, hx, weights):
         if reason := self._unsupported_reason():
             return reason
-        if x.is_cuda:
+        if x.is_cuda and not cuda.has_cell(self._cell()):
             return f"the CUDA kernels have no {self._cell()}"
         return super()._fallback_reason(x, hx, weights)
 

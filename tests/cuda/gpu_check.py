@@ -115,12 +115,12 @@ def smoke():
     from dataclasses import replace
 
     from lstm_fused import cuda
-    from tests.helpers.cuda_cases import SMALL, cases
+    from tests.helpers.cuda_cases import DESCRIBED, SMALL, cases
     from tests.helpers.oracle import check
 
     torch.backends.cudnn.allow_tf32 = False
     wrong = 0
-    for kind, problem in cases(SMALL[:2]):
+    for kind, problem in cases(SMALL[:2], own=DESCRIBED):
         cuda.set_plan(kind)
         try:
             run = check(replace(problem, device="cuda")).forward_run
@@ -150,6 +150,12 @@ def tiny():
             (y.sum() + states[0].sum() + states[1].sum() + cells.sum()).backward()
             torch.cuda.synchronize()
             print(kind, dtype, cuda.last_run(), flush=True)
+    for name in ("LayerNormLSTM", "SLSTM", "SRU"):  # a CTA for each row, products, one launch
+        module = getattr(lstm_fused, name)(6, 40, bidirectional=True, device="cuda")
+        x = torch.randn(4, 19, 6, device="cuda", requires_grad=True)
+        module(x, resets=torch.rand(4, 19, device="cuda") < 0.3)[0].sum().backward()
+        torch.cuda.synchronize()
+        print(name, cuda.last_run(), flush=True)
     return 0
 
 

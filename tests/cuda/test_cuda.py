@@ -14,6 +14,7 @@ from lstm_fused import cuda, ops, runtime
 from lstm_fused.testing import tolerance
 from tests.helpers import oracle
 from tests.helpers.cuda_cases import (
+    DESCRIBED,
     KINDS,
     LARGE,
     PROJECTED,
@@ -36,6 +37,16 @@ pytestmark = [
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_cell = pytest.mark.parametrize("cell", CELLS)
+# Of cells beyond torch.nn: a CTA for each row, heads, one launch for all steps, masks.
+OTHERS = {
+    "LayerNormLSTM": {},
+    "LayerNormGRU": {},
+    "SLSTM": {"num_heads": 4},
+    "SRU": {},
+    "IndRNN": {},
+    "RegularizedGRU": {"zoneout": 0.2},
+}
+each_other = pytest.mark.parametrize("name", OTHERS)
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +60,7 @@ def on_device(kind, problem):
 
 
 @pytest.mark.parametrize(
-    ("kind", "problem"), [on_device(*case) for case in cases(SMALL, PROJECTED, RESIDENT)]
+    ("kind", "problem"), [on_device(*case) for case in cases(SMALL, PROJECTED, RESIDENT, DESCRIBED)]
 )
 def test_agrees(kind, problem):
     cuda.set_plan(kind)
@@ -165,6 +176,34 @@ def test_checkpoints(every, kind, cell):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+def other_layer(name):
+    """A module of OTHERS in evaluation mode, without random masks, and its input (T, N, I)."""
+    torch.manual_seed(1)
+    module = getattr(lstm_fused, name)(12, 64, bidirectional=True, device="cuda", **OTHERS[name])
+    for p in module.parameters():  # some begin as zeros
+        torch.nn.init.uniform_(p, -0.2, 0.2)
+    return module.eval(), torch.randn(30, 19, 12, device="cuda", requires_grad=True)
+
+
+def gradients_of(module, x, packed=False):
+    """y and the gradients of all leaves."""
+    y = module(packed_of(x) if packed else x)[0]
+    y = y.data if packed else y
+    leaves = [*module.parameters()] if packed else [x, *module.parameters()]
+    return y, *torch.autograd.grad(y.square().sum(), leaves)
+
+
+@each_other
+@pytest.mark.parametrize("packed", [False, True])
+def test_other_cells(packed, name):
+    """Against the CPU's kernels."""
+    module, x = other_layer(name)
+    found = gradients_of(module, x, packed)
+    assert runtime.last_run("cuda")["kernel"] == "gemm"
+    wanted = gradients_of(copy.deepcopy(module).cpu(), x.detach().cpu().requires_grad_(), packed)
+    torch.testing.assert_close([t.cpu() for t in found], [*wanted], rtol=1e-3, atol=1e-3)
+
+
 def capture(run):
     """A graph of run, and what it gives there; first run outside, as torch asks of a capture.
 
@@ -234,6 +273,17 @@ def test_graph_of_training(form, kind, cell):
         data.detach().normal_()
         graph.replay()
         torch.testing.assert_close(found, gradients())
+
+
+@each_other
+def test_graph_of_other_cells(name):
+    """A captured forward and backward pass, replayed on other numbers."""
+    module, x = other_layer(name)
+    graph, found = capture(lambda: gradients_of(module, x))
+    for _ in range(2):
+        x.detach().normal_()
+        graph.replay()
+        torch.testing.assert_close(found, gradients_of(module, x))
 
 
 @each_cell

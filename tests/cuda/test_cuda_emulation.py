@@ -20,6 +20,7 @@ from lstm_fused.testing import tolerance
 from tests.helpers import emulated, oracle
 from tests.helpers.compare_modules import LAYER_ERRORS, assert_layer_raises
 from tests.helpers.cuda_cases import (
+    DESCRIBED,
     KINDS,
     PROJECTED,
     RESIDENT,
@@ -38,6 +39,13 @@ def emulation():
         yield
 
 
+@pytest.mark.parametrize("kind", (None, *KINDS))
+def test_described_cells_have_one_plan(kind):
+    cuda.set_plan(kind)
+    for problem in DESCRIBED[:1]:
+        assert_ran(kind, problem, run_module(problem, lstm_fused))
+
+
 def assert_ran(kind, problem, outcome):
     for pass_name, run in (("forward", outcome.forward_run), ("backward", outcome.backward_run)):
         wanted = (pass_name, str(problem.dtype).removeprefix("torch."), expected(kind, problem))
@@ -53,7 +61,7 @@ def goals_of(kind, problem):
 @pytest.mark.covering(goals=goals_of)
 @pytest.mark.parametrize(
     ("kind", "problem"),
-    [pytest.param(k, p, id=f"{k}-{p}") for k, p in cases(SMALL, PROJECTED, RESIDENT)],
+    [pytest.param(k, p, id=f"{k}-{p}") for k, p in cases(SMALL, PROJECTED, RESIDENT, DESCRIBED)],
 )
 def test_agrees(kind, problem):
     cuda.set_plan(kind)
@@ -65,6 +73,7 @@ def test_agrees(kind, problem):
     [
         *((kind, Problem(5, 19, 6, 100, directions=2, hx=True)) for kind in KINDS),
         ("grid", Problem(2, 3, 4, 400)),  # weights both in registers and in shared memory
+        ("gemm", Problem(5, 19, 6, 100, cell="coupled_lstm", directions=2, hx=True)),
     ],
     ids=str,
 )
@@ -178,6 +187,7 @@ def test_no_races():
         ("cluster", "cluster"),
         ("cluster", "block"),
         ("step", "copies"),
+        ("sums", "block"),
     ],
 )
 def test_missing_barrier_is_detected(kind, missing):

@@ -108,6 +108,21 @@ def test_a_forced_plan_without_room_is_the_step_plan():
         cuda.set_plan("gird")
 
 
+@pytest.mark.parametrize("normalizes", (False, True))
+def test_plans_of_described_cells(normalizes):
+    """The gemm plan, whichever is forced; of cells that normalize, a CTA has a row."""
+    for name, dtype, N, H, kind in product(DEVICES, DTYPES, ROWS, UNITS, ("", *cuda.KINDS)):
+        sizes = (dtype, 100, N, H, H, 2, 4, False, False, DEVICES[name], True)
+        p = cuda.plan(*sizes, kind, True, normalizes)
+        assert p.kind == "gemm" and p.threads == 16 * p.unit_tiles * p.tile_rows
+        assert p.threads % 32 == 0 and p.threads <= 256
+        assert p.tile_rows == (1 if normalizes else 8)
+        assert p.row_groups == min(65535, -(-N // p.tile_rows))
+        assert p.unit_ctas == (1 if normalizes else -(-H // 32))
+        # Without an attribute of the kernel, a CTA may have 48 KB.
+        assert p.shared_bytes < 48 << 10 if normalizes else p.shared_bytes == 0
+
+
 def test_plan_text():
     text = str(cuda.plan("float32", 9, 4, 40, 40, 1, 4, False, True, DEVICES["H200"], False))
     assert "plan" in text and "CTAs" in text and "TF32" in text

@@ -7,6 +7,7 @@ import torch
 
 import lstm_fused
 from lstm_fused import cuda
+from tests.helpers import described
 from tests.helpers.oracle import Problem
 from tests.helpers.plan_coverage import DTYPES
 
@@ -31,6 +32,24 @@ PROJECTED = (
     Problem(5, 19, 6, 40, proj=11, directions=2, hx=True),
     Problem(6, 19, 6, 33, proj=17, directions=2, form="unsorted", hx=True),
     Problem(4, 3, 6, 20, proj=19, bias=False),
+)
+# Described cells have the gemm plan alone.
+DESCRIBED = (
+    *(
+        Problem(5, 19, 6, 40, cell=cell, form="unsorted", directions=2, hx=True)
+        for cell in described.CELLS
+    ),
+    Problem(4, 9, 6, 96, cell="slstm", directions=2, bias=False),  # two heads, in whole blocks
+    Problem(3, 5, 4, 35, cell="slstm", layers=2, batch_first=True),
+    # Cells that normalize: more units than a CTA has threads, and one unit.
+    Problem(3, 4, 5, 300, cell="layer_norm_lstm", hx=True),
+    Problem(3, 4, 5, 257, cell="layer_norm_lstm_carried", form="sorted"),
+    Problem(3, 4, 5, 530, cell="layer_norm_gru", directions=2),
+    Problem(4, 9, 6, 33, cell="layer_norm_lstm", proj=17, directions=2, hx=True),
+    Problem(5, 19, 6, 40, cell="peephole_lstm", proj=11, form="unsorted", hx=True),
+    Problem(4, 9, 6, 33, cell="coupled_lstm", proj=17, bias=False),
+    Problem(3, 5, 4, 70, cell="sru", layers=2, batch_first=True),
+    Problem(1, 3, 4, 40, cell="min_gru", hx=True),
 )
 LARGE = (
     Problem(20, 16, 64, 256, directions=2, hx=True),
@@ -77,12 +96,12 @@ def tf32(allowed, cudnn=True):
     return torch.backends.cudnn.flags(enabled=cudnn, allow_tf32=allowed)
 
 
-def cases(small, projected=(), resident=()):
-    """(kind, problem) for every dtype that has the plan.
+def cases(small, projected=(), resident=(), own=()):
+    """(kind, problem) for every dtype that has the plan; own: of described cells.
 
     Kinds are innermost, so that the expected outcomes of a problem are computed once.
     """
-    some = *product(projected, STEPWISE), *product(resident, ("grid",))
+    some = *product(projected, STEPWISE), *product(resident, ("grid",)), *product(own, ("gemm",))
     for dtype in DTYPES:
         for problem, kind in (*product(small, KINDS), *some):
             if kind in STEPWISE or dtype is not torch.float64:
@@ -91,5 +110,7 @@ def cases(small, projected=(), resident=()):
 
 def expected(kind, problem):
     """The plan that runs when `kind` is forced and fits the device."""
+    if problem.cell in described.CELLS:
+        return "gemm"
     any_plan = problem.dtype is not torch.float64 and not problem.proj
     return kind if any_plan or kind in STEPWISE else "step"

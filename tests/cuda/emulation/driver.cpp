@@ -1,11 +1,13 @@
-// Runs every plan forward and backward, for every cell, under the thread sanitizer, and compares
-// the results with a plain loop over time. Arguments: the plans to run, all without any.
+// Runs every plan forward and backward, for every cell of torch.nn, under the thread sanitizer, and
+// compares the results with a plain loop over time; and the sums of rows that are normalized.
+// Arguments: the plans to run, or "sums"; all without any.
 #include <cmath>
 #include <cstdio>
 #include <string>
 #include <vector>
 
 #include "cuda/launch.h"
+#include "cuda/normalized.h"
 #include "device.h"
 // After cuda/launch.h, which declares the functions that cells call.
 #include "cells/gru.h"
@@ -268,7 +270,7 @@ const char* run(Layer<Cell>& l, gpu::PlanKind kind, bool backward) {
   std::vector<char> barrier(c.D * plan->row_groups * gpu::kBarrierBytes, 0);
   std::vector<float> a[2];
   gpu::RecurrenceParams p{};
-  p.steps = l.steps();
+  if (!gpu::is_stepwise(kind)) p.steps = l.steps();
   p.s_end = c.T + backward;
   p.N = c.N;
   p.H = p.R = c.H;
@@ -325,6 +327,37 @@ bool passes(const Case& c, gpu::PlanKind kind) {
   return good;
 }
 
+struct SumsParams {
+  float* out;  // (threads, 6), each (rounds,)
+};
+constexpr int kSums = gpu::kMaxRowSums, kRounds = 3;
+
+LSTM_FUSED_KERNEL(gpu::kMaxRowThreads, 1) sums_kernel(const SumsParams p) {
+  const int thread = gpu::thread_index();
+  for (int round = 0; round < kRounds; ++round) {
+    float values[kSums];
+    for (int k = 0; k < kSums; ++k) values[k] = static_cast<float>((thread + round) * (k + 1));
+    gpu::sum_over_row(values, [](int k, double sum) { return sum / (k + 1); });
+    for (int k = 0; k < kSums; ++k) p.out[(thread * kSums + k) * kRounds + round] = values[k];
+  }
+}
+
+// Every thread gets the sums of all threads, time after time.
+bool sums_pass(int threads) {
+  std::vector<float> out(threads * kSums * kRounds, NAN);
+  gpu::ConfiguredDevices devices;
+  const char* error = gpu::launch_kernel(
+      sums_kernel, {dim3(1), threads, gpu::row_shared_bytes(threads), 0, false, nullptr},
+      SumsParams{out.data()}, devices);
+  bool good = !error;
+  for (size_t i = 0; i < out.size(); ++i) {
+    const int round = static_cast<int>(i % kRounds);
+    good = good && out[i] == static_cast<float>(threads * (threads - 1) / 2 + threads * round);
+  }
+  if (!good) std::printf("wrong: sums of %d threads: %s\n", threads, error ? error : "numbers");
+  return good;
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -332,6 +365,11 @@ int main(int count, char** arguments) {
                         {3, 9, 36, 1, false, false, false},
                         {4, 9, 20, 2, false, false, true}};
   int ran = 0, failed = 0;
+  if (count == 1 || std::string(arguments[1]) == "sums")
+    for (const int threads : {32, 96, 256}) {
+      ++ran;
+      failed += !sums_pass(threads);
+    }
   for (int kind = 0; kind < gpu::kPlanKinds; ++kind) {
     const gpu::PlanKind k = static_cast<gpu::PlanKind>(kind);
     bool wanted = count == 1;
