@@ -18,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 import lstm_fused
 from lstm_fused import runtime
 from lstm_fused.testing.tolerance import allowed, error_of
-from tests.helpers.cuda_cases import tf32
 from tests.helpers import described
+from tests.helpers.cuda_cases import tf32
+from tests.helpers.oracle import CELLS as OF_TORCH
 from tests.helpers.oracle import (
     Problem,
     has_cell_state,
@@ -27,7 +28,6 @@ from tests.helpers.oracle import (
     on_default_device,
     values_of,
 )
-from tests.helpers.oracle import CELLS as OF_TORCH
 
 pytestmark = pytest.mark.usefixtures("device")
 
