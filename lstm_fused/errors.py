@@ -218,9 +218,10 @@ def check_reset_state(module, reset_state, rows, widths=None):
         if not isinstance(reset_state, Tensor):
             raise TypeError(f"reset_state must be a Tensor, got {type(reset_state).__name__}")
         reset_state = (reset_state,)
-    elif not isinstance(reset_state, (tuple, list)) or len(reset_state) != 2:
+    elif not isinstance(reset_state, (tuple, list)) or len(reset_state) != len(widths):
+        of, count = ("(h, c)", "two") if len(widths) == 2 else ("(h, c, n, m)", "four")
         got = type(reset_state).__name__
-        raise TypeError(f"reset_state must be a tuple (h, c) of two tensors, got {got}")
+        raise TypeError(f"reset_state must be a tuple {of} of {count} tensors, got {got}")
     layers = module.num_layers * (2 if module.bidirectional else 1)
     found = []
     names = names_of_states("reset_state", reset_state)

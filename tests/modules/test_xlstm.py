@@ -258,3 +258,29 @@ def test_states_of_a_call():
                 module(torch.randn(4, 2, 3), wrong)
     with pytest.raises(RuntimeError, match="Expected hidden size"):
         module(torch.randn(4, 2, 3), (h, c, n, m[..., :8]))
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_reset_state(learned, bidirectional):
+    """As two calls, of which the second begins in the same four states."""
+    options = {"bidirectional": bidirectional, "learned_initial_state": learned}
+    layer = SLSTM(5, 32, num_heads=2, dtype=torch.float64, **options)
+    with torch.no_grad():
+        for w in layer.parameters():
+            w.uniform_(0.1, 0.2)
+    state = None
+    if not learned:
+        state = tuple(torch.rand(1 + bidirectional, 3, 32, dtype=torch.float64) for _ in range(4))
+    x = torch.randn(7, 3, 5, dtype=torch.float64)
+    resets = torch.zeros(7, 3, dtype=torch.bool)
+    resets[4] = True
+    y, _ = layer(x, state, resets=resets, reset_state=state)
+    torch.testing.assert_close(y, torch.cat([layer(part, state)[0] for part in x.split(4)]))
+
+
+def test_reset_state_of_another_kind():
+    layer, x = SLSTM(5, 32, num_heads=2), torch.randn(7, 3, 5)
+    resets = torch.zeros(7, 3, dtype=torch.bool)
+    with pytest.raises(TypeError, match=r"\(h, c, n, m\) of four tensors"):
+        layer(x, resets=resets, reset_state=(torch.zeros(1, 32), torch.zeros(1, 32)))
