@@ -12,7 +12,7 @@ from itertools import combinations, product
 import pytest
 
 CANDIDATES = 40
-MOST = 150
+MOST = 60
 
 
 def pairs_of(row):
