@@ -28,3 +28,17 @@ def state_widths(info, weights, directions):
     """Of each state: R, and of cell states the sum."""
     hidden, recurrent = widths(info, weights, directions)
     return (recurrent, info["cells"] * hidden) if info["cells"] else (recurrent,)
+
+
+def masks_of(info, weights, directions):
+    """Of each direction of a described cell that has masks, its last weight."""
+    each = len(weights) // directions
+    return list(weights[each - 1 :: each]) if info["masks"] else []
+
+
+def with_masks(weights, directions, masks):
+    """The weights with other masks."""
+    given, each = list(weights), len(weights) // directions
+    for d, mask in enumerate(masks):
+        given[(d + 1) * each - 1] = mask
+    return given

@@ -61,28 +61,14 @@ def _padded(x, lengths, resets, state0, weights, cell, directions, cell_states):
     # Given explicitly, so that the operator's results have N rows, which batch_sizes cannot show.
     state0 = state_or_zeros(x, None, state0, weights, cell, directions)
 
-    masks = masks_of(cuda.CELLS[cell], weights, directions)
+    masks = layer_weights.masks_of(cuda.CELLS[cell], weights, directions)
 
     def run(rows, batch_sizes, anew, start, *masks):
-        given = with_masks(weights, directions, masks)
+        given = layer_weights.with_masks(weights, directions, masks)
         found = forward_op(rows, batch_sizes, anew, start, given, cell, directions, cell_states, 0)
         return found[:3]
 
     return by_packing(run, x, lengths, resets, state0, masks)
-
-
-def masks_of(info, weights, directions):
-    """Of each direction of a described cell that has masks, its last weight."""
-    each = len(weights) // directions
-    return list(weights[each - 1 :: each]) if info["masks"] else []
-
-
-def with_masks(weights, directions, masks):
-    """The weights with other masks."""
-    given, each = list(weights), len(weights) // directions
-    for d, mask in enumerate(masks):
-        given[(d + 1) * each - 1] = mask
-    return given
 
 
 def by_packing(run, x, lengths, resets, state0, masks=()):

@@ -328,7 +328,7 @@ def test_markers(tmp_path):
 
 PAGES = [
     *(pages.README, pages.DOCS, pages.WORKS_WITH, pages.SEQUENCES),
-    *(pages.QUANTIZATION, pages.STREAMING),
+    *(pages.QUANTIZATION, pages.STREAMING, pages.CELLS),
 ]
 
 
