@@ -15,7 +15,7 @@ EXAMPLES := sentiment names tagging digits forecast generate translate gradients
 help:
 	@echo "make demo       train a character model with nn.LSTM and with lstm_fused, side by side"
 	@echo "make examples   every system of examples/, small; tables and plots under build/examples"
-	@echo "make test       lint and tests, at most 8 minutes on two cores; without the CUDA library"
+	@echo "make test       lint and tests, 8 to 15 minutes on two cores; without the CUDA library"
 	@echo "make test-full  the other tests: exhaustive, random, compiled for long; and CUDA's"
 	@echo "make bench      the speed table, kept with its chart under bench/results"
 	@echo "make docs       the documentation as a site, build/docs/index.html"
@@ -96,13 +96,13 @@ $(STAMPS)/dev: requirements-dev.txt | $(STAMPS)/venv
 # Folders are listed too, so that a file added to or taken from csrc/ also rebuilds.
 SOURCES := setup.py pyproject.toml $(shell find csrc)
 $(STAMPS)/build: $(SOURCES) $(STAMPS)/dev
-	@echo "building the kernels; where nvcc is, several minutes when all of them are new"
+	@echo "building the kernels; where nvcc is, ten minutes when all of them are new"
 	$(PIP) install --quiet --no-build-isolation --no-deps -e .
 	@touch $(STAMPS)/build-cpu $@
 
 # Without the CUDA library, which takes longer than the rest; one of older sources is removed.
 $(STAMPS)/build-cpu: $(SOURCES) $(STAMPS)/dev
-	@echo "building the CPU kernels, two or three minutes when all of them are new"
+	@echo "building the CPU kernels, 3 to 7 minutes when all of them are new"
 	@rm -f lstm_fused/_C_cuda*.so $(STAMPS)/build
 	LSTM_FUSED_CUDA=0 $(PIP) install --quiet --no-build-isolation --no-deps -e .
 	@touch $@

@@ -290,7 +290,7 @@ class Build(BuildExtension):
 
     def build_extensions(self):
         require_tools()
-        say("compiling the CPU kernels: 1 to 4 minutes on two cores")
+        say("compiling the CPU kernels: 3 to 7 minutes on two cores")
         if NVCC:
             say(f"then the CUDA kernels for {architectures()}: 1 to 4 minutes for each of them")
         else:
