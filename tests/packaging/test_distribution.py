@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import lstm_fused
+from tests.kernels.standalone.build import FEW_CELLS
 
 ROOT = Path(__file__).parents[2]
 # Of the repository and not of the distribution: what only it needs.
@@ -44,7 +45,7 @@ def built(what, folder, source):
     """The distribution's path; what: build_sdist or build_wheel. What compiles long is left out:
     optimisation, and most of the described cells."""
     compiler = folder / "c++"
-    compiler.write_text('#!/bin/sh\nexec c++ "$@" -O0 -DLSTM_FUSED_FEW_CELLS\n')
+    compiler.write_text(f'#!/bin/sh\nexec c++ "$@" -O0 {FEW_CELLS}\n')
     compiler.chmod(0o755)
     done = subprocess.run(
         [sys.executable, "-c", BUILD, what, str(folder)],
