@@ -160,12 +160,12 @@ inline void describe_weights(Layer& layer, const LayerTensors& given) {
   size.K = w_hh.size(1);
   size.R = layer.projection ? size.K : size.H;
   LSTM_FUSED_CHECK(size.H >= 1 && size.R >= 1 && size.I >= 1, "I, H and R must be at least 1");
-  const bool heads = cell.described && !layer.projection &&
+  const bool may_be_narrow = cell.described && !cell.operand;
+  const bool heads = may_be_narrow && !layer.projection &&
                      (size.K == 0 || (size.H % size.K == 0 && size.K % kBlock == 0));
-  LSTM_FUSED_CHECK(
-      size.K == size.R || heads, "w_hh has shape ", describe(w_hh),
-      ": without a projection it must be (", G, " * H, H)",
-      cell.described ? ", or (.., H / heads) with whole blocks of 16, or (.., 0)" : "");
+  LSTM_FUSED_CHECK(size.K == size.R || heads, "w_hh has shape ", describe(w_hh),
+                   ": without a projection it must be (", G, " * H, H)",
+                   may_be_narrow ? ", or (.., H / heads) with whole blocks of 16, or (.., 0)" : "");
   LSTM_FUSED_CHECK(!layer.projection || !cell.keeps_hidden, "cell ", cell.name,
                    " has no projection");
   size.x_is_preacts = cell.described && weights[0].dim == 2 && weights[0].size(1) == 0;

@@ -69,6 +69,7 @@ struct UnitInfo {
   int vectors;            // parameters of a unit
   int masks;              // values of a unit for each step
   int groups;             // of values that are normalized over all units (cells/unit.h)
+  bool operand;           // whether the last gate multiplies one of the cell's own (cells/unit.h)
   const void* functions;  // UnitFunctions of the ISA and the compute type
 
   LSTM_FUSED_INLINE int carried() const { return cells + keeps_hidden; }

@@ -23,6 +23,7 @@ class CellInfo(TypedDict):
     vectors: int  # parameters of a unit
     masks: int  # values of a unit for each step
     groups: int  # of values that are normalized over all units of a row
+    operand: bool  # whether the last gate multiplies an operand of the cell's own
     described: bool
     input_gates: tuple[int, ...]
     hidden_gates: tuple[int, ...]
@@ -106,6 +107,7 @@ def register_cell(
     vectors: int,
     masks: int,
     groups: int,
+    operand: bool,
 ) -> int: ...
 def saved_layouts() -> dict[str, dict[str, tuple[str, ...]]]: ...
 def build_info() -> BuildInfo: ...

@@ -46,7 +46,8 @@ def compile_cell(
         ``lstm_fused.GRU``'s takes, ``Layer(input_size, hidden_size, num_layers=1, ...)``.
 
     Raises:
-        ValueError: the source has no such struct.
+        ValueError: the source has no such struct, or its cell has an operand (a product of its own
+            with the hidden weight) and hidden_weight is False.
         RuntimeError: there is no compiler, or the cell does not compile; the message has the
             compiler's, with the lines of the source.
         FileNotFoundError: there is no such header.
@@ -56,6 +57,8 @@ def compile_cell(
         text = cell_library.read(Path(text).absolute())
     name = cell_library.struct_of(text, struct)
     library = cell_library.compile_and_load(text, name)
+    if library.trace.operand and not hidden_weight:
+        raise ValueError(f"{name} has an operand: hidden_weight is False but must be True")
     key = library.name, hidden_weight
     if key not in _layers:
         if library.name not in ops.CELLS:
@@ -77,11 +80,10 @@ def compile_cell(
 def _register(library: cell_library.Library) -> None:
     """Make the cell known to the kernels and to whoever reads the lists of cells."""
     trace, name = library.trace, library.name
-    gates, own = (
-        (trace.gates, trace.preacts, trace.cells),
-        (trace.vectors, trace.masks, trace.groups),
-    )
-    number = torch.ops.lstm_fused.register_cell(name, [*gates, int(trace.keeps_hidden), *own])
+    gates, has_operand = (trace.gates, trace.preacts, trace.cells), trace.operand is not None
+    own = trace.vectors, trace.masks, trace.groups, has_operand
+    numbers = [int(n) for n in (*gates, trace.keeps_hidden, *own)]
+    number = torch.ops.lstm_fused.register_cell(name, numbers)
     for isa, addresses in library.functions.items():
         torch.ops.lstm_fused.register_functions(number, isa, *addresses)
     _plan.register_cell(name, *gates, trace.keeps_hidden, *own)
@@ -134,7 +136,9 @@ class CompiledLayer(DescribedLayer[Any]):
         )
 
     @classmethod
-    def check(cls, step: Step | None = None) -> list[str]:
+    def check(
+        cls, step: Step | None = None, operand: Callable[..., Tensor] | None = None
+    ) -> list[str]:
         """Compare the cell's kernels with its reference, on every ISA of this machine.
 
         Outputs, final states and every gradient, in float64 and float32, of the kernels for one
@@ -145,6 +149,7 @@ class CompiledLayer(DescribedLayer[Any]):
             step: the cell written in torch, ``step(preact, vector, mask, prev)``: sequences of
                 tensors (n, H), vectors (H,); prev has h last if the cell keeps it. It returns h and
                 the list of the cell states after the step.
+            operand: the cell's ``operand`` in torch, of the same arguments, if it has one.
 
         Returns:
             A line for each thing that was compared.
@@ -154,7 +159,7 @@ class CompiledLayer(DescribedLayer[Any]):
         """
         from lstm_fused.testing import cell_check
 
-        return cell_check.check(cls, step)
+        return cell_check.check(cls, step, operand)
 
     def _init_own(self, own):
         if self.trace.groups:

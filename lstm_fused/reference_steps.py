@@ -55,6 +55,21 @@ def _preacts(x, h, w_ih, w_hh, b_ih, b_hh, gates):
     return sums.chunk(gates, dim=1)
 
 
+def _of_hidden(h, w_hh, b_hh, gates, count):
+    """What h gives the pre-activations of the first `count` gates, (n, H) each; zeros for the
+    others."""
+    H = w_hh.shape[0] // gates
+    b = None if b_hh is None else b_hh[: count * H]
+    sums = _recurrent(h, w_hh[: count * H], b, count).split(H, dim=1) if count else ()
+    return [*sums, *[torch.zeros_like(h)] * (gates - count)]
+
+
+def _last_gate(operand, w_hh, b_hh, gates):
+    """What an operand in the place of h gives the last gate, (n, H)."""
+    H = w_hh.shape[0] // gates
+    return _linear(operand, w_hh[-H:], None if b_hh is None else b_hh[-H:])
+
+
 def _projected(h, w_hr):
     return h if w_hr is None else _linear(h, w_hr, None)
 
@@ -157,6 +172,25 @@ def _coupled_lstm(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, *_):
     i = torch.sigmoid(i)
     c = (1 - i) * c + i * torch.tanh(g)
     return _projected(torch.sigmoid(o) * torch.tanh(c), w_hr), c
+
+
+def _reset_before_gru(x, state, w_ih, w_hh, b_ih, b_hh, *_):
+    """Cho et al. 2014 as the paper has it: the reset gate multiplies h before the product."""
+    (h,) = state
+    r_x, z_x, n_x = _of_input(x, w_ih, b_ih).chunk(3, dim=1)
+    r_h, z_h, _ = _of_hidden(h, w_hh, b_hh, 3, 2)
+    r, z = torch.sigmoid(r_x + r_h), torch.sigmoid(z_x + z_h)
+    n = torch.tanh(n_x + _last_gate(r * h, w_hh, b_hh, 3))
+    return ((1 - z) * n + z * h,)
+
+
+def _mgu(x, state, w_ih, w_hh, b_ih, b_hh, *_):
+    """Zhou et al. 2016: one gate f, and a candidate that sees f * h."""
+    (h,) = state
+    f_x, n_x = _of_input(x, w_ih, b_ih).chunk(2, dim=1)
+    f = torch.sigmoid(f_x + _of_hidden(h, w_hh, b_hh, 2, 1)[0])
+    n = torch.tanh(n_x + _last_gate(f * h, w_hh, b_hh, 2))
+    return ((1 - f) * h + f * n,)
 
 
 def _ind_rnn(activation):
@@ -272,6 +306,8 @@ CELLS = {
     "variational_lstm": Cell(_variational_lstm, gates=4, cells=2, vectors=5, masks=4),
     "variational_gru": Cell(_variational_gru, gates=3, cells=1, vectors=1, masks=3),
     "coupled_lstm": Cell(_coupled_lstm, gates=3, cells=1),
+    "reset_before_gru": Cell(_reset_before_gru, gates=3),
+    "mgu": Cell(_mgu, gates=2),
     "ind_rnn": Cell(_ind_rnn(torch.relu), gates=1, vectors=1),
     "ind_rnn_tanh": Cell(_ind_rnn(torch.tanh), gates=1, vectors=1),
     "sru": Cell(_sru, gates=4, cells=1, vectors=2),

@@ -44,35 +44,5 @@ def projected_lstm(proj_clip):
     return _layer(Cell(step, gates=4, cells=1, vectors=5, masks=4))
 
 
-def _reset_before_gru(x, state, w_ih, w_hh, b_ih, b_hh, *_):
-    """Cho et al. 2014 as the paper has it: the reset gate multiplies h before the product."""
-    (h,) = state
-    H = h.shape[1]
-    r_x, z_x, n_x = _linear(x, w_ih, b_ih).chunk(3, dim=1)
-    w_rz, w_n = w_hh.split((2 * H, H))
-    b_rz, b_n = (None, None) if b_hh is None else b_hh.split((2 * H, H))
-    r_h, z_h = _linear(h, w_rz, b_rz).chunk(2, dim=1)
-    r, z = torch.sigmoid(r_x + r_h), torch.sigmoid(z_x + z_h)
-    n = torch.tanh(n_x + _linear(r * h, w_n, b_n))
-    return ((1 - z) * n + z * h,)
-
-
-def _mgu(x, state, w_ih, w_hh, b_ih, b_hh, *_):
-    """Zhou et al. 2016: one gate f, and a candidate that sees f * h."""
-    (h,) = state
-    f_x, n_x = _linear(x, w_ih, b_ih).chunk(2, dim=1)
-    w_f, w_n = w_hh.chunk(2)
-    b_f, b_n = (None, None) if b_hh is None else b_hh.chunk(2)
-    f = torch.sigmoid(f_x + _linear(h, w_f, b_f))
-    n = torch.tanh(n_x + _linear(f * h, w_n, b_n))
-    return ((1 - f) * h + f * n,)
-
-
 def _layer(cell):
     return partial(reference._layer, cell)
-
-
-CELLS = {
-    "reset_before_gru": _layer(Cell(_reset_before_gru, gates=3)),
-    "mgu": _layer(Cell(_mgu, gates=2)),
-}

@@ -21,7 +21,8 @@ class TraceStep(NamedTuple):
 
 class Trace(NamedTuple):
     """A cell's numbers, as in csrc/cells/described.h, and its steps: first the inputs (preacts,
-    vectors, masks, states before), then what forward computes. h, next: numbers of steps."""
+    vectors, masks, states before), then what forward computes. h, next: numbers of steps.
+    operand: the same of the function of that name, whose result is h, if the cell has one."""
 
     gates: int
     preacts: int
@@ -33,6 +34,7 @@ class Trace(NamedTuple):
     steps: tuple[TraceStep, ...]
     h: int
     next: tuple[int, ...]
+    operand: "Trace | None" = None
 
     @property
     def states(self) -> int:
@@ -45,30 +47,41 @@ class Trace(NamedTuple):
 
 def read(library: ctypes.CDLL) -> Trace:
     """The trace of a compiled cell; csrc/cells/library.h."""
-    facts = (ctypes.c_int64 * 10)()
+    facts = (ctypes.c_int64 * 9)()
     library.lstm_fused_cell_facts(facts)
-    *numbers, count, h, operands = facts
-    width, states = 3 + operands, numbers[2] + numbers[3]
-    steps = (ctypes.c_int64 * (count * width))()
-    constants, following = (ctypes.c_double * count)(), (ctypes.c_int64 * max(states, 1))()
-    library.lstm_fused_cell_trace(steps, constants, following)
+    gates, preacts, cells, keeps_hidden, vectors, masks, groups, has_operand, operands = facts
+
+    def function(number):
+        steps, h, following = _function(library, number, 3 + operands, cells + keeps_hidden)
+        return Trace(
+            gates=gates,
+            preacts=preacts,
+            cells=cells,
+            keeps_hidden=bool(keeps_hidden),
+            vectors=vectors,
+            masks=masks,
+            groups=groups,
+            steps=steps,
+            h=h,
+            next=following,
+        )
+
+    return function(0)._replace(operand=function(1) if has_operand else None)
+
+
+def _function(library, number, width, states):
+    """The steps of forward (0) or operand (1), and the numbers of its results."""
+    numbers = (ctypes.c_int64 * 2)()
+    library.lstm_fused_cell_trace(number, numbers, None, None, None)
+    count, h = numbers
+    steps, constants = (ctypes.c_int64 * (count * width))(), (ctypes.c_double * count)()
+    following = (ctypes.c_int64 * max(states, 1))()
+    library.lstm_fused_cell_trace(number, numbers, steps, constants, following)
     found = []
     for k in range(count):
         operation, group, used, *places = steps[k * width : (k + 1) * width]
         found.append(TraceStep(operation, group, tuple(places[:used]), constants[k]))
-    gates, preacts, cells, keeps_hidden, vectors, masks, groups = numbers
-    return Trace(
-        gates=gates,
-        preacts=preacts,
-        cells=cells,
-        keeps_hidden=bool(keeps_hidden),
-        vectors=vectors,
-        masks=masks,
-        groups=groups,
-        steps=tuple(found),
-        h=h,
-        next=tuple(following[:states]),
-    )
+    return tuple(found), h, tuple(following[:states])
 
 
 def _clip(x, bound):
@@ -121,18 +134,24 @@ def run(trace: Trace, inputs: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
 def reference_cell(trace: Trace) -> reference_steps.Cell:
     """The cell as reference.py runs it."""
     gates, parted = trace.gates, trace.preacts - trace.gates
+    has_operand = trace.operand is not None
 
     def step(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, vectors, masks):
         h, *cells = state
         of_x = reference_steps._of_input(x, w_ih, b_ih).chunk(gates, dim=1)
-        of_h = reference_steps._recurrent(h, w_hh, b_hh, gates).chunk(gates, dim=1)
+        of_h = reference_steps._of_hidden(h, w_hh, b_hh, gates, gates - has_operand)
         preacts = [*of_x[gates - parted :]] if parted else []
         preacts += [of_h[j] + of_x[j] if j < gates - parted else of_h[j] for j in range(gates)]
         before = [*cells[0].chunk(trace.cells, dim=1)] if trace.cells else []
         before += [h] if trace.keeps_hidden else []
         inputs = [*preacts, *(() if vectors is None else vectors)]
         inputs += [] if masks is None else masks.unbind(1)
-        h, after = run(trace, [*inputs, *before])
+        inputs += before
+        if has_operand:
+            operand, _ = run(trace.operand, inputs)
+            product = reference_steps._last_gate(operand, w_hh, b_hh, gates)
+            inputs[trace.preacts - 1] = inputs[trace.preacts - 1] + product
+        h, after = run(trace, inputs)
         h = reference_steps._projected(h, w_hr)
         return (h, torch.cat(after[: trace.cells], dim=1)) if trace.cells else (h,)
 

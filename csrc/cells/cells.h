@@ -34,10 +34,12 @@
 #include "ind_rnn.h"
 #include "layer_norm.h"
 #include "lstm.h"
+#include "mgu.h"
 #include "min_rnn.h"
 #include "peephole_lstm.h"
 #include "qrnn.h"
 #include "regularized.h"
+#include "reset_before_gru.h"
 #include "rnn.h"
 #include "slstm.h"
 #include "sru.h"
@@ -54,6 +56,7 @@
 #define LSTM_FUSED_DESCRIBED_CELLS(CELL) \
   CELL(regularized_gru, RegularizedGru)  \
   CELL(ind_rnn, IndRnn)                  \
+  CELL(mgu, Mgu)                         \
   CELL(slstm, Slstm)                     \
   CELL(layer_norm_lstm, LayerNormLstm)
 #else
@@ -62,6 +65,8 @@
   CELL(regularized_lstm, RegularizedLstm)             \
   CELL(regularized_gru, RegularizedGru)               \
   CELL(coupled_lstm, CoupledLstm)                     \
+  CELL(reset_before_gru, ResetBeforeGru)              \
+  CELL(mgu, Mgu)                                      \
   CELL(ind_rnn, IndRnn)                               \
   CELL(ind_rnn_tanh, IndRnnTanh)                      \
   CELL(sru, Sru)                                      \
@@ -121,7 +126,8 @@ struct CellInfo {
   int cells;          // cell states of a unit: c0 and c_n are (D, N, cells * H)
   bool keeps_hidden;  // whether h is carried before it is rounded
   int vectors, masks;
-  int groups;  // of values that are normalized over all units of a row
+  int groups;    // of values that are normalized over all units of a row
+  bool operand;  // whether the last gate's rows of w_hh multiply an operand of the cell's own
 
   constexpr int carried() const { return cells + keeps_hidden; }
   constexpr int saved() const { return carried() + groups; }
@@ -141,12 +147,21 @@ inline constexpr CellInfo kCells[] = {
    Cell::kCarry == Carry::kHidden,  \
    0,                               \
    0,                               \
-   0},
+   0,                               \
+   false},
     LSTM_FUSED_CELLS(LSTM_FUSED_INFO)
 #undef LSTM_FUSED_INFO
-#define LSTM_FUSED_INFO(name, Cell)                                                        \
-  {#name,          Cell::kGates, Cell::kPreacts,   true, Cell::kCells, Cell::kKeepsHidden, \
-   Cell::kVectors, Cell::kMasks, groups_of<Cell>()},
+#define LSTM_FUSED_INFO(name, Cell) \
+  {#name,                           \
+   Cell::kGates,                    \
+   Cell::kPreacts,                  \
+   true,                            \
+   Cell::kCells,                    \
+   Cell::kKeepsHidden,              \
+   Cell::kVectors,                  \
+   Cell::kMasks,                    \
+   groups_of<Cell>(),               \
+   HasOperand<Cell>},
         LSTM_FUSED_DESCRIBED_CELLS(LSTM_FUSED_INFO)
 #undef LSTM_FUSED_INFO
 };
@@ -168,8 +183,8 @@ inline const CellInfo& info(CellKind cell) {
 
 inline UnitInfo unit_info(CellKind cell, const void* functions) {
   const CellInfo& known = info(cell);
-  return {known.gates,   known.preacts, known.cells,  known.keeps_hidden,
-          known.vectors, known.masks,   known.groups, functions};
+  return {known.gates, known.preacts, known.cells,   known.keeps_hidden, known.vectors,
+          known.masks, known.groups,  known.operand, functions};
 }
 
 inline const char* name(CellKind cell) {

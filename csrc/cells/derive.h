@@ -114,6 +114,17 @@ struct Derivation {
 template <class Cell>
 inline constexpr Derivation<Cell> kDerivation;
 
+// The function `operand` of a cell that has one as a cell, whose h is the operand.
+template <class Cell>
+struct OperandOf : Cell {
+  template <class V>
+  static constexpr V forward(const V* preact, const V* vector, const V* mask, const V* prev,
+                             V* next) {
+    for (int k = 0; k < Cell::kCells; ++k) next[k] = prev[k];
+    return Cell::operand(preact, vector, mask, prev);
+  }
+};
+
 template <class V>
 LSTM_FUSED_INLINE auto scalar_of(const V& v) {
   return v[0] + 0;
@@ -270,6 +281,30 @@ LSTM_FUSED_INLINE V described_backward(const V* preact, const V* vector, const V
   return runner.value[runner.kH];
 }
 
+// Adds what the gradient of the operand gives to the gradients of the inputs. -> the operand.
+template <class Cell, class V>
+LSTM_FUSED_INLINE V operand_backward(const V* preact, const V* vector, const V* mask, const V* prev,
+                                     const V& d_operand, V* d_state, V* d_preact, V* d_vector) {
+  using D = Derivation<OperandOf<Cell>>;
+  static_assert(!kDerivation<OperandOf<Cell>>.reached[D::kPreacts - 1],
+                "the cell's operand must not use the last pre-activation");
+  static_assert(kDerivation<Cell>.trace.groups + kDerivation<OperandOf<Cell>>.trace.groups == 0,
+                "the cell has an operand, so that it must not normalize");
+  TraceRunner<OperandOf<Cell>, V> runner;
+  runner.put_inputs(preact, vector, mask, prev);
+  runner.template run<false>(nullptr);
+  const V no_next[D::kStates + 1] = {};
+  runner.run_backward(d_operand, no_next);
+  V own[D::kInputs + 1];
+  runner.template take<0>(FirstNumbers<D::kInputs>(), own);
+  LSTM_FUSED_UNROLLED_FOR (int k = 0; k < D::kPreacts; ++k) d_preact[k] = d_preact[k] + own[k];
+  LSTM_FUSED_UNROLLED_FOR (int k = 0; k < D::kVectors; ++k)
+    d_vector[k] = d_vector[k] + own[D::kFirstVector + k];
+  LSTM_FUSED_UNROLLED_FOR (int k = 0; k < D::kStates; ++k)
+    d_state[k] = d_state[k] + own[D::kFirstPrev + k];
+  return runner.value[runner.kH];
+}
+
 template <int count, class V, class A>
 LSTM_FUSED_INLINE void load_values(V* to, const A* from, int64_t stride) {
   if constexpr (count > 0) {
@@ -301,6 +336,26 @@ struct UnitInputs {
   }
 };
 
+// The values and gradients of a unit's trace, where nothing is written yet.
+template <class Cell, class V>
+struct BackwardOf {
+  using D = Derivation<Cell>;
+  TraceRunner<Cell, V> runner;
+
+  template <class Unit>
+  LSTM_FUSED_INLINE BackwardOf(const Unit& unit) {
+    const UnitInputs<Cell, V> in(unit, unit.preacts_stride);
+    V next[D::kStates + 1], d_state[D::kStates + 1], dh;
+    load_values<D::kStates>(next, unit.next, unit.next_stride);
+    load_values<1>(&dh, unit.dh, in.lanes);
+    load_values<D::kStates>(d_state, unit.d_state, unit.d_state_stride);
+    runner.statistics = unit.statistics;
+    runner.put_inputs(in.preact, in.vector, in.mask, in.prev);
+    runner.template run<true>(next);
+    runner.run_backward(dh, d_state);
+  }
+};
+
 template <class Cell, class V, class A>
 void unit_forward(const UnitForward<A>& unit) {
   using D = Derivation<Cell>;
@@ -325,10 +380,37 @@ void unit_backward(const UnitBackward<A>& unit) {
   load_values<D::kStates>(d_state, unit.d_state, unit.d_state_stride);
   const V h = described_backward<Cell>(in.preact, in.vector, in.mask, in.prev, next, dh, d_state,
                                        d_preact, d_vector, unit.statistics);
+  if constexpr (HasOperand<Cell>) {
+    V d_operand;
+    load_values<1>(&d_operand, unit.d_operand, lanes);
+    const V operand = operand_backward<Cell>(in.preact, in.vector, in.mask, in.prev, d_operand,
+                                             d_state, d_preact, d_vector);
+    store_values<1>(unit.operand, lanes, &operand);
+  }
   store_values<D::kPreacts>(unit.d_preacts, lanes, d_preact);
   store_values<D::kVectors>(unit.d_vectors, lanes, d_vector);
   store_values<D::kStates>(unit.d_state, unit.d_state_stride, d_state);
   store_values<1>(unit.h, lanes, &h);
+}
+
+// UnitFunctions::operand and last_gradient.
+template <class Cell, class V, class A>
+void unit_operand(const UnitForward<A>& unit) {
+  constexpr int64_t lanes = sizeof(V) / sizeof(A);
+  const UnitInputs<Cell, V> in(unit, lanes);
+  V next[Derivation<Cell>::kStates + 1];
+  const V operand =
+      described_forward<OperandOf<Cell>>(in.preact, in.vector, in.mask, in.prev, next);
+  store_values<1>(unit.h, lanes, &operand);
+}
+
+template <class Cell, class V, class A>
+void unit_last_gradient(const UnitBackward<A>& unit, A* to) {
+  using D = Derivation<Cell>;
+  const BackwardOf<Cell, V> found(unit);
+  V d_preact[D::kPreacts];
+  found.runner.template take<0>(FirstNumbers<D::kPreacts>(), d_preact);
+  store_values<1>(to, sizeof(V) / sizeof(A), d_preact + D::kPreacts - 1);
 }
 
 // UnitFunctions::values and sums of a level. What the level does not need is dead code.
@@ -360,16 +442,8 @@ void unit_sums(const UnitBackward<A>& unit, A* to) {
   using D = Derivation<Cell>;
   constexpr int64_t lanes = sizeof(V) / sizeof(A);
   constexpr const D& d = kDerivation<Cell>;
-  const UnitInputs<Cell, V> in(unit, unit.preacts_stride);
-  V next[D::kStates + 1], d_state[D::kStates + 1], dh;
-  load_values<D::kStates>(next, unit.next, unit.next_stride);
-  load_values<1>(&dh, unit.dh, lanes);
-  load_values<D::kStates>(d_state, unit.d_state, unit.d_state_stride);
-  TraceRunner<Cell, V> runner;
-  runner.statistics = unit.statistics;
-  runner.put_inputs(in.preact, in.vector, in.mask, in.prev);
-  runner.template run<true>(next);
-  runner.run_backward(dh, d_state);
+  const BackwardOf<Cell, V> found(unit);
+  const TraceRunner<Cell, V>& runner = found.runner;
   V sums[kMaxUnitGroups][2] = {};
   const auto add = [&]<int i>() {
     constexpr TraceStep step = d.trace.steps[i];
@@ -394,6 +468,10 @@ constexpr UnitFunctions<A> unit_functions() {
   UnitFunctions<A> found = {unit_forward<Cell, V, A>, unit_backward<Cell, V, A>};
   found.groups = d.trace.groups;
   found.levels = d.levels;
+  if constexpr (HasOperand<Cell>) {
+    found.operand = unit_operand<Cell, V, A>;
+    found.last_gradient = unit_last_gradient<Cell, V, A>;
+  }
   for (int g = 0; g < d.trace.groups; ++g) found.group[g] = d.group[g];
   const auto put = [&]<int level>() {
     if constexpr (level < d.levels) {

@@ -20,6 +20,11 @@
 //   preact (kPreacts), vector (kVectors), mask (kMasks), prev and next (kCells + kKeepsHidden)
 //   forward returns h and writes next.
 //
+// A step may have a second product, after the first: of a cell that has a function `operand`, with
+// forward's arguments but next, the last gate's rows of W_hh multiply its result in the place of
+// the hidden state. operand does not see the last pre-activation, to which the product adds. Such a
+// cell does not normalize.
+//
 // V is Traced (trace.h): a number with + - * /, of which forward knows no value, so that it cannot
 // be compared or decide a branch. Its functions are sigmoid, tanh, exp, log, log_sigmoid, relu,
 // abs, max, min, clip(x, bound) and if_less(a, b, x, y). Constants are numbers of any type.
@@ -44,6 +49,9 @@ struct DescribedCell {
   // Values of a unit for each step, without gradients: (T, N, kMasks * H).
   static constexpr int kMasks = 0;
 };
+
+template <class Cell>
+concept HasOperand = requires(const Traced* in) { Cell::template operand<Traced>(in, in, in, in); };
 
 // How often forward normalizes.
 template <class Cell>

@@ -24,11 +24,18 @@ template <class Cell>
 concept HasForward = requires(const Traced* in, Traced* next) {
   { Cell::template forward<Traced>(in, in, in, in, next) } -> std::convertible_to<Traced>;
 };
+// A function of that name with other arguments would be left out without a word.
+template <class Cell>
+concept HasOtherOperand = requires { &Cell::template operand<Traced>; } && !HasOperand<Cell>;
 static_assert(HasGates<UserCell>, "the cell has no `static constexpr int kGates`");
 static_assert(HasPreacts<UserCell>, "the cell has no `static constexpr int kPreacts`");
 static_assert(HasForward<UserCell>,
               "the cell has no `template <class V> static constexpr V forward(const V* preact, "
               "const V* vector, const V* mask, const V* prev, V* next)`");
+
+static_assert(!HasOtherOperand<UserCell>,
+              "the cell's operand is not `template <class V> static constexpr V operand(const V* "
+              "preact, const V* vector, const V* mask, const V* prev)`");
 
 static_assert(kMaxUnitValues == 16);  // as the message says
 static_assert(UserCell::kVectors <= kMaxUnitValues && UserCell::kMasks <= kMaxUnitValues,
@@ -37,32 +44,12 @@ static_assert(UserCell::kVectors <= kMaxUnitValues && UserCell::kMasks <= kMaxUn
 using UserDerivation = Derivation<UserCell>;
 inline constexpr const UserDerivation& kUserDerivation = kDerivation<UserCell>;
 
-}  // namespace
-}  // namespace lstm_fused
-
-extern "C" {
-
-// facts (10,)
-void lstm_fused_cell_facts(int64_t* facts) {
-  using namespace lstm_fused;
-  const int64_t all[] = {UserCell::kGates,
-                         UserCell::kPreacts,
-                         UserCell::kCells,
-                         UserCell::kKeepsHidden,
-                         UserCell::kVectors,
-                         UserCell::kMasks,
-                         kUserDerivation.trace.groups,
-                         kUserDerivation.trace.count,
-                         kUserDerivation.h,
-                         TraceStep::kMaxOperands};
-  std::memcpy(facts, all, sizeof(all));
-}
-
-// steps (count, 3 + kMaxOperands): operation, group, number of operands, operands; constants
-// (count,); next (kCells + kKeepsHidden,).
-void lstm_fused_cell_trace(int64_t* steps, double* constants, int64_t* next) {
-  using namespace lstm_fused;
-  static constexpr UserDerivation derivation;
+template <class Cell>
+void write_trace(int64_t* numbers, int64_t* steps, double* constants, int64_t* next) {
+  static constexpr Derivation<Cell> derivation;
+  numbers[0] = derivation.trace.count;
+  numbers[1] = derivation.h;
+  if (!steps) return;
   for (int i = 0; i < derivation.trace.count; ++i) {
     const TraceStep& step = derivation.trace.steps[i];
     *steps++ = static_cast<int64_t>(step.operation);
@@ -72,6 +59,37 @@ void lstm_fused_cell_trace(int64_t* steps, double* constants, int64_t* next) {
     constants[i] = step.constant;
   }
   for (int k = 0; k < UserDerivation::kStates; ++k) next[k] = derivation.next[k];
+}
+
+}  // namespace
+}  // namespace lstm_fused
+
+extern "C" {
+
+// facts (9,)
+void lstm_fused_cell_facts(int64_t* facts) {
+  using namespace lstm_fused;
+  const int64_t all[] = {UserCell::kGates,
+                         UserCell::kPreacts,
+                         UserCell::kCells,
+                         UserCell::kKeepsHidden,
+                         UserCell::kVectors,
+                         UserCell::kMasks,
+                         kUserDerivation.trace.groups,
+                         HasOperand<UserCell>,
+                         TraceStep::kMaxOperands};
+  std::memcpy(facts, all, sizeof(all));
+}
+
+// Of forward, or of operand: numbers (2,), how many steps there are and which of them is the
+// result; and if steps is not null, steps (count, 3 + kMaxOperands): operation, group, number of
+// operands, operands; constants (count,); next (kCells + kKeepsHidden,).
+void lstm_fused_cell_trace(int operand, int64_t* numbers, int64_t* steps, double* constants,
+                           int64_t* next) {
+  using namespace lstm_fused;
+  if constexpr (HasOperand<UserCell>)
+    if (operand) return write_trace<OperandOf<UserCell>>(numbers, steps, constants, next);
+  write_trace<UserCell>(numbers, steps, constants, next);
 }
 
 // functions (2,): the addresses of UnitFunctions of float and of double.

@@ -46,6 +46,9 @@ struct UnitBackward {
   A *d_preacts, *d_vectors;  // out
   A* h;                      // out: h again, not rounded
   const A* statistics;
+  // Of a cell with an operand (described.h): its gradient; out: the operand again, not rounded.
+  const A* d_operand;
+  A* operand;
 };
 
 template <class A>
@@ -58,6 +61,10 @@ struct UnitFunctions {
   // group the sums of d and of d * value over its values, (2, lanes). They write nothing else.
   void (*values[kMaxUnitGroups])(const UnitForward<A>&, A* to);
   void (*sums[kMaxUnitGroups])(const UnitBackward<A>&, A* to);
+  // Of a cell with an operand, else null: the operand, in the place of h; and the gradient of the
+  // last pre-activation (lanes,), from which that of the operand follows. They write nothing else.
+  void (*operand)(const UnitForward<A>&);
+  void (*last_gradient)(const UnitBackward<A>&, A* to);
 };
 
 }  // namespace lstm_fused

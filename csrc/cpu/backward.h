@@ -62,6 +62,11 @@ struct BackwardSteps : BackwardThread<Cell, S, M> {
       else
         pack_gate_rows(hh, steps, k.hidden_gates(), w_hh, k.H, k.R);
     }
+    if (k.packed_operand) {
+      const Panels<M> panels = k.operand_panels(d, place.unit_group);
+      pack_gate_rows(panels, split(panels.depth, k.plan.row_groups, place.row_group),
+                     k.operand_gate(), k.operand_weights(d), k.H, k.R);
+    }
     if (k.projection && place.row_group == 0) {
       const Panels<M> hr = k.projection_panels(d, place.unit_group);
       for (int64_t step = 0; step < hr.depth; ++step)
@@ -155,6 +160,7 @@ struct BackwardSteps : BackwardThread<Cell, S, M> {
     }
     if constexpr (kIsAny<Cell>) {
       if (k.normalizes()) normalize(step, active);
+      if (k.has_operand()) through_operand(step, active);
     }
     if (k.p.size.steps.resets && kCarries) cut_carried(step, active);
     barrier.wait();
@@ -183,7 +189,7 @@ struct BackwardSteps : BackwardThread<Cell, S, M> {
   void product(const Panels<M>& panels, int64_t panel, int64_t step, int64_t first, int n,
                bool ended, A* out) const {
     if constexpr (kIsAny<Cell>) {
-      if (!k.recurs) return clear(out, kMaxRows * kMaxCols * lanes);
+      if (!k.recurs || k.hidden_gates().G == 0) return clear(out, kMaxRows * kMaxCols * lanes);
     }
     if (k.in_place) {
       const InPlaceSums<A> sums = k.row_sums_of(worker);
@@ -195,7 +201,7 @@ struct BackwardSteps : BackwardThread<Cell, S, M> {
     }
     const int64_t t = k.time(d, step - 1);
     const Range blocks = k.blocks_of(panels, panel);
-    GateProduct<M> tile(k, panels, panel, blocks);
+    GateProduct<M> tile(k, panels, panel, blocks, k.hidden_gates().G);
     Lines lines;
     if (!ended && !k.projection)
       tile.first().prefetch = prefetch_lines(panels, panel, step, first, n, lines);
@@ -369,25 +375,62 @@ struct BackwardSteps : BackwardThread<Cell, S, M> {
     for (int64_t i = 0; i < active; ++i) {
       const int64_t n = group.row(i);
       for (int64_t vec = units.begin; vec < units.end; ++vec)
-        finish_cell(t, n, row_of(t, i), vec, load<V>(k.dh + (d * k.N + n) * k.Hp + vec * lanes),
-                    sums.statistics(i));
+        finish_cell(t, n, row_of(t, i), vec, load<V>(dh_of(n, vec)), sums.statistics(i), nullptr);
     }
+  }
+
+  // The same of a cell with an operand, the gradients of whose last pre-activation are known: those
+  // of the operand, then those of all else.
+  LSTM_FUSED_NOINLINE void through_operand(int64_t step, int64_t active) const {
+    barrier.wait();
+    const Panels<M> panels = k.operand_panels(d, place.unit_group);
+    const int64_t t = k.time(d, step), last = (k.P - 1) * kBlock;
+    for (int64_t panel = 0; panel < panels.count(); ++panel)
+      for_each_tile(0, active, [&](int64_t first, int n) {
+        A out[kMaxRows * kMaxCols * lanes];
+        GateProduct<M> tile(k, panels, panel, {0, k.Hb}, 1);
+        tile.set_rows(n, [&](int r, int64_t block) {
+          return k.preact_gradients(d, block, row_of(t, first + r)) + last;
+        });
+        multiply_tile(n, panels.cols(panel), tile.first(), out, false);
+        for (int r = 0; r < n; ++r)
+          for (int c = 0; c < panels.cols(panel); ++c) {
+            const int64_t row = group.row(first + r), vec = panels.first_vector(panel) + c;
+            finish_cell(t, row, row_of(t, first + r), vec, load<V>(dh_of(row, vec)), nullptr,
+                        out + (r * kMaxCols + c) * lanes);
+          }
+      });
+  }
+
+  A* dh_of(int64_t n, int64_t vec) const { return k.dh + (d * k.N + n) * k.Hp + vec * lanes; }
+
+  // The gradient of the last pre-activation, from which that of the operand follows.
+  void put_last_gradient(int64_t t, int64_t n, int64_t s, int64_t vec, const V& dh) const {
+    typename Base::Described own;
+    A found[lanes];
+    k.unit().last_gradient(this->unit_at(t, n, s, vec, dh, own, nullptr), found);
+    const int64_t u = vec * lanes;
+    store(k.preact_gradients(d, u / kBlock, s) + (k.P - 1) * kBlock + u % kBlock,
+          keep_first(load<V>(found), k.H - u));
   }
 
   void cell(int64_t t, int64_t n, int64_t s, int64_t vec, const V& dh) const {
     if constexpr (kIsAny<Cell>) {
-      if (k.normalizes()) return store(k.dh + (d * k.N + n) * k.Hp + vec * lanes, dh);
+      if (k.finishes_later()) store(dh_of(n, vec), dh);
+      if (k.has_operand()) put_last_gradient(t, n, s, vec, dh);
+      if (k.finishes_later()) return;
     }
-    finish_cell(t, n, s, vec, dh, nullptr);
+    finish_cell(t, n, s, vec, dh, nullptr, nullptr);
   }
 
   LSTM_FUSED_INLINE void finish_cell(int64_t t, int64_t n, int64_t s, int64_t vec, const V& dh,
-                                     [[maybe_unused]] const A* statistics) const {
+                                     [[maybe_unused]] const A* statistics,
+                                     [[maybe_unused]] const A* d_operand) const {
     const int64_t u = vec * lanes;
     const int64_t block = u / kBlock, lane = u % kBlock;
     V h, d_preact[kMaxPreacts];
     if constexpr (kIsAny<Cell>) {
-      described(t, n, s, vec, dh, statistics, h, d_preact);
+      described(t, n, s, vec, dh, statistics, d_operand, h, d_preact);
     } else {
       V saved[kMaxPreacts];
       const A* from = k.saved_gates(d, block, s) + lane;

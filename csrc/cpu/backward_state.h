@@ -43,19 +43,24 @@ struct BackwardState : GatesOf<Cell> {
   S* hidden;     // (D, S, H) hidden states as forward gave them, for d_w_hh without a projection
   S* resumed;    // (D, N, R) the hidden states of the checkpoint, for d_w_hh
   A* db;  // (threads, 2, D, Hb, sums_of_unit, 16) sums over rows: recent ones, and all before
-  A* unit_vectors;  // (D, vectors of units, vectors, lanes) of a described cell
-  S* head_rows;     // (threads, pair, R) of packing, where there are heads
-  E* packed_hh;     // (D, Rp, G * Hp) in panels: columns of W_hh
-  E* packed_hr;     // (D, Hp, R) in panels: columns of W_hr, projection only
-  E* packed_ih;     // (D, Ip, G * Hp) in panels, dx only
-  A* row_sums;      // (threads, InPlaceSums of a state or of dx), in place only
+  A* unit_vectors;    // (D, vectors of units, vectors, lanes) of a described cell
+  S* head_rows;       // (threads, pair, R) of packing, where there are heads
+  S* operands;        // (D, S, H) of a cell that has one, for d_w_hh
+  E* packed_hh;       // (D, Rp, G * Hp) in panels: columns of W_hh, of the gates that multiply h
+  E* packed_operand;  // (D, Rp, Hp) in panels: columns of W_hh's last gate, if a cell has an
+                      // operand
+  E* packed_hr;       // (D, Hp, R) in panels: columns of W_hr, projection only
+  E* packed_ih;       // (D, Ip, G * Hp) in panels, dx only
+  A* row_sums;        // (threads, InPlaceSums of a state or of dx), in place only
   Barrier* barriers;
   RowStatistics<A> statistics;
-  A* dh;  // (D, N, Hp) the gradients of h of a step, of a cell that normalizes
+  A* dh;  // (D, N, Hp) the gradients of h of a step, of a cell that finishes later
 
   static int64_t steps_of(int64_t elements) { return ceil_div(elements, M::kPair); }
-  // Tile steps of a product with gradients of the pre-activations of all units.
-  int64_t gate_steps() const { return G * (steps_of(H / kBlock * kBlock) + steps_of(H % kBlock)); }
+  // Tile steps of a product with gradients of some pre-activations of all units.
+  int64_t gate_steps(int gates) const {
+    return gates * (steps_of(H / kBlock * kBlock) + steps_of(H % kBlock));
+  }
   int64_t Ip() const { return round_up(I, kBlock); }
   int groups() const { return plan.direction_groups * plan.row_groups; }
 
@@ -96,16 +101,21 @@ struct BackwardState : GatesOf<Cell> {
     unit_vectors =
         unit_values ? arena.take<A>(D * ceil_div(H, lanes) * unit_values * lanes) : nullptr;
     head_rows = p.size.heads() > 1 ? arena.take<S>(plan.threads * M::kPair * R) : nullptr;
+    operands = wanted && has_operand() ? arena.take<S>(D * S_rows * H) : nullptr;
     packed_hh = recurs && !in_place ? arena.take<E>(D * Rp * G * Hp) : nullptr;
+    packed_operand = has_operand() ? arena.take<E>(D * Rp * Hp) : nullptr;
     packed_hr = projection ? arena.take<E>(D * Hp * Rp) : nullptr;
     const bool reads_ih = p.dx && !in_place && !p.size.x_is_preacts;
     packed_ih = reads_ih ? arena.take<E>(D * Ip() * G * Hp) : nullptr;
     row_sums = in_place ? arena.take<A>(plan.threads * row_sums_size()) : nullptr;
     barriers = arena.take<Barrier>(groups() + 1);
-    dh = normalizes() ? arena.take<A>(D * N * Hp) : nullptr;
+    dh = finishes_later() ? arena.take<A>(D * N * Hp) : nullptr;
   }
 
   bool normalizes() const { return kIsAny<Cell> && statistics.groups > 0; }
+  bool has_operand() const { return kIsAny<Cell> && p.unit->operand; }
+  // Whether the gradients of h of a step are not all that its cell needs.
+  bool finishes_later() const { return normalizes() || has_operand(); }
 
   void init_barriers() {
     for (int i = 0; i < groups(); ++i) barriers[i].init(plan.unit_groups);
@@ -114,7 +124,12 @@ struct BackwardState : GatesOf<Cell> {
 
   bool wants_initial() const { return p.dh0 || p.d_before; }
   GateOrder input_gates() const { return {G, P, false}; }
-  GateOrder hidden_gates() const { return {G, P, true}; }
+  // Those that multiply the hidden state; the last one may multiply an operand.
+  GateOrder hidden_gates() const { return {G - has_operand(), P, true}; }
+  GateOrder operand_gate() const { return {1, P, true}; }
+  const S* operand_weights(int d) const {
+    return static_cast<const S*>(p.weights[d].w_hh) + (G - 1) * H * H;
+  }
 
   // What is carried: the cell states, then h if it is.
   const UnitFunctions<A>& unit() const {
@@ -173,7 +188,11 @@ struct BackwardState : GatesOf<Cell> {
   int64_t time(int d, int64_t step) const { return d == 0 ? T - 1 - step : step; }
   Panels<M> hidden_panels(int d, int unit_group) const {
     const Range v = vector_slice<A>(R, plan.unit_groups, unit_group);
-    return {v, gate_steps(), packed_hh + d * Rp * G * Hp + v.begin * lanes * G * Hp};
+    return {v, gate_steps(hidden_gates().G), packed_hh + (d * Rp + v.begin * lanes) * G * Hp};
+  }
+  Panels<M> operand_panels(int d, int unit_group) const {
+    const Range v = vector_slice<A>(R, plan.unit_groups, unit_group);
+    return {v, gate_steps(1), packed_operand + (d * Rp + v.begin * lanes) * Hp};
   }
   // The blocks of units that use any of a panel's hidden states.
   Range blocks_of(const Panels<M>& panels, int64_t panel) const {
@@ -188,7 +207,7 @@ struct BackwardState : GatesOf<Cell> {
   }
 };
 
-// The product of gradients of the pre-activations of some blocks, in their layout, with a panel
+// The product of gradients of `gates` pre-activations of some blocks, in their layout, with a panel
 // that pack_gate_rows packed. Of a last block that is not full, only lanes that hold a unit are
 // multiplied.
 template <class M>
@@ -200,13 +219,13 @@ struct GateProduct {
   Tile full, last;
 
   template <class K>
-  GateProduct(const K& k, const Panels<M>& panels, int64_t panel, Range blocks)
-      : steps(k.G * kBlock / M::kPair),
+  GateProduct(const K& k, const Panels<M>& panels, int64_t panel, Range blocks, int gates)
+      : steps(gates * kBlock / M::kPair),
         blocks(blocks),
         whole(min64(blocks.end, k.H / kBlock)),
         full(panels.panel(panel), panels.depth, M::kPair, steps, whole - blocks.begin,
              k.S_rows * k.P * kBlock, blocks.begin * steps),
-        last(panels.panel(panel), panels.depth, M::kPair, K::steps_of(k.H % kBlock), k.G, kBlock,
+        last(panels.panel(panel), panels.depth, M::kPair, K::steps_of(k.H % kBlock), gates, kBlock,
              whole * steps) {
     if (whole < blocks.end) full.next = &last;
   }

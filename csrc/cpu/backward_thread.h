@@ -50,10 +50,10 @@ struct BackwardThread {
   // What the functions of a described cell are given for one vector of units, and their results.
   struct Described {
     A masks[kMaxUnitValues * lanes], d_vectors[kMaxUnitValues * lanes];
-    A dh[lanes], h[lanes], d_preacts[kMaxPreacts * lanes];
+    A dh[lanes], h[lanes], d_preacts[kMaxPreacts * lanes], operand[lanes];
   };
   UnitBackward<A> unit_at(int64_t t, int64_t n, int64_t s, int64_t vec, const V& dh, Described& own,
-                          const A* statistics) const {
+                          const A* statistics, const A* d_operand = nullptr) const {
     const int64_t u = vec * lanes, block = u / kBlock, lane = u % kBlock;
     load_masks<S, A>(k.p.size, k.p.weights[d].masks, k.p.unit->masks, t, n, u, own.masks);
     store(own.dh, dh);
@@ -72,14 +72,18 @@ struct BackwardThread {
             own.d_preacts,
             own.d_vectors,
             own.h,
-            statistics};
+            statistics,
+            d_operand,
+            own.operand};
   }
 
   void described(int64_t t, int64_t n, int64_t s, int64_t vec, const V& dh, const A* statistics,
-                 V& h, V (&d_preact)[kMaxPreacts]) const {
+                 const A* d_operand, V& h, V (&d_preact)[kMaxPreacts]) const {
     const int64_t u = vec * lanes;
     Described own;
-    k.unit().backward(unit_at(t, n, s, vec, dh, own, statistics));
+    k.unit().backward(unit_at(t, n, s, vec, dh, own, statistics, d_operand));
+    if (k.operands)
+      store_first(k.operands + (d * k.S_rows + s) * k.H + u, load<V>(own.operand), k.H - u);
     h = load<V>(own.h);
     for (int j = 0; j < k.P; ++j) d_preact[j] = load<V>(own.d_preacts + j * lanes);
     A* sums = bias_sums(false, u / kBlock) + k.P * kBlock + u % kBlock;

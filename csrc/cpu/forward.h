@@ -35,13 +35,16 @@ struct PersistentForward : ForwardState<Cell, S, M> {
   E* packed;          // (D, tiles, depth_x + depth_h, vectors of a tile, G, lanes * kPair)
   A* bias;            // (D, vectors, P, lanes)
   A* packed_hr;       // (D, Rp, H) in panels, or null
+  E* packed_operand;  // (D, Hp, H) in panels: rows of W_hh's last gate, if a cell has an operand
+  E* operand;         // (D, N, Rp) the operands of a step
   A* pre;             // (threads, tiles of a slice, chunk_rows, kMaxCols, lanes), hoisting only
   E* staged;          // (threads, chunk_rows, Ip), if stages()
   const E** rows;     // (threads, chunk_rows)
   Barrier* barriers;  // one a direction and row group, then the team's
   RowStatistics<A> statistics;
-  // Of a cell that normalizes, for each thread: (rows of a group, vectors of a slice, P, lanes) the
-  // pre-activations of a step, then (vectors of a slice, kMaxUnitGroups * kMaxCols, lanes).
+  // Of a cell that normalizes or has an operand, for each thread: (rows of a group, vectors of a
+  // slice, P, lanes) the pre-activations of a step, then (vectors of a slice, kMaxUnitGroups *
+  // kMaxCols, lanes).
   A* parts;
 
   static int64_t steps_of(int64_t elements) { return ceil_div(elements, M::kPair); }
@@ -66,11 +69,14 @@ struct PersistentForward : ForwardState<Cell, S, M> {
     packed = arena.take<E>(D * this->vectors * panel_size());
     bias = arena.take<A>(D * this->vectors * P * lanes);
     packed_hr = p.weights[0].w_hr ? arena.take<A>(D * this->Rp * H) : nullptr;
+    const bool operands = this->has_operand();
+    packed_operand = operands ? arena.take<E>(D * this->Hp * steps_of(H) * M::kPair) : nullptr;
+    operand = operands ? arena.take<E>(D * N * this->Rp) : nullptr;
     pre = hoists() ? arena.take<A>(threads * slice() * chunk_rows * kTileSize) : nullptr;
     staged = stages() ? arena.take<E>(threads * chunk_rows * Ip()) : nullptr;
     rows = arena.take<const E*>(threads * chunk_rows);
     barriers = arena.take<Barrier>(groups() + 1);
-    parts = normalizes() ? arena.take<A>(threads * thread_parts()) : nullptr;
+    parts = finishes_later() ? arena.take<A>(threads * thread_parts()) : nullptr;
   }
 
   void init_barriers() {
@@ -79,6 +85,8 @@ struct PersistentForward : ForwardState<Cell, S, M> {
   }
 
   bool normalizes() const { return kIsAny<Cell> && statistics.groups > 0; }
+  // Whether a step has more to do between its products and the cell.
+  bool finishes_later() const { return normalizes() || this->has_operand(); }
   int64_t slice_vectors() const { return slice() * tile_vectors(); }
   int64_t row_parts() const { return slice_vectors() * P * lanes; }
   int64_t thread_parts() const {
@@ -102,15 +110,17 @@ struct PersistentForward : ForwardState<Cell, S, M> {
     const Weights& w = p.weights[d];
     for (int col = 0; col < cols; ++col) {
       const int64_t u = (vec + col) * lanes;
-      const auto put = [&](const void* weights, int j, int gate, int64_t K, E* to) {
-        const int c = col * G + j;
-        pack_rows_as_lanes<M>(to + Strips<M>::offset(steps_of(K), c), Strips<M>::pitch(cols * G, c),
+      const auto put = [&](const void* weights, int gates, int j, int gate, int64_t K, E* to) {
+        const int c = col * gates + j;
+        pack_rows_as_lanes<M>(to + Strips<M>::offset(steps_of(K), c),
+                              Strips<M>::pitch(cols * gates, c),
                               static_cast<const S*>(weights) + (gate * H + u) * K, H - u, K);
       };
-      for (int j = 0; j < G; ++j) {
-        if (depth_x > 0) put(w.w_ih, j, input_gate_of(G, P, j), I, panel(d, vec));
-        if (depth_h > 0) put(w.w_hh, j, j, p.size.K, hidden_panel(d, vec, cols));
-      }
+      for (int j = 0; depth_x > 0 && j < G; ++j)
+        put(w.w_ih, G, j, input_gate_of(G, P, j), I, panel(d, vec));
+      const int hidden_gates = this->hidden_gates();
+      for (int j = 0; depth_h > 0 && j < hidden_gates; ++j)
+        put(w.w_hh, hidden_gates, j, j, p.size.K, hidden_panel(d, vec, cols));
       for (int j = 0; j < P; ++j) store(bias_of(d, vec + col) + j * lanes, this->bias_sum(w, j, u));
     }
   }
@@ -118,6 +128,11 @@ struct PersistentForward : ForwardState<Cell, S, M> {
   Panels<Multiply<A>> projection_panels(int d, int unit_group) const {
     const Range v = vector_slice<A>(R, plan.unit_groups, unit_group);
     return {v, H, packed_hr + d * this->Rp * H + v.begin * lanes * H};
+  }
+  Panels<M> operand_panels(int d, int unit_group) const {
+    const Range v = vector_slice<A>(H, plan.unit_groups, unit_group);
+    const int64_t column = steps_of(H) * M::kPair;
+    return {v, steps_of(H), packed_operand + (d * this->Hp + v.begin * lanes) * column};
   }
 
   // One thread's part of the whole layer.
@@ -148,7 +163,7 @@ struct PersistentForward : ForwardState<Cell, S, M> {
           rows(k.rows + i * k.chunk_rows),
           barrier(k.barriers[place.direction_group * k.plan.row_groups + place.row_group]),
           sums(k.statistics, place, i, k.plan.unit_groups, barrier),
-          parts(k.normalizes() ? k.parts + i * k.thread_parts() : nullptr) {}
+          parts(k.finishes_later() ? k.parts + i * k.thread_parts() : nullptr) {}
 
     void run() {
       const int first = k.p.size.first_direction() + place.direction_group;
@@ -175,6 +190,10 @@ struct PersistentForward : ForwardState<Cell, S, M> {
       if (k.packed_hr && place.row_group == 0)
         pack_transposed(k.projection_panels(d, place.unit_group),
                         static_cast<const S*>(k.p.weights[d].w_hr), k.R, k.H);
+      if (k.packed_operand && place.row_group == 0)
+        pack_transposed(k.operand_panels(d, place.unit_group),
+                        static_cast<const S*>(k.p.weights[d].w_hh) + (k.G - 1) * k.H * k.H, k.H,
+                        k.H);
       if (place.row_group == 0) k.stage_unit_vectors(d, units);
       for (int64_t i = place.unit_group; i < group.count; i += k.plan.unit_groups)
         k.init_row(d, group.row(i));
@@ -249,6 +268,7 @@ struct PersistentForward : ForwardState<Cell, S, M> {
       chunk_row += active;
       if constexpr (kIsAny<Cell>) {
         if (k.normalizes()) normalize(active);
+        if (k.has_operand()) multiply_operands(active);
       }
       if (k.packed_hr) {
         barrier.wait();
@@ -340,31 +360,37 @@ struct PersistentForward : ForwardState<Cell, S, M> {
         input.rows[r] = k.depth_x > 0 ? rows[first + r] : nullptr;
         hidden.rows[r] = k.hidden(d, step, group.row(first + r)) + k.head_of(vec);
       }
-      const int G = k.G, P = k.P;
+      const int G = k.G, P = k.P, hidden_gates = k.hidden_gates();
+      const bool has_hidden = k.has_hidden(step) && hidden_gates > 0;
+      const bool together = P == G && hidden_gates == G;  // both parts add to the same sums
       A own[kMaxRows * kTileSize], parted[kIsAny<Cell> ? kMaxRows * kTileSize : 1];
       A* out = k.hoists() ? pre_of(vec, chunk_row + first) : own;
-      A* hidden_out = P == G ? out : parted;
+      A* hidden_out = together ? out : parted;
       if (k.depth_x == 0)
         copy_input(vec, cols, first, n, out);
       else if (!k.hoists())
         multiply_tile(n, cols * G, input, out, false);
-      if (k.has_hidden(step)) multiply_tile(n, cols * G, hidden, hidden_out, P == G);
+      if (has_hidden) multiply_tile(n, cols * hidden_gates, hidden, hidden_out, together);
       for (int r = 0; r < n; ++r)
         for (int c = 0; c < cols; ++c) {
-          const int64_t at = r * kTileSize + c * G * lanes;
+          const auto sums_at = [&](const A* sums, int gates, int gate) {
+            return load<V>(sums + r * kTileSize + (c * gates + gate) * lanes);
+          };
           const auto preact = [&](int j) {
             V sum = load<V>(k.bias_of(d, vec + c) + j * lanes);
-            if (j < G) sum = load<V>(out + at + j * lanes) + sum;
-            if (P != G && j >= P - G && k.has_hidden(step))
-              sum += load<V>(hidden_out + at + (j - (P - G)) * lanes);
+            if (j < G) sum = sums_at(out, G, j) + sum;
+            const int gate = j - (P - G);
+            if (!together && has_hidden && 0 <= gate && gate < hidden_gates)
+              sum += sums_at(hidden_out, hidden_gates, gate);
             return sum;
           };
           const int64_t n = group.row(first + r);
           if constexpr (kIsAny<Cell>) {
             A here[kMaxPreacts * lanes];
-            A* preacts = k.normalizes() ? part_of(first + r, vec + c) : here;
+            A* preacts = k.finishes_later() ? part_of(first + r, vec + c) : here;
             for (int j = 0; j < P; ++j) store(preacts + j * lanes, preact(j));
-            if (!k.normalizes()) k.finish_described(d, step, n, vec + c, preacts, nullptr);
+            if (!k.finishes_later()) k.finish_described(d, step, n, vec + c, preacts, nullptr);
+            if (k.has_operand()) put_operand(n, vec + c, preacts);
           } else {
             V preacts[kMaxPreacts];
             for (int j = 0; j < P; ++j) preacts[j] = preact(j);
@@ -462,22 +488,55 @@ struct PersistentForward : ForwardState<Cell, S, M> {
       }
     }
 
-    void project(int64_t active) const {
-      const Panels<Multiply<A>> panels = k.projection_panels(d, place.unit_group);
+    // put(i, vector, product) of each of the group's rows, row(i), with each column vector.
+    template <class Any, class Row, class Put>
+    void multiply_panels(const Panels<Any>& panels, int64_t active, const Row& row,
+                         const Put& put) const {
       for (int64_t panel = 0; panel < panels.count(); ++panel) {
         const int cols = panels.cols(panel);
         for_each_tile(0, active, [&](int64_t first, int n) {
-          TileProduct<Multiply<A>> product(panels.panel(panel), k.H, 1, k.H);
-          for (int r = 0; r < n; ++r)
-            product.rows[r] = k.full + (d * k.N + group.row(first + r)) * k.Hp;
+          TileProduct<Any> product(panels.panel(panel), panels.depth, Any::kPair, panels.depth);
+          for (int r = 0; r < n; ++r) product.rows[r] = row(first + r);
           A out[kMaxRows * kMaxCols * lanes];
           multiply_tile(n, cols, product, out, false);
           for (int r = 0; r < n; ++r)
             for (int c = 0; c < cols; ++c)
-              k.put_hidden(d, step, group.row(first + r), (panels.first_vector(panel) + c) * lanes,
-                           load<V>(out + (r * kMaxCols + c) * lanes));
+              put(first + r, panels.first_vector(panel) + c,
+                  load<V>(out + (r * kMaxCols + c) * lanes));
         });
       }
+    }
+
+    void project(int64_t active) const {
+      multiply_panels(
+          k.projection_panels(d, place.unit_group), active,
+          [&](int64_t i) { return k.full + (d * k.N + group.row(i)) * k.Hp; },
+          [&](int64_t i, int64_t vec, const V& h) {
+            k.put_hidden(d, step, group.row(i), vec * lanes, h);
+          });
+    }
+
+    E* operand_of(int64_t n) const { return k.operand + (d * k.N + n) * k.Rp; }
+
+    void put_operand(int64_t n, int64_t vec, const A* preacts) const {
+      A masks[kMaxUnitValues * lanes], found[lanes];
+      k.unit().operand(k.unit_at(d, step, n, vec, preacts, masks, found, nullptr));
+      const int64_t u = vec * lanes;
+      store(operand_of(n) + u, round_to(keep_first(load<V>(found), k.H - u), S{}));
+    }
+
+    // The rest of a step of a cell with an operand: its product, then the states.
+    LSTM_FUSED_NOINLINE void multiply_operands(int64_t active) const {
+      barrier.wait();
+      multiply_panels(
+          k.operand_panels(d, place.unit_group), active,
+          [&](int64_t i) { return operand_of(group.row(i)); },
+          [&](int64_t i, int64_t vec, const V& product) {
+            A* preacts = part_of(i, vec);
+            A* last = preacts + (k.P - 1) * lanes;
+            store(last, load<V>(last) + product);
+            k.finish_described(d, step, group.row(i), vec, preacts, nullptr);
+          });
     }
   };
 };

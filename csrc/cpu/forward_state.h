@@ -118,6 +118,10 @@ struct ForwardState : GatesOf<Cell> {
   bool keeps_hidden() const { return Carried::hidden(p.unit); }
   int carried() const { return cells() + keeps_hidden(); }
   int saved() const { return carried() + (kIsAny<Cell> ? p.unit->groups : 0); }
+  // Whether the last gate multiplies an operand of the cell's own (cells/described.h).
+  bool has_operand() const { return kIsAny<Cell> && p.unit->operand; }
+  // The gates that multiply the hidden state.
+  int hidden_gates() const { return G - has_operand(); }
   const UnitFunctions<A>& unit() const {
     return *static_cast<const UnitFunctions<A>*>(p.unit->functions);
   }

@@ -65,7 +65,7 @@ struct Gradients : BackwardState<Cell, S, M> {
   A* dx_sums;         // (threads, kRowsPerPass, kMaxCols, lanes), dx only
   E* a;               // (threads, kDepth, columns of a block) pairs of rows interleaved, pairs only
 
-  static constexpr int kMatrices = 3;  // w_ih, w_hh, w_hr
+  static constexpr int kMatrices = 3;  // w_ih, w_hh, and w_hr or the last gate of w_hh
 
   int64_t packed_rows_size() const { return kDepth * round_up(max64(max64(I, R), H), kBlock); }
 
@@ -82,7 +82,8 @@ struct Gradients : BackwardState<Cell, S, M> {
   }
 
   Panels<M> input_panels(int d) const {
-    return {{0, ceil_div(I, lanes)}, Base::gate_steps(), this->packed_ih + d * this->Ip() * G * Hp};
+    return {
+        {0, ceil_div(I, lanes)}, Base::gate_steps(G), this->packed_ih + d * this->Ip() * G * Hp};
   }
 
   void pack_input_weights(int worker) const {
@@ -160,7 +161,7 @@ struct Gradients : BackwardState<Cell, S, M> {
     for (int d = first_direction; d < p.size.end_direction(); ++d)
       for (int64_t block = 0; block < Hb; block += kBlocksPerPass) {
         GateProduct<M> tile(*this, input_panels(d), panel,
-                            {block, min64(block + kBlocksPerPass, Hb)});
+                            {block, min64(block + kBlocksPerPass, Hb)}, G);
         for_each_tile(begin, end, [&](int64_t first, int n) {
           tile.set_rows(
               n, [&](int r, int64_t block) { return this->preact_gradients(d, block, first + r); });
@@ -250,14 +251,25 @@ struct Gradients : BackwardState<Cell, S, M> {
     }
   }
 
-  // Of w_hh, head by head.
+  // Of w_hh: of the rows of the last gate where they multiply an operand, and head by head of those
+  // that multiply the hidden state.
   void hidden_gradient(int worker, int d) const {
+    const GateOrder gates = this->hidden_gates();
+    if (this->has_operand())
+      weight_gradient<S>(worker,
+                         {this->preact_gradients(d, 0, 0) + (P - 1) * kBlock, Hb, 1, P * kBlock,
+                          this->operand_gate(), H, H,
+                          static_cast<S*>(p.dweights[d].w_hh) + (G - 1) * H * H, 2, d == 0},
+                         [&](int64_t s, int64_t, int64_t) {
+                           return static_cast<const S*>(this->operands + (d * S_rows + s) * H);
+                         });
+    if (gates.G == 0) return;
     const int64_t heads = p.size.heads(), blocks = heads == 1 ? Hb : p.size.K / kBlock;
     for (int64_t head = 0; head < heads; ++head)
       weight_gradient<S>(
           worker,
-          {this->hidden_preact_gradients(d, head * blocks, 0), blocks, G, P * kBlock,
-           this->hidden_gates(), H, p.size.K, p.dweights[d].w_hh, 1, d == 0, head * blocks},
+          {this->hidden_preact_gradients(d, head * blocks, 0), blocks, gates.G, P * kBlock, gates,
+           H, p.size.K, p.dweights[d].w_hh, 1, d == 0, head * blocks},
           [&](int64_t, int64_t t, int64_t n) {
             const S* row = previous_hidden(d, t, n);
             return row && head > 0 ? row + head * p.size.K : row;

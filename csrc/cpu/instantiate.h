@@ -175,9 +175,9 @@ const Kernel* described_kernel() {
   } else {
     using A = typename ComputeOf<S>::type;
     static constexpr UnitFunctions<A> functions = unit_functions<Cell, Vector<A>, A>();
-    static constexpr UnitInfo unit = {Cell::kGates,       Cell::kPreacts, Cell::kCells,
-                                      Cell::kKeepsHidden, Cell::kVectors, Cell::kMasks,
-                                      functions.groups,   &functions};
+    static constexpr UnitInfo unit = {Cell::kGates,       Cell::kPreacts,   Cell::kCells,
+                                      Cell::kKeepsHidden, Cell::kVectors,   Cell::kMasks,
+                                      functions.groups,   HasOperand<Cell>, &functions};
     static const Kernel found = [] {
       Kernel k = kKernel<AnyCell, S>;
       k.unit = &unit;

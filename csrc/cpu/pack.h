@@ -135,16 +135,15 @@ void pack_head_rows(const Panels<M>& panels, Range range, GateOrder gate_of, con
 }
 
 // Panels whose column p is row p of w (n, K): B = w transposed.
-template <class A, class S>
-void pack_transposed(const Panels<Multiply<A>>& panels, const S* w, int64_t n, int64_t K) {
-  constexpr int lanes = VectorOf<A>::lanes;
+template <class M, class S>
+void pack_transposed(const Panels<M>& panels, const S* w, int64_t n, int64_t K) {
+  constexpr int lanes = Panels<M>::lanes;
   for (int64_t p = 0; p < panels.count(); ++p) {
     const int cols = panels.cols(p);
     for (int c = 0; c < cols; ++c) {
       const int64_t first = (panels.first_vector(p) + c) * lanes;
-      using Strip = Strips<Multiply<A>>;
-      pack_rows_as_lanes<Multiply<A>>(panels.panel(p) + Strip::offset(panels.depth, c),
-                                      Strip::pitch(cols, c), w + first * K, n - first, K);
+      pack_rows_as_lanes<M>(panels.panel(p) + Strips<M>::offset(panels.depth, c),
+                            Strips<M>::pitch(cols, c), w + first * K, n - first, K);
     }
   }
 }

@@ -138,12 +138,17 @@ struct BackwardCell {
     return f.reset && !p.projection ? f.dh : f.dh + product[0];
   }
 
+  // What goes to h0, of a row whose backward pass ended with the step before.
+  static LSTM_FUSED_DEVICE void end(Unit& f, const C (&product)[1]) {
+    f.dh = Values::kHidden ? product[0] + f.d_state[Values::kCells] : product[0];
+  }
+
   // statistics: of a cell that normalizes, else null.
   static LSTM_FUSED_DEVICE bool apply(const RecurrenceParams& p, const StepRows& rows, int,
                                       int64_t n, int64_t, Unit& f, const C (&product)[1],
                                       S (&out)[kOut], const C* statistics = nullptr) {
     if (n >= rows.active) {
-      f.dh = Values::kHidden ? product[0] + f.d_state[Values::kCells] : product[0];
+      end(f, product);
       return false;
     }
     const C dh = gradient_of_h(p, f, product);
@@ -156,16 +161,25 @@ struct BackwardCell {
 
   static LSTM_FUSED_DEVICE void store(const RecurrenceParams& p, const StepRows& rows, int d,
                                       int64_t n, int64_t u, const Unit& f) {
-    const int64_t width = Values::kCells * p.H;
+    if (!store_ended(p, rows, d, n, u, f)) store_gradients(p, rows, d, n, u, f);
+  }
+
+  // The reset state's gradients, and those of the initial states; whether the row has ended.
+  static LSTM_FUSED_DEVICE bool store_ended(const RecurrenceParams& p, const StepRows& rows, int d,
+                                            int64_t n, int64_t u, const Unit& f) {
     if (f.reset) store_reset_gradients(p, d, n, u, f);
-    if (n >= rows.active) {
-      if (!p.projection)
-        store_state_gradient<S>(p, p.dh0, p.dh_reset, p.R, d, n, u, f.reset ? C(0) : f.dh);
-      LSTM_FUSED_UNROLL
-      for (int k = 0; k < Values::kCells; ++k)
-        store_state_gradient<S>(p, p.dc0, p.dc_reset, width, d, n, k * p.H + u, f.d_state[k]);
-      return;
-    }
+    if (n < rows.active) return false;
+    if (!p.projection)
+      store_state_gradient<S>(p, p.dh0, p.dh_reset, p.R, d, n, u, f.reset ? C(0) : f.dh);
+    LSTM_FUSED_UNROLL
+    for (int k = 0; k < Values::kCells; ++k)
+      store_state_gradient<S>(p, p.dc0, p.dc_reset, Values::kCells * p.H, d, n, k * p.H + u,
+                              f.d_state[k]);
+    return true;
+  }
+
+  static LSTM_FUSED_DEVICE void store_gradients(const RecurrenceParams& p, const StepRows& rows,
+                                                int d, int64_t n, int64_t u, const Unit& f) {
     LSTM_FUSED_UNROLL
     for (int k = 0; k < Values::kCarried; ++k) carry_of<Cell, S>(p, d, n, u, k) = f.d_state[k];
     add_vector_gradients(p, d, n, u, f);

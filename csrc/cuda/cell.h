@@ -55,6 +55,12 @@ struct UnitValues : CellNumbers<Cell> {
       return Cell::forward(preact, prev[0], next[0]);
   }
 
+  // The operand of a cell that has one (cells/described.h).
+  LSTM_FUSED_DEVICE C operand() const {
+    C none[kCarried + 1];
+    return described_forward<OperandOf<Cell>, C>(preact, vector, mask, prev, none);
+  }
+
   // d_state: the gradients of next, replaced by those of prev. Returns h.
   LSTM_FUSED_DEVICE C backward(const C& dh, C* d_state, C (&d_preact)[kPreacts], C* d_vector,
                                const C* statistics) const {
@@ -63,6 +69,22 @@ struct UnitValues : CellNumbers<Cell> {
                                          d_vector, statistics);
     else
       return Cell::backward(preact, prev[0], next[0], dh, d_state[0], d_preact);
+  }
+
+  // Of a cell with an operand: the gradient of the last pre-activation, from which that of the
+  // operand follows; then as backward, but returns the operand.
+  LSTM_FUSED_DEVICE C last_gradient(const C& dh, const C* d_state) const {
+    C d_before[kCarried + 1], d_preact[kPreacts], d_vector[CellNumbers<Cell>::kVectors + 1];
+    LSTM_FUSED_UNROLL
+    for (int k = 0; k < kCarried; ++k) d_before[k] = d_state[k];
+    described_backward<Cell, C>(preact, vector, mask, prev, next, dh, d_before, d_preact, d_vector);
+    return d_preact[kPreacts - 1];
+  }
+  LSTM_FUSED_DEVICE C backward_with_operand(const C& dh, const C& d_operand, C* d_state,
+                                            C (&d_preact)[kPreacts], C* d_vector) const {
+    backward(dh, d_state, d_preact, d_vector, nullptr);
+    return operand_backward<Cell, C>(preact, vector, mask, prev, d_operand, d_state, d_preact,
+                                     d_vector);
   }
 };
 

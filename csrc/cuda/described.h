@@ -21,12 +21,13 @@ const char* launch_rows(Kernel kernel, Tag, const Plan& plan, const RecurrencePa
 template <class Cell, class S>
 const char* launch_described(const Plan& plan, const RecurrenceParams& p, const Product* second,
                              const Steps& steps, Gemm& gemm, void* stream) {
-  using Forward = ForwardCell<Cell, S>;
-  using Backward = BackwardCell<Cell, S>;
+  using Own = Epilogues<Cell, S>;
+  using Forward = typename Own::Forward;
+  using Backward = typename Own::Backward;
   if (plan.kind != PlanKind::kGemm) return "described cells have the gemm plan alone";
   if (!plan.backward)
     if (const char* error = launch_initial<S>(p, steps, stream)) return error;
-  return launch_steps<Forward, Backward, S>(
+  return launch_steps<Own>(
       plan.backward, p, second, steps,
       [&]<class Epilogue>(RecurrenceParams& of_step) -> const char* {
         const RowCounts counts = row_counts<Epilogue>(of_step);

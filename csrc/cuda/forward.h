@@ -45,6 +45,11 @@ struct ForwardCell {
         f.preact[Values::kFirstHidden + j] += load(b_hh[j * p.H]);
       }
     }
+    fetch_state(p, rows, d, n, u, f);
+  }
+
+  static LSTM_FUSED_DEVICE void fetch_state(const RecurrenceParams& p, const StepRows& rows, int d,
+                                            int64_t n, int64_t u, Unit& f) {
     fetch_constants<Cell, S>(p, rows, d, n, u, f);
     f.prev[0] = 0;
     if constexpr (Values::kCarried > 0) {

@@ -78,7 +78,7 @@ const char* launch_plan(const Plan& plan, const RecurrenceParams& p, const Produ
   if (!plan.backward)
     if (const char* error = launch_initial<S>(p, steps, stream)) return error;
   if (is_stepwise(plan.kind)) {
-    return launch_steps<Forward, Backward, S>(
+    return launch_steps<Epilogues<Cell, S>>(
         plan.backward, p, second, steps, [&]<class Epilogue>(RecurrenceParams& of_step) {
           return launch_step<Math, Epilogue>(plan, of_step, gemm, stream);
         });

@@ -10,6 +10,11 @@
 //   with a projection the last one is two:
 //   ProjectedGradient  w_hh^T (R, G, H)      d_gates (N, G * H)     d_h (N, R)
 //   BackwardCell   w_hr^T (H, R)         d_h (N, R)             d_gates (N, G * H)
+//   with an operand (cells/described.h) all are two, G' = G - 1:
+//   OperandCell      w_hh (G' * H, H)      h (N, H)               operand (N, H)
+//   OperandForward   last gate (H, H)      operand (N, H)         h (N, H)
+//   OperandGradient  w_hh^T (H, G', H)     d_gates (N, G' * H)    last gate's d_gates (N, H)
+//   OperandBackward  last gate^T (H, H)    those (N, H)           d_gates (N, G' * H)
 // In the terms of the matrix instructions, rows of A are M and rows of the batch are N.
 #pragma once
 
@@ -95,6 +100,10 @@ struct RecurrenceParams {
   // For a gemm plan: the product of each direction, compute (N, gates * units), or null.
   const void* products[2];
 
+  // What the first epilogue of a step of a cell with an operand leaves to the second: the
+  // pre-activations, compute (D, N, P, H), or backward the gradient of h, compute (D, N, H).
+  void* between;
+
   // Of pre, gates and saved_states there may be the rows of some steps alone: the pointers are
   // where direction 0 would have the first row of all, and direction 1 has its rows (s, d) so many
   // of them further on.
@@ -130,10 +139,12 @@ struct RecurrenceParams {
   const void* dh_n;  // storage (D, N, R) or null
   const void* dc_n;  // storage (D, N, C * H) or null
   void* d_gates;     // storage (S, D, P, H): gradients of the preacts
-  void* hidden;      // storage (S, D, H): h before the projection, or null without one
-  void* d_hidden;    // storage (S, D, R): gradient of h after the projection, or null without one
-  void* dh0;         // storage (D, state_rows, R) or null
-  void* dc0;         // storage (D, state_rows, C * H) or null
+  // storage (S, D, H): h before the projection, or the operand of a cell that has one and where
+  // w_hh's gradient is wanted; or null.
+  void* hidden;
+  void* d_hidden;  // storage (S, D, R): gradient of h after the projection, or null without one
+  void* dh0;       // storage (D, state_rows, R) or null
+  void* dc0;       // storage (D, state_rows, C * H) or null
   // Sums of the reset state's gradients over the steps that began with it, which start as zeros;
   // null where they are not wanted.
   void* dh_reset;  // compute (D, N, R)

@@ -10,6 +10,7 @@
 #include "initial.h"
 #include "kernel_launch.h"
 #include "kernels.h"
+#include "operand.h"
 #include "pointwise.h"
 
 namespace lstm_fused::cuda {
@@ -78,13 +79,13 @@ const char* launch_pointwise(const RecurrenceParams& p, const RowCounts& counts,
 
 // All steps, each with its one or two products; at once if params.steps say so. launch<Epilogue>
 // (params of the step).
-template <class Forward, class Backward, class S, class Launch>
+template <class Own, class Launch>
 const char* launch_steps(bool backward, RecurrenceParams p, const Product* second,
                          const Steps& steps, const Launch& launch) {
   if (p.steps.T > 0) {
     for (StepRows& rows : p.rows) rows.active = p.N;
-    return backward ? launch.template operator()<Backward>(p)
-                    : launch.template operator()<Forward>(p);
+    return backward ? launch.template operator()<typename Own::Backward>(p)
+                    : launch.template operator()<typename Own::Forward>(p);
   }
   const Product first = p.product;
   for (int64_t s = p.s_begin, end = p.s_end; s < end; ++s) {
@@ -92,14 +93,14 @@ const char* launch_steps(bool backward, RecurrenceParams p, const Product* secon
     p.s_end = s + 1;
     for (int d = 0; d < p.D; ++d) p.rows[d] = rows_at(steps, s, backward != (d == 1));
     p.product = first;
-    const char* error = !backward ? launch.template operator()<Forward>(p)
-                        : second  ? launch.template operator()<ProjectedGradient<S>>(p)
-                                  : launch.template operator()<Backward>(p);
+    const char* error = !backward ? launch.template operator()<typename Own::Forward>(p)
+                        : second  ? launch.template operator()<typename Own::FirstBackward>(p)
+                                  : launch.template operator()<typename Own::Backward>(p);
     if (error) return error;
     if (!second) continue;
     p.product = *second;
-    error = backward ? launch.template operator()<Backward>(p)
-                     : launch.template operator()<Project<S>>(p);
+    error = backward ? launch.template operator()<typename Own::Backward>(p)
+                     : launch.template operator()<typename Own::SecondForward>(p);
     if (error) return error;
   }
   return nullptr;

@@ -68,11 +68,12 @@ PyObject* cells(PyObject*, PyObject*, PyObject*) {
     PyObject* const hidden_gates = tuple_of(G, [](int j) { return PyLong_FromLong(j); });
     const int carry = known.cells > 0 ? 1 : known.keeps_hidden ? 2 : 0;
     PyObject* cell = checked(Py_BuildValue(
-        "{s:i,s:i,s:i,s:s,s:i,s:O,s:i,s:i,s:i,s:O,s:N,s:N}", "id", k, "gates", known.gates,
+        "{s:i,s:i,s:i,s:s,s:i,s:O,s:i,s:i,s:i,s:O,s:O,s:N,s:N}", "id", k, "gates", known.gates,
         "preacts", known.preacts, "carry", carries[carry], "cells", known.cells, "keeps_hidden",
         known.keeps_hidden ? Py_True : Py_False, "vectors", known.vectors, "masks", known.masks,
-        "groups", known.groups, "described", known.described ? Py_True : Py_False, "input_gates",
-        input_gates, "hidden_gates", hidden_gates));
+        "groups", known.groups, "operand", known.operand ? Py_True : Py_False, "described",
+        known.described ? Py_True : Py_False, "input_gates", input_gates, "hidden_gates",
+        hidden_gates));
     PyDict_SetItemString(all, known.name, cell);
     Py_DECREF(cell);
   }
@@ -85,15 +86,17 @@ PyObject* add_cell(PyObject*, PyObject* args, PyObject* kwargs) {
   static std::deque<std::string> names;
   const char* name;
   CellInfo cell{};
-  int keeps_hidden;
-  parse(args, kwargs, "siiipiii:register_cell",
-        {"name", "gates", "preacts", "cells", "keeps_hidden", "vectors", "masks", "groups"}, &name,
-        &cell.gates, &cell.preacts, &cell.cells, &keeps_hidden, &cell.vectors, &cell.masks,
-        &cell.groups);
+  int keeps_hidden, operand;
+  parse(args, kwargs, "siiipiiip:register_cell",
+        {"name", "gates", "preacts", "cells", "keeps_hidden", "vectors", "masks", "groups",
+         "operand"},
+        &name, &cell.gates, &cell.preacts, &cell.cells, &keeps_hidden, &cell.vectors, &cell.masks,
+        &cell.groups, &operand);
   names.push_back(name);
   cell.name = names.back().c_str();
   cell.described = true;
   cell.keeps_hidden = keeps_hidden != 0;
+  cell.operand = operand != 0;
   registered_cells().push_back(cell);
   return PyLong_FromLong(cell_count() - 1);
 }

@@ -46,7 +46,7 @@ class BackwardPass {
       p_.s_begin = T - end;
       // A step past the last where the initial state's gradients are wanted.
       p_.s_end = T - begin + (k == 0 && (given_.dh0 || given_.dc0));
-      pass_.launch(p_, layer_.projection ? &second_ : nullptr);
+      pass_.launch(p_, pass_.has_two_products() ? &second_ : nullptr);
     }
     const Recurred recurred{*d_preacts_, p_.hidden, p_.d_hidden, p_.h_prev, p_.d_vectors};
     Gradients(pass_, layer_, given_, recurred).compute();
@@ -61,9 +61,11 @@ class BackwardPass {
 
   void reserve() {
     if (pass_.recurs()) {
-      of_gates_ = pass_.reserve_exchange(2, pass_.gates() * row_bytes(layer_.dtype, size_.H));
-      of_h_ = layer_.projection ? pass_.reserve_exchange(1, row_bytes(layer_.dtype, size_.R))
-                                : of_gates_;
+      of_gates_ =
+          pass_.reserve_exchange(2, pass_.hidden_gates() * row_bytes(layer_.dtype, size_.H));
+      between_ = pass_.has_two_products()
+                     ? pass_.reserve_exchange(1, row_bytes(layer_.dtype, size_.R))
+                     : of_gates_;
     }
     dh_reset_ = pass_.reserve_sums(size_.reset_states && given_.dh0 ? size_.R : 0);
     dc_reset_ = pass_.reserve_sums(size_.reset_states && given_.dc0 ? size_.cell_width() : 0);
@@ -81,7 +83,8 @@ class BackwardPass {
         in_place ? torch::stable::from_blob(given_.d_preacts, shape, Shape{D * P * H, P * H, H, 1},
                                             x_.device(), x_.scalar_type())
                  : pass_.empty(shape);
-    if (layer_.projection) hidden_ = pass_.empty({S, D, H});
+    if (layer_.projection || (pass_.cell().operand && wants_hidden_weights_))
+      hidden_ = pass_.empty({S, D, H});
     if (layer_.projection) d_hidden_ = pass_.empty({S, D, size_.R});
     const bool saves_h_prev = (size_.steps.sizes || size_.steps.resets) && wants_hidden_weights_;
     if (saves_h_prev) h_prev_ = pass_.empty({S, D, size_.R});
@@ -100,10 +103,8 @@ class BackwardPass {
       p_.h = given_.y;
       p_.h_prev = h_prev_->data_ptr();
     }
-    if (layer_.projection) {
-      p_.hidden = hidden_->data_ptr();
-      p_.d_hidden = d_hidden_->data_ptr();
-    }
+    if (hidden_) p_.hidden = hidden_->data_ptr();
+    if (d_hidden_) p_.d_hidden = d_hidden_->data_ptr();
     p_.dh0 = given_.dh0;
     p_.dc0 = given_.dc0;
     if (size_.reset_states && given_.dh0) p_.dh_reset = pass_.resolve_sums(dh_reset_);
@@ -115,11 +116,15 @@ class BackwardPass {
     p_.product.units = layer_.projection ? size_.R : size_.H;
     if (!pass_.recurs()) return;
     p_.product.in = pass_.resolve(of_gates_);
-    p_.product.out = pass_.resolve(of_h_);
+    p_.product.out = pass_.resolve(between_);
     second_ = {{}, size_.H, p_.product.out, p_.product.in};
     for (int d = 0; d < size_.D; ++d) {
-      p_.product.a[d] = keep(transposed_hidden_weights(pass_, layer_, d, x_));
+      const int gates = pass_.hidden_gates();
+      p_.product.a[d] = keep(transposed_hidden_weights(pass_, layer_, d, {0, gates}, x_));
       if (layer_.projection) second_.a[d] = keep(transposed_projection(pass_, layer_, d, x_));
+      if (pass_.cell().operand)
+        second_.a[d] =
+            keep(transposed_hidden_weights(pass_, layer_, d, {gates, pass_.gates()}, x_));
     }
   }
 
@@ -136,7 +141,7 @@ class BackwardPass {
   std::optional<ForwardPass> again_;  // before pass_: the pass that is made last is last_run
   Pass pass_;
   bool wants_hidden_weights_ = false, wants_vectors_ = false;
-  Pass::ExchangeSlot of_gates_{}, of_h_{};
+  Pass::ExchangeSlot of_gates_{}, between_{};
   Workspace::Slot dh_reset_ = 0, dc_reset_ = 0, d_vectors_ = 0;
   std::optional<Tensor> d_preacts_, hidden_, d_hidden_, h_prev_;
   RecurrenceParams p_{};

@@ -78,7 +78,7 @@ class ForwardPass {
     p_.s_begin = begin;
     p_.s_end = end;
     p_.resume = resume;
-    pass_.launch(p_, layer_.projection ? &second_ : nullptr);
+    pass_.launch(p_, pass_.has_two_products() ? &second_ : nullptr);
   }
 
   // Writes the checkpoint after step end - 1, which was the last that was run.
@@ -137,13 +137,18 @@ class ForwardPass {
   void reserve() {
     if (pass_.recurs()) {
       h_ = pass_.reserve_exchange(2, row_bytes(layer_.dtype, size_.R));
-      hidden_ =
-          layer_.projection ? pass_.reserve_exchange(1, row_bytes(layer_.dtype, size_.H)) : h_;
+      hidden_ = pass_.has_two_products()
+                    ? pass_.reserve_exchange(1, row_bytes(layer_.dtype, size_.H))
+                    : h_;
       for (int d = 0; d < size_.D; ++d) {
         const Weights& w = layer_.weights[d];
         if (size_.heads() == 1)
           w_hh_[d] = pass_.reserve_operand(w.w_hh, pass_.gates() * size_.H, size_.R);
-        if (layer_.projection) w_hr_[d] = pass_.reserve_operand(w.w_hr, size_.R, size_.H);
+        const int64_t last = (pass_.gates() - 1) * size_.H * size_.K * storage_bytes(layer_.dtype);
+        if (layer_.projection) w_second_[d] = pass_.reserve_operand(w.w_hr, size_.R, size_.H);
+        if (cell_.operand)
+          w_second_[d] =
+              pass_.reserve_operand(static_cast<const char*>(w.w_hh) + last, size_.H, size_.H);
       }
     }
     pass_.allocate();
@@ -166,7 +171,7 @@ class ForwardPass {
     second_ = {{}, size_.R, p_.product.out, p_.product.in};
     for (int d = 0; d < size_.D; ++d) {
       p_.product.a[d] = hidden_weights(d);
-      if (layer_.projection) second_.a[d] = pass_.resolve(w_hr_[d]);
+      if (pass_.has_two_products()) second_.a[d] = pass_.resolve(w_second_[d]);
     }
   }
 
@@ -222,7 +227,7 @@ class ForwardPass {
   const int64_t most_, width_, computed_;
   Pass pass_;
   Pass::ExchangeSlot h_, hidden_;
-  Pass::OperandSlot w_hh_[2], w_hr_[2];
+  Pass::OperandSlot w_hh_[2], w_second_[2];
   RecurrenceParams p_{};
   Product second_{};
   std::vector<Tensor> kept_;

@@ -9,7 +9,7 @@ namespace lstm_fused::cuda {
 // What the recurrence's backward pass left, each of the storage dtype.
 struct Recurred {
   const Tensor& d_preacts;  // (S, D, P, H)
-  const void* hidden;       // (S, D, H): h before a projection, or null
+  const void* hidden;       // (S, D, H): h before a projection, or a cell's operand, or null
   const void* d_hidden;     // (S, D, R): gradient of h after it, or null
   const void* h_prev;       // (S, D, R): h that each step began with; or null
   void* d_vectors;          // compute (D, N, vectors, H): sums over a row's steps; or null
@@ -127,9 +127,17 @@ class Gradients {
     }
   }
 
-  // The same for w_hh: with heads, units by the hidden units of their head, a product for each.
+  // The same for w_hh: with heads, units by the hidden units of their head, a product for each; of
+  // a cell with an operand, the last gate by that.
   void by_head(void* out, int d, const Matrix& h_prev) const {
     const int64_t heads = layer_.size.heads(), K = layer_.size.K;
+    if (pass_.cell().operand) {
+      const int gates = pass_.hidden_gates();
+      const Matrix operand{part(recurred_.hidden, d, H_), S_, H_, layer_.size.D * H_, false};
+      multiply(out, transposed(preacts(d, P_ - G_, gates)), h_prev);
+      return multiply(static_cast<char*>(out) + gates * H_ * H_ * bytes_,
+                      transposed(preacts(d, P_ - 1, 1)), operand);
+    }
     if (heads == 1) return by_gate(out, d, P_ - G_, hidden_gates_, h_prev);
     char* to = static_cast<char*>(out);
     for (int j = 0; j < G_; ++j)

@@ -35,6 +35,10 @@ class Pass {
 
   const CellInfo& cell() const { return info(layer_.cell); }
   int gates() const { return cell().gates; }
+  // Those whose rows of w_hh multiply the hidden state: the last one may multiply an operand.
+  int hidden_gates() const { return cell().gates - cell().operand; }
+  // Whether a step has a second product.
+  bool has_two_products() const { return layer_.projection || cell().operand; }
   bool tf32() const { return plan_.tf32; }
   // Whether steps have a product with w_hh.
   bool recurs() const { return size_.K > 0; }
@@ -101,8 +105,11 @@ class Pass {
     barrier_ = workspace_.reserve_zeros(groups * kBarrierBytes);
     // Packed data's sizes and offsets, (2, T + 1), for a launch of several steps.
     steps_ = workspace_.reserve(has_one_launch() && steps.sizes ? 2 * (steps.T + 1) * 8 : 0);
+    const int64_t bytes = compute_bytes(layer_.dtype);
     const int64_t states = size_.D * steps.N * cell().carried() * size_.H;
-    carry_ = workspace_.reserve(states * compute_bytes(layer_.dtype));
+    carry_ = workspace_.reserve(states * bytes);
+    const int64_t units = size_.D * steps.N * size_.H;
+    between_ = workspace_.reserve(cell().operand ? units * cell().preacts * bytes : 0);
     workspace_.allocate(x_, stream_);
   }
 
@@ -132,6 +139,7 @@ class Pass {
       p.masks[d] = layer_.weights[d].masks;
     }
     p.carry = workspace_.at(carry_);
+    p.between = workspace_.at(between_);
     if (plan_.kind == PlanKind::kGrid) p.barrier = workspace_.at(barrier_);
     if (!has_one_launch()) return p;
     p.steps = host;
@@ -196,7 +204,7 @@ class Pass {
   Plan plan_{};
   bool launched_ = false;
   Workspace workspace_;
-  Workspace::Slot barrier_ = 0, steps_ = 0, carry_ = 0;
+  Workspace::Slot barrier_ = 0, steps_ = 0, carry_ = 0, between_ = 0;
 };
 
 }  // namespace lstm_fused::cuda

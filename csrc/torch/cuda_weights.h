@@ -12,20 +12,27 @@ struct WeightStrides {
   int64_t gate, head, i, j;
 };
 
-// A new matrix (rows, columns) with w_hh's elements, and zeros where it has none. Heads as one
-// matrix are as many products too many as there are heads, all but one of zeros, in place of a
-// small product for each head and gate.
-inline Tensor placed_hidden_weights(const Pass& pass, const Layer& layer, int d, int64_t rows,
-                                    int64_t columns, const WeightStrides& strides,
+// Gates [first, end) of w_hh.
+struct GateRange {
+  int first, end;
+  int count() const { return end - first; }
+};
+
+// A new matrix (rows, columns) with the elements of some gates of w_hh, and zeros where it has
+// none. Heads as one matrix are as many products too many as there are heads, all but one of zeros,
+// in place of a small product for each head and gate.
+inline Tensor placed_hidden_weights(const Pass& pass, const Layer& layer, int d, GateRange gates,
+                                    int64_t rows, int64_t columns, const WeightStrides& strides,
                                     const Tensor& x) {
   const LayerSizes& s = layer.size;
   const int64_t units = s.heads() > 1 ? s.K : s.H;
   Tensor out = pass.empty({rows, columns});
-  if (rows * columns != pass.gates() * s.H * s.K) torch::stable::zero_(out);
-  const Shape sizes{pass.gates(), s.heads(), units, s.K};
-  const Tensor from =
-      torch::stable::from_blob(const_cast<void*>(layer.weights[d].w_hh), sizes,
-                               Shape{s.H * s.K, units * s.K, s.K, 1}, x.device(), x.scalar_type());
+  if (rows * columns != gates.count() * s.H * s.K) torch::stable::zero_(out);
+  const Shape sizes{gates.count(), s.heads(), units, s.K};
+  const int64_t bytes = s.H * s.K * storage_bytes(layer.dtype);
+  char* first = static_cast<char*>(const_cast<void*>(layer.weights[d].w_hh)) + gates.first * bytes;
+  const Tensor from = torch::stable::from_blob(first, sizes, Shape{s.H * s.K, units * s.K, s.K, 1},
+                                               x.device(), x.scalar_type());
   Tensor to = reinterpret(out, sizes, {strides.gate, strides.head, strides.i, strides.j}, 0);
   torch::stable::copy_(to, from);
   return out;
@@ -35,17 +42,17 @@ inline Tensor placed_hidden_weights(const Pass& pass, const Layer& layer, int d,
 inline Tensor whole_hidden_weights(const Pass& pass, const Layer& layer, int d, const Tensor& x) {
   const LayerSizes& s = layer.size;
   const int64_t padded = row_bytes(layer.dtype, s.H) / storage_bytes(layer.dtype);
-  return placed_hidden_weights(pass, layer, d, pass.gates() * s.H, padded,
+  return placed_hidden_weights(pass, layer, d, {0, pass.gates()}, pass.gates() * s.H, padded,
                                {s.H * padded, s.K * padded + s.K, padded, 1}, x);
 }
 
-// w_hh transposed, (R, gates * H), each gate's columns padded.
+// Gates of w_hh transposed, (R, gates * H), each gate's columns padded.
 inline Tensor transposed_hidden_weights(const Pass& pass, const Layer& layer, int d,
-                                        const Tensor& x) {
+                                        GateRange gates, const Tensor& x) {
   const LayerSizes& s = layer.size;
   const int64_t padded = row_bytes(layer.dtype, s.H) / storage_bytes(layer.dtype);
-  const int64_t columns = pass.gates() * padded;
-  return placed_hidden_weights(pass, layer, d, s.R, columns,
+  const int64_t columns = gates.count() * padded;
+  return placed_hidden_weights(pass, layer, d, gates, s.R, columns,
                                {padded, s.K * columns + s.K, 1, columns}, x);
 }
 

@@ -77,12 +77,13 @@ std::vector<int64_t> last_run_numbers() {
   return numbers;
 }
 
-// numbers: gates, preacts, cells, keeps_hidden, vectors, masks, groups.
+// numbers: gates, preacts, cells, keeps_hidden, vectors, masks, groups, operand.
 int64_t register_cell_of(std::string name, std::vector<int64_t> numbers) {
-  LSTM_FUSED_CHECK(numbers.size() == 7, "a cell is described by 7 numbers");
+  LSTM_FUSED_CHECK(numbers.size() == 8, "a cell is described by 8 numbers");
   const auto at = [&](int i) { return static_cast<int>(numbers[i]); };
   return static_cast<int64_t>(register_cell(
-      name, {nullptr, at(0), at(1), true, at(2), numbers[3] != 0, at(4), at(5), at(6)}));
+      name,
+      {nullptr, at(0), at(1), true, at(2), numbers[3] != 0, at(4), at(5), at(6), numbers[7] != 0}));
 }
 
 // The addresses of UnitFunctions<float> and <double> of a registered cell in an ISA.

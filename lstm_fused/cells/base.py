@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lstm_fused import cuda, errors, ops, reference_variants
+from lstm_fused import cuda, errors
 from lstm_fused.fallback import State
 from lstm_fused.recurrent import Recurrent
 
@@ -173,16 +173,14 @@ class DescribedLayer(Recurrent[State], _Parameters):
 
     def _run_layer(self, run, x, batch_sizes, state0, weights, directions, **more):
         own = self._reference()
-        if own is not None or self._cell() not in ops.CELLS:
-            more.pop("save_every", None)  # every step is kept
         if own is not None:
+            more.pop("save_every", None)  # every step is kept
             return own(x, batch_sizes, state0, weights, directions, **more)
         return run(x, batch_sizes, state0, weights, self._cell(), directions, **more)
 
     def _reference(self):
         """A layer as reference.CELLS has them, where neither these nor the kernels run it."""
-        cell = self._cell()
-        return None if cell in ops.CELLS else reference_variants.CELLS.get(cell)
+        return None
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -204,8 +202,7 @@ class DescribedLayer(Recurrent[State], _Parameters):
 
     def _unsupported_reason(self):
         """Why the kernels run no call of the module with its options, or None."""
-        cell = self._cell()
-        return None if cell in ops.CELLS else f"the kernels have no {cell}"
+        return None
 
     def _autocast_dtypes(self, x, packed, state, weights, grad):
         """Everything runs in autocast's dtype, as cuDNN's layers do; float64 is left alone."""

@@ -9,9 +9,11 @@ from lstm_fused.testing.tolerance import allowed, error_of
 _SIZES = ((1, 1, 5, 19, 1), (1, 2, 16, 32, 2), (7, 5, 5, 19, 2), (3, 9, 4, 48, 1))
 
 
-def check(layer, step=None):
+def check(layer, step=None, operand=None):
     """Lines that say what was compared; see CompiledLayer.check."""
     lines = [] if step is None else [_check_step(layer.trace, step)]
+    if operand is not None:
+        lines.append(_check_operand(layer.trace, operand))
     active = torch.ops.lstm_fused.active_isa()
     isas = [isa for isa in runtime.available_isas() if not isa.endswith(("_vnni", "_bf16"))]
     try:
@@ -123,7 +125,16 @@ def _bounds_are_vectors(trace):
     return any(step.operands[1] in vectors for step in clips)
 
 
-def _check_step(trace, step):
+def _check_operand(trace, operand):
+    assert trace.operand, "the cell has no operand"
+
+    def step(preact, vector, mask, prev):
+        return operand(preact, vector, mask, prev), list(prev[: trace.cells])
+
+    return _check_step(trace.operand, step, "operand")
+
+
+def _check_step(trace, step, name="step"):
     """The cell's values and gradients in torch against those of the user's function."""
     torch.manual_seed(0)
     n, H = 64, 8
@@ -142,12 +153,12 @@ def _check_step(trace, step):
     h_step, states_step = step(*groups)
     ours, theirs = [h, *states[: trace.cells]], [h_step, *states_step]
     assert len(ours) == len(theirs), f"step gives {len(theirs) - 1} states, not {trace.cells}"
-    for name, a, b in zip(["h", *range(trace.cells)], ours, theirs, strict=True):
-        torch.testing.assert_close(b, a, msg=lambda m, name=name: f"step's {name}: {m}")
+    for part, a, b in zip(["h", *range(trace.cells)], ours, theirs, strict=True):
+        torch.testing.assert_close(b, a, msg=lambda m, part=part: f"{name}'s {part}: {m}")
     pairs = [_gradients(found, inputs) for found in (ours, theirs)]
     for k, (a, b) in enumerate(zip(*pairs, strict=True)):
-        torch.testing.assert_close(b, a, msg=lambda m, k=k: f"step's gradient of input {k}: {m}")
-    return "the values and gradients of step"
+        torch.testing.assert_close(b, a, msg=lambda m, k=k: f"{name}'s gradient of input {k}: {m}")
+    return f"the values and gradients of {name}"
 
 
 def _split(inputs, counts):

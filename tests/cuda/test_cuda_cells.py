@@ -13,7 +13,6 @@ from tests.helpers import cell_modules, emulated, loops
 from tests.helpers.compare_modules import I, T, changed, draw, states_of
 
 N, H = 4, 6
-WITH_KERNELS = {m for m in cells.MODULES if m not in (cells.ResetBeforeGRU, cells.MGU)}
 MODULES = cell_modules.MODULES | {
     "SLSTM": (cells.SLSTM, {"num_heads": 2, "hidden": 32}),  # heads of whole blocks
     # More units than a CTA has threads, and a row that has no space for what forward saves of it.
@@ -32,9 +31,6 @@ def make(name, **options):
     for p in module.parameters():  # some begin as zeros
         torch.nn.init.uniform_(p, -0.5, 0.5)
     return module
-
-
-MODULES = {name: of for name, of in MODULES.items() if of[0] in WITH_KERNELS}
 
 
 def state_of(module):

@@ -32,6 +32,8 @@ CELLS = {
     "regularized_lstm": Row(constants=("bound", "bound")),
     "regularized_gru": Row(constants=("bound",)),
     "coupled_lstm": Row(projects=True),
+    "reset_before_gru": Row(),
+    "mgu": Row(),
     "ind_rnn": Row("none", kinked=True),
     "ind_rnn_tanh": Row("none"),
     "sru": Row("none"),
@@ -43,10 +45,13 @@ CELLS = {
     "layer_norm_lstm_carried": Row(projects=True, constants=("epsilon",)),
     "layer_norm_gru": Row(constants=("epsilon",)),
 }
-# One for each thing that the kernels do differently: projections, masks and gates in two parts, no
-# product with the hidden state, heads, normalisation. For tests of the kernels, which are the same
-# for all described cells.
-EACH_KIND = ("peephole_lstm", "regularized_gru", "ind_rnn_tanh", "slstm", "layer_norm_lstm")
+# One for each thing that the kernels do differently: projections, masks and gates in two parts, a
+# second product, no product with the hidden state, heads, normalisation. For tests of the kernels,
+# which are the same for all described cells.
+EACH_KIND = (
+    *("peephole_lstm", "regularized_gru", "reset_before_gru", "ind_rnn_tanh", "slstm"),
+    "layer_norm_lstm",
+)
 KINKED = tuple(cell for cell, row in CELLS.items() if row.kinked)
 BLOCK = 16  # of a head's units, a multiple
 

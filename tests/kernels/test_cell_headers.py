@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lstm_fused import reference_steps
+from lstm_fused import ops, reference_steps
 from tests.helpers import described
 
 ROOT = Path(__file__).parents[2]
@@ -18,6 +18,8 @@ HEADERS = sorted(
     for path in (ROOT / "csrc" / "cells").glob("*.h")
     if ": DescribedCell {" in path.read_text() and path.name != "described.h"
 )
+# Of a unit's operand, where a cell has one: the last gate's matrix is a multiple of the identity.
+OPERAND_WEIGHT = 0.75
 H = 512  # units of a case, each with values of its own
 # Those of which a unit needs no other unit.
 CELLS = [name for name, row in described.CELLS.items() if "epsilon" not in row.constants]
@@ -42,6 +44,7 @@ namespace {
 %s
 
 using namespace lstm_fused;
+constexpr double kOperandWeight = %s;
 
 // forward: preacts, vectors, masks, prev -> next, h, each (count, units); backward: dh and d_state
 // besides, replaced by the gradients of prev -> d_preacts, d_vectors, h.
@@ -64,9 +67,21 @@ void run(int64_t units, const double* preacts, const double* vectors, const doub
     gather(in[3], prev, states);
     gather(in[4], d_state, states);
     UnitForward<double> forward{in[0], in[1], in[2], in[3], 1, out[0], 1, h + u};
+    [[maybe_unused]] double operand = 0, d_operand = 0, d_last;
+    if constexpr (HasOperand<Cell>) {
+      UnitForward<double> before = forward;
+      before.h = &operand;
+      unit_operand<Cell, double>(before);
+      in[0][Cell::kPreacts - 1] += kOperandWeight * operand;
+    }
     unit_forward<Cell, double>(forward);
     UnitBackward<double> backward{in[0], 1,      in[1], in[2],  in[3],  1,      out[0], 1,
-                                  dh + u, in[4], 1,     out[1], out[2], &again};
+                                  dh + u, in[4], 1,     out[1], out[2], &again, nullptr,
+                                  &d_operand, &operand};
+    if constexpr (HasOperand<Cell>) {
+      unit_last_gradient<Cell, double>(backward, &d_last);
+      d_operand = kOperandWeight * d_last;
+    }
     unit_backward<Cell, double>(backward);
     scatter(next, out[0], states);
     scatter(d_state, in[4], states);
@@ -100,7 +115,8 @@ def library(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cells")
     includes = "".join(f'#include "cells/{path.name}"\n' for path in HEADERS)
     source, library = folder / "cells.cpp", folder / "cells.so"
-    source.write_text(DRIVER % (includes, "".join(f"CELL({struct_of(name)})\n" for name in CELLS)))
+    rows = "".join(f"CELL({struct_of(name)})\n" for name in CELLS)
+    source.write_text(DRIVER % (includes, OPERAND_WEIGHT, rows))
     options = ["-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Werror", f"-I{ROOT / 'csrc'}"]
     subprocess.run(["c++", *options, source, "-o", library], check=True)
     return ctypes.CDLL(str(library))
@@ -141,11 +157,15 @@ def expected_of(name, counts, x, b_hh, vectors, masks, state, d_h, d_cells):
     # One row, whose pre-activations are x and b_hh themselves.
     step = reference_steps.CELLS[name].step
     size = gates * H
+    w_hh = torch.empty(size, 0, dtype=torch.float64)
+    if ops.CELLS[name]["operand"]:
+        w_hh = torch.zeros(size, H, dtype=torch.float64)
+        w_hh[-H:] = OPERAND_WEIGHT * torch.eye(H)
     h, *rest = step(
         x.reshape(1, size),
         (state[:1], *(state[1:].reshape(1, -1),) * (cells > 0)),
         torch.eye(size, dtype=torch.float64),
-        torch.empty(size, 0, dtype=torch.float64),
+        w_hh,
         torch.zeros(size, dtype=torch.float64),
         b_hh.reshape(size),
         None,

@@ -65,6 +65,28 @@ struct Normalized : DescribedCell {
 };
 """
 
+RESET_BEFORE = """
+#include "described.h"
+
+// With a cell state, a vector and a gate in two parts, as none of csrc/cells has them beside an
+// operand.
+struct ResetBefore : DescribedCell {
+  static constexpr int kGates = 3, kPreacts = 4, kCells = 1, kVectors = 1;
+
+  template <class V>
+  static constexpr V operand(const V* preact, const V* vector, const V*, const V* prev) {
+    return sigmoid(preact[1]) * prev[0] + vector[0];
+  }
+
+  template <class V>
+  static constexpr V forward(const V* preact, const V* vector, const V*, const V* prev, V* next) {
+    const V z = sigmoid(preact[2] + vector[0]);
+    next[0] = z * prev[0] + (1 - z) * tanh(preact[0] + sigmoid(preact[1]) * preact[3]);
+    return tanh(next[0]);
+  }
+};
+"""
+
 
 @pytest.fixture
 def new_folder(tmp_path, monkeypatch):
@@ -214,6 +236,71 @@ def normalized(preact, vector, mask, prev):
     candidate, gate = normal(*preact)
     c = prev[0] + torch.tanh(vector[0] * candidate) * torch.sigmoid(gate)
     return torch.tanh(normal(c)[0]), [c]
+
+
+def reset_before(preact, vector, mask, prev):
+    z = torch.sigmoid(preact[2] + vector[0])
+    candidate = torch.tanh(preact[0] + torch.sigmoid(preact[1]) * preact[3])
+    c = z * prev[0] + (1 - z) * candidate
+    return torch.tanh(c), [c]
+
+
+def reset_before_operand(preact, vector, mask, prev):
+    return torch.sigmoid(preact[1]) * prev[0] + vector[0]
+
+
+def test_an_operand():
+    layer = lstm_fused.compile_cell(RESET_BEFORE)
+    assert ops.CELLS[layer.cell]["operand"]
+    lines = layer.check(reset_before, reset_before_operand)
+    assert lines[:2] == [f"the values and gradients of {name}" for name in ("step", "operand")]
+    with pytest.raises(AssertionError, match="operand's h"):
+        layer.check(reset_before, lambda preact, vector, mask, prev: prev[0])
+    with pytest.raises(ValueError, match="hidden_weight is False but must be True"):
+        lstm_fused.compile_cell(RESET_BEFORE, hidden_weight=False)
+    with pytest.raises(AssertionError, match="has no operand"):
+        lstm_fused.compile_cell(LIGHT_GRU).check(light_gru, reset_before_operand)
+
+
+# The same as the library's cell, by another way: two gates, of which the second multiplies r * h.
+def test_the_operand_of_mgu():
+    text = """
+#include "described.h"
+struct Minimal : DescribedCell {
+  static constexpr int kGates = 2, kPreacts = 2;
+  static constexpr bool kKeepsHidden = true;
+  template <class V>
+  static constexpr V operand(const V* preact, const V*, const V*, const V* prev) {
+    return sigmoid(preact[0]) * prev[0];
+  }
+  template <class V>
+  static constexpr V forward(const V* preact, const V*, const V*, const V* prev, V*) {
+    const V f = sigmoid(preact[0]);
+    return prev[0] + f * (tanh(preact[1]) - prev[0]);
+  }
+};
+"""
+    layer, ours = lstm_fused.compile_cell(text)(5, 19), lstm_fused.MGU(5, 19)
+    ours.load_state_dict(layer.state_dict())
+    x = torch.randn(7, 3, 5)
+    torch.testing.assert_close(layer(x), ours(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "says"),
+    [
+        (
+            "sigmoid(preact[1]) * prev[0] +",
+            "preact[3] * prev[0] +",
+            "must not use the last pre-act",
+        ),
+        ("const V*, const V* prev) {", "const V* prev) {", "the cell's operand is not `template"),
+    ],
+)
+def test_operands_that_do_not_compile(right, wrong, says, new_folder):
+    source = RESET_BEFORE.replace(right, wrong)
+    with pytest.raises(RuntimeError, match=says):
+        cell_library.compile_and_load(source, "ResetBefore")
 
 
 def test_check_of_cells_with_everything():
