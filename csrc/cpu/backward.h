@@ -449,8 +449,10 @@ struct BackwardSteps : BackwardThread<Cell, S, M> {
       for (int j = 0; j < k.P; ++j) d_preact[j] = keep_first(d_preact[j], k.H - u);
     E* to = k.preact_gradients(d, block, s) + lane;
     A* sums = bias_sums(false, block) + lane;
+    // The last one of a cell with an operand is there, and other threads read it.
+    const int stored = k.P - k.has_operand();
     LSTM_FUSED_UNROLLED_FOR (int j = 0; j < k.P; ++j) {
-      store(to + j * kBlock, d_preact[j]);
+      if (j < stored) store(to + j * kBlock, d_preact[j]);
       store(sums + j * kBlock, load<V>(sums + j * kBlock) + d_preact[j]);
     }
     if (k.projection) store(k.full + (d * k.S_rows + s) * k.Hp + u, h);

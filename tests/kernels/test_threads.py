@@ -29,6 +29,8 @@ PROBLEMS = (
     Problem(9, 40, 6, 33, hx=True, cell="rnn_tanh"),
     Problem(20, 3, 6, 100, cell="rnn_relu"),
     Problem(9, 40, 6, 33, hx=True, cell="regularized_gru"),
+    Problem(9, 11, 6, 50, form="unsorted", directions=2, cell="reset_before_gru"),
+    Problem(20, 3, 6, 100, hx=True, cell="mgu"),
     Problem(9, 7, 6, 50, cell="ind_rnn_tanh"),
     Problem(20, 3, 6, 96, hx=True, cell="slstm"),
     Problem(8, 11, 5, 50, form="unsorted", hx=True, directions=2, cell="layer_norm_lstm"),
