@@ -71,9 +71,6 @@ struct UnitInfo {
   int groups;             // of values that are normalized over all units (cells/unit.h)
   bool operand;           // whether the last gate multiplies one of the cell's own (cells/unit.h)
   const void* functions;  // UnitFunctions of the ISA and the compute type
-
-  LSTM_FUSED_INLINE int carried() const { return cells + keeps_hidden; }
-  LSTM_FUSED_INLINE int saved() const { return carried() + groups; }
 };
 
 // Hidden units come in blocks of 16 in every packed or saved buffer, so that shapes do not depend

@@ -2,11 +2,14 @@
 
 A layer is written once, by ``_layer`` and its parts, on a graph that has ``op`` and ``constant``:
 ``_Graph`` of the exporter on torch.export (``dynamo=True``), ``_TracedGraph`` of the one on
-TorchScript. ONNX's gates are in another order than torch's: i o f g, and z r n.
+TorchScript. ONNX's gates are in another order than torch's: i o f g, and z r n; its peepholes are
+i o f.
 
 Sizes: T steps, N rows, I inputs, H hidden units, R recurrent width, D directions, S rows of packed
 data.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,15 +22,21 @@ _OPSET = 15  # the first with all that is used here
 
 
 class _Node:
-    """A cell in ONNX: the operator, the order of its gates in terms of ours, its attributes."""
+    """A cell in ONNX: the operator, the order of its gates and of its peepholes in terms of ours,
+    its attributes."""
 
-    def __init__(self, op, gates, states=1, **attributes):
+    def __init__(self, op, gates, states=1, peepholes=(), **attributes):
         self.op, self.gates, self.states, self.attributes = op, gates, states, attributes
+        self.peepholes = peepholes
 
 
 _NODES = {
     "lstm": _Node("LSTM", (0, 3, 1, 2), states=2),
+    "peephole_lstm": _Node("LSTM", (0, 3, 1, 2), states=2, peepholes=(0, 2, 1)),
+    # Its forget gate is 1 - i: the rows of i stand in the place of those that are not read.
+    "coupled_lstm": _Node("LSTM", (0, 2, 0, 1), states=2, input_forget=1),
     "gru": _Node("GRU", (1, 0, 2), linear_before_reset=1),
+    "reset_before_gru": _Node("GRU", (1, 0, 2), linear_before_reset=0),
     "rnn_tanh": _Node("RNN", (0,), activations=["Tanh"]),
     "rnn_relu": _Node("RNN", (0,), activations=["Relu"]),
 }
@@ -102,13 +111,23 @@ class _TracedGraph:
         return False
 
 
-def _directions(weights, directions):
-    """Per direction (w_ih, w_hh, biases, w_hr); no biases are (), no projection is None."""
+class _Part(NamedTuple):
+    """The weights of a direction; no biases are (), no projection and no vectors None."""
+
+    w_ih: Any
+    w_hh: Any
+    biases: tuple[Any, ...]
+    w_hr: Any
+    vectors: Any
+
+
+def _directions(weights, directions, has_vectors):
     each = len(weights) // directions
     for d in range(directions):
         w_ih, w_hh, *rest = weights[d * each : (d + 1) * each]
-        w_hr = rest.pop() if each % 2 else None
-        yield w_ih, w_hh, tuple(rest), w_hr
+        vectors = rest.pop() if has_vectors else None
+        w_hr = rest.pop() if len(rest) % 2 else None
+        yield _Part(w_ih, w_hh, tuple(rest), w_hr, vectors)
 
 
 def _stacked(g, tensors):
@@ -141,10 +160,10 @@ def _layer(g, x, lengths, state0, weights, cell, directions, hidden=None):
     if cell not in _NODES:
         raise NotImplementedError(f"ONNX has no operator for the cell {cell}")
     kind = _NODES[cell]
-    parts = list(_directions(weights, directions))
-    hidden = hidden or g.shape(parts[0][1])[0] // len(kind.gates)
+    parts = list(_directions(weights, directions, bool(kind.peepholes)))
+    hidden = hidden or g.shape(parts[0].w_hh)[0] // (1 + max(kind.gates))
     h0, c0 = (*(None if g.is_zeros(s) else s for s in state0), None, None)[:2]
-    if parts[0][3] is not None:
+    if parts[0].w_hr is not None:
         x, initial_h, parts = _without_projection(g, x, lengths, h0, parts)
     else:
         initial_h = h0
@@ -154,29 +173,35 @@ def _layer(g, x, lengths, state0, weights, cell, directions, hidden=None):
     def sorted_rows(w):
         return w if len(kind.gates) == 1 else g.op("Gather", w, rows, axis=0)
 
-    biases = [g.op("Concat", *map(sorted_rows, b), axis=0) for _, _, b, _ in parts if b]
+    biases = [g.op("Concat", *map(sorted_rows, p.biases), axis=0) for p in parts if p.biases]
     sequence_lens = None
     if lengths is not None:
         sequence_lens = g.op("Cast", g.op("Max", lengths, g.constant(1)), to=6)  # int32
     attributes = dict(kind.attributes)
     if "activations" in attributes:
         attributes["activations"] = attributes["activations"] * directions
+    more = []
+    if kind.peepholes:
+        order, merged = g.constant(kind.peepholes), g.constant([-1])
+        ours = [g.op("Gather", part.vectors, order, axis=0) for part in parts]
+        more = [_stacked(g, [g.op("Reshape", v, merged) for v in ours])]
     y, *ends = g.op(
         kind.op,
         x,
-        _stacked(g, [sorted_rows(part[0]) for part in parts]),
-        _stacked(g, [sorted_rows(part[1]) for part in parts]),
+        _stacked(g, [sorted_rows(part.w_ih) for part in parts]),
+        _stacked(g, [sorted_rows(part.w_hh) for part in parts]),
         _stacked(g, biases) if biases else None,
         sequence_lens,
         initial_h,
-        c0,
+        *([c0] if kind.states == 2 else []),
+        *more,
         outputs=1 + kind.states,
         hidden_size=hidden,
         direction="bidirectional" if directions == 2 else "forward",
         **attributes,
     )
-    if parts[0][3] is not None:
-        project = _stacked(g, [g.op("Transpose", w_hr, perm=[1, 0]) for *_, w_hr in parts])
+    if parts[0].w_hr is not None:
+        project = _stacked(g, [g.op("Transpose", part.w_hr, perm=[1, 0]) for part in parts])
         y, ends[0] = g.op("MatMul", y, project), g.op("MatMul", ends[0], project)
     # (T, D, N, R) -> (T, N, D * R)
     if directions == 1:
@@ -209,7 +234,7 @@ def _without_projection(g, x, lengths, h0, parts):
     first step of each direction, comes as further inputs: h_0 there, zeros elsewhere.
     Returns x, the initial h and the parts.
     """
-    inputs, recurrent = [part[0] for part in parts], [part[1] for part in parts]
+    inputs, recurrent = [part.w_ih for part in parts], [part.w_hh for part in parts]
     if h0 is not None:
         steps = g.op("Unsqueeze", _range(g, _size(g, x, 0)), g.constant([1, 2]))
         zero = _zero_like(g, x)
@@ -228,14 +253,11 @@ def _without_projection(g, x, lengths, h0, parts):
             g.op("Concat", w, *nothing[:d], recurrent[d], *nothing[d + 1 :], axis=1)
             for d, w in enumerate(inputs)
         ]
-    return (
-        x,
-        None,
-        [
-            (w, g.op("MatMul", w_hh, w_hr), b, w_hr)
-            for w, (_, w_hh, b, w_hr) in zip(inputs, parts, strict=True)
-        ],
-    )
+    whole = [
+        part._replace(w_ih=w, w_hh=g.op("MatMul", part.w_hh, part.w_hr))
+        for w, part in zip(inputs, parts, strict=True)
+    ]
+    return x, None, whole
 
 
 def _packed_layer(g, x, batch_sizes, state0, weights, cell, directions, hidden):

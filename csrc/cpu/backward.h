@@ -56,15 +56,15 @@ struct BackwardSteps : BackwardThread<Cell, S, M> {
       const Range steps = split(hh.depth, k.plan.row_groups, place.row_group);
       const S* w_hh = static_cast<const S*>(w.w_hh);
       if (k.head_rows)
-        pack_head_rows(hh, steps, k.hidden_gates(), w_hh, k.p.size.K, k.R,
+        pack_head_rows(hh, steps, k.hidden_order(), w_hh, k.p.size.K, k.R,
                        k.head_rows + worker * M::kPair * k.R);
       else
-        pack_gate_rows(hh, steps, k.hidden_gates(), w_hh, k.H, k.R);
+        pack_gate_rows(hh, steps, k.hidden_order(), w_hh, k.H, k.R);
     }
     if (k.packed_operand) {
       const Panels<M> panels = k.operand_panels(d, place.unit_group);
       pack_gate_rows(panels, split(panels.depth, k.plan.row_groups, place.row_group),
-                     k.operand_gate(), k.operand_weights(d), k.H, k.R);
+                     k.operand_order(), k.operand_weights(d), k.H, k.R);
     }
     if (k.projection && place.row_group == 0) {
       const Panels<M> hr = k.projection_panels(d, place.unit_group);
@@ -188,7 +188,7 @@ struct BackwardSteps : BackwardThread<Cell, S, M> {
   void product(const Panels<M>& panels, int64_t panel, int64_t step, int64_t first, int n,
                bool ended, A* out) const {
     if constexpr (kIsAny<Cell>) {
-      if (!k.recurs || k.hidden_gates().G == 0) return clear(out, kMaxRows * kMaxCols * lanes);
+      if (!k.recurs || k.hidden_gates() == 0) return clear(out, kMaxRows * kMaxCols * lanes);
     }
     if (k.in_place) {
       const InPlaceSums<A> sums = k.row_sums_of(worker);
@@ -200,7 +200,7 @@ struct BackwardSteps : BackwardThread<Cell, S, M> {
     }
     const int64_t t = k.time(d, step - 1);
     const Range blocks = k.blocks_of(panels, panel);
-    GateProduct<M> tile(k, panels, panel, blocks, k.hidden_gates().G);
+    GateProduct<M> tile(k, panels, panel, blocks, k.hidden_gates());
     Lines lines;
     if (!ended && !k.projection)
       tile.first().prefetch = prefetch_lines(panels, panel, step, first, n, lines);

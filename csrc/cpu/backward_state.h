@@ -12,14 +12,14 @@ namespace {
 // first G pre-activations of a unit belong to the input's weights, the last G to the hidden
 // state's.
 template <class Cell, class S, class M>
-struct BackwardState : GatesOf<Cell> {
-  using GatesOf<Cell>::G, GatesOf<Cell>::P;
+struct BackwardState : CellFacts<Cell, typename M::Compute> {
   using A = typename M::Compute;
+  using Facts = CellFacts<Cell, A>;
+  using Facts::carried, Facts::cells, Facts::finishes_later, Facts::G, Facts::has_operand,
+      Facts::hidden_gates, Facts::kCarries, Facts::P, Facts::saved, Facts::unit_values;
   using E = typename M::Element;
   using V = Vector<A>;
   static constexpr int kMaxPreacts = Cell::kPreacts;
-  using Carried = CarryOf<Cell>;
-  static constexpr bool kCarries = Carried::kAny;
   static constexpr int lanes = VectorOf<A>::lanes;
   static constexpr int per_block = kBlock / lanes;
   // Whether a plan may have weights read in place.
@@ -66,7 +66,7 @@ struct BackwardState : GatesOf<Cell> {
 
   // lasting: what the calls for the steps between checkpoints share.
   BackwardState(const BackwardParams& params, const Plan& the_plan, Arena& arena, Arena& lasting)
-      : GatesOf<Cell>(params.unit),
+      : Facts(params.unit),
         p(params),
         plan(the_plan),
         T(p.size.steps.T),
@@ -82,8 +82,8 @@ struct BackwardState : GatesOf<Cell> {
         projection(p.weights[0].w_hr != nullptr),
         in_place(plan.kernel == KernelKind::kDirect),
         recurs(p.size.K > 0 && (T > 1 || wants_initial())),
-        sums_of_unit(P + (kIsAny<Cell> ? p.unit->vectors : 0)),
-        statistics(kIsAny<Cell> ? p.unit->groups : 0, plan, N, arena) {
+        sums_of_unit(P + unit_values()),
+        statistics(this->normalized_groups(), plan, N, arena) {
     const int D = p.size.D;
     d_preacts = arena.take<E>(D * Hb * S_rows * P * kBlock);
     dc = kCarries ? arena.take<A>(D * N * carried() * Hp) : nullptr;
@@ -97,9 +97,8 @@ struct BackwardState : GatesOf<Cell> {
     hidden = wanted && !projection ? arena.take<S>(D * S_rows * H) : nullptr;
     resumed = wanted && p.resume ? arena.take<S>(D * N * R) : nullptr;
     db = lasting.take<A>(plan.threads * 2 * D * Hb * sums_of_unit * kBlock);
-    const int64_t unit_values = kIsAny<Cell> ? p.unit->vectors : 0;
     unit_vectors =
-        unit_values ? arena.take<A>(D * ceil_div(H, lanes) * unit_values * lanes) : nullptr;
+        unit_values() ? arena.take<A>(D * ceil_div(H, lanes) * unit_values() * lanes) : nullptr;
     head_rows = p.size.heads() > 1 ? arena.take<S>(plan.threads * M::kPair * R) : nullptr;
     operands = wanted && has_operand() ? arena.take<S>(D * S_rows * H) : nullptr;
     packed_hh = recurs && !in_place ? arena.take<E>(D * Rp * G * Hp) : nullptr;
@@ -112,33 +111,18 @@ struct BackwardState : GatesOf<Cell> {
     dh = finishes_later() ? arena.take<A>(D * N * Hp) : nullptr;
   }
 
-  bool normalizes() const { return kIsAny<Cell> && statistics.groups > 0; }
-  bool has_operand() const { return kIsAny<Cell> && p.unit->operand; }
-  // Whether the gradients of h of a step are not all that its cell needs.
-  bool finishes_later() const { return normalizes() || has_operand(); }
-
   void init_barriers() {
     for (int i = 0; i < groups(); ++i) barriers[i].init(plan.unit_groups);
     barriers[groups()].init(plan.threads);
   }
 
   bool wants_initial() const { return p.dh0 || p.d_before; }
-  GateOrder input_gates() const { return {G, P, false}; }
-  // Those that multiply the hidden state; the last one may multiply an operand.
-  GateOrder hidden_gates() const { return {G - has_operand(), P, true}; }
-  GateOrder operand_gate() const { return {1, P, true}; }
+  GateOrder input_order() const { return {G, P, false}; }
+  GateOrder hidden_order() const { return {hidden_gates(), P, true}; }
+  GateOrder operand_order() const { return {1, P, true}; }
   const S* operand_weights(int d) const {
     return static_cast<const S*>(p.weights[d].w_hh) + (G - 1) * H * H;
   }
-
-  // What is carried: the cell states, then h if it is.
-  const UnitFunctions<A>& unit() const {
-    return *static_cast<const UnitFunctions<A>*>(p.unit->functions);
-  }
-  int cells() const { return Carried::cells(p.unit); }
-  bool keeps_hidden() const { return Carried::hidden(p.unit); }
-  int carried() const { return cells() + keeps_hidden(); }
-  int saved() const { return carried() + (kIsAny<Cell> ? p.unit->groups : 0); }
 
   // A row of a checkpoint, and of the gradients d_after and d_before.
   const A* checkpoint(int d, int64_t n) const {
@@ -188,7 +172,7 @@ struct BackwardState : GatesOf<Cell> {
   int64_t time(int d, int64_t step) const { return d == 0 ? T - 1 - step : step; }
   Panels<M> hidden_panels(int d, int unit_group) const {
     const Range v = vector_slice<A>(R, plan.unit_groups, unit_group);
-    return {v, gate_steps(hidden_gates().G), packed_hh + (d * Rp + v.begin * lanes) * G * Hp};
+    return {v, gate_steps(hidden_gates()), packed_hh + (d * Rp + v.begin * lanes) * G * Hp};
   }
   Panels<M> operand_panels(int d, int unit_group) const {
     const Range v = vector_slice<A>(R, plan.unit_groups, unit_group);

@@ -60,7 +60,7 @@ struct ForwardBuffers : ForwardState<Cell, S, M> {
         depth_x(p.size.x_is_preacts ? 0 : steps_of(I)),
         depth_h(T == 1 && !this->has_initial() ? 0 : steps_of(p.size.K)),
         chunk_rows(max64(1, plan.hoist_steps) * ceil_div(N, plan.row_groups)),
-        statistics(kIsAny<Cell> ? p.unit->groups : 0, plan, N, arena) {
+        statistics(this->normalized_groups(), plan, N, arena) {
     const int D = p.size.D;
     const int threads = plan.threads;
     packed = arena.take<E>(D * this->vectors * panel_size());
@@ -73,7 +73,7 @@ struct ForwardBuffers : ForwardState<Cell, S, M> {
     staged = stages() ? arena.take<E>(threads * chunk_rows * Ip()) : nullptr;
     rows = arena.take<const E*>(threads * chunk_rows);
     barriers = arena.take<Barrier>(groups() + 1);
-    parts = finishes_later() ? arena.take<A>(threads * thread_parts()) : nullptr;
+    parts = this->finishes_later() ? arena.take<A>(threads * thread_parts()) : nullptr;
   }
 
   void init_barriers() {
@@ -81,9 +81,6 @@ struct ForwardBuffers : ForwardState<Cell, S, M> {
     barriers[groups()].init(plan.threads);
   }
 
-  bool normalizes() const { return kIsAny<Cell> && statistics.groups > 0; }
-  // Whether a step has more to do between its products and the cell.
-  bool finishes_later() const { return normalizes() || this->has_operand(); }
   int64_t slice_vectors() const { return slice() * tile_vectors(); }
   int64_t row_parts() const { return slice_vectors() * P * lanes; }
   int64_t thread_parts() const {

@@ -3,9 +3,8 @@
 
 #include "activations.h"  // first: the cells name sigmoid and tanh
 
-#include "../cells/cells.h"
-#include "../cells/unit.h"
 #include "arena.h"
+#include "cell_facts.h"
 #include "partition.h"
 #include "unit_values.h"
 
@@ -41,45 +40,18 @@ struct ParamsOf<TangentOf<Cell>> {
   static constexpr bool tangents = true;
 };
 
-// What a cell carries from step to step: kAny whether that may be anything, how many cell states,
-// whether h. A described cell is known at run time.
-template <class Cell>
-struct CarryOf {
-  static constexpr bool kAny = Cell::kCarry != Carry::kNone;
-  static constexpr int cells(const UnitInfo*) { return Cell::kCarry == Carry::kCell; }
-  static constexpr bool hidden(const UnitInfo*) { return Cell::kCarry == Carry::kHidden; }
-};
-template <>
-struct CarryOf<AnyCell> {
-  static constexpr bool kAny = true;
-  static int cells(const UnitInfo* unit) { return unit->cells; }
-  static bool hidden(const UnitInfo* unit) { return unit->keeps_hidden; }
-};
-
-// A cell's numbers of gates and pre-activations.
-template <class Cell>
-struct GatesOf {
-  static constexpr int G = Cell::kGates, P = Cell::kPreacts;
-  explicit GatesOf(const UnitInfo*) {}
-};
-template <>
-struct GatesOf<AnyCell> {
-  const int G, P;
-  explicit GatesOf(const UnitInfo* unit) : G(unit->gates), P(unit->preacts) {}
-};
-
 // The states that both forward kernels (persistent and direct) keep, and the end of a step: the
 // epilogue from pre-activations to stored states.
 template <class Cell, class S, class M>
-struct ForwardState : GatesOf<Cell> {
-  using GatesOf<Cell>::G, GatesOf<Cell>::P;
+struct ForwardState : CellFacts<Cell, typename M::Compute> {
   using A = typename M::Compute;
+  using Facts = CellFacts<Cell, A>;
+  using Facts::carried, Facts::cells, Facts::G, Facts::kCarries, Facts::keeps_hidden, Facts::P,
+      Facts::saved, Facts::unit;
   using E = typename M::Element;
   using V = Vector<A>;
   static constexpr int kMaxPreacts = Cell::kPreacts;
   static constexpr int lanes = VectorOf<A>::lanes;
-  using Carried = CarryOf<Cell>;
-  static constexpr bool kCarries = Carried::kAny;
   static constexpr bool kTangents = ParamsOf<Cell>::tangents;
   using Params = typename ParamsOf<Cell>::type;
 
@@ -92,7 +64,7 @@ struct ForwardState : GatesOf<Cell> {
   A* unit_vectors;  // (D, vectors of units, vectors, lanes) of a described cell
 
   ForwardState(const Params& params, Arena& arena)
-      : GatesOf<Cell>(params.unit),
+      : Facts(params.unit),
         p(params),
         T(p.size.steps.T),
         N(p.size.steps.N),
@@ -112,18 +84,6 @@ struct ForwardState : GatesOf<Cell> {
 
   E* hidden(int d, int64_t step, int64_t n) const {
     return h + ((d * 2 + (step & 1)) * N + n) * Rp;
-  }
-  // What is carried: the cell states, then h if it is.
-  int cells() const { return Carried::cells(p.unit); }
-  bool keeps_hidden() const { return Carried::hidden(p.unit); }
-  int carried() const { return cells() + keeps_hidden(); }
-  int saved() const { return carried() + (kIsAny<Cell> ? p.unit->groups : 0); }
-  // Whether the last gate multiplies an operand of the cell's own (cells/described.h).
-  bool has_operand() const { return kIsAny<Cell> && p.unit->operand; }
-  // The gates that multiply the hidden state.
-  int hidden_gates() const { return G - has_operand(); }
-  const UnitFunctions<A>& unit() const {
-    return *static_cast<const UnitFunctions<A>*>(p.unit->functions);
   }
   A* cell(int d, int64_t n, int k = 0) const { return c + ((d * N + n) * carried() + k) * Hp; }
 
@@ -264,7 +224,7 @@ struct ForwardState : GatesOf<Cell> {
       save_gates(d, step, n, vec, [&](int j) { return load<V>(preacts + j * lanes); });
       for (int k = 0; k < carried(); ++k)
         save_state(d, step, n, vec, k, load<V>(cell(d, n, k) + u));
-      for (int g = 0; statistics && g < p.unit->groups; ++g) {
+      for (int g = 0; statistics && g < this->normalized_groups(); ++g) {
         V two = {};
         for (int i = 0; i < 2; ++i) two[i] = statistics[4 * g + i];
         save_state(d, step, n, vec, carried() + g, two);

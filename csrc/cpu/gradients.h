@@ -90,7 +90,7 @@ struct Gradients : BackwardState<Cell, S, M> {
     if (!this->packed_ih || p.size.x_is_preacts) return;
     for (int d = p.size.first_direction(); d < p.size.end_direction(); ++d) {
       const Panels<M> panels = input_panels(d);
-      pack_gate_rows(panels, split(panels.depth, plan.threads, worker), this->input_gates(),
+      pack_gate_rows(panels, split(panels.depth, plan.threads, worker), this->input_order(),
                      static_cast<const S*>(p.weights[d].w_ih), H, I);
     }
   }
@@ -229,7 +229,7 @@ struct Gradients : BackwardState<Cell, S, M> {
       const WeightGradients& dw = p.dweights[d];
       if (dw.w_ih && !p.size.x_is_preacts)
         weight_gradient<S>(worker,
-                           {this->preact_gradients(d, 0, 0), Hb, G, P * kBlock, this->input_gates(),
+                           {this->preact_gradients(d, 0, 0), Hb, G, P * kBlock, this->input_order(),
                             H, I, dw.w_ih, 0, d == 0},
                            [&](int64_t, int64_t t, int64_t n) { return input_row(t, n); });
       if (dw.w_hh && p.size.K > 0) hidden_gradient(worker, d);
@@ -254,11 +254,11 @@ struct Gradients : BackwardState<Cell, S, M> {
   // Of w_hh: of the rows of the last gate where they multiply an operand, and head by head of those
   // that multiply the hidden state.
   void hidden_gradient(int worker, int d) const {
-    const GateOrder gates = this->hidden_gates();
+    const GateOrder gates = this->hidden_order();
     if (this->has_operand())
       weight_gradient<S>(worker,
                          {this->preact_gradients(d, 0, 0) + (P - 1) * kBlock, Hb, 1, P * kBlock,
-                          this->operand_gate(), H, H,
+                          this->operand_order(), H, H,
                           static_cast<S*>(p.dweights[d].w_hh) + (G - 1) * H * H, 2, d == 0},
                          [&](int64_t s, int64_t, int64_t) {
                            return static_cast<const S*>(this->operands + (d * S_rows + s) * H);

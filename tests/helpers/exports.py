@@ -24,6 +24,13 @@ LAYER = {
     "batch_first": (False, True),
     "projection": (False, True),
 }
+# Cells that torch.nn has not and ONNX has, and the modules of every cell.
+IN_ONNX = {
+    "peephole_lstm": ("PeepholeLSTM", {}),
+    "coupled_lstm": ("CoupledLSTM", {}),
+    "reset_before_gru": ("ResetBeforeGRU", {}),
+}
+MODULES = CELLS | IN_ONNX
 STEP = {"cell": tuple(CELLS), "form": ("step", "step and hx"), "bias": (True, False)}
 
 
@@ -46,7 +53,7 @@ class Row(nn.Module):
 
     def __init__(self, cell, form, projection=False, **options):
         super().__init__()
-        kind, more = CELLS[cell]
+        kind, more = MODULES[cell]
         step = form.startswith("step")
         more = more | ({"proj_size": R} if projection else {})
         self.layer = getattr(lstm_fused, kind + "Cell" * step)(I, H, **more, **options)

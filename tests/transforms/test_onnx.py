@@ -10,14 +10,17 @@ import torch
 from torch import nn
 
 import lstm_fused
-from tests.helpers.exports import SIZES, Model, dynamic_shapes, inputs, rows
+from tests.helpers.exports import IN_ONNX, LAYER, SIZES, Model, dynamic_shapes, inputs, rows
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-ROWS = rows()
-NODES = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
+ROWS = rows(LAYER | {"cell": (*LAYER["cell"], *IN_ONNX)})
+NODES = {
+    **{"lstm": "LSTM", "peephole_lstm": "LSTM", "coupled_lstm": "LSTM"},
+    **{"gru": "GRU", "reset_before_gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"},
+}
 RECURRENT = {*NODES.values(), "Loop", "Scan", "If"}
 EXPORTERS = ("dynamo", "traced", "program")
 
