@@ -16,7 +16,7 @@ struct BackwardState : CellFacts<Cell, typename M::Compute> {
   using A = typename M::Compute;
   using Facts = CellFacts<Cell, A>;
   using Facts::carried, Facts::cells, Facts::finishes_later, Facts::G, Facts::has_operand,
-      Facts::hidden_gates, Facts::kCarries, Facts::P, Facts::saved, Facts::unit_values;
+      Facts::hidden_gates, Facts::kCarries, Facts::P, Facts::saved, Facts::vectors_of_unit;
   using E = typename M::Element;
   using V = Vector<A>;
   static constexpr int kMaxPreacts = Cell::kPreacts;
@@ -82,7 +82,7 @@ struct BackwardState : CellFacts<Cell, typename M::Compute> {
         projection(p.weights[0].w_hr != nullptr),
         in_place(plan.kernel == KernelKind::kDirect),
         recurs(p.size.K > 0 && (T > 1 || wants_initial())),
-        sums_of_unit(P + unit_values()),
+        sums_of_unit(P + vectors_of_unit()),
         statistics(this->normalized_groups(), plan, N, arena) {
     const int D = p.size.D;
     d_preacts = arena.take<E>(D * Hb * S_rows * P * kBlock);
@@ -97,8 +97,9 @@ struct BackwardState : CellFacts<Cell, typename M::Compute> {
     hidden = wanted && !projection ? arena.take<S>(D * S_rows * H) : nullptr;
     resumed = wanted && p.resume ? arena.take<S>(D * N * R) : nullptr;
     db = lasting.take<A>(plan.threads * 2 * D * Hb * sums_of_unit * kBlock);
-    unit_vectors =
-        unit_values() ? arena.take<A>(D * ceil_div(H, lanes) * unit_values() * lanes) : nullptr;
+    unit_vectors = vectors_of_unit()
+                       ? arena.take<A>(D * ceil_div(H, lanes) * vectors_of_unit() * lanes)
+                       : nullptr;
     head_rows = p.size.heads() > 1 ? arena.take<S>(plan.threads * M::kPair * R) : nullptr;
     operands = wanted && has_operand() ? arena.take<S>(D * S_rows * H) : nullptr;
     packed_hh = recurs && !in_place ? arena.take<E>(D * Rp * G * Hp) : nullptr;

@@ -60,7 +60,7 @@ struct CellFacts : GatesOf<Cell> {
   // The gates that multiply the hidden state.
   int hidden_gates() const { return G - has_operand(); }
   // Parameters of a unit.
-  int unit_values() const { return kIsAny<Cell> ? info->vectors : 0; }
+  int vectors_of_unit() const { return kIsAny<Cell> ? info->vectors : 0; }
   const UnitFunctions<A>& unit() const {
     return *static_cast<const UnitFunctions<A>*>(info->functions);
   }
