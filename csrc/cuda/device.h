@@ -47,7 +47,7 @@ inline const char* read_device(int index, Device& device) {
   if (const char* error = read(cudaDevAttrMultiProcessorCount, device.sms)) return error;
   if (const char* error = read(cudaDevAttrMaxSharedMemoryPerBlockOptin, device.shared_bytes))
     return error;
-  device.cluster_ctas = 16;
+  device.cluster_ctas = kMaxClusterCtas;
   device.clusters = 0;
   while (device.cluster_ctas > 1) {
     if (has_clusters(device.major))

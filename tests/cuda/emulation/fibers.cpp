@@ -322,6 +322,45 @@ void wait_for_counter(unsigned long long* counter, unsigned long long target) {
   tsan_acquire(counter);
 }
 
+namespace {
+struct Mbarrier {
+  int32_t bytes;  // that are to come
+  uint16_t armed, phase;
+};
+static_assert(sizeof(Mbarrier) == 8);
+void end_phase(Mbarrier& b) {
+  if (b.armed && b.bytes == 0) {
+    b.armed = 0;
+    ++b.phase;
+  }
+  progress = true;
+}
+}  // namespace
+
+void init_mbarrier(void* barrier) {
+  *static_cast<Mbarrier*>(barrier) = {};
+}
+void arm_mbarrier(void* barrier, int bytes) {
+  Mbarrier& b = *static_cast<Mbarrier*>(barrier);
+  if (b.armed && !is_off("cluster")) std::abort();  // twice in a phase
+  tsan_release(barrier);
+  b.armed = 1;
+  b.bytes += bytes;
+  end_phase(b);
+}
+void count_bytes(void* barrier, int bytes) {
+  Mbarrier& b = *static_cast<Mbarrier*>(barrier);
+  tsan_release(barrier);
+  b.bytes += bytes;
+  end_phase(b);
+}
+void wait_mbarrier(void* barrier, int parity) {
+  if (is_off("cluster")) return;
+  const Mbarrier& b = *static_cast<const Mbarrier*>(barrier);
+  while ((b.phase & 1) == parity) yield();
+  tsan_acquire(barrier);
+}
+
 void enqueue_copy(void* to, const void* from, bool valid) {
   current->groups.back().push_back({to, from, valid});
 }

@@ -37,6 +37,13 @@ void cluster_barrier_wait();
 void add_to_counter(unsigned long long* counter);
 void wait_for_counter(unsigned long long* counter, unsigned long long target);
 
+// An mbarrier: 8 bytes of shared memory. A phase ends when it was armed and as many bytes were
+// counted as it was armed for.
+void init_mbarrier(void* barrier);
+void arm_mbarrier(void* barrier, int bytes);
+void count_bytes(void* barrier, int bytes);  // minus those that have arrived
+void wait_mbarrier(void* barrier, int parity);
+
 void enqueue_copy(void* to, const void* from, bool valid);
 void commit_copies();
 void wait_copies(int pending);
