@@ -4,8 +4,9 @@ import os
 import warnings
 from pathlib import Path
 
-os.environ["LSTM_FUSED_POISON"] = "1"  # both read once, when the first layer runs
+os.environ["LSTM_FUSED_POISON"] = "1"  # all are read once, when the first layer runs
 os.environ["LSTM_FUSED_FIXED_PLANS"] = "1"  # whatever the machine is and does meanwhile
+os.environ.setdefault("LSTM_FUSED_EMULATION_SEED", "1")  # of emulated CUDA threads
 # Cells that tests and pages compile are kept here.
 os.environ["TORCH_EXTENSIONS_DIR"] = str(Path(__file__).parents[1] / "build" / "extensions")
 

@@ -1,8 +1,6 @@
 // csrc/cuda/ptx/cluster.h for the host.
 #pragma once
 
-#include <cstring>
-
 #include "threads.h"
 
 namespace lstm_fused::cuda {
@@ -22,8 +20,7 @@ inline void cluster_barrier_wait() {
   fibers::cluster_barrier_wait();
 }
 inline void copy_to_cta(void* local, int rank) {
-  const int64_t offset = static_cast<char*>(local) - shared_memory();
-  std::memcpy(fibers::shared_memory(rank) + offset, local, 16);
+  fibers::send(local, rank);
 }
 
 }  // namespace lstm_fused::cuda
