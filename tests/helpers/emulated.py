@@ -77,7 +77,7 @@ def kernels():
         for name in ("forward", "backward"):
             patch.setattr(_C, name, lambda *_: None)
         patch.setattr(runtime, "last_run", lambda device=None: cuda.last_run())
-        cuda.device_properties.cache_clear()
+        cuda._read_device.cache_clear()
         registered = torch.library.Library("lstm_fused", "IMPL")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that kernels are overridden
@@ -88,4 +88,4 @@ def kernels():
             yield
         registered._destroy()
         cuda.set_plan(None)
-    cuda.device_properties.cache_clear()
+    cuda._read_device.cache_clear()
