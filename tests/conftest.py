@@ -15,6 +15,7 @@ import torch
 
 import lstm_fused.fallback
 from lstm_fused import cuda, runtime
+from tests.cuda import gpu_check
 from tests.helpers import emulated, pairwise
 from tests.helpers.cuda_cases import tf32
 from tests.helpers.plan_coverage import DEVICES
@@ -61,6 +62,16 @@ def pytest_collection_modifyitems(config, items):
     pairwise.mark_full(items, config.getoption("--every-case"))
     place = {name: k for k, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """After a kernel's fault no later test in this process could pass."""
+    report = yield
+    on_cuda = item.get_closest_marker("cuda") and torch.cuda.is_available()
+    if report.failed and on_cuda and (said := gpu_check.sticky_fault()):
+        pytest.exit(f"a kernel faulted in {item.nodeid}: {said}", gpu_check.FAULT)
+    return report
 
 
 @pytest.fixture
