@@ -57,7 +57,7 @@ inline const char* read_device(int index, Device& device) {
     const void* function = reinterpret_cast<const void*>(empty_kernel);
     if (const char* error = handled(cudaFuncGetAttributes(&attributes, function))) return error;
   }
-  device.cluster_ctas = 16;
+  device.cluster_ctas = kMaxClusterCtas;
   device.clusters = 0;
   while (device.cluster_ctas > 1) {
     if (has_clusters(device.major))

@@ -78,6 +78,8 @@ inline constexpr int kMaxRowThreads = 256;  // of a CTA that has a row of a cell
 inline constexpr int kMaxRowSums = 6;       // that such a CTA adds up at a time
 inline constexpr int kMaxGridY = 65535;     // CTAs of a grid along y
 inline constexpr int kBarrierBytes = 128;   // each counter has a cache line to itself
+inline constexpr int kMaxClusterCtas = 16;  // more than 8 only where the device allows it
+inline constexpr int kMbarrierBytes = 8;    // in shared memory: one of each buffer in a cluster
 
 // Bytes of k in a stage of a grid plan, which streams B alone. Three stages are in flight, and the
 // more they hold the better they hide the latency of L2. Without tensor cores no weights are

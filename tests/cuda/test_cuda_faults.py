@@ -30,9 +30,12 @@ FAULTS = {  # of emulation/faults.cpp, and what is said of each
     "two arrivals": "a thread arrives twice at the cluster's barrier: CTA",
     "exit between arrive and wait": "a thread exits between arrive and wait: CTA",
     "misaligned store to another CTA": MISALIGNED,
-    "store to no CTA": "a store to a CTA that is not of the cluster: CTA",
+    "store to no CTA": "a store to no CTA of the cluster: CTA",
     "store to a CTA that exits": "a store to a CTA that exits: CTA",
-    "store pending at exit": "a store to a",  # or to one that has exited before it arrives
+    "store that is not waited for": "not what was stored: CTA",
+    "mbarrier that is not initialized": "an mbarrier that is not initialized: CTA",
+    "mbarrier that is armed twice": "an mbarrier is armed twice in a phase: CTA",
+    "more bytes armed than stored": "deadlock",
 }
 SEEDS = (0, 1, 2)  # 0: in order, and as late as may be
 

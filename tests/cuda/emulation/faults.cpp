@@ -74,24 +74,47 @@ LSTM_FUSED_KERNEL(kThreads, 1) lanes(const Params p) {
 
 LSTM_FUSED_KERNEL(kThreads, 1) clusters(const Params p) {
   char* shared = gpu::shared_memory();
-  const int self = gpu::cluster_rank(), thread = gpu::thread_index();
+  const int thread = gpu::thread_index();
   if (has(p, "wait without arrive") && thread == 3) gpu::cluster_barrier_wait();
   gpu::cluster_barrier_arrive();
   if (has(p, "two arrivals") && thread == 3) gpu::cluster_barrier_arrive();
   gpu::cluster_barrier_wait();
-  char* to = shared + thread * 16 + (has(p, "misaligned store to another CTA") ? 8 : 0);
-  if (has(p, "store to no CTA"))
-    gpu::copy_to_cta(to, kClusterCtas);
-  else
-    gpu::copy_to_cta(to, 1 - self);
-  if (has(p, "store pending at exit")) return;
   gpu::cluster_barrier_arrive();
   if (has(p, "exit between arrive and wait") && thread == 3) return;
   gpu::cluster_barrier_wait();
-  if (has(p, "store to a CTA that exits") && self == 0) {
-    for (int i = 0; i < 8; ++i) gpu::sync_block();  // until the other one has
-    gpu::copy_to_cta(shared, 1);
+}
+
+// Each CTA sends the other one 16 bytes from each thread.
+LSTM_FUSED_KERNEL(kThreads, 1) stores(const Params p) {
+  char* shared = gpu::shared_memory();
+  char* barrier = shared + kShared - 16;
+  const int other = 1 - gpu::cluster_rank(), thread = gpu::thread_index();
+  const auto arm = [&] { gpu::arm_mbarrier(barrier, kThreads * 16); };
+  if (thread == 0) {
+    if (!has(p, "mbarrier that is not initialized")) gpu::init_mbarrier(barrier);
+    arm();
+    if (has(p, "mbarrier that is armed twice")) arm();
+    gpu::fence_mbarrier_init();
   }
+  gpu::cluster_barrier_arrive();
+  gpu::cluster_barrier_wait();
+  char* to = gpu::remote_address(shared + thread * 16, other);
+  if (has(p, "misaligned store to another CTA")) to += 8;
+  if (has(p, "store to no CTA")) to += 1 << 20;
+  if (has(p, "store to a CTA that exits") && other == 1)
+    for (int i = 0; i < 20; ++i) gpu::sync_block();  // until the other one has
+  gpu::store_async(to, gpu::Bytes16{{1, 2, 3, 4}}, gpu::remote_address(barrier, other));
+  if (has(p, "store to a CTA that exits")) return;
+  if (has(p, "more bytes armed than stored") && thread == 0) {
+    gpu::wait_mbarrier(barrier, 0);
+    arm();
+    gpu::wait_mbarrier(barrier, 1);
+  }
+  if (!has(p, "store that is not waited for")) gpu::wait_mbarrier(barrier, 0);
+  const uint32_t got = reinterpret_cast<const uint32_t*>(shared + thread * 16)[1];
+  if (got != 2) gpu::fibers::fail("not what was stored");
+  gpu::cluster_barrier_arrive();
+  gpu::cluster_barrier_wait();
 }
 
 const char* launch(void (*kernel)(Params), const Params& p, int cluster) {
@@ -110,6 +133,7 @@ int main(int, char** arguments) {
   if (!error) error = launch(copies, p, 0);
   if (!error) error = launch(lanes, p, 0);
   if (!error) error = launch(clusters, p, kClusterCtas);
+  if (!error) error = launch(stores, p, kClusterCtas);
   if (!error) error = gpu::damage_of_allocations();
   std::puts(error ? error : "no error");
   return error != nullptr;

@@ -87,6 +87,12 @@ struct Copy {
   char bytes[kVectorBytes];  // once read
 };
 
+// By st.async, under way to another CTA.
+struct Store {
+  char *to, *barrier;  // in its shared memory
+  char bytes[kVectorBytes];
+};
+
 struct Cluster;
 struct Block {
   dim3 index;
@@ -94,19 +100,14 @@ struct Block {
   Cluster* cluster;
   std::unique_ptr<GuardedMemory> memory;
   char* shared;
-  bool exiting = false;  // whether a thread has exited
+  bool exiting = false;       // whether a thread has exited
+  std::vector<Store> stores;  // that have not arrived
   Barrier barrier;
   std::vector<Warp> warps;
 };
 struct Cluster {
   Barrier barrier;
   std::vector<Block> blocks;
-};
-
-struct Send {
-  Block* block;
-  char* to;
-  char bytes[kVectorBytes];
 };
 
 struct Fiber {
@@ -126,7 +127,6 @@ struct Fiber {
   char* cluster_address;
   std::vector<Copy> copies;    // not waited for
   std::vector<size_t> groups;  // that are committed: the end of each in `copies`
-  std::vector<Send> sends;
 };
 
 struct Grid {
@@ -200,6 +200,12 @@ __attribute__((noipa)) void resume(Fiber* f, bool synchronize) {
   setcontext(&f->context);
 }
 
+// For the sanitizer what this scope does is the scheduler's: its data are of several fibers.
+struct AsScheduler {
+  AsScheduler() { tsan_switch(scheduler_tsan_fiber, false); }
+  ~AsScheduler() { tsan_switch(current->tsan_fiber, false); }
+};
+
 // Returns the generation that is_waiting takes.
 unsigned arrive(Barrier& b) {
   const unsigned generation = b.generation;
@@ -244,7 +250,8 @@ void arrive_and_wait(Warp& warp, const char* instruction, bool synchronize) {
 
 void finish() {
   if (!current->copies.empty() && !is_off("copies")) fail("a copy is pending at exit");
-  if (!current->sends.empty()) fail("a store to another CTA is pending at exit");
+  if (!current->block->stores.empty() && !is_off("cluster"))
+    fail("a CTA exits while a store to it is under way");
   if (current->arrived_at_cluster) fail("a thread exits between arrive and wait");
   current->done = current->block->exiting = true;
   progress = true;
@@ -287,7 +294,6 @@ void prepare(Fiber& f, Block& block, int thread) {
   f.waits_for = nullptr;
   f.copies.clear();
   f.groups.clear();
-  f.sends.clear();
 }
 
 // Resumes the lanes of a warp that can continue. Returns how many exited.
@@ -454,36 +460,16 @@ void sync_block() {
 void sync_warp() {
   arrive_and_wait(own_warp(), "syncwarp", true);
 }
-void check_shared(const void* p, int bytes) {
-  const int64_t at = static_cast<const char*>(p) - current->block->shared;
+static void check_shared_of(const Block& block, const void* p, int bytes) {
+  const int64_t at = static_cast<const char*>(p) - block.shared;
   if (at < 0 || at + bytes > grid.shared_bytes) fail("an access outside of shared memory");
   if (at % bytes != 0) fail("a misaligned access to shared memory");
 }
-
-static void deliver(const Send& send) {
-  if (send.block->exiting) fail("a store to a CTA that exits");
-  std::memcpy(send.to, send.bytes, kVectorBytes);
-}
-static void deliver_sends() {
-  random.shuffle(current->sends);
-  for (const Send& send : current->sends) deliver(send);
-  current->sends.clear();
-}
-void send(const void* local, int rank) {
-  check_shared(local, kVectorBytes);
-  if (rank < 0 || rank >= cluster_size()) fail("a store to a CTA that is not of the cluster");
-  const int64_t offset = static_cast<const char*>(local) - current->block->shared;
-  Block& block = current->block->cluster->blocks[rank];
-  Send send{&block, block.shared + offset, {}};
-  std::memcpy(send.bytes, local, kVectorBytes);
-  if (random.one_in(2)) return deliver(send);
-  if (block.exiting) fail("a store to a CTA that exits");
-  std::memset(send.to, 0xff, kVectorBytes);  // poison
-  current->sends.push_back(send);
+void check_shared(const void* p, int bytes) {
+  check_shared_of(*current->block, p, bytes);
 }
 
 void cluster_barrier_arrive() {
-  deliver_sends();
   if (is_off("cluster")) return;
   if (current->arrived_at_cluster) fail("a thread arrives twice at the cluster's barrier");
   current->arrived_at_cluster = true;
@@ -517,6 +503,83 @@ void wait_for_counter(unsigned long long* counter, unsigned long long target) {
   if (is_off("counter")) return;
   while (is_below(counter, target)) yield();
   tsan_acquire(counter);
+}
+
+// In shared memory.
+struct Mbarrier {
+  int32_t bytes;  // that are to come
+  uint16_t armed, phase;
+};
+static_assert(sizeof(Mbarrier) == 8);
+
+static Mbarrier& mbarrier_at(void* p) {
+  Mbarrier& b = *static_cast<Mbarrier*>(p);
+  if (b.armed > 1) fail("an mbarrier that is not initialized");
+  return b;
+}
+static void count_bytes(Mbarrier& b, int bytes) {
+  b.bytes += bytes;
+  if (b.armed && b.bytes == 0) {
+    b.armed = 0;
+    ++b.phase;
+  }
+  progress = true;
+}
+
+void init_mbarrier(void* barrier) {
+  check_shared(barrier, sizeof(Mbarrier));
+  *static_cast<Mbarrier*>(barrier) = {};
+}
+void arm_mbarrier(void* barrier, int bytes) {
+  check_shared(barrier, sizeof(Mbarrier));
+  Mbarrier& b = mbarrier_at(barrier);
+  if (b.armed && !is_off("cluster")) fail("an mbarrier is armed twice in a phase");
+  tsan_release(barrier);
+  b.armed = 1;
+  count_bytes(b, bytes);
+}
+
+// Not by memcpy: the sanitizer has the store where it was issued.
+static void arrive_store(const Store& store) {
+  for (size_t i = 0; i < kVectorBytes; ++i)
+    const_cast<volatile char*>(store.to)[i] = store.bytes[i];
+  count_bytes(mbarrier_at(store.barrier), -static_cast<int>(kVectorBytes));
+}
+void store_async(void* to, const void* bytes, void* barrier) {
+  std::vector<Block>& blocks = current->block->cluster->blocks;
+  const auto owner = std::find_if(blocks.begin(), blocks.end(), [&](const Block& b) {
+    const int64_t at = static_cast<char*>(to) - b.shared;
+    return at >= 0 && at < grid.shared_bytes;
+  });
+  if (owner == blocks.end()) fail("a store to no CTA of the cluster");
+  check_shared_of(*owner, to, kVectorBytes);
+  check_shared_of(*owner, barrier, sizeof(Mbarrier));
+  if (owner->exiting) fail("a store to a CTA that exits");
+  mbarrier_at(barrier);
+  Store store{static_cast<char*>(to), static_cast<char*>(barrier), {}};
+  std::memcpy(store.bytes, bytes, kVectorBytes);
+  std::memset(to, 0xff, kVectorBytes);  // poison
+  tsan_release(barrier);
+  if (random.one_in(2)) return arrive_store(store);
+  const AsScheduler scope;
+  owner->stores.push_back(store);
+}
+void wait_mbarrier(void* barrier, int parity) {
+  check_shared(barrier, sizeof(Mbarrier));
+  if (is_off("cluster")) return;
+  const Mbarrier& b = mbarrier_at(barrier);
+  std::vector<Store>& stores = current->block->stores;
+  while ((b.phase & 1) == parity) {
+    {
+      // Some of the stores that are under way, in any order.
+      const AsScheduler scope;
+      random.shuffle(stores);
+      const size_t later = random.is_on() ? stores.size() / 2 : 0;
+      for (; stores.size() > later; stores.pop_back()) arrive_store(stores.back());
+    }
+    if ((b.phase & 1) == parity) yield();
+  }
+  tsan_acquire(barrier);
 }
 
 static void read_source(Copy& copy) {

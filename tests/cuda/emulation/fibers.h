@@ -2,7 +2,7 @@
 // launch take turns on one OS thread.
 //
 // The barriers of a warp, a CTA, a cluster and a grid work as on a GPU. With a seed, CTAs, warps
-// and lanes take turns in a random order, and asynchronous copies and stores to other CTAs happen
+// and lanes take turns in a random order, and asynchronous copies and stores happen
 // at any time that is allowed; without one in order, and as late as they may. Until then there is
 // poison where they go to. Under the thread sanitizer each fiber counts as a thread, and only
 // barriers order the accesses of two fibers: the instructions of a warp do not, as on a GPU.
@@ -14,8 +14,9 @@
 //   - a copy or ldmatrix is not aligned to 16 bytes or not within the CTA's shared memory;
 //   - the lanes of a warp are at different instructions that need all of them;
 //   - a thread arrives at the cluster's barrier twice or waits without having arrived;
-//   - a store goes to a CTA of the cluster that is exiting;
-//   - a thread exits while a copy, a store to another CTA or its half of a barrier is pending.
+//   - an mbarrier is not initialized, or is armed twice in a phase;
+//   - a store goes to no CTA of the cluster, or to one that exits;
+//   - a thread exits while a copy, a store to its CTA or its half of a barrier is pending.
 //
 // The emulation does not show: the order in which other SMs see writes to memory (a missing fence,
 // a stale L1 line), bank conflicts, speed, and whether a device accepts the launch.
@@ -50,12 +51,18 @@ void cluster_barrier_wait();
 void add_to_counter(unsigned long long* counter);
 void wait_for_counter(unsigned long long* counter, unsigned long long target);
 
+// An mbarrier: 8 bytes of shared memory. A phase ends when it was armed and as many bytes were
+// counted as it was armed for.
+void init_mbarrier(void* barrier);
+void arm_mbarrier(void* barrier, int bytes);
+void wait_mbarrier(void* barrier, int parity);
+// Stores 16 bytes in the shared memory of a CTA of the cluster and counts them at an mbarrier
+// there, at any time from now on until a thread waits for the phase.
+void store_async(void* to, const void* bytes, void* barrier);
+
 void enqueue_copy(void* to, const void* from, bool valid);
 void commit_copies();
 void wait_copies(int pending);
-// Stores the 16 bytes at `local` to the same offset of shared memory of the CTA of this rank, at
-// the latest when this thread arrives at the cluster's barrier.
-void send(const void* local, int rank);
 
 // Fails unless these bytes are of the CTA's shared memory and aligned to their number.
 void check_shared(const void* p, int bytes);
