@@ -30,13 +30,15 @@ struct Surroundings {
   uint8_t reset_before;  // not 0 for a reset before this time step
   S h_prev;              // where p.h_prev is wanted, unless a reset put in another
 
+  // of_h: whether the unit is one of h, which it is not of a cell before its projection.
   template <class I>
-  LSTM_FUSED_DEVICE void fetch(const RecurrenceParams& p, const Element<I>& e, bool follows) {
+  LSTM_FUSED_DEVICE void fetch(const RecurrenceParams& p, const Element<I>& e, bool follows,
+                               bool of_h) {
     reset_follows = e.n < e.rows.active_prev &&
                     (follows ? reset_before : cuda::reset_before(p, e, e.d == 0)) != 0;
     reset_before = e.n < e.rows.active ? reset_after(p, e, e.d == 0) : 0;
     h_prev = S{};
-    if (!p.h_prev || e.n >= e.rows.active) return;
+    if (!of_h || !p.h_prev || e.n >= e.rows.active) return;
     if (e.n < e.rows.active_next)
       h_prev = as<S>(
           p.h)[wide_product(e.rows.offset_next + e.n, I(p.y_width)) + (I(e.d) * I(p.R) + e.u)];
@@ -111,7 +113,7 @@ struct BackwardCell {
   template <class I>
   static LSTM_FUSED_DEVICE void fetch(const RecurrenceParams& p, const Element<I>& e, Unit& f,
                                       bool follows = false) {
-    f.around.fetch(p, e, follows);
+    f.around.fetch(p, e, follows, !p.projection);
     fetch_state_gradients(p, e, f, follows);
     if (e.n >= e.rows.active) return;
     LSTM_FUSED_UNROLL
@@ -286,7 +288,7 @@ struct ProjectedGradient {
                                       bool follows = false) {
     f.outer = {};
     if (e.n < e.rows.active) f.outer.fetch(p, e);
-    f.around.fetch(p, e, follows);
+    f.around.fetch(p, e, follows, true);
   }
 
   template <class I>

@@ -1,19 +1,27 @@
 """What the machine code of the CUDA kernels has in the loop over the time steps.
 
     python -m tests.helpers.sass CUBIN [PART OF A KERNEL'S NAME]
+    python -m tests.helpers.sass --write
 
-Needs cuobjdump: of the CUDA toolkit, or of the package nvidia-cuda-cuobjdump.
+The second form compiles the kernels and writes what they have into sass_limits.json, which
+tests/cuda/test_cuda_build.py holds them to. Needs cuobjdump and nvdisasm: of the CUDA toolkit, or
+of the packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
 """
 
+import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+LIMITS = Path(__file__).with_name("sass_limits.json")
+LIMITED = ("instructions", "membars", "divisions", "consumed_loads")
 PLANS = ("step", "grid", "cluster")
 NAME = re.compile(
     r"17recurrence_kernelI.*?(?P<math>Float16|BFloat16|Tf32|FusedMultiplyAddI[fd])"
@@ -91,23 +99,28 @@ def kernel_name(mangled):
     found = NAME.search(mangled)
     if found is None:
         return None
-    math = found["math"].replace("FusedMultiplyAddI", "").replace("f", "Float32")
-    math = math if math != "d" else "Float64"
+    math = {"FusedMultiplyAddIf": "Float32", "FusedMultiplyAddId": "Float64"}.get(
+        found["math"], found["math"]
+    )
     plan = PLANS[int(found["plan"])]
     size = f"{8 * int(found['rows'])}x{found['tiles']}"
     return f"{found['epilogue'].lower()} {plan} {found['cell']} {math} {size}"
 
 
-def disassemble(cubin):
-    """{kernel's name: (instructions, registers)} of the recurrence's kernels in a file."""
+def dump(what, file, arch):
+    """What cuobjdump prints of a file, or of its code for one architecture."""
     program = find_cuobjdump()
-    usage = subprocess.run(
-        [program, "-res-usage", str(cubin)], capture_output=True, text=True, check=True
-    ).stdout
+    # It looks for nvdisasm in the path, which pip puts beside it.
+    env = os.environ | {"PATH": f"{Path(program).parent}{os.pathsep}{os.environ['PATH']}"}
+    command = [program, what, *(("-arch", f"sm_{arch}") if arch else ()), str(file)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
+
+
+def disassemble(file, arch=None):
+    """{kernel's name: (instructions, registers)} of the recurrence's kernels in a file."""
+    usage = dump("-res-usage", file, arch)
     registers = dict(re.findall(r"Function (\S+?):\s+REG:(\d+)", usage))
-    text = subprocess.run(
-        [program, "-sass", str(cubin)], capture_output=True, text=True, check=True
-    ).stdout
+    text = dump("-sass", file, arch)
     kernels = {}
     for part in re.split(r"\n\s+Function : ", text)[1:]:
         mangled, _, body = part.partition("\n")
@@ -235,6 +248,39 @@ def measure(code, registers):
     )
 
 
+def persistent_plans(arch):
+    """Where there are no clusters, their kernels are compiled without a body."""
+    return ("grid",) if arch.startswith("8") else ("grid", "cluster")
+
+
+def largest_numbers(file, arch):
+    """{kernel: [the largest of each number in LIMITED]} of a file's persistent kernels. Those of
+    all sizes of tiles are one."""
+    largest = {}
+    for name, (code, registers) in disassemble(file, arch).items():
+        kernel = f"{arch} {name.rpartition(' ')[0]}"
+        if kernel.split()[2] not in persistent_plans(arch):
+            continue
+        loop = measure(code, registers)
+        found = [getattr(loop, number) for number in LIMITED]
+        largest[kernel] = [*map(max, found, largest.get(kernel, found))]
+    return largest
+
+
+def write_limits():
+    from tests.helpers import cubins
+
+    kernels = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for source, arch in cubins.pairs(cubins.PERSISTENT):
+            code, said, file = cubins.machine_code(source, arch, Path(folder))
+            assert code == 0, said
+            kernels |= largest_numbers(file, arch)
+    rows = ",\n".join(f'"{name}": {numbers}' for name, numbers in sorted(kernels.items()))
+    head = f'"nvcc": "{cubins.nvcc_release()}",\n"numbers": {json.dumps(LIMITED)}'
+    LIMITS.write_text(f'{{\n{head},\n"kernels": {{\n{rows}\n}}\n}}\n')
+
+
 def main(cubin, part=""):
     for name, (code, registers) in disassemble(Path(cubin)).items():
         if part in name:
@@ -243,4 +289,4 @@ def main(cubin, part=""):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    write_limits() if sys.argv[1:] == ["--write"] else main(*sys.argv[1:])

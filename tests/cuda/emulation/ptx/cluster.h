@@ -1,8 +1,6 @@
 // csrc/cuda/ptx/cluster.h for the host.
 #pragma once
 
-#include <cstring>
-
 #include "threads.h"
 
 namespace lstm_fused::cuda {
@@ -31,8 +29,7 @@ inline RemoteAddress remote_address(const void* local, int rank) {
   return fibers::shared_memory(rank) + (static_cast<const char*>(local) - shared_memory());
 }
 inline void store_async(RemoteAddress to, const Bytes16& v, RemoteAddress barrier) {
-  std::memcpy(to, &v, 16);
-  fibers::count_bytes(barrier, -16);
+  fibers::store_async(to, &v, barrier);
 }
 inline void init_mbarrier(void* barrier) {
   fibers::init_mbarrier(barrier);
