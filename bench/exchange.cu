@@ -12,6 +12,8 @@ constexpr int kFewSteps = 500, kManySteps = 4500, kTries = 5;
 constexpr int kSharedBytes = 64 << 10;
 constexpr int kMaxCtas = 128;
 constexpr size_t kWrongBytes = kMaxCtas * kExchangeThreads * sizeof(int);
+constexpr size_t kStoredBytes =
+    kMaxCtas * kStoredSteps * kStored * kExchangeThreads * sizeof(float);
 
 const char* failure = nullptr;  // of the last measurement
 
@@ -36,13 +38,14 @@ struct Run {
     config.threads = kExchangeThreads;
     check(cudaMalloc(&p.buffer, 2 * kMaxCtas * kWritten)) &&
         check(cudaMalloc(&p.counters, sizeof *p.counters)) &&
-        check(cudaMalloc(&p.wrong, kWrongBytes)) && check(cudaMemset(p.wrong, 0, kWrongBytes)) &&
-        check(cudaEventCreate(&begin)) && check(cudaEventCreate(&end));
+        check(cudaMalloc(&p.stored, kStoredBytes)) && check(cudaMalloc(&p.wrong, kWrongBytes)) &&
+        check(cudaMemset(p.wrong, 0, kWrongBytes)) && check(cudaEventCreate(&begin)) &&
+        check(cudaEventCreate(&end));
   }
 
   ~Run() {
     for (void* memory : {static_cast<void*>(p.buffer), static_cast<void*>(p.counters),
-                         static_cast<void*>(p.wrong)})
+                         static_cast<void*>(p.stored), static_cast<void*>(p.wrong)})
       cudaFree(memory);
     if (begin) cudaEventDestroy(begin);
     if (end) cudaEventDestroy(end);
@@ -72,7 +75,7 @@ struct Run {
     std::vector<int> wrong(kWrongBytes / sizeof(int));
     if (!failure) check(cudaMemcpy(wrong.data(), p.wrong, kWrongBytes, cudaMemcpyDeviceToHost));
     const bool right = std::all_of(wrong.begin(), wrong.end(), [](int n) { return n == 0; });
-    if (!failure && !right) failure = "words were read that were not of their step";
+    if (!failure && !right) failure = "values were read that were not of their step";
     return failure ? -1 : (many - few) * 1e6 / (kManySteps - kFewSteps);
   }
 };
@@ -96,10 +99,10 @@ double grid_ns(int ctas, int bytes) {
   return run.step_ns(grid_exchange);
 }
 
-// `ctas` of a cluster send each other `bytes` and pass a barrier.
+// `ctas` of a cluster send each other `bytes`.
 double cluster_ns(int ctas, int bytes) {
   Run run(ctas, bytes);
-  run.config.shared_bytes = 2 * ctas * bytes;
+  run.config.shared_bytes = cluster_shared(ctas, bytes);
   run.config.cluster = ctas;
   return run.step_ns(cluster_exchange);
 }

@@ -1,13 +1,13 @@
-// What CTAs do between two time steps and nothing else, by the kernels' own primitives: a barrier,
-// and the exchange of what a step computes. Each checks that it got what this very step wrote.
+// What CTAs do between two time steps and nothing else, by the kernels' own functions: write what a
+// step computes, send it, store what no other CTA waits for, and wait. Each checks that it got what
+// this very step wrote.
 #pragma once
 
 #include <cstdint>
 
+#include "cuda/exchange.h"
 #include "cuda/kernel_launch.h"
 #include "cuda/ptx/async_copy.h"
-#include "cuda/ptx/barrier.h"
-#include "cuda/ptx/cluster.h"
 
 namespace lstm_fused::cuda {
 
@@ -16,78 +16,110 @@ struct ExchangeParams {
   int bytes;     // grid: that a CTA reads in each step; cluster: that it sends to each other CTA
   char* buffer;  // grid: (groups, 2, CTAs, kWritten), owned by the caller
   unsigned long long* counters;  // (groups), zero at the start, owned by the caller
-  int* wrong;  // (CTAs of all groups, threads), written: words that were not this step's
+  float* stored;                 // (CTAs of all groups, kStoredSteps, kStored, threads), written
+  int* wrong;  // (CTAs of all groups, threads), written: values that were not this step's
 };
 
 constexpr int kExchangeThreads = 256;
-constexpr int kWritten = 512;  // bytes a CTA of a grid writes: 16 units of 16 rows in 16 bits
+constexpr int kWritten = 512;     // bytes a CTA of a grid writes: 16 units of 16 rows in 16 bits
+constexpr int kExchangeRows = 8;  // in which a CTA of a cluster sends them
+constexpr int kStored = 6;        // of a unit: four gates, the cell state and h
+constexpr int kStoredSteps = 8;   // after which the same memory is written again
+using ExchangeValue = uint16_t;
 
-// The barriers at the end of a step, as the kernels have them.
-LSTM_FUSED_DEVICE void grid_barrier(unsigned long long* counter, unsigned long long target) {
-  sync_block();
-  barrier_arrive(counter);
-  barrier_wait(counter, target);
-}
-LSTM_FUSED_DEVICE void cluster_barrier() {
-  cluster_barrier_arrive();
-  cluster_barrier_wait();
-}
-
-LSTM_FUSED_DEVICE void write_piece(char* to, int step) {
-  for (int i = 0; i < 4; ++i) reinterpret_cast<volatile int*>(to)[i] = step + 1;
-}
-LSTM_FUSED_DEVICE int is_wrong(const char* piece, int step) {
-  return *reinterpret_cast<const volatile int*>(piece) != step + 1;
+LSTM_FUSED_DEVICE int cta_of_all() {
+  return block_index().y * block_count().x + block_index().x;
 }
 LSTM_FUSED_DEVICE int& wrong_of(const ExchangeParams& p) {
-  const int cta = block_index().y * block_count().x + block_index().x;
-  return p.wrong[cta * thread_count() + thread_index()];
+  return p.wrong[cta_of_all() * thread_count() + thread_index()];
+}
+LSTM_FUSED_DEVICE bool is_wrong(const char* value, int step) {
+  return *reinterpret_cast<const ExchangeValue*>(value) != step + 1;
+}
+LSTM_FUSED_DEVICE void write(char* to, int step) {
+  *reinterpret_cast<ExchangeValue*>(to) = static_cast<ExchangeValue>(step + 1);
+}
+
+// What a step stores between sending and waiting.
+LSTM_FUSED_DEVICE void store_results(const ExchangeParams& p, int step) {
+  float* to =
+      p.stored + (cta_of_all() * kStoredSteps + step % kStoredSteps) * (kStored * thread_count());
+  for (int i = 0; i < kStored; ++i) to[i * thread_count() + thread_index()] = step;
 }
 
 // Grid: (CTAs that share a barrier, independent groups). Shared memory: (bytes).
 LSTM_FUSED_KERNEL(kExchangeThreads, 1)
 grid_exchange(const LSTM_FUSED_CONSTANT ExchangeParams p) {
   const int ctas = block_count().x, self = block_index().x, group = block_index().y;
-  const int round = ctas * kWritten;
+  const int round = ctas * kWritten, each = sizeof(ExchangeValue);
+  const GridExchange exchange{reinterpret_cast<char*>(p.counters + group), 0};
   char* shared = shared_memory();
   int wrong = 0;
   for (int s = 0; s < p.steps; ++s) {
-    char* half = p.buffer + (group * 2 + (s & 1)) * round;
-    const int at = thread_index() * 16;
-    if (p.bytes && at < kWritten) write_piece(half + self * kWritten + at, s);
-    grid_barrier(p.counters + group, static_cast<unsigned long long>(ctas) * (s + 1));
+    char* buffer = p.buffer + (group * 2 + (s & 1)) * round;
+    if (p.bytes)
+      for (int i = thread_index() * each; i < kWritten; i += thread_count() * each)
+        write(buffer + self * kWritten + i, s);
+    exchange.send(s);
+    store_results(p, s);
+    exchange.wait(s);
     if (!p.bytes) continue;
-    // From the next CTA's piece on, around the buffer where it is shorter than that.
-    for (int i = at; i < p.bytes; i += thread_count() * 16)
-      copy_async(shared + i, half + ((self + 1) * kWritten + i) % round, true);
+    // From the next CTA's part on, around the buffer where it is shorter than that.
+    for (int i = thread_index() * 16; i < p.bytes; i += thread_count() * 16)
+      copy_async(shared + i, buffer + ((self + 1) * kWritten + i) % round, true);
     commit_copies();
     wait_copies<0>();
     sync_block();
-    wrong += at < p.bytes && is_wrong(shared + at, s);
+    if (thread_index() * 16 < p.bytes) wrong += is_wrong(shared + thread_index() * 16, s);
+    sync_block();  // the next step's copies overwrite what was read
   }
   wrong_of(p) = wrong;
 }
 
-// Grid: one cluster. Shared memory: (2, CTAs, bytes).
+// Bytes of a row of a cluster's buffer, of the buffer, and of a CTA's shared memory, where the
+// barriers are last.
+constexpr int cluster_row(int ctas, int bytes) {
+  return ctas * (bytes / kExchangeRows);
+}
+constexpr int cluster_buffer(int ctas, int bytes) {
+  return kExchangeRows * (cluster_row(ctas, bytes) + kPadBytes);
+}
+constexpr int cluster_shared(int ctas, int bytes) {
+  return 2 * (cluster_buffer(ctas, bytes) + kMbarrierBytes);
+}
+
+// Grid: one cluster. Shared memory: cluster_shared. bytes: a multiple of kExchangeRows vectors.
 LSTM_FUSED_KERNEL(kExchangeThreads, 1)
 cluster_exchange(const LSTM_FUSED_CONSTANT ExchangeParams p) {
-  const int ctas = cluster_size(), self = cluster_rank(), pieces = p.bytes / 16;
+  using Exchange = ClusterExchange<ExchangeValue, kExchangeRows, 1>;
+  const int ctas = cluster_size(), self = cluster_rank(), own = p.bytes / kExchangeRows;
+  const int row = cluster_row(ctas, p.bytes), buffer_bytes = cluster_buffer(ctas, p.bytes);
+  const int lane = thread_index() % Exchange::kLanes, first = thread_index() / Exchange::kLanes;
+  const Exchange exchange(2 * buffer_bytes, row, own, ctas);
+  char* shared = shared_memory();
   int wrong = 0;
-  cluster_barrier();
+  cluster_barrier_arrive();
+  cluster_barrier_wait();
   for (int s = 0; s < p.steps; ++s) {
-    char* half = shared_memory() + (s & 1) * ctas * p.bytes;
-    if (pieces) {
-      for (int i = thread_index(); i < pieces; i += thread_count())
-        write_piece(half + self * p.bytes + i * 16, s);
-      sync_block();
-      for (int i = thread_index(); i < pieces * (ctas - 1); i += thread_count())
-        copy_to_cta(half + self * p.bytes + i % pieces * 16, i / pieces + (i / pieces >= self));
+    // Where a vector of a CTA's columns is.
+    const auto at = [&](int i, int cta) {
+      return (s & 1) * buffer_bytes + i * 16 / own * (row + kPadBytes) + cta * own + i * 16 % own;
+    };
+    sync_block();  // as after a step's product, which has read the other buffer
+    for (int i = first; i * 16 < p.bytes; i += thread_count() / Exchange::kLanes) {
+      write(shared + at(i, self) + lane * sizeof(ExchangeValue), s);
+      sync_warp();
+      exchange.send(at(i, self), s & 1);
     }
-    cluster_barrier();
-    if (pieces)
-      wrong += is_wrong(half + (self + 1) % ctas * p.bytes + thread_index() % pieces * 16, s);
+    store_results(p, s);
+    exchange.wait(s & 1, s);
+    for (int i = first; i * 16 < p.bytes; i += thread_count() / Exchange::kLanes)
+      wrong += is_wrong(shared + at(i, (self + 1) % ctas) + lane * sizeof(ExchangeValue), s);
   }
   wrong_of(p) = wrong;
+  // No CTA exits while another may store there.
+  cluster_barrier_arrive();
+  cluster_barrier_wait();
 }
 
 }  // namespace lstm_fused::cuda

@@ -22,7 +22,7 @@ CSRC = environment.ROOT / "csrc"
 FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-shared", "-Xcompiler=-fPIC"]
 EXCHANGES = (
     *(("grid", ctas, kib << 10) for ctas in (16, 32, 48, 64, 128) for kib in (0, 12, 24, 48)),
-    *(("cluster", ctas, size) for ctas in (2, 4, 8, 16) for size in (0, 512, 2048)),
+    *(("cluster", ctas, size) for ctas in (2, 4, 8, 16) for size in (128, 512, 2048)),
 )
 
 

@@ -76,9 +76,13 @@ def unsupported_reason(device):
     """Why the kernels do not run on a CUDA device, or None where they do."""
     if reason := absence_reason():
         return reason
-    major, minor = device_properties(index_of(device))[:2]
+    properties, error = _read_device(index_of(device))
+    if error:
+        return f"the fused kernels cannot run on it: {error}"
+    major, minor = properties[:2]
     if major < 8:
         return f"the fused kernels need compute capability 8.0 or later, not {major}.{minor}"
+    say_never_run()
     return None
 
 
@@ -118,12 +122,27 @@ def say_never_run():
         warnings.warn(_NEVER_RUN, stacklevel=4)
 
 
-@lru_cache
 def device_properties(index):
     """(major, minor, SMs, bytes of shared memory a block may have, CTAs of the largest cluster,
     clusters of that size that run at once)."""
+    properties, error = _read_device(index)
+    if error:
+        raise RuntimeError(error)
     say_never_run()
-    return tuple(operators.cuda_device_properties(index))
+    return properties
+
+
+@lru_cache
+def _read_device(index):
+    """(its properties or None, why the kernels cannot run on it or None).
+
+    They cannot under a driver older than their CUDA runtime, on an architecture that they were not
+    built for, or beside a torch whose cuBLAS is older.
+    """
+    try:
+        return tuple(operators.cuda_device_properties(index)), None
+    except RuntimeError as error:
+        return None, str(error).partition("\n")[0]
 
 
 def index_of(device):

@@ -4,8 +4,9 @@ import os
 import warnings
 from pathlib import Path
 
-os.environ["LSTM_FUSED_POISON"] = "1"  # both read once, when the first layer runs
+os.environ["LSTM_FUSED_POISON"] = "1"  # all are read once, when the first layer runs
 os.environ["LSTM_FUSED_FIXED_PLANS"] = "1"  # whatever the machine is and does meanwhile
+os.environ.setdefault("LSTM_FUSED_EMULATION_SEED", "1")  # of emulated CUDA threads
 # Cells that tests and pages compile are kept here.
 os.environ["TORCH_EXTENSIONS_DIR"] = str(Path(__file__).parents[1] / "build" / "extensions")
 
@@ -14,6 +15,7 @@ import torch
 
 import lstm_fused.fallback
 from lstm_fused import cuda, runtime
+from tests.cuda import gpu_check
 from tests.helpers import emulated, pairwise
 from tests.helpers.cuda_cases import tf32
 from tests.helpers.plan_coverage import DEVICES
@@ -60,6 +62,16 @@ def pytest_collection_modifyitems(config, items):
     pairwise.mark_full(items, config.getoption("--every-case"))
     place = {name: k for k, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """After a kernel's fault no later test in this process could pass."""
+    report = yield
+    on_cuda = item.get_closest_marker("cuda") and torch.cuda.is_available()
+    if report.failed and on_cuda and (said := gpu_check.sticky_fault()):
+        pytest.exit(f"a kernel faulted in {item.nodeid}: {said}", gpu_check.FAULT)
+    return report
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@
 
 #include "normalized.h"
 #include "stepwise.h"
+#include "tile.h"
 
 namespace lstm_fused::cuda {
 namespace {
@@ -26,7 +27,7 @@ const char* launch_described(const Plan& plan, const RecurrenceParams& p, const 
   using Backward = typename Own::Backward;
   if (plan.kind != PlanKind::kGemm) return "described cells have the gemm plan alone";
   if (!plan.backward)
-    if (const char* error = launch_initial<S>(p, steps, stream)) return error;
+    if (const char* error = launch_initial<S, FusedMultiplyAdd<S>>(p, steps, stream)) return error;
   return launch_steps<Own>(
       plan.backward, p, second, steps,
       [&]<class Epilogue>(RecurrenceParams& of_step) -> const char* {

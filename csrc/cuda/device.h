@@ -37,17 +37,27 @@ inline int max_active_clusters(int ctas, int shared_bytes) {
   return answered ? clusters : 0;
 }
 
-// The device must be the current one.
+// The device must be the current one. Fails where the driver is older than the CUDA runtime, and
+// where nothing was compiled for the device; layers run through torch there.
 inline const char* read_device(int index, Device& device) {
+  const auto handled = [](cudaError_t error) {
+    if (error != cudaSuccess) clear_error();
+    return error_of(error);
+  };
   const auto read = [&](cudaDeviceAttr attribute, int& value) {
-    return error_of(cudaDeviceGetAttribute(&value, attribute, index));
+    return handled(cudaDeviceGetAttribute(&value, attribute, index));
   };
   if (const char* error = read(cudaDevAttrComputeCapabilityMajor, device.major)) return error;
   if (const char* error = read(cudaDevAttrComputeCapabilityMinor, device.minor)) return error;
   if (const char* error = read(cudaDevAttrMultiProcessorCount, device.sms)) return error;
   if (const char* error = read(cudaDevAttrMaxSharedMemoryPerBlockOptin, device.shared_bytes))
     return error;
-  device.cluster_ctas = 16;
+  if (supported(device)) {
+    cudaFuncAttributes attributes;
+    const void* function = reinterpret_cast<const void*>(empty_kernel);
+    if (const char* error = handled(cudaFuncGetAttributes(&attributes, function))) return error;
+  }
+  device.cluster_ctas = kMaxClusterCtas;
   device.clusters = 0;
   while (device.cluster_ctas > 1) {
     if (has_clusters(device.major))

@@ -4,8 +4,7 @@ namespace lstm_fused::cuda {
 
 struct Float16Mma {
   using Storage = Half;
-  template <int kCount>
-  static LSTM_FUSED_DEVICE void prepare(uint32_t (&)[kCount]) {}
+  static constexpr bool kRounds = false;
   static LSTM_FUSED_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4],
                                          const uint32_t (&b)[2]) {
     mma_float16(c, a, b);

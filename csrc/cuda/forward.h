@@ -5,14 +5,6 @@
 
 namespace lstm_fused::cuda {
 
-// What the next step takes for h: the reset state if it begins anew. The flag is read only here,
-// since one more value that a unit keeps during the product would spill.
-template <class S>
-LSTM_FUSED_DEVICE S passed_on(const RecurrenceParams& p, const StepRows& rows, int d, int64_t n,
-                              int64_t u, S h) {
-  return reset_after(p, rows, d == 1, n) ? initial_state<S>(p, p.h0, d, n, p.R, u, true) : h;
-}
-
 // The product with w_hh, and the cell: a unit is one of H.
 template <class Cell, class S>
 struct ForwardCell {
@@ -22,98 +14,121 @@ struct ForwardCell {
   static constexpr int kOut = 1;
   static constexpr bool kBackward = false;
 
+  struct Constants {
+    C bias[Cell::kPreacts] = {};
+
+    template <class I>
+    LSTM_FUSED_DEVICE void load(const RecurrenceParams& p, int d, I u) {
+      if (!p.b_ih[d]) return;
+      const S *b_ih = as<S>(p.b_ih[d]) + u, *b_hh = as<S>(p.b_hh[d]) + u;
+      LSTM_FUSED_UNROLL
+      for (int j = 0; j < kGates; ++j) {
+        bias[j] += cuda::load(b_ih[Values::input_gate(j) * p.H]);
+        bias[Values::kFirstHidden + j] += cuda::load(b_hh[j * p.H]);
+      }
+    }
+  };
+
+  // Until apply, the first kGates preacts are the input's part.
   struct Unit : Values {
     S h;
+    uint8_t reset_after;
   };
 
   static LSTM_FUSED_DEVICE int64_t gate(int m) { return m; }
-  static LSTM_FUSED_INLINE int64_t row_count(const StepRows& rows) { return rows.active; }
-
-  static LSTM_FUSED_DEVICE void fetch(const RecurrenceParams& p, const StepRows& rows, int d,
-                                      int64_t n, int64_t u, Unit& f) {
-    const C* pre = as<C>(p.pre) + saved_row(p, rows, d, n) * kGates * p.H + u;
-    LSTM_FUSED_UNROLL
-    for (int j = 0; j < Cell::kPreacts; ++j) f.preact[j] = 0;
-    LSTM_FUSED_UNROLL
-    for (int j = 0; j < kGates; ++j) f.preact[j] = pre[Values::input_gate(j) * p.H];
-    if (p.b_ih[d]) {
-      const S* b_ih = as<S>(p.b_ih[d]) + u;
-      const S* b_hh = as<S>(p.b_hh[d]) + u;
-      LSTM_FUSED_UNROLL
-      for (int j = 0; j < kGates; ++j) {
-        f.preact[j] += load(b_ih[Values::input_gate(j) * p.H]);
-        f.preact[Values::kFirstHidden + j] += load(b_hh[j * p.H]);
-      }
-    }
-    fetch_state(p, rows, d, n, u, f);
+  template <class I>
+  static LSTM_FUSED_INLINE I row_count(const StepRowsOf<I>& rows) {
+    return rows.active;
   }
 
-  static LSTM_FUSED_DEVICE void fetch_state(const RecurrenceParams& p, const StepRows& rows, int d,
-                                            int64_t n, int64_t u, Unit& f) {
-    fetch_constants<Cell, S>(p, rows, d, n, u, f);
+  template <class I>
+  static LSTM_FUSED_DEVICE void fetch(const RecurrenceParams& p, const Element<I>& e, Unit& f,
+                                      bool follows = false) {
+    const C* pre = as<C>(p.pre) + e.unit_at(p, e.saved_row(p), kGates);
+    LSTM_FUSED_UNROLL
+    for (int j = 0; j < kGates; ++j) f.preact[j] = pre[I(Values::input_gate(j)) * I(p.H)];
+    fetch_state(p, e, f, follows);
+  }
+
+  template <class I>
+  static LSTM_FUSED_DEVICE void fetch_state(const RecurrenceParams& p, const Element<I>& e, Unit& f,
+                                            bool follows) {
+    fetch_constants<Cell, S>(p, e, f);
     f.prev[0] = 0;
     if constexpr (Values::kCarried > 0) {
-      const bool reset = reset_before(p, rows, d == 1, n);
-      const bool carried = n < rows.active_prev && !reset;
+      const bool goes_on = e.n < e.rows.active_prev;
+      const bool reset = (follows && goes_on ? f.reset_after : reset_before(p, e, e.d == 1)) != 0;
       LSTM_FUSED_UNROLL
       for (int k = 0; k < Values::kCarried; ++k) {
-        if (carried)
-          f.prev[k] = carry_of<Cell, S>(p, d, n, u, k);
+        if (!goes_on || reset)
+          f.prev[k] = initial_carried<Cell, S>(p, e, k, reset);
         else
-          f.prev[k] = initial_carried<Cell, S>(p, d, n, u, k, reset);
+          f.prev[k] = follows ? f.next[k] : carry_of<Cell, S>(p, e, k);
       }
     }
+    f.reset_after = reset_after(p, e, e.d == 1);
   }
 
-  static LSTM_FUSED_DEVICE void add(Unit& f, const C (&product)[kGates]) {
+  // The product is that of the first gates.
+  template <int count>
+  static LSTM_FUSED_DEVICE void add(const Constants& constants, Unit& f,
+                                    const C (&product)[count]) {
+    C preact[Cell::kPreacts];
     LSTM_FUSED_UNROLL
-    for (int j = 0; j < kGates; ++j) f.preact[Values::kFirstHidden + j] += product[j];
+    for (int j = 0; j < Cell::kPreacts; ++j)
+      preact[j] = j < kGates ? f.preact[j] + constants.bias[j] : constants.bias[j];
+    LSTM_FUSED_UNROLL
+    for (int j = 0; j < count; ++j) preact[Values::kFirstHidden + j] += product[j];
+    LSTM_FUSED_UNROLL
+    for (int j = 0; j < Cell::kPreacts; ++j) f.preact[j] = preact[j];
   }
 
-  // The cell, once the product is added. statistics: of a cell that normalizes, else null.
-  static LSTM_FUSED_DEVICE void finish(const RecurrenceParams& p, const StepRows& rows, int d,
-                                       int64_t n, int64_t u, Unit& f, const C* statistics,
-                                       S (&out)[kOut]) {
+  // The cell, once the product is added. statistics: of a cell that normalizes, else null. The next
+  // step takes the reset state for h if it begins anew.
+  template <class I>
+  static LSTM_FUSED_DEVICE void finish(const RecurrenceParams& p, const Element<I>& e, Unit& f,
+                                       const C* statistics, S (&out)[kOut]) {
     f.next[0] = 0;
     f.h = round_to<S>(f.forward(statistics));
-    out[0] = p.projection ? f.h : passed_on<S>(p, rows, d, n, u, f.h);
+    out[0] = f.h;
+    if (f.reset_after && !p.projection) out[0] = initial_hidden<S>(p, e, true);
   }
 
-  static LSTM_FUSED_DEVICE bool apply(const RecurrenceParams& p, const StepRows& rows, int d,
-                                      int64_t n, int64_t u, Unit& f, const C (&product)[kGates],
-                                      S (&out)[kOut]) {
-    add(f, product);
-    finish(p, rows, d, n, u, f, nullptr, out);
+  template <class I>
+  static LSTM_FUSED_DEVICE bool apply(const RecurrenceParams& p, const Element<I>& e,
+                                      const Constants& constants, Unit& f,
+                                      const C (&product)[kGates], S (&out)[kOut]) {
+    add(constants, f, product);
+    finish(p, e, f, nullptr, out);
     return true;
   }
 
-  static LSTM_FUSED_DEVICE void store(const RecurrenceParams& p, const StepRows& rows, int d,
-                                      int64_t n, int64_t u, const Unit& f) {
-    const int64_t row = saved_row(p, rows, d, n);
-    const bool last = n >= rows.active_next;
+  template <class I>
+  static LSTM_FUSED_DEVICE void store(const RecurrenceParams& p, const Element<I>& e, const Unit& f,
+                                      bool followed = false) {
+    const I row = e.saved_row(p);
+    const bool last = e.n >= e.rows.active_next;
     LSTM_FUSED_UNROLL
     for (int k = 0; k < Values::kCarried; ++k) {
-      carry_of<Cell, S>(p, d, n, u, k) = f.next[k];
-      if (p.saved_states) as<C>(p.saved_states)[(row * Values::kSaved + k) * p.H + u] = f.next[k];
+      if (!followed) carry_of<Cell, S>(p, e, k) = f.next[k];
+      if (p.saved_states) as<C>(p.saved_states)[e.unit_at(p, row, Values::kSaved, k)] = f.next[k];
     }
     if (p.y) {
-      const int64_t width = Values::kCells * p.H;
       LSTM_FUSED_UNROLL
       for (int k = 0; k < Values::kCells; ++k) {
         const S c = round_to<S>(f.next[k]);
-        const int64_t at = k * p.H + u;
-        if (last) as<S>(p.c_n)[(d * p.N + n) * width + at] = c;
-        if (p.cell_states) as<S>(p.y)[cell_at(p, rows, d, n, width, at)] = c;
+        if (last) as<S>(p.c_n)[e.unit_at(p, e.batch_row(p), Values::kCells, k)] = c;
+        if (p.cell_states) as<S>(p.y)[e.cell_at(p, Values::kCells, k)] = c;
       }
       if (!p.projection) {
-        as<S>(p.y)[hidden_at(p, rows, d, n, u)] = f.h;
-        if (last) as<S>(p.h_n)[(d * p.N + n) * p.H + u] = f.h;
+        as<S>(p.y)[e.hidden_at(p)] = f.h;
+        if (last) as<S>(p.h_n)[e.unit_at(p, e.batch_row(p), 1)] = f.h;
       }
     }
     if (p.gates) {
-      C* gates = as<C>(p.gates) + row * Cell::kPreacts * p.H + u;
+      C* gates = as<C>(p.gates) + e.unit_at(p, row, Cell::kPreacts);
       LSTM_FUSED_UNROLL
-      for (int j = 0; j < Cell::kPreacts; ++j) gates[j * p.H] = f.preact[j];
+      for (int j = 0; j < Cell::kPreacts; ++j) gates[I(j) * I(p.H)] = f.preact[j];
     }
   }
 };
@@ -122,31 +137,41 @@ struct ForwardCell {
 template <class S>
 struct Project {
   using C = Compute<S>;
+  using Constants = NoConstants;
   static constexpr int kGates = 1;
   static constexpr int kOut = 1;
   static constexpr bool kBackward = false;
   struct Unit {
     S h;
+    uint8_t reset_after;
   };
 
   static LSTM_FUSED_DEVICE int64_t gate(int) { return 0; }
-  static LSTM_FUSED_INLINE int64_t row_count(const StepRows& rows) { return rows.active; }
-  static LSTM_FUSED_DEVICE void fetch(const RecurrenceParams&, const StepRows&, int, int64_t,
-                                      int64_t, Unit&) {}
+  template <class I>
+  static LSTM_FUSED_INLINE I row_count(const StepRowsOf<I>& rows) {
+    return rows.active;
+  }
+  template <class I>
+  static LSTM_FUSED_DEVICE void fetch(const RecurrenceParams& p, const Element<I>& e, Unit& f,
+                                      bool = false) {
+    f.reset_after = reset_after(p, e, e.d == 1);
+  }
 
-  static LSTM_FUSED_DEVICE bool apply(const RecurrenceParams& p, const StepRows& rows, int d,
-                                      int64_t n, int64_t u, Unit& f, const C (&product)[1],
+  template <class I>
+  static LSTM_FUSED_DEVICE bool apply(const RecurrenceParams& p, const Element<I>& e,
+                                      const Constants&, Unit& f, const C (&product)[1],
                                       S (&out)[1]) {
     f.h = round_to<S>(product[0]);
-    out[0] = passed_on<S>(p, rows, d, n, u, f.h);
+    out[0] = f.reset_after ? initial_hidden<S>(p, e, true) : f.h;
     return true;
   }
 
-  static LSTM_FUSED_DEVICE void store(const RecurrenceParams& p, const StepRows& rows, int d,
-                                      int64_t n, int64_t u, const Unit& f) {
+  template <class I>
+  static LSTM_FUSED_DEVICE void store(const RecurrenceParams& p, const Element<I>& e, const Unit& f,
+                                      bool = false) {
     if (!p.y) return;
-    as<S>(p.y)[hidden_at(p, rows, d, n, u)] = f.h;
-    if (n >= rows.active_next) as<S>(p.h_n)[(d * p.N + n) * p.R + u] = f.h;
+    as<S>(p.y)[e.hidden_at(p)] = f.h;
+    if (e.n >= e.rows.active_next) as<S>(p.h_n)[wide_product(e.batch_row(p), I(p.R)) + e.u] = f.h;
   }
 };
 

@@ -8,7 +8,8 @@
 
 namespace lstm_fused::cuda {
 
-template <class S>
+// Operand: what B holds of a value (tile.h).
+template <class S, class Operand>
 LSTM_FUSED_KERNEL(kPointwiseUnits* kPointwiseRows, 4)
 initial_kernel(const LSTM_FUSED_CONSTANT RecurrenceParams p) {
   const int d = block_index().z;
@@ -17,12 +18,14 @@ initial_kernel(const LSTM_FUSED_CONSTANT RecurrenceParams p) {
   const int64_t first =
       int64_t{block_index().y} * kPointwiseRows + thread_index() / kPointwiseUnits;
   for (int64_t n = first; n < p.N; n += int64_t{block_count().y} * kPointwiseRows) {
-    const bool reset = reset_before(p, p.rows[d], d == 1, n);
+    const Element<int64_t> e{p.rows[d], d, n, u};
+    const bool reset = reset_before(p, e, d == 1) != 0;
     const S h = p.resume && !reset
                     ? round_to<S>(as<Compute<S>>(p.resume)[(d * p.N + n) * p.resume_width + u])
-                    : initial_state<S>(p, p.h0, d, n, p.R, u, reset);
+                    : initial_hidden<S>(p, e, reset);
     // Both buffers: a row of packed data may begin at any step.
-    for (int64_t s = 0; s < 2; ++s) reinterpret_cast<S*>(p.product.in.at(s, d, n))[u] = h;
+    for (int64_t s = 0; s < 2; ++s)
+      reinterpret_cast<S*>(p.product.in.at(s, d, n))[u] = Operand::operand(h);
   }
 }
 

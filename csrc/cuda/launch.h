@@ -76,7 +76,7 @@ const char* launch_plan(const Plan& plan, const RecurrenceParams& p, const Produ
   using Forward = ForwardCell<Cell, S>;
   using Backward = BackwardCell<Cell, S>;
   if (!plan.backward)
-    if (const char* error = launch_initial<S>(p, steps, stream)) return error;
+    if (const char* error = launch_initial<S, Math>(p, steps, stream)) return error;
   if (is_stepwise(plan.kind)) {
     return launch_steps<Epilogues<Cell, S>>(
         plan.backward, p, second, steps, [&]<class Epilogue>(RecurrenceParams& of_step) {

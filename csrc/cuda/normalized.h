@@ -84,11 +84,20 @@ struct NormalizedRow {
                                   int direction, int64_t row)
       : p(params), rows(step_rows), d(direction), n(row) {}
 
+  LSTM_FUSED_DEVICE Element<int64_t> element(int64_t u) const { return {rows, d, n, u}; }
+
   // Loads a unit; a forward pass adds the product to its pre-activations.
   LSTM_FUSED_DEVICE void load_unit(int64_t u) {
-    Epilogue::fetch(p, rows, d, n, u, unit);
+    const Element<int64_t> e = element(u);
+    Epilogue::fetch(p, e, unit);
     load_product<Epilogue>(p, d, n, u, product);
-    if constexpr (!Epilogue::kBackward) Epilogue::add(unit, product);
+    if constexpr (Epilogue::kBackward) {
+      if (n < rows.active) Epilogue::complete(p, e, unit);
+    } else {
+      typename Epilogue::Constants constants;
+      constants.load(p, d, u);
+      Epilogue::add(constants, unit, product);
+    }
   }
 
   // f(u) for each of the thread's units, which `unit` holds then. again: not the first time, so
@@ -180,8 +189,8 @@ struct NormalizedRow {
   // Where forward saves the two numbers of a group. A row of one unit has no space for them.
   LSTM_FUSED_DEVICE C* saved_statistics(int group) const {
     constexpr int kCarried = Epilogue::Values::kCarried, kSaved = Epilogue::Values::kSaved;
-    const int64_t row = saved_row(p, rows, d, n);
-    return as<C>(p.saved_states) + (row * kSaved + kCarried + group) * p.H;
+    return as<C>(p.saved_states) +
+           element(0).unit_at(p, element(0).saved_row(p), kSaved, kCarried + group);
   }
 };
 
@@ -197,9 +206,9 @@ normalized_forward_kernel(const LSTM_FUSED_CONSTANT RecurrenceParams p) {
     row.template describe_values<0>();
     row.each_unit(true, [&](int64_t u) {
       S out[Epilogue::kOut];
-      Epilogue::finish(p, rows, d, n, u, row.unit, row.statistics, out);
+      Epilogue::finish(p, row.element(u), row.unit, row.statistics, out);
       put_out<Epilogue, S>(p, d, n, u, out);
-      Epilogue::store(p, rows, d, n, u, row.unit);
+      Epilogue::store(p, row.element(u), row.unit);
     });
     if (!p.saved_states || p.H == 1 || thread_index() != 0) continue;
     LSTM_FUSED_UNROLL
@@ -228,9 +237,10 @@ normalized_backward_kernel(const LSTM_FUSED_CONSTANT RecurrenceParams p) {
     if (active) row.template describe_gradients<kDerivation<Cell>.levels - 1>(false);
     row.each_unit(active, [&](int64_t u) {
       S out[Epilogue::kOut];
-      if (Epilogue::apply(p, rows, d, n, u, row.unit, row.product, out, row.statistics))
+      const Element<int64_t> e = row.element(u);
+      if (Epilogue::apply(p, e, NoConstants{}, row.unit, row.product, out, row.statistics))
         put_out<Epilogue, S>(p, d, n, u, out);
-      Epilogue::store(p, rows, d, n, u, row.unit);
+      Epilogue::store(p, e, row.unit);
     });
   }
 }

@@ -24,14 +24,18 @@ namespace lstm_fused::cuda {
 
 // The rows that one step of a pass over the sequence concerns. Steps are counted in the order of
 // the pass. Row n has its first step here if n >= active_prev, and its last one if n >=
-// active_next.
-struct StepRows {
-  int64_t active;       // rows of the batch at this step
-  int64_t active_prev;  // at the previous step, 0 at the first one
-  int64_t active_next;  // at the next step, 0 at the last one
-  int64_t offset;       // first row of this step in y, pre, gates, saved_states
-  int64_t offset_next;  // first row of the next step
+// active_next. Persistent kernels count in int, of which the product with a width is a single
+// instruction: plan.cpp gives them no more rows than that.
+template <class I>
+struct StepRowsOf {
+  using Index = I;
+  I active;       // rows of the batch at this step
+  I active_prev;  // at the previous step, 0 at the first one
+  I active_next;  // at the next step, 0 at the last one
+  I offset;       // first row of this step in y, pre, gates, saved_states
+  I offset_next;  // first row of the next step
 };
+using StepRows = StepRowsOf<int64_t>;
 
 LSTM_FUSED_INLINE int64_t active_at(const Steps& steps, int64_t s, bool reversed) {
   if (s < 0 || s >= steps.T) return 0;
@@ -62,8 +66,9 @@ struct Exchange {
 
   // Row n of direction d in the buffer that step s reads and step s - 1 writes.
   LSTM_FUSED_INLINE char* at(int64_t s, int d, int64_t n) const {
-    return data + (s & 1) * buffer_bytes + (d * rows + n) * bytes;
+    return data + buffer(s) + (d * rows + n) * bytes;
   }
+  LSTM_FUSED_INLINE int64_t buffer(int64_t s) const { return s & 1 ? buffer_bytes : 0; }
 };
 
 struct Product {

@@ -43,8 +43,10 @@ Plan with_tiles(PlanKind kind, const Problem& p, bool backward, int64_t tile_row
   return plan;
 }
 
+// A persistent kernel counts rows in int: of all steps, and of two states of both directions.
 bool supports_persistence(const Problem& p) {
-  return !p.projection && facts(arithmetic_of(p.dtype, p.tf32)).persistent;
+  const bool countable = std::max<int64_t>(p.T, 4) * p.N * p.D <= INT32_MAX;
+  return !p.projection && countable && facts(arithmetic_of(p.dtype, p.tf32)).persistent;
 }
 
 // As many row groups as there are SMs for, and the smallest tile with which each group then has one
@@ -138,7 +140,8 @@ int64_t shared_bytes(PlanKind kind, DType dtype, bool tensor_cores, int gates, i
   const int64_t resident =
       resident_slices(kind, tensor_cores, gates, tile_rows, unit_tiles) * split * kSliceBytes;
   const int64_t a = a_rows * (std::max<int64_t>(0, k_bytes - resident) + kPadBytes);
-  if (kind == PlanKind::kCluster) return a + 2 * tile_rows * (k_bytes + kPadBytes) + partials;
+  if (kind == PlanKind::kCluster)
+    return a + 2 * tile_rows * (k_bytes + kPadBytes) + partials + 2 * kMbarrierBytes;
   const int64_t chunk = streamed ? kStepChunk : grid_chunk(tensor_cores, tile_rows);
   const int64_t stages = kStages * (tile_rows + (streamed ? a_rows : 0)) * (chunk + kPadBytes);
   return (streamed ? 0 : a) + std::max(stages, partials);

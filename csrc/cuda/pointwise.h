@@ -53,6 +53,8 @@ pointwise_kernel(const LSTM_FUSED_CONSTANT RecurrenceParams p) {
   const int64_t first =
       int64_t{block_index().y} * kPointwiseRows + thread_index() / kPointwiseUnits;
   const int64_t count = one_step ? Epilogue::row_count(p.rows[d]) : p.N;
+  typename Epilogue::Constants constants;
+  constants.load(p, d, u);
   for (int64_t n = first; n < count; n += int64_t{block_count().y} * kPointwiseRows)
     // Nothing but what a thread wrote itself is read in the next of several steps.
     for (int64_t s = p.s_begin; s < p.s_end; ++s) {
@@ -63,10 +65,11 @@ pointwise_kernel(const LSTM_FUSED_CONSTANT RecurrenceParams p) {
       load_product<Epilogue>(p, d, n, u, product);
       typename Epilogue::Unit unit;
       S out[Epilogue::kOut];
-      Epilogue::fetch(p, rows, d, n, u, unit);
-      if (Epilogue::apply(p, rows, d, n, u, unit, product, out))
+      const Element<int64_t> e{rows, d, n, u};
+      Epilogue::fetch(p, e, unit);
+      if (Epilogue::apply(p, e, constants, unit, product, out))
         put_out<Epilogue, S>(p, d, n, u, out);
-      Epilogue::store(p, rows, d, n, u, unit);
+      Epilogue::store(p, e, unit);
     }
 }
 

@@ -24,7 +24,7 @@ ConfiguredDevices& configured_devices() {
 }
 
 // The B that a forward pass begins with, which is zeros without an initial state.
-template <class S>
+template <class S, class Operand>
 const char* launch_initial(RecurrenceParams p, const Steps& steps, void* stream) {
   if (!p.product.in.data || (!p.h0 && !p.in_parts)) return nullptr;
   for (int d = 0; d < p.D; ++d) p.rows[d] = rows_at(steps, p.s_begin, d == 1);
@@ -32,9 +32,9 @@ const char* launch_initial(RecurrenceParams p, const Steps& steps, void* stream)
       static_cast<unsigned>(ceil_div(p.R, kPointwiseUnits)),
       static_cast<unsigned>(std::min<int64_t>(ceil_div(p.N, kPointwiseRows), kMaxGridY)),
       static_cast<unsigned>(p.D));
-  return launch_kernel(initial_kernel<S>,
+  return launch_kernel(initial_kernel<S, Operand>,
                        {grid, kPointwiseUnits * kPointwiseRows, 0, 0, false, stream}, p,
-                       configured_devices<S>());
+                       configured_devices<S, Operand>());
 }
 
 // How many rows of each direction a step's product is computed for.

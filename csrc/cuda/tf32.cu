@@ -6,10 +6,10 @@ namespace lstm_fused::cuda {
 // Operands are rounded to TF32: the instruction itself would truncate them.
 struct Tf32Mma {
   using Storage = float;
-  template <int kCount>
-  static LSTM_FUSED_DEVICE void prepare(uint32_t (&r)[kCount]) {
-    LSTM_FUSED_UNROLL
-    for (int i = 0; i < kCount; ++i) r[i] = round_to_tf32(r[i]);
+  static constexpr bool kRounds = true;
+  static LSTM_FUSED_DEVICE uint32_t round_bits(uint32_t bits) { return round_to_tf32(bits); }
+  static LSTM_FUSED_DEVICE float round(float x) {
+    return float_of_bits(round_to_tf32(bits_of_float(x)));
   }
   static LSTM_FUSED_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4],
                                          const uint32_t (&b)[2]) {

@@ -16,7 +16,8 @@ namespace lstm_fused::cuda {
 
 // Products by ldmatrix and mma. Instruction has
 //   Storage    the type of the operands in memory
-//   prepare    rounds loaded operands where the instruction would truncate them
+//   kRounds    whether operands must be rounded, since the instruction would truncate them
+//   round, round_bits  one of them, as a value and as it is in a register
 //   multiply   c += a b
 template <class Instruction>
 struct TensorCores {
@@ -24,34 +25,41 @@ struct TensorCores {
   using Acc = float;
   static constexpr bool kTensorCores = true;
   static constexpr bool kPersistent = true;
+  static constexpr bool kRounds = Instruction::kRounds;
 
-  template <int kM, int kN>
-  static LSTM_FUSED_DEVICE void multiply(Acc (&acc)[kM][kN][4], const char* a, int a_tile,
-                                         int a_row, const char* b, int b_row) {
+  // What B holds of a value: rounded by who computes it, once.
+  static LSTM_FUSED_DEVICE Storage operand(Storage x) {
+    if constexpr (Instruction::kRounds) return Instruction::round(x);
+    return x;
+  }
+
+  // kSlices slices, `stride` bytes apart, which add to the chains of acc in turn. kRounded: whether
+  // A is rounded already.
+  template <int kSlices, bool kRounded, int kChains, int kM, int kN>
+  static LSTM_FUSED_DEVICE void multiply(Acc (&acc)[kChains][kM][kN][4], const char* a, int a_tile,
+                                         int a_row, const char* b, int b_row, int stride) {
     const int lane = thread_index() % 32;
     const int matrix = lane / 8, row = lane % 8;
-    uint32_t right[kN][2];
-    load_right(right, b, b_row);
+    a += ((matrix & 1) * 8 + row) * a_row + (matrix >> 1) * 16;
+    uint32_t left[kSlices][kM][4], right[kSlices][kN][2];
     LSTM_FUSED_UNROLL
+    for (int i = 0; i < kSlices; ++i) LSTM_FUSED_UNROLL
     for (int m = 0; m < kM; ++m) {
-      uint32_t left[4];
-      load_matrices(left, a + m * a_tile + ((matrix & 1) * 8 + row) * a_row + (matrix >> 1) * 16);
-      Instruction::prepare(left);
-      LSTM_FUSED_UNROLL
-      for (int j = 0; j < kN; ++j) Instruction::multiply(acc[m][j], left, right[j]);
+      load_matrices(left[i][m], a + m * a_tile + i * stride);
+      if constexpr (!kRounded) round_words(left[i][m]);
     }
+    load_right(right, b, b_row, stride);
+    multiply_loaded(acc, left, right);
   }
 
   // The same product with A register-resident, as load_resident has loaded it.
-  template <int kM, int kN>
-  static LSTM_FUSED_DEVICE void multiply_resident(Acc (&acc)[kM][kN][4],
-                                                  const uint32_t (&left)[kM][4], const char* b,
-                                                  int b_row) {
-    uint32_t right[kN][2];
-    load_right(right, b, b_row);
-    LSTM_FUSED_UNROLL
-    for (int m = 0; m < kM; ++m) LSTM_FUSED_UNROLL
-    for (int j = 0; j < kN; ++j) Instruction::multiply(acc[m][j], left[m], right[j]);
+  template <int kSlices, int kChains, int kM, int kN>
+  static LSTM_FUSED_DEVICE void multiply_resident(Acc (&acc)[kChains][kM][kN][4],
+                                                  const uint32_t (*left)[kM][4], const char* b,
+                                                  int b_row, int stride) {
+    uint32_t right[kSlices][kN][2];
+    load_right(right, b, b_row, stride);
+    multiply_loaded(acc, left, right);
   }
 
   // Loads this lane's fragment of a tile of A from global memory. Rows from `rows` on are zero.
@@ -64,29 +72,66 @@ struct TensorCores {
       const char* from = a + row * a_row + (i >> 1) * 16 + lane % 4 * 4;
       left[i] = row < rows ? *reinterpret_cast<const uint32_t*>(from) : 0;
     }
-    Instruction::prepare(left);
+    round_words(left);
+  }
+
+  // Rounds 16 bytes of A in shared memory.
+  static LSTM_FUSED_DEVICE void round_vector(char* vector) {
+    round_words(*reinterpret_cast<uint32_t (*)[4]>(vector));
   }
 
  private:
-  template <int kN>
-  static LSTM_FUSED_DEVICE void load_right(uint32_t (&right)[kN][2], const char* b, int b_row) {
-    const int lane = thread_index() % 32;
-    const int matrix = lane / 8, row = lane % 8;
-    if constexpr (kN == 1) {
-      load_matrices(right[0], b + row * b_row + (matrix & 1) * 16);
-    } else {
+  static LSTM_FUSED_DEVICE void round_words(uint32_t (&words)[4]) {
+    if constexpr (Instruction::kRounds) {
       LSTM_FUSED_UNROLL
+      for (uint32_t& word : words) word = Instruction::round_bits(word);
+    }
+  }
+
+  template <int kSlices, int kChains, int kM, int kN>
+  static LSTM_FUSED_DEVICE void multiply_loaded(Acc (&acc)[kChains][kM][kN][4],
+                                                const uint32_t (*left)[kM][4],
+                                                const uint32_t (&right)[kSlices][kN][2]) {
+    LSTM_FUSED_UNROLL
+    for (int i = 0; i < kSlices; ++i) LSTM_FUSED_UNROLL
+    for (int m = 0; m < kM; ++m) LSTM_FUSED_UNROLL
+    for (int j = 0; j < kN; ++j)
+      Instruction::multiply(acc[i % kChains][m][j], left[i][m], right[i][j]);
+  }
+
+  // Four matrices at a time: two column tiles of a slice, or one of two slices.
+  template <int kSlices, int kN>
+  static LSTM_FUSED_DEVICE void load_right(uint32_t (&right)[kSlices][kN][2], const char* b,
+                                           int b_row, int stride) {
+    const int lane = thread_index() % 32;
+    const int matrix = lane / 8;
+    b += lane % 8 * b_row + (matrix & 1) * 16;
+    uint32_t four[4];
+    if constexpr (kN == 1) {
+      b += matrix / 2 * stride;
+      LSTM_FUSED_UNROLL
+      for (int i = 0; i + 1 < kSlices; i += 2) {
+        load_matrices(four, b + i * stride);
+        put(right[i][0], four);
+        put(right[i + 1][0], four + 2);
+      }
+      // The addresses of lanes from 16 on are not used.
+      if constexpr (kSlices % 2 == 1)
+        load_matrices(right[kSlices - 1][0], b + (kSlices - 1) * stride);
+    } else {
+      b += matrix / 2 * 8 * b_row;
+      LSTM_FUSED_UNROLL
+      for (int i = 0; i < kSlices; ++i) LSTM_FUSED_UNROLL
       for (int j = 0; j < kN; j += 2) {
-        uint32_t both[4];
-        load_matrices(both, b + ((j + matrix / 2) * 8 + row) * b_row + (matrix & 1) * 16);
-        right[j][0] = both[0];
-        right[j][1] = both[1];
-        right[j + 1][0] = both[2];
-        right[j + 1][1] = both[3];
+        load_matrices(four, b + j * 8 * b_row + i * stride);
+        put(right[i][j], four);
+        put(right[i][j + 1], four + 2);
       }
     }
-    LSTM_FUSED_UNROLL
-    for (int j = 0; j < kN; ++j) Instruction::prepare(right[j]);
+  }
+  static LSTM_FUSED_DEVICE void put(uint32_t (&to)[2], const uint32_t* from) {
+    to[0] = from[0];
+    to[1] = from[1];
   }
 };
 
@@ -97,14 +142,18 @@ struct FusedMultiplyAdd {
   using Acc = T;
   static constexpr bool kTensorCores = false;
   static constexpr bool kPersistent = sizeof(T) == 4;
+  static constexpr bool kRounds = false;
   static constexpr int kVector = 16 / sizeof(T);
   struct alignas(16) Vector {
     T v[kVector];
   };
 
-  template <int kM, int kN>
-  static LSTM_FUSED_DEVICE void multiply(Acc (&acc)[kM][kN][4], const char* a, int a_tile,
-                                         int a_row, const char* b, int b_row) {
+  static LSTM_FUSED_DEVICE T operand(T x) { return x; }
+
+  template <int kSlices, bool kRounded, int kM, int kN>
+  static LSTM_FUSED_DEVICE void multiply(Acc (&acc)[1][kM][kN][4], const char* a, int a_tile,
+                                         int a_row, const char* b, int b_row, int) {
+    static_assert(kSlices == 1);
     const int lane = thread_index() % 32;
     // Not unrolled: twice as many loads in flight would spill the 128 registers that a thread has
     // in a cluster.
@@ -125,7 +174,7 @@ struct FusedMultiplyAdd {
         for (int j = 0; j < kN; ++j) LSTM_FUSED_UNROLL
         for (int col = 0; col < 2; ++col) LSTM_FUSED_UNROLL
         for (int i = 0; i < kVector; ++i)
-          acc[m][j][2 * half + col] += left.v[i] * right[j][col].v[i];
+          acc[0][m][j][2 * half + col] += left.v[i] * right[j][col].v[i];
       }
     }
   }

@@ -12,11 +12,15 @@ inline void check(const char* error, const char* what) {
   LSTM_FUSED_CHECK(error == nullptr, "lstm_fused, ", what, ": ", error);
 }
 
+inline void check_cublas() {
+  LSTM_FUSED_CHECK(has_cublas(), "lstm_fused: torch came without cuBLAS of CUDA 12 or later");
+}
+
 // out (a.rows, b.columns) = a (n, k) b (k, m), accumulated in the compute dtype. out's rows are
 // contiguous; its values are of the compute dtype, or of the storage dtype.
 inline void multiply_into(void* out, bool out_in_storage, const Matrix& a, const Matrix& b,
                           DType dtype, bool tf32) {
-  LSTM_FUSED_CHECK(has_cublas(), "lstm_fused: torch came without cuBLAS of CUDA 12 or later");
+  check_cublas();
   void* handle = nullptr;
   LSTM_FUSED_CHECK(torch_get_current_cuda_blas_handle(&handle) == TORCH_SUCCESS,
                    "torch has no cuBLAS handle for this device");

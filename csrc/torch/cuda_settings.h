@@ -15,7 +15,7 @@
 
 namespace lstm_fused::cuda {
 
-// Asked once for each device: the driver takes its time.
+// Asked once for each device: the driver takes its time. Fails where the kernels cannot run on it.
 inline Device device_of(int index) {
   static std::mutex mutex;
   static std::vector<std::optional<Device>> known;
@@ -23,6 +23,7 @@ inline Device device_of(int index) {
   const size_t at = index < 0 ? 0 : index;
   if (known.size() <= at) known.resize(at + 1);
   if (!known[at]) {
+    check_cublas();
     Device device{};
     const Guard guard(index);
     check(read_device(static_cast<int>(at), device), "device");

@@ -4,8 +4,10 @@
 
 Parts, in this order: build, smoke, kernels, parity, sanitizer, plans, bench. FOLDER (default
 build/gpu-check) receives log.txt and results.json, and bench.json, which is what `python -m bench
-report` reads. Without a CUDA device the emulation runs instead. Exits 1 if a part failed. Needs
-torch, ninja, pybind11 and pytest; no network. Tests that need more are skipped without it.
+report` reads. Without a CUDA device the emulation runs instead. Exits 1 if a part failed. After a
+fault of a kernel, such as an access outside of memory, the process can use the device no more: its
+part ends there, and the parts after it are left out. Wrong numbers end nothing. Needs torch, ninja,
+pybind11 and pytest; no network. Tests that need more are skipped without it.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +36,9 @@ LIMITS = {  # seconds, half an hour in all: a kernel that hangs must not take th
     "plans": 180,
     "bench": 530,  # of which the benchmark's rows take up to 420
 }
+
+FAULT = 42  # the exit code of a part that a kernel's fault ended
+FAULTED = "a kernel faulted"
 
 
 def test_files(folder, *names):
@@ -107,11 +113,43 @@ def run_part(part, out, log, environment):
             print(text, end="", flush=True)
         if code := process.wait():
             words = "ran out of time" if code in (124, 137) else f"failed, exit code {code}"
+        if code == FAULT:
+            words = FAULTED
+            break
     return (words if found else "left out: what it needs is not here"), time.monotonic() - started
 
 
+def sticky_fault():
+    """What CUDA says since a kernel has faulted, which it says of every call in this process from
+    then on; or None."""
+    try:
+        torch.cuda.synchronize()
+        torch.ones(1, device="cuda").add(1).item()
+    except torch.OutOfMemoryError:
+        return None
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+    return None
+
+
+def judge(runs, fault=sticky_fault):
+    """Run each of (name, function), a line of output each. Returns 0, 1 if one fails, or FAULT,
+    which ends it."""
+    code = 0
+    for name, run in runs:
+        try:
+            print(f"ok     {name}: {run()}", flush=True)
+        except Exception as error:
+            code = 1
+            print(f"WRONG  {name}: {type(error).__name__}: {error}", flush=True)
+            if said := fault():
+                print(f"FAULT  {name}: {said}", flush=True)
+                return FAULT
+    return code
+
+
 def smoke():
-    """Each plan and dtype on one small problem, one line of output each."""
+    """Each plan and dtype on one small problem."""
     from dataclasses import replace
 
     from lstm_fused import cuda
@@ -119,18 +157,12 @@ def smoke():
     from tests.helpers.oracle import check
 
     torch.backends.cudnn.allow_tf32 = False
-    wrong = 0
-    for kind, problem in cases(SMALL[:2], own=DESCRIBED):
+
+    def run(kind, problem):
         cuda.set_plan(kind)
-        try:
-            run = check(replace(problem, device="cuda")).forward_run
-            print(f"ok     {kind} {problem}: {run}", flush=True)
-        except Exception as error:
-            wrong += 1
-            print(f"WRONG  {kind} {problem}: {type(error).__name__}: {error}", flush=True)
-            if "CUDA error" in str(error):
-                break
-    return wrong
+        return check(replace(problem, device="cuda")).forward_run
+
+    return judge((f"{k} {p}", partial(run, k, p)) for k, p in cases(SMALL[:2], own=DESCRIBED))
 
 
 def tiny():
@@ -188,7 +220,7 @@ def main():
     if args.inside:
         sys.path.insert(0, str(ROOT))
         os.environ.setdefault("LSTM_FUSED_POISON", "1")
-        return 1 if {"smoke": smoke, "tiny": tiny}[args.inside]() else 0
+        return {"smoke": smoke, "tiny": tiny}[args.inside]()
     if unknown := set(args.parts) - set(LIMITS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
     if not torch.cuda.is_available():
@@ -209,6 +241,8 @@ def main():
                 if part == "plans" and written.exists():
                     result[name] = json.loads(written.read_text())
             (args.out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+            if words == FAULTED:
+                break
     for part, ended in result["parts"].items():
         print(f"{part}: {ended['result']}, {ended['seconds']} s")
     print(f"written to {args.out}/log.txt and results.json")

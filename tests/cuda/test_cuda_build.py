@@ -1,26 +1,24 @@
 """The CUDA library as built: its symbols, its registers, and loading where torch has no CUDA."""
 
+import json
 import os
 import re
-import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
 from lstm_fused import cuda, runtime
+from tests.helpers import cubins, sass
+from tests.helpers.cubins import LIBRARY
 from tests.kernels.test_build import NEED_NM, SHIM, TORCH, UNSTABLE, symbols
 
 ROOT = Path(__file__).parents[2]
-LIBRARY = cuda._LIBRARY if cuda._LIBRARY.exists() else None
-NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-NEED_NVCC = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+NEED_NVCC = pytest.mark.skipif(cubins.NVCC is None, reason="nvcc is not installed")
 NEED_LIBRARY = pytest.mark.skipif(LIBRARY is None, reason="built without nvcc")
-ARCHS = ("80", "90a")
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+CELLS = ("Lstm", "Gru", "RnnTanh", "RnnRelu")
+PASSES = ("forward", "backward")
 
 
 @pytest.mark.full  # `make test` builds with LSTM_FUSED_CUDA=0
@@ -48,64 +46,67 @@ def test_stays_unloaded_without_cuda():
     assert cuda.unsupported_reason(torch.device("cuda", 0)) == "torch has no CUDA"
 
 
-def report(source, arch, folder):
-    """(exit code, what ptxas says of the registers of each kernel) of one file."""
-    if said := built_report(source, arch):
-        return 0, said
-    options = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-cubin", "-Xptxas", "-v"]
-    cubin = folder / f"{source.stem}-{arch}"
-    target = [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-o", str(cubin)]
-    done = subprocess.run([NVCC, *options, *target, str(source)], capture_output=True, text=True)
-    return done.returncode, done.stderr
-
-
-def built_report(source, arch):
-    """What ptxas said when the library was built, or None: for other architectures, or before."""
-    log = ROOT / "build" / "temp" / "cuda" / f"{source.stem}.o.log"
-    if LIBRARY is None or not log.exists():
-        return None
-    sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cu")]
-    if max(p.stat().st_mtime for p in sources) > log.stat().st_mtime:
-        return None
-    kernels = re.split(r"(?=ptxas info +: Compiling entry function)", log.read_text())
-    return "".join(k for k in kernels if f"' for 'sm_{arch}'\n" in k)
-
-
 @pytest.fixture(scope="module")
-def reports(request, tmp_path_factory):
-    """Futures of report, by its arguments, for the tests that were selected; as many at a time as
-    there are processors."""
+def compiled(request, tmp_path_factory):
+    """Futures of cubins.machine_code, by its arguments, for the tests that were selected; as many
+    at a time as there are processors."""
     folder = tmp_path_factory.mktemp("cubins")
-    selected = [item.callspec.params for item in request.session.items if is_report(item)]
+    params = [item.callspec.params for item in request.session.items if is_of_code(item)]
+    selected = {(p["source"], p["arch"]) for p in params}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {
-            (p["source"], p["arch"]): pool.submit(report, p["source"], p["arch"], folder)
-            for p in selected
-        }
+        yield {pair: pool.submit(cubins.machine_code, *pair, folder) for pair in sorted(selected)}
 
 
-def is_report(item):
-    return getattr(item, "originalname", None) == test_no_spills.__name__
+def is_of_code(item):
+    names = (test_no_spills.__name__, test_loop_over_the_steps.__name__)
+    return getattr(item, "originalname", None) in names
 
 
-def compilations():
-    """Each source for each architecture; all but the one that compiles fastest are `full`."""
-    for source, arch in product(SOURCES, ARCHS):
-        marks = () if (source.stem, arch) == ("float64", "80") else pytest.mark.full
+def compilations(names=None):
+    """Each source for each architecture; all but one that compiles fast are `full`."""
+    for source, arch in cubins.pairs(names):
+        marks = () if (source.stem, arch) == cubins.QUICKEST else pytest.mark.full
         yield pytest.param(source, arch, id=f"{source.stem}-{arch}", marks=marks)
 
 
 @NEED_NVCC
 @pytest.mark.parametrize(("source", "arch"), list(compilations()))
-def test_no_spills(source, arch, reports):
+def test_no_spills(source, arch, compiled):
     """No kernel keeps registers in local memory, and each fits its SM as the plan says."""
-    code, said = reports[source, arch].result()
+    code, said, _ = compiled[source, arch].result()
     assert code == 0, said
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", said)
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", said)]
     assert len(spills) == len(registers) >= 4
     assert set(spills) == {("0", "0")}, said
     assert max(registers) <= 255
+
+
+@NEED_NVCC
+@pytest.mark.skipif(sass.find_cuobjdump() is None, reason="cuobjdump is not installed")
+@pytest.mark.parametrize(("source", "arch"), list(compilations(cubins.PERSISTENT)))
+def test_loop_over_the_steps(source, arch, compiled):
+    """No persistent kernel has more fences, integer divisions, loads that are waited for before the
+    barrier, or instructions in its loop than when the table was written:
+    `python -m tests.helpers.sass --write`."""
+    table = json.loads(sass.LIMITS.read_text())
+    if (release := cubins.nvcc_release()) != table["nvcc"]:
+        pytest.skip(f"the table is of nvcc {table['nvcc']}, this is {release}")
+    assert table["numbers"] == list(sass.LIMITED)
+    code, said, file = compiled[source, arch].result()
+    assert code == 0, said
+    found = sass.largest_numbers(file, arch)
+    assert len(found) == len(CELLS) * len(PASSES) * len(sass.persistent_plans(arch))
+    exceeding = {
+        kernel: (numbers, table["kernels"].get(kernel))
+        for kernel, numbers in found.items()
+        if not within(numbers, table["kernels"].get(kernel))
+    }
+    assert not exceeding
+
+
+def within(numbers, limits):
+    return limits is not None and all(n <= limit for n, limit in zip(numbers, limits, strict=True))
 
 
 def test_kernels_include_no_torch():

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.cuda.gpu_check import KERNELS, LIMITS, PARITY
+from tests.cuda.gpu_check import FAULT, KERNELS, LIMITS, PARITY, judge
 from tests.cuda.gpu_check import __doc__ as said
 
 ROOT = Path(__file__).parents[2]
@@ -53,3 +53,19 @@ def test_documented_order_of_parts():
         r"^\d\. `python tests/cuda/gpu_check.py ([\w ]+)`", DOCS.read_text(), re.MULTILINE
     )
     assert " ".join(listed).split() == list(LIMITS)
+
+
+def test_fault_is_told_from_wrong_numbers(capsys):
+    """Wrong numbers are noted and the next problem runs; after a fault nothing does."""
+
+    def fail():
+        raise AssertionError("y differs")
+
+    runs = [("first", fail), ("second", lambda: "fine")]
+    assert judge(runs, fault=lambda: None) == 1
+    said = capsys.readouterr().out
+    assert said == "WRONG  first: AssertionError: y differs\nok     second: fine\n"
+    assert judge(runs, fault=lambda: "CUDA error: an illegal memory access") == FAULT
+    said = capsys.readouterr().out
+    assert said.endswith("FAULT  first: CUDA error: an illegal memory access\n")
+    assert judge(runs[1:]) == 0

@@ -1,5 +1,6 @@
 """Builds the CUDA kernels for the host (tests/cuda/emulation) and makes the operators call them."""
 
+import ctypes
 import fcntl
 import subprocess
 import sysconfig
@@ -25,11 +26,11 @@ def ninja(*targets):
     text = (
         f"torch = -DTORCH_TARGET_VERSION=0x020a000000000000 -I{includes[0]} -I{includes[1]} "
         f"-I{sysconfig.get_path('include')}\n"
-        f"torch_link = -Wl,--no-as-needed -L{torch_folder / 'lib'} -ltorch -ltorch_cpu\n"
+        f"torch_link = -Wl,--no-as-needed -L{torch_folder / 'lib'} -ltorch -ltorch_cpu -lc10\n"
     )
     names = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
     objects = "".join(f"build $builddir/{n}.o: kernel $csrc/{n}.cu\n" for n in names)
-    others = ("operators", "plan", "fibers")
+    others = ("operators", "plan", "fibers", "memory", "tensors")
     inputs = " ".join(f"$builddir/{n}.o" for n in (*names, *others))
     objects += f"build $builddir/emulation.so: library {inputs}\n"
     with (FOLDER / "lock").open("w") as lock:
@@ -51,6 +52,19 @@ def library():
 
 
 @contextmanager
+def strict():
+    """A context with guard pages around tensors, and the random order begun anew."""
+    engine = ctypes.CDLL(FOLDER / "emulation.so")
+    guard = engine.lstm_fused_emulation_guard
+    guard.restype = ctypes.c_char_p
+    engine.lstm_fused_emulation_restart()
+    guard(True)
+    yield
+    damage = guard(False)
+    assert damage is None, damage
+
+
+@contextmanager
 def kernels():
     """A context in which the operators on the CPU run the emulated CUDA kernels."""
     with pytest.MonkeyPatch.context() as patch:
@@ -63,14 +77,15 @@ def kernels():
         for name in ("forward", "backward"):
             patch.setattr(_C, name, lambda *_: None)
         patch.setattr(runtime, "last_run", lambda device=None: cuda.last_run())
-        cuda.device_properties.cache_clear()
+        cuda._read_device.cache_clear()
         registered = torch.library.Library("lstm_fused", "IMPL")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that kernels are overridden
             for name in ("recurrent_forward", "recurrent_backward"):
                 run = getattr(emulation, name).default
                 registered.impl(name, run, "CPU", allow_override=True)
-        yield
+        with strict():
+            yield
         registered._destroy()
         cuda.set_plan(None)
-    cuda.device_properties.cache_clear()
+    cuda._read_device.cache_clear()

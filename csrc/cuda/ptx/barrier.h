@@ -18,16 +18,15 @@ LSTM_FUSED_DEVICE void barrier_arrive(void* counter) {
     asm volatile("red.release.gpu.global.add.u64 [%0], 1;" ::"l"(counter) : "memory");
 }
 
-// Waits until `target` CTAs have arrived since the counter was zero. The loop polls with relaxed
-// loads and ends with one acquire fence: an acquire in each iteration would invalidate L1 each
-// time.
+// Waits until `target` CTAs have arrived since the counter was zero. Each poll is an acquire, which
+// invalidates L1: nothing that the CTA reads again is there. A relaxed poll would need a fence
+// behind it, which waits for this thread's own stores.
 LSTM_FUSED_DEVICE void barrier_wait(void* counter, unsigned long long target) {
   if (threadIdx.x == 0) {
     unsigned long long seen;
     do {
-      asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(seen) : "l"(counter) : "memory");
+      asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(seen) : "l"(counter) : "memory");
     } while (seen < target);
-    asm volatile("fence.acq_rel.gpu;" ::: "memory");
   }
   __syncthreads();
 }

@@ -9,6 +9,12 @@
 
 namespace lstm_fused::cuda {
 
+LSTM_FUSED_DEVICE float float_of_bits(uint32_t bits) {
+  return __uint_as_float(bits);
+}
+LSTM_FUSED_DEVICE uint32_t bits_of_float(float x) {
+  return __float_as_uint(x);
+}
 // Rounds the bits of a float32 to TF32's 10 bits of mantissa, ties away from zero.
 LSTM_FUSED_DEVICE uint32_t round_to_tf32(uint32_t bits) {
   uint32_t rounded;

@@ -24,6 +24,17 @@ LSTM_FUSED_DEVICE int thread_index() {
 LSTM_FUSED_DEVICE int thread_count() {
   return blockDim.x;
 }
+// The same value in all lanes, which the compiler then knows: branches on it do not diverge.
+LSTM_FUSED_DEVICE int warp_index() {
+  return __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
+}
+// The pointer, without how it was computed: the compiler keeps it instead of computing it again at
+// each use.
+template <class T>
+LSTM_FUSED_DEVICE T* kept(T* p) {
+  asm("" : "+l"(p));
+  return p;
+}
 LSTM_FUSED_DEVICE dim3 block_index() {
   return blockIdx;
 }

@@ -9,6 +9,7 @@
 #include "cuda/launch.h"
 #include "cuda/normalized.h"
 #include "device.h"
+#include "memory.h"
 // After cuda/launch.h, which declares the functions that cells call.
 #include "cells/gru.h"
 #include "cells/rnn.h"
@@ -17,6 +18,11 @@ using namespace lstm_fused;
 namespace gpu = lstm_fused::cuda;
 
 namespace {
+
+// All that kernels access is between guard pages.
+template <class T>
+using Guarded = std::vector<T, gpu::GuardedAllocator<T>>;
+using Floats = Guarded<float>;
 
 struct Case {
   int64_t T, N, H;
@@ -30,8 +36,8 @@ float next() {
   state = state * 1664525u + 1013904223u;
   return static_cast<float>(static_cast<int>(state >> 20) - 2048) / 2048;
 }
-std::vector<float> random(int64_t count, float scale = 1) {
-  std::vector<float> v(count);
+Floats random(int64_t count, float scale = 1) {
+  Floats v(count);
   for (float& x : v) x = next() * scale;
   return v;
 }
@@ -43,10 +49,10 @@ struct Layer {
   static constexpr int G = Cell::kGates, preacts = Cell::kPreacts;
   Case c;
   int64_t S = 0, state_rows, y_width;
-  std::vector<int64_t> sizes, offsets{0};
-  std::vector<uint8_t> resets;
-  std::vector<float> pre, b_ih[2], b_hh[2], w[2], h0, c0, dy, dh_n, dc_n;
-  std::vector<float> y, h_n, c_n, gates, saved_states, d_gates, dh0, dc0;
+  Guarded<int64_t> sizes, offsets{0};
+  Guarded<uint8_t> resets;
+  Floats pre, b_ih[2], b_hh[2], w[2], h0, c0, dy, dh_n, dc_n;
+  Floats y, h_n, c_n, gates, saved_states, d_gates, dh0, dc0;
 
   explicit Layer(const Case& given) : c(given) {
     for (int64_t t = 0; t < c.T; ++t) {
@@ -86,7 +92,7 @@ struct Layer {
     return c.resets && later < c.T && n < sizes[later] && resets[offsets[later] + n];
   }
   // Element u of what row n begins with, of h0 or c0.
-  float initial(const std::vector<float>& states, int d, int64_t n, int64_t u, bool reset) const {
+  float initial(const Floats& states, int d, int64_t n, int64_t u, bool reset) const {
     if (!c.state) return 0;
     return states[(d * state_rows + (reset ? c.N : 0) + n) * c.H + u];
   }
@@ -108,8 +114,8 @@ bool close(float a, float b) {
 
 // The pre-activations of a unit at one step, from h of the step before.
 template <class Cell>
-void compute_preacts(const Layer<Cell>& l, const std::vector<float>& h, int64_t row, int d,
-                     int64_t n, int64_t u, float (&preacts)[Cell::kPreacts]) {
+void compute_preacts(const Layer<Cell>& l, const Floats& h, int64_t row, int d, int64_t n,
+                     int64_t u, float (&preacts)[Cell::kPreacts]) {
   constexpr int G = Cell::kGates, first = Cell::kPreacts - G;
   const int64_t H = l.c.H;
   for (float& s : preacts) s = 0;
@@ -125,8 +131,8 @@ void compute_preacts(const Layer<Cell>& l, const std::vector<float>& h, int64_t 
 template <class Cell>
 bool check_forward(const Layer<Cell>& l) {
   const Case& c = l.c;
-  const std::vector<float>& start = Cell::kCarry == Carry::kCell ? l.c0 : l.h0;
-  std::vector<float> h(l.h_n.size()), carried(h.size());
+  const Floats& start = Cell::kCarry == Carry::kCell ? l.c0 : l.h0;
+  Floats h(l.h_n.size()), carried(h.size());
   const auto begin = [&](int d, int64_t n, bool reset) {
     for (int64_t u = 0; u < c.H; ++u) {
       h[(d * c.N + n) * c.H + u] = l.initial(l.h0, d, n, u, reset);
@@ -141,7 +147,7 @@ bool check_forward(const Layer<Cell>& l) {
       const int64_t active = gpu::rows_at(l.steps(), s, d == 1).active;
       for (int64_t n = 0; n < active; ++n)
         if (l.anew(d, d == 0 ? s : c.T - 1 - s, n)) begin(d, n, true);
-      const std::vector<float> h_prev = h;
+      const Floats h_prev = h;
       for (int64_t n = 0; n < active; ++n)
         for (int64_t u = 0; u < c.H; ++u) {
           const int64_t row = l.at(s, d, false, n), at = (d * c.N + n) * c.H + u;
@@ -170,7 +176,7 @@ bool check_backward(const Layer<Cell>& l) {
   bool good = true;
   for (int d = 0; d < c.D; ++d)
     for (int64_t n = 0; n < c.N; ++n) {
-      std::vector<float> dh(H), dc(H), dh_reset(H, 0.0f), dc_reset(H, 0.0f);
+      Floats dh(H), dc(H), dh_reset(H, 0.0f), dc_reset(H, 0.0f);
       for (int64_t u = 0; u < H; ++u) {
         dh[u] = l.dh_n[(d * c.N + n) * H + u];
         dc[u] = Cell::kCarry == Carry::kCell ? l.dc_n[(d * c.N + n) * H + u] : 0;
@@ -180,12 +186,12 @@ bool check_backward(const Layer<Cell>& l) {
         if (n >= rows.active) continue;
         const int64_t row = (rows.offset + n) * c.D + d;
         const bool anew = l.anew(d, d == 0 ? c.T - 1 - s : s, n);
-        std::vector<float> through(H, 0.0f);
+        Floats through(H, 0.0f);
         for (int64_t u = 0; u < H; ++u) {
           float saved[kPreacts], d_sum[kPreacts], prev = 0, cell = 0;
           for (int j = 0; j < kPreacts; ++j) saved[j] = l.gates[(row * kPreacts + j) * H + u];
           if (Cell::kCarry != Carry::kNone) {
-            const std::vector<float>& start = Cell::kCarry == Carry::kCell ? l.c0 : l.h0;
+            const Floats& start = Cell::kCarry == Carry::kCell ? l.c0 : l.h0;
             cell = l.saved_states[row * H + u];
             if (n < rows.active_next && !anew)
               prev = l.saved_states[((rows.offset_next + n) * c.D + d) * H + u];
@@ -224,10 +230,10 @@ bool check_backward(const Layer<Cell>& l) {
 
 // (G * H, H) in rows of `bytes` bytes, or transposed (H, G, ...) for backward.
 template <class Cell>
-std::vector<float> operand(const Layer<Cell>& l, int d, bool backward, int64_t bytes) {
+Floats operand(const Layer<Cell>& l, int d, bool backward, int64_t bytes) {
   constexpr int G = Cell::kGates;
   const int64_t H = l.c.H, columns = bytes / 4, each = columns / G;
-  std::vector<float> a((backward ? H : G * H) * columns, 0.0f);
+  Floats a((backward ? H : G * H) * columns, 0.0f);
   for (int g = 0; g < G; ++g)
     for (int64_t u = 0; u < H; ++u)
       for (int64_t k = 0; k < H; ++k)
@@ -251,7 +257,7 @@ class LoopGemm final : public gpu::Gemm {
   }
 
  private:
-  std::vector<float> results_[2];
+  Floats results_[2];
 };
 
 template <class Cell, class Math>
@@ -265,10 +271,10 @@ const char* run(Layer<Cell>& l, gpu::PlanKind kind, bool backward) {
   const int64_t bytes =
       gpu::row_bytes(DType::kFloat32, c.H) * (backward ? int64_t{Cell::kGates} : 1);
   const int64_t rows = round_up(c.N, plan->tile_rows);
-  std::vector<float> exchange(2 * c.D * rows * bytes / 4, 0.0f), carry(c.D * c.N * c.H, NAN);
-  std::vector<float> dh_reset(c.D * c.N * c.H, 0.0f), dc_reset = dh_reset;
-  std::vector<char> barrier(c.D * plan->row_groups * gpu::kBarrierBytes, 0);
-  std::vector<float> a[2];
+  Floats exchange(2 * c.D * rows * bytes / 4, 0.0f), carry(c.D * c.N * c.H, NAN);
+  Floats dh_reset(c.D * c.N * c.H, 0.0f), dc_reset = dh_reset;
+  Guarded<char> barrier(c.D * plan->row_groups * gpu::kBarrierBytes, 0);
+  Floats a[2];
   gpu::RecurrenceParams p{};
   if (!gpu::is_stepwise(kind)) p.steps = l.steps();
   p.s_end = c.T + backward;
@@ -319,6 +325,8 @@ bool passes(const Case& c, gpu::PlanKind kind) {
   bool good = !error && check_forward(l);
   if (!error) error = run<Cell, gpu::FusedMultiplyAdd<float>>(l, kind, true);
   good = good && !error && check_backward(l);
+  if (!error) error = gpu::damage_of_allocations();
+  good = good && !error;
   if (!good)
     std::printf("wrong: %s plan, %d gates, %d preacts, T%ld N%ld H%ld D%d%s%s%s: %s\n",
                 gpu::name(kind), Cell::kGates, Cell::kPreacts, c.T, c.N, c.H, c.D,
@@ -344,7 +352,7 @@ LSTM_FUSED_KERNEL(gpu::kMaxRowThreads, 1) sums_kernel(const SumsParams p) {
 
 // Every thread gets the sums of all threads, time after time.
 bool sums_pass(int threads) {
-  std::vector<float> out(threads * kSums * kRounds, NAN);
+  Floats out(threads * kSums * kRounds, NAN);
   gpu::ConfiguredDevices devices;
   const char* error = gpu::launch_kernel(
       sums_kernel, {dim3(1), threads, gpu::row_shared_bytes(threads), 0, false, nullptr},

@@ -1,8 +1,6 @@
 // csrc/cuda/ptx/cluster.h for the host.
 #pragma once
 
-#include <cstring>
-
 #include "threads.h"
 
 namespace lstm_fused::cuda {
@@ -21,9 +19,27 @@ inline void cluster_barrier_arrive() {
 inline void cluster_barrier_wait() {
   fibers::cluster_barrier_wait();
 }
-inline void copy_to_cta(void* local, int rank) {
-  const int64_t offset = static_cast<char*>(local) - shared_memory();
-  std::memcpy(fibers::shared_memory(rank) + offset, local, 16);
+
+using RemoteAddress = char*;
+struct alignas(16) Bytes16 {
+  uint32_t words[4];
+};
+
+inline RemoteAddress remote_address(const void* local, int rank) {
+  return fibers::shared_memory(rank) + (static_cast<const char*>(local) - shared_memory());
+}
+inline void store_async(RemoteAddress to, const Bytes16& v, RemoteAddress barrier) {
+  fibers::store_async(to, &v, barrier);
+}
+inline void init_mbarrier(void* barrier) {
+  fibers::init_mbarrier(barrier);
+}
+inline void fence_mbarrier_init() {}
+inline void arm_mbarrier(void* barrier, int bytes) {
+  fibers::arm_mbarrier(barrier, bytes);
+}
+inline void wait_mbarrier(void* barrier, int parity) {
+  fibers::wait_mbarrier(barrier, parity);
 }
 
 }  // namespace lstm_fused::cuda

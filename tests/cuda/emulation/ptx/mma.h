@@ -8,10 +8,11 @@
 
 namespace lstm_fused::cuda {
 
-inline void load_matrices(uint32_t* r, int count, const void* row) {
+inline void load_matrices(const char* instruction, uint32_t* r, int count, const void* row) {
+  fibers::check_shared(row, 16);
   uint32_t own[8] = {};
   std::memcpy(own, &row, sizeof row);
-  const fibers::LaneWords& all = fibers::exchange_words(own);
+  const fibers::LaneWords& all = fibers::exchange_words(instruction, own);
   const int lane = thread_index() % 32;
   for (int i = 0; i < count; ++i) {
     const char* from;
@@ -20,17 +21,17 @@ inline void load_matrices(uint32_t* r, int count, const void* row) {
   }
 }
 inline void load_matrices(uint32_t (&r)[4], const void* row) {
-  load_matrices(r, 4, row);
+  load_matrices("ldmatrix.x4", r, 4, row);
 }
 inline void load_matrices(uint32_t (&r)[2], const void* row) {
-  load_matrices(r, 2, row);
+  load_matrices("ldmatrix.x2", r, 2, row);
 }
 
 // kValues: values in a 32-bit register of an operand; value(word, i): the i-th of them.
 template <int kValues, class Value>
 void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Value value) {
   const uint32_t own[8] = {a[0], a[1], a[2], a[3], b[0], b[1], 0, 0};
-  const fibers::LaneWords& all = fibers::exchange_words(own);
+  const fibers::LaneWords& all = fibers::exchange_words("mma", own);
   const int lane = thread_index() % 32;
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8, column = 2 * (lane % 4) + i % 2;

@@ -19,6 +19,13 @@ inline int thread_index() {
 inline int thread_count() {
   return fibers::thread_count();
 }
+inline int warp_index() {
+  return fibers::thread_index() / 32;
+}
+template <class T>
+T* kept(T* p) {
+  return p;
+}
 inline dim3 block_index() {
   return fibers::block_index();
 }
