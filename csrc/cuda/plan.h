@@ -107,11 +107,12 @@ constexpr int max_threads(PlanKind kind, int unit_tiles) {
 constexpr int resident_slices(PlanKind kind, bool tensor_cores, int gates, int tile_rows,
                               int unit_tiles) {
   if (!tensor_cores || kind == PlanKind::kStep) return 0;
-  // By compiled_unit_tiles - 2; for tiles of 8 rows and of 16.
-  constexpr int cluster_registers[][2] = {{128, 96}, {80, 48}, {32, 8}};
+  // By compiled_unit_tiles - 2; for tiles of 8 rows and of 16. A single gate is mostly backward's,
+  // whose epilogue has more values.
+  const int cluster_registers[][2] = {{128, 96}, {gates > 1 ? 96 : 80, 48}, {32, 8}};
   const int registers =
       kind == PlanKind::kGrid
-          ? (tile_rows < 32 ? 96 : 32)
+          ? (tile_rows < 32 ? 128 : 32)
           : cluster_registers[compiled_unit_tiles(kind, unit_tiles) - 2][tile_rows > 8];
   return registers / (4 * gates);
 }

@@ -55,6 +55,9 @@ struct Recurrence {
   static constexpr bool kRounded = kKind != PlanKind::kStep;  // A, once for all steps
   // Slices whose operands are loaded at once.
   static constexpr int kBatch = !Math::kTensorCores ? 1 : kChains > 2 ? kChains : 2;
+  // The same where not all resident slices are there. With more unit tiles they mostly are, and
+  // registers are few.
+  static constexpr int kPartBatch = kCompiledUnitTiles > 2 ? 1 : kBatch;
 
   using Cluster = ClusterExchange<S, kRows, Epilogue::kOut>;
 
@@ -162,26 +165,34 @@ struct Recurrence {
 
   // Adds the product of the register-resident slices [first, first + count), as far as there are
   // so many, with B, whose k starts at b_at with that of slice `first`; bytes: of k from there on.
-  // All are there in most steps of most sizes: no branch then parts the matrix instructions.
+  // Where all are there, no branch parts the matrix instructions.
   LSTM_FUSED_DEVICE void multiply_resident(Partial& partial, int first, int count, const char* b_at,
                                            int b_stride, int bytes) const {
     sync_warp();
+    const auto multiply = [&](auto slices, int j) {
+      Math::template multiply_resident<slices>(partial.acc, &resident[first + j], b_at + k_of(j),
+                                               b_stride, kWarpStride);
+    };
+    constexpr std::integral_constant<int, kBatch> batch;
+    constexpr std::integral_constant<int, kPartBatch> part_batch;
+    constexpr std::integral_constant<int, 1> one;
     if (bytes >= count * kWarpStride) {
       LSTM_FUSED_UNROLL
-      for (int j = 0; j + kBatch <= count; j += kBatch)
-        Math::template multiply_resident<kBatch>(partial.acc, &resident[first + j], b_at + k_of(j),
-                                                 b_stride, kWarpStride);
+      for (int j = 0; j + kBatch <= count; j += kBatch) multiply(batch, j);
       LSTM_FUSED_UNROLL
-      for (int j = count - count % kBatch; j < count; ++j)
-        Math::template multiply_resident<1>(partial.acc, &resident[first + j], b_at + k_of(j),
-                                            b_stride, kWarpStride);
+      for (int j = count - count % kBatch; j < count; ++j) multiply(one, j);
       return;
     }
     LSTM_FUSED_UNROLL
-    for (int j = 0; j < count; ++j)
-      if (k_of(j) < bytes)
-        Math::template multiply_resident<1>(partial.acc, &resident[first + j], b_at + k_of(j),
-                                            b_stride, kWarpStride);
+    for (int j = 0; j < count; j += kPartBatch) {
+      if (kPartBatch > 1 && j + kPartBatch <= count && bytes >= (j + kPartBatch) * kWarpStride) {
+        multiply(part_batch, j);
+        continue;
+      }
+      LSTM_FUSED_UNROLL
+      for (int i = j; i < j + kPartBatch && i < count; ++i)
+        if (k_of(i) < bytes) multiply(one, i);
+    }
   }
 
   // Adds the product of this warp's slices of k in [k_of(first), bytes), with A in shared memory.
@@ -458,26 +469,21 @@ struct Recurrence {
     for (Index s = begin; s < end; ++s) {
       const bool more = s + 1 < end;
       const Index count = Epilogue::row_count(rows);
-      if (one_tile) {
-        if (first < count) tile(rows, s, first, constants, units);
-        if (more) exchange.send(s);
-        if (first < count) store(rows, first, units, more);
-        rows = {rows.active_next, rows.active, later.active, rows.offset_next, later.offset};
-        if (!more) break;
-        later = active_rows(s + 3);
-        fetch(rows, first, units, true);
-      } else {
-        for (Index n0 = first; n0 < count; n0 += stride) {
-          fetch(rows, n0, units, false);
+      for (Index n0 = first;; n0 += stride) {
+        const bool any = n0 < count, last = one_tile || n0 + stride >= count;
+        if (any) {
+          if (!one_tile) fetch(rows, n0, units, false);
           tile(rows, s, n0, constants, units);
-          sync_block();  // the next tile overwrites the partial sums
-          store(rows, n0, units, false);
         }
-        rows = {rows.active_next, rows.active, later.active, rows.offset_next, later.offset};
-        if (!more) break;
-        exchange.send(s);
-        later = active_rows(s + 3);
+        if (last && more) exchange.send(s);
+        if (!last) sync_block();  // the next tile overwrites the partial sums
+        if (any) store(rows, n0, units, one_tile && more);
+        if (last) break;
       }
+      if (!more) break;
+      rows = {rows.active_next, rows.active, later.active, rows.offset_next, later.offset};
+      later = active_rows(s + 3);
+      if (one_tile) fetch(rows, first, units, true);
       exchange.wait(s);
     }
   }
