@@ -47,6 +47,7 @@ LSTM_FUSED_KERNEL(kThreads, 1) accesses(const Params p) {
 }
 
 LSTM_FUSED_KERNEL(kThreads, 1) copies(const Params p) {
+  if (has(p, "write before a copy has read") && gpu::block_index().x != 0) return;
   char* shared = gpu::shared_memory();
   const int at = gpu::thread_index() * 16;
   const char* from = p.memory + at + (has(p, "misaligned source of a copy") ? 4 : 0);
@@ -55,9 +56,16 @@ LSTM_FUSED_KERNEL(kThreads, 1) copies(const Params p) {
   if (has(p, "copy from after a tensor")) from += kShared - 16;
   gpu::copy_async(to, from, true);
   gpu::commit_copies();
-  // Without the wait it is early half of the time alone.
-  if (!has(p, "copy pending at exit")) gpu::wait_copies<0>();
-  gpu::sync_block();
+  const uint32_t* got = reinterpret_cast<const uint32_t*>(to);
+  if (has(p, "read before a copy has arrived") && *got != 0)
+    gpu::fibers::fail("not what is copied");
+  if (has(p, "write before a copy has read")) *reinterpret_cast<uint32_t*>(p.memory + at) = 1;
+  if (has(p, "copy pending at exit")) return;
+  gpu::wait_copies<0>();
+  if (*got != 0) gpu::fibers::fail("not what is copied");
+  if (!has(p, "missing barrier of a CTA")) gpu::sync_block();
+  const uint32_t* others = reinterpret_cast<const uint32_t*>(shared + (kThreads - 1) * 16 - at);
+  if (*others != 0) gpu::fibers::fail("not what another thread has copied");
 }
 
 LSTM_FUSED_KERNEL(kThreads, 1) lanes(const Params p) {

@@ -4,6 +4,8 @@
 // are not reported. Their memcpy and memset are calls, which the sanitizer intercepts.
 #pragma once
 
+#include <ucontext.h>
+
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -13,8 +15,6 @@
 
 #include "fibers.h"
 #include "memory.h"
-
-#include <ucontext.h>
 
 #if defined(LSTM_FUSED_TSAN)
 #include <sanitizer/tsan_interface.h>
