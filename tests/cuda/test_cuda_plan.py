@@ -209,3 +209,15 @@ def test_module_runs_torchs_forward_by_plan(monkeypatch):
                 assert module(x) == "torch's"
                 resets = torch.zeros(100, 16, dtype=torch.bool, device="cuda")
                 assert module(x, resets=resets)[0].shape == (100, 16, H)
+
+
+def test_plan_counts_the_clusters_that_are_active_at_once():
+    """A device may have fewer of 16 CTAs than its SMs would make: each lies within one GPC."""
+
+    def kind(N, clusters):
+        device = (9, 0, 132, 227 << 10, 16, clusters)
+        return cuda.plan("bfloat16", 100, N, 512, 512, 1, 4, False, False, device, False).kind
+
+    # Two waves at most, of clusters that have 16 rows each.
+    assert kind(96, 3) == kind(112, 8) == kind(256, 8) == "cluster"
+    assert kind(112, 3) != "cluster" and kind(272, 8) != "cluster"
