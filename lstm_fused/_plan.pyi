@@ -126,7 +126,25 @@ def cuda_plan(
     device: Sequence[int],
     backward: bool = False,
     kind: str = "",
+    described: bool = False,
+    normalizes: bool = False,
 ) -> CudaPlan | None: ...
+def cuda_cudnn_reason(
+    dtype: str,
+    T: int,
+    N: int,
+    H: int,
+    R: int,
+    directions: int,
+    gates: int,
+    projection: bool,
+    tf32: bool,
+    device: Sequence[int],
+    backward: bool = False,
+    kind: str = "",
+    described: bool = False,
+    normalizes: bool = False,
+) -> str | None: ...
 def cuda_run_of(numbers: Sequence[int]) -> dict[str, Any]: ...
 def cuda_kinds() -> tuple[str, ...]: ...
 def cuda_architectures() -> tuple[tuple[str, str, tuple[int, ...]], ...]: ...

@@ -14,6 +14,7 @@ from lstm_fused import _plan
 _PLAN = Path(_plan.__file__)
 _LIBRARY = _PLAN.with_name(_PLAN.name.replace("_plan", "_C_cuda"))  # by the same suffix
 KINDS = _plan.cuda_kinds()  # of plans: csrc/cuda/plan.h
+CHOICES = (*KINDS, "fused", "cudnn")  # what set_plan takes
 _SAVED = _plan.saved_layouts()
 # By number, csrc/cells/cells.h.
 CELLS = {cell["id"]: {"name": name, **cell} for name, cell in _plan.cells().items()}
@@ -26,7 +27,7 @@ _NEVER_RUN = (
 )
 
 operators = torch.ops.lstm_fused  # tests put the emulation's here
-_forced_kind = ""
+_choice = ""  # of set_plan
 _load_error = None
 
 
@@ -92,22 +93,59 @@ def has_cell(name):
 
 
 def set_plan(kind=None):
-    """Force a plan, one of KINDS; None takes the best again. For tests and measurements.
+    """Force a plan, one of CHOICES; None takes the best again. For tests and measurements.
 
-    A layer that does not fit the forced plan runs the step plan, one of a described cell the gemm
-    plan.
+    "fused" is the best of our plans, "cudnn" what torch.nn itself runs; both concern calls that may
+    run either, see cudnn_reason. A layer that does not fit the forced plan runs the step plan, one
+    of a described cell the gemm plan.
     """
-    global _forced_kind
-    if kind not in (None, *KINDS):
-        raise ValueError(f"kind is {kind!r} but must be one of {', '.join(KINDS)} or None")
-    _forced_kind = kind or ""
+    global _choice
+    if kind not in (None, *CHOICES):
+        raise ValueError(f"kind is {kind!r} but must be one of {', '.join(CHOICES)} or None")
+    _choice = kind or ""
     if available() or operators is not torch.ops.lstm_fused:
-        operators.cuda_force_plan(_forced_kind)
+        operators.cuda_force_plan(forced_kind())
 
 
 def forced_kind():
-    """What set_plan was given, "" for the best."""
-    return _forced_kind
+    """That of KINDS which set_plan was given, "" for the best."""
+    return _choice if _choice in KINDS else ""
+
+
+def cudnn_reason(cell, x, sizes, directions, tensors):
+    """Why a call on a CUDA device runs torch.nn's forward by plan, or None.
+
+    It may where it has no option beyond torch.nn, records no gradient (cuDNN has no second
+    derivatives, and none in evaluation mode) and nothing traces or transforms it. Of such calls
+    those do for which our kernels are not predicted to be clearly ahead. cell: one of CELLS; x: of
+    the input; sizes: (T, N, H, R); tensors: states and weights.
+    """
+    if _choice == "fused" or forced_kind() or not (x.is_cuda and torch.backends.cudnn.enabled):
+        return None
+    if cell["described"] or not _is_plain_inference((x, *tensors)):
+        return None
+    if _choice == "cudnn":
+        return "set_plan has forced it"
+    name, (*_, H, R) = str(x.dtype).removeprefix("torch."), sizes
+    tf32 = name == "float32" and tf32_allowed()
+    device = device_properties(index_of(x.device))
+    return _reason_of_sizes(name, *sizes, directions, cell["gates"], R != H, tf32, device)
+
+
+def _is_plain_inference(tensors):
+    """Whether a call records no gradient, and nothing traces or transforms it."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return False
+    if torch.autograd.forward_ad._current_level >= 0 or torch.is_autocast_enabled("cuda"):
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return False
+    return not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
+@lru_cache(maxsize=4096)
+def _reason_of_sizes(*sizes):
+    return _plan.cuda_cudnn_reason(*sizes)
 
 
 def last_run():
@@ -188,4 +226,4 @@ def plan_on(device, cell, dtype, T, N, H, R, directions):
     tf32, info = name == "float32" and tf32_allowed(), CELLS[cell]
     sizes = (name, T, N, H, R, directions, info["gates"], R != H, tf32)
     of_cell = info["described"], info["groups"] > 0
-    return plan(*sizes, device_properties(index_of(device)), False, _forced_kind, *of_cell)
+    return plan(*sizes, device_properties(index_of(device)), False, forced_kind(), *of_cell)

@@ -202,6 +202,9 @@ def _explain_call(name, grad, module, args, kwargs):
         T, N = x.shape[0], 1
     else:
         T, N = x.shape[:2] if not module.batch_first else (x.shape[1], x.shape[0])
+    plain = given is None and documents is None and lengths is None and not packed
+    if plain and (reason := module._cudnn_reason(x, T, N, state, weights)):
+        return Call(name, text, f"plan cudnn: {reason}", ())
     on_device = isinstance(lengths, Tensor) and padded.stays_on_device(lengths)
     lengths = torch.as_tensor([] if lengths is None or on_device else lengths)
     if lengths.numel() and int(lengths.min()) < T:  # else it runs as if there were no lengths

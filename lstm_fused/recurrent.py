@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from lstm_fused import autocast, call_options, errors, inference, ops, padded, states
+from lstm_fused import autocast, call_options, cuda, errors, inference, ops, padded, states
 from lstm_fused.fallback import CALLED_BY_TORCH, State, fallback_reason, overridden
 from lstm_fused.sequences import Sequences
 
@@ -81,6 +81,14 @@ class Recurrent(Sequences[State]):
                     "which the fused forward does not call"
                 )
         return fallback_reason(x, hx, weights)
+
+    def _cudnn_reason(self, x, T, N, state, weights):
+        """Why a call without options beyond torch.nn runs torch.nn's forward by plan, or None."""
+        if self.weights_dtype is not None or self.checkpoint_every is not None:
+            return None
+        sizes = (T, N, self.hidden_size, self.proj_size or self.hidden_size)
+        directions = 2 if self.bidirectional else 1
+        return cuda.cudnn_reason(ops.CELLS[self._cell()], x, sizes, directions, (*state, *weights))
 
     def _cell(self):
         """The name the op knows the cell by."""
@@ -243,6 +251,8 @@ class Recurrent(Sequences[State]):
             errors.check_input(self, input, None)
         state = () if hx is None else self._check_state(hx, dim, rows)
         options = None
+        if given is None and x.is_cuda and self._cudnn_reason(x, length, rows, state, weights):
+            return super().forward(input, hx)
         if given is not None:
             resets = call_options.dense_resets(given.resets, x, dim, self.batch_first)
             state, options = call_options.prepared(self, given, x, state, rows, resets)

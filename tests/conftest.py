@@ -92,6 +92,7 @@ def fixed_defaults():
     torch.set_num_threads(1)
     runtime.set_isa(None)
     lstm_fused.fallback._warned.clear()
+    cuda.set_plan("fused")  # whatever is predicted
     with tf32(False):
         yield
 

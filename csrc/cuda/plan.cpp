@@ -174,6 +174,14 @@ Plan make_plan(const Problem& p, const Device& device, bool backward, bool stepw
   return large ? plan_gemm(p, backward) : plan_step(p, backward);
 }
 
+// docs/cuda.md has the predictions: nothing was measured. To be replaced by thresholds from data.
+const char* cudnn_reason(const Plan& plan, const Problem& p) {
+  if (p.described || !is_stepwise(plan.kind)) return nullptr;
+  return plan.kind == PlanKind::kGemm
+             ? "the gemm plan, with two launches a step, is not predicted to be faster"
+             : "the step plan, with a launch for each step, is not predicted to be faster";
+}
+
 const char* name(PlanKind kind) {
   constexpr const char* names[kPlanKinds] = {"step", "grid", "cluster", "gemm"};
   return names[static_cast<int>(kind)];

@@ -144,6 +144,10 @@ Plan forced_plan(PlanKind kind, const Problem& problem, const Device& device, bo
 // that launch each step.
 Plan make_plan(const Problem& problem, const Device& device, bool backward, bool stepwise = false);
 
+// Why a call without gradients runs torch's own kernels, cuDNN's, in place of this plan; or null
+// where this plan is predicted to be clearly ahead, or torch has no such cell.
+const char* cudnn_reason(const Plan& plan, const Problem& problem);
+
 const char* name(PlanKind kind);
 
 }  // namespace lstm_fused::cuda

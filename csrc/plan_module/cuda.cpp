@@ -1,6 +1,7 @@
 #include "cuda.h"
 
 #include <sstream>
+#include <string>
 
 #include "../cells/cells.h"
 #include "../cuda/architectures.h"
@@ -31,17 +32,19 @@ std::string shown(const Plan& p) {
   return "<CudaPlan: " + describe(p) + ">";
 }
 
-const char* kind(const Plan& p) {
-  return name(p.kind);
-}
+struct Request {
+  Problem problem;
+  Device device;
+  bool backward;
+  std::string kind;  // "" for the best
+};
 
-// kind: "" for the best. None if a plan of the kind does not fit the device.
-PyObject* plan(PyObject*, PyObject* args, PyObject* kwargs) {
+Request requested(PyObject* args, PyObject* kwargs, const char* format) {
   const char *dtype, *kind = "";
   long long T, N, H, R;
   int directions, gates, projection, tf32, backward = 0, described = 0, normalizes = 0;
   PyObject* properties;
-  parse(args, kwargs, "sLLLLiippO|pspp:cuda_plan",
+  parse(args, kwargs, format,
         {"dtype", "T", "N", "H", "R", "directions", "gates", "projection", "tf32", "device",
          "backward", "kind", "described", "normalizes"},
         &dtype, &T, &N, &H, &R, &directions, &gates, &projection, &tf32, &properties, &backward,
@@ -61,10 +64,27 @@ PyObject* plan(PyObject*, PyObject* args, PyObject* kwargs) {
   if (!supported(device))
     throw std::invalid_argument("the CUDA kernels need compute capability 8.0 or later, this is " +
                                 std::to_string(device.major) + "." + std::to_string(device.minor));
-  if (!*kind) return box<Plan>(make_plan(problem, device, backward));
-  const std::optional<Plan> found =
-      plan_as(from_name<PlanKind>(kind, kPlanKinds, "kind"), problem, device, backward);
+  return {problem, device, backward != 0, kind};
+}
+
+const char* kind(const Plan& p) {
+  return name(p.kind);
+}
+
+// kind: "" for the best. None if a plan of the kind does not fit the device.
+PyObject* plan(PyObject*, PyObject* args, PyObject* kwargs) {
+  const Request r = requested(args, kwargs, "sLLLLiippO|pspp:cuda_plan");
+  if (r.kind.empty()) return box<Plan>(make_plan(r.problem, r.device, r.backward));
+  const PlanKind kind = from_name<PlanKind>(r.kind.c_str(), kPlanKinds, "kind");
+  const std::optional<Plan> found = plan_as(kind, r.problem, r.device, r.backward);
   return found ? box<Plan>(*found) : Py_NewRef(Py_None);
+}
+
+// Why a call without gradients runs torch's own kernels, or None; of the best plan.
+PyObject* reason_for_cudnn(PyObject*, PyObject* args, PyObject* kwargs) {
+  const Request r = requested(args, kwargs, "sLLLLiippO|pspp:cuda_cudnn_reason");
+  const char* reason = cudnn_reason(make_plan(r.problem, r.device, r.backward), r.problem);
+  return reason ? string(reason) : Py_NewRef(Py_None);
 }
 
 // What the operator cuda_last_run returns, as a dict.
@@ -123,6 +143,7 @@ void add_plans(PyObject* module) {
                    described<Plan, shown>(Py_tp_repr)});
   static PyMethodDef methods[] = {
       method<plan>("cuda_plan"),
+      method<reason_for_cudnn>("cuda_cudnn_reason"),
       method<run_of>("cuda_run_of"),
       method<kinds>("cuda_kinds"),
       method<architectures>("cuda_architectures"),

@@ -253,7 +253,7 @@ def test_a_plan_is_measured_where_it_fits(monkeypatch):
     case = runs.build_case(SMALL)
     run = providers.PROVIDERS["lstm_fused grid"].build(case)
     run.step()
-    assert len(run.kernels()) == 2 and plans == ["grid", None] * 3
+    assert len(run.kernels()) == 2 and plans == ["grid", "fused"] * 3
     monkeypatch.setattr(providers.Provider, "unsupported_reason", lambda *_: None)
     entries = measure.measure_row(SMALL, ["torch.nn", "lstm_fused step"], None)
     assert entries["lstm_fused step"] == {"absent": "grid runs in its place"}

@@ -215,7 +215,7 @@ def capture(run):
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for each in ("step", kind):
-            cuda.set_plan(each or None)
+            cuda.set_plan(each or "fused")
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()

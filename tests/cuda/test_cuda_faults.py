@@ -10,6 +10,7 @@ from tests.helpers import emulated
 MEMORY = "an access outside of memory: CTA"
 SHARED = "an access outside of shared memory: CTA"
 MISALIGNED = "a misaligned access to shared memory: CTA"
+UNSEEN = "a read of what another CTA wrote, before it is released and acquired: CTA"
 FAULTS = {  # of emulation/faults.cpp, and what is said of each
     "write after shared memory": MEMORY,
     "write just after shared memory": "a write after memory ends",
@@ -21,6 +22,9 @@ FAULTS = {  # of emulation/faults.cpp, and what is said of each
     "misaligned source of a copy": "a copy's source is misaligned: CTA",
     "copy to after shared memory": SHARED,
     "copy from after a tensor": MEMORY,
+    "read before a copy has arrived": "not what is copied: CTA",
+    "write before a copy has read": "not what is copied: CTA",
+    "missing barrier of a CTA": "not what another thread has copied: CTA",
     "copy pending at exit": "a copy is pending at exit: CTA",
     "different instructions": "the lanes of a warp are at different instructions: CTA",
     "lane that skips an instruction": "deadlock",
@@ -36,6 +40,9 @@ FAULTS = {  # of emulation/faults.cpp, and what is said of each
     "mbarrier that is not initialized": "an mbarrier that is not initialized: CTA",
     "mbarrier that is armed twice": "an mbarrier is armed twice in a phase: CTA",
     "more bytes armed than stored": "deadlock",
+    "unordered writes": "a write over what another CTA wrote, unordered: CTA",
+    "read before the release": UNSEEN,
+    "read without acquire": UNSEEN,
 }
 SEEDS = (0, 1, 2)  # 0: in order, and as late as may be
 

@@ -4,7 +4,10 @@ import re
 from itertools import product
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import lstm_fused
 from lstm_fused import _plan, cuda
 from tests.helpers import plan_coverage
 
@@ -126,3 +129,95 @@ def test_plans_of_described_cells(normalizes):
 def test_plan_text():
     text = str(cuda.plan("float32", 9, 4, 40, 40, 1, 4, False, True, DEVICES["H200"], False))
     assert "plan" in text and "CTAs" in text and "TF32" in text
+
+
+def reason_on(name, dtype, T, N, H, **more):
+    sizes = (dtype, T, N, H, H, 1, 4, False, True, DEVICES[name])
+    return _plan.cuda_cudnn_reason(*sizes, **more)
+
+
+def test_cudnn_runs_where_a_plan_is_not_predicted_to_be_ahead():
+    """Those with launches for each step; of torch.nn's cells alone."""
+    assert reason_on("H200", "bfloat16", 100, 16, 512) is None
+    assert reason_on("H200", "bfloat16", 100, 16, 1024) is None
+    assert reason_on("A100", "float16", 100, 16, 512) is None
+    assert reason_on("H200", "bfloat16", 100, 16, 4096).startswith("the step plan")
+    assert reason_on("H200", "bfloat16", 100, 2048, 512).startswith("the gemm plan")
+    assert reason_on("H200", "float64", 100, 16, 256).startswith("the step plan")
+    assert reason_on("H200", "float64", 100, 16, 256, described=True) is None
+
+
+class OnCuda:
+    """A tensor that says it is on a CUDA device."""
+
+    is_cuda = True
+    device = torch.device("cuda", 0)
+
+    def __init__(self, dtype=torch.bfloat16, requires_grad=False):
+        self.dtype, self.requires_grad = dtype, requires_grad
+
+
+@pytest.fixture
+def h200(monkeypatch):
+    """A function that says why a call runs cuDNN on an H200."""
+    monkeypatch.setattr(cuda, "device_properties", lambda index: DEVICES["H200"])
+    cell = cuda.CELLS[_plan.cells()["lstm"]["id"]]
+
+    def reason(H, x=None, weight=None):
+        x, weight = x or OnCuda(), weight or OnCuda()
+        return cuda.cudnn_reason(cell, x, (100, 16, H, H), 1, (weight,))
+
+    cuda.set_plan(None)
+    return reason
+
+
+def test_set_plan_chooses_cudnn_or_our_kernels(h200):
+    assert h200(256) is None and h200(4096).startswith("the step plan")
+    cuda.set_plan("cudnn")
+    assert h200(256) == h200(4096) == "set_plan has forced it"
+    for kind in ("fused", *cuda.KINDS):
+        cuda.set_plan(kind)
+        assert h200(4096) is None
+        assert cuda.forced_kind() == ("" if kind == "fused" else kind)
+
+
+def test_cudnn_runs_plain_inference_alone(h200):
+    """Second derivatives, evaluation mode's gradients and transforms are ours."""
+    weight = OnCuda(requires_grad=True)
+    assert h200(4096, weight=weight) is None
+    with torch.no_grad():
+        assert h200(4096, weight=weight) is not None
+        with torch.backends.cudnn.flags(enabled=False):
+            assert h200(4096) is None
+    assert torch.func.vmap(lambda t: t + bool(h200(4096)))(torch.zeros(2)).tolist() == [0, 0]
+
+
+def test_module_runs_torchs_forward_by_plan(monkeypatch):
+    """And explain says so. The tensors are fake ones: no device is needed."""
+    monkeypatch.setattr(cuda, "unsupported_reason", lambda device: None)
+    monkeypatch.setattr(cuda, "device_properties", lambda index: DEVICES["H200"])
+    monkeypatch.setattr(torch.nn.LSTM, "reset_parameters", lambda module: None)
+    monkeypatch.setattr(torch.nn.LSTM, "forward", lambda module, input, hx: "torch's")
+    cuda.set_plan(None)
+    with FakeTensorMode(), torch.no_grad():
+        for H, ours in ((64, True), (4096, False)):
+            module = lstm_fused.LSTM(8, H, device="cuda", dtype=torch.bfloat16)
+            x = torch.empty(100, 16, 8, device="cuda", dtype=torch.bfloat16)
+            said = str(lstm_fused.explain(module, x))
+            assert ("plan cudnn: the step plan" in said) == (not ours), said
+            if not ours:
+                assert module(x) == "torch's"
+                resets = torch.zeros(100, 16, dtype=torch.bool, device="cuda")
+                assert module(x, resets=resets)[0].shape == (100, 16, H)
+
+
+def test_plan_counts_the_clusters_that_are_active_at_once():
+    """A device may have fewer of 16 CTAs than its SMs would make: each lies within one GPC."""
+
+    def kind(N, clusters):
+        device = (9, 0, 132, 227 << 10, 16, clusters)
+        return cuda.plan("bfloat16", 100, N, 512, 512, 1, 4, False, False, device, False).kind
+
+    # Two waves at most, of clusters that have 16 rows each.
+    assert kind(96, 3) == kind(112, 8) == kind(256, 8) == "cluster"
+    assert kind(112, 3) != "cluster" and kind(272, 8) != "cluster"

@@ -30,7 +30,7 @@ def ninja(*targets):
     )
     names = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
     objects = "".join(f"build $builddir/{n}.o: kernel $csrc/{n}.cu\n" for n in names)
-    others = ("operators", "plan", "fibers", "memory", "tensors")
+    others = ("operators", "plan", "fibers", "operations", "accesses", "memory", "tensors")
     inputs = " ".join(f"$builddir/{n}.o" for n in (*names, *others))
     objects += f"build $builddir/emulation.so: library {inputs}\n"
     with (FOLDER / "lock").open("w") as lock:

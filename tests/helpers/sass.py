@@ -202,7 +202,9 @@ def consumed_loads(code, after, loop):
     inside = set(loop)
 
     def waits(at):
-        return at not in inside or WAITS.match(code[at].opcode) is not None
+        # One under a predicate may be of another path: of a CTA with several tiles of rows.
+        barrier = WAITS.match(code[at].opcode) is not None and not code[at].predicate
+        return at not in inside or barrier
 
     arrivals = [i for i in loop if ARRIVES.match(code[i].opcode)]
     between = reachable(after, arrivals, waits)

@@ -1,11 +1,13 @@
 // Kernels with one planted fault each, which the emulation must report; and without any. Argument:
 // the name of a fault, "none" for the same kernels without faults.
+#include <algorithm>
 #include <cstdio>
-#include <string>
+#include <cstring>
 #include <vector>
 
 #include "cuda/kernel_launch.h"
 #include "cuda/ptx/async_copy.h"
+#include "cuda/ptx/barrier.h"
 #include "cuda/ptx/cluster.h"
 #include "cuda/ptx/mma.h"
 #include "memory.h"
@@ -22,7 +24,7 @@ struct Params {
 };
 
 bool has(const Params& p, const char* fault) {
-  return std::string(p.fault) == fault;
+  return std::strcmp(p.fault, fault) == 0;
 }
 
 LSTM_FUSED_KERNEL(kThreads, 1) accesses(const Params p) {
@@ -37,7 +39,7 @@ LSTM_FUSED_KERNEL(kThreads, 1) accesses(const Params p) {
     if (has(p, "write just after shared memory")) last[1] = 1;
     if (has(p, "write before shared memory")) first[-1] = 1;
     if (has(p, "read after a tensor")) *first = static_cast<volatile char*>(p.memory)[kShared];
-    if (has(p, "write before a tensor")) p.memory[-1] = 1;
+    if (has(p, "write before a tensor") && gpu::block_index().x == 0) p.memory[-1] = 1;
     volatile int* word = reinterpret_cast<int*>(shared + (has(p, "misaligned load") ? 2 : 4));
     *first = *word;
   }
@@ -45,6 +47,7 @@ LSTM_FUSED_KERNEL(kThreads, 1) accesses(const Params p) {
 }
 
 LSTM_FUSED_KERNEL(kThreads, 1) copies(const Params p) {
+  if (has(p, "write before a copy has read") && gpu::block_index().x != 0) return;
   char* shared = gpu::shared_memory();
   const int at = gpu::thread_index() * 16;
   const char* from = p.memory + at + (has(p, "misaligned source of a copy") ? 4 : 0);
@@ -53,9 +56,16 @@ LSTM_FUSED_KERNEL(kThreads, 1) copies(const Params p) {
   if (has(p, "copy from after a tensor")) from += kShared - 16;
   gpu::copy_async(to, from, true);
   gpu::commit_copies();
-  // Without the wait it is early half of the time alone.
-  if (!has(p, "copy pending at exit")) gpu::wait_copies<0>();
-  gpu::sync_block();
+  const uint32_t* got = reinterpret_cast<const uint32_t*>(to);
+  if (has(p, "read before a copy has arrived") && *got != 0)
+    gpu::fibers::fail("not what is copied");
+  if (has(p, "write before a copy has read")) *reinterpret_cast<uint32_t*>(p.memory + at) = 1;
+  if (has(p, "copy pending at exit")) return;
+  gpu::wait_copies<0>();
+  if (*got != 0) gpu::fibers::fail("not what is copied");
+  if (!has(p, "missing barrier of a CTA")) gpu::sync_block();
+  const uint32_t* others = reinterpret_cast<const uint32_t*>(shared + (kThreads - 1) * 16 - at);
+  if (*others != 0) gpu::fibers::fail("not what another thread has copied");
 }
 
 LSTM_FUSED_KERNEL(kThreads, 1) lanes(const Params p) {
@@ -117,9 +127,26 @@ LSTM_FUSED_KERNEL(kThreads, 1) stores(const Params p) {
   gpu::cluster_barrier_wait();
 }
 
-const char* launch(void (*kernel)(Params), const Params& p, int cluster) {
+// CTA 0 writes what CTA 1 reads.
+LSTM_FUSED_KERNEL(kThreads, 1) exchanges(const Params p) {
+  volatile int* const value = reinterpret_cast<int*>(p.memory);
+  char* const counter = p.memory + 64;
+  const bool writes = gpu::block_index().x == 0 && gpu::thread_index() == 0;
+  if (has(p, "unordered writes") && gpu::thread_index() == 0) *value = 1;
+  if (writes && !has(p, "read before the release")) *value = 1;
+  gpu::sync_block();
+  gpu::barrier_arrive(counter);
+  if (writes && has(p, "read before the release")) *value = 1;
+  if (has(p, "read without acquire"))
+    for (int i = 0; i < 50; ++i) gpu::sync_block();  // until the other one has written
+  else
+    gpu::barrier_wait(counter, 2);
+  if (gpu::block_index().x == 1 && *value != 1) gpu::fibers::fail("not what was written");
+}
+
+const char* launch(void (*kernel)(Params), const Params& p, int cluster, bool cooperative = false) {
   gpu::ConfiguredDevices configured;
-  const gpu::LaunchConfig config{dim3(2), kThreads, kShared, cluster, false, nullptr};
+  const gpu::LaunchConfig config{dim3(2), kThreads, kShared, cluster, cooperative, nullptr};
   return gpu::launch_kernel(kernel, config, p, configured);
 }
 
@@ -134,6 +161,8 @@ int main(int, char** arguments) {
   if (!error) error = launch(lanes, p, 0);
   if (!error) error = launch(clusters, p, kClusterCtas);
   if (!error) error = launch(stores, p, kClusterCtas);
+  std::fill(memory.begin(), memory.end(), 0);
+  if (!error) error = launch(exchanges, p, 0, true);
   if (!error) error = gpu::damage_of_allocations();
   std::puts(error ? error : "no error");
   return error != nullptr;

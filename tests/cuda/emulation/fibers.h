@@ -2,24 +2,25 @@
 // launch take turns on one OS thread.
 //
 // The barriers of a warp, a CTA, a cluster and a grid work as on a GPU. With a seed, CTAs, warps
-// and lanes take turns in a random order, and asynchronous copies and stores happen
-// at any time that is allowed; without one in order, and as late as they may. Until then there is
-// poison where they go to. Under the thread sanitizer each fiber counts as a thread, and only
-// barriers order the accesses of two fibers: the instructions of a warp do not, as on a GPU.
+// and lanes take turns in a random order, and asynchronous copies and stores happen at any time
+// that is allowed; without one in order, and as late as they may. Until then there is poison where
+// they go to. Under the thread sanitizer each fiber counts as a thread, and only barriers order the
+// accesses of two fibers: the instructions of a warp do not, as on a GPU.
 //
 // A launch fails, with a message that names the CTA and the thread, where
 //   - no fiber can continue;
 //   - a fiber accesses memory outside of shared memory or of a guarded tensor (memory.h), or at an
 //     address that is not aligned as its type is; undefined arithmetic counts as well;
 //   - a copy or ldmatrix is not aligned to 16 bytes or not within the CTA's shared memory;
+//   - a CTA reads or overwrites what another one wrote, and has not acquired it (accesses.cpp);
 //   - the lanes of a warp are at different instructions that need all of them;
 //   - a thread arrives at the cluster's barrier twice or waits without having arrived;
 //   - an mbarrier is not initialized, or is armed twice in a phase;
 //   - a store goes to no CTA of the cluster, or to one that exits;
 //   - a thread exits while a copy, a store to its CTA or its half of a barrier is pending.
 //
-// The emulation does not show: the order in which other SMs see writes to memory (a missing fence,
-// a stale L1 line), bank conflicts, speed, and whether a device accepts the launch.
+// The emulation does not show: whether the device's fences are as strong as the barriers here, bank
+// conflicts, speed, and whether a device accepts the launch.
 #pragma once
 
 #include <cstdint>

@@ -28,8 +28,10 @@ inline void load_matrices(uint32_t (&r)[2], const void* row) {
 }
 
 // kValues: values in a 32-bit register of an operand; value(word, i): the i-th of them.
+// Its accesses are of registers: accesses.cpp does not look at them.
 template <int kValues, class Value>
-void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Value value) {
+__attribute__((no_sanitize("thread"))) void mma(float (&c)[4], const uint32_t (&a)[4],
+                                                const uint32_t (&b)[2], Value value) {
   const uint32_t own[8] = {a[0], a[1], a[2], a[3], b[0], b[1], 0, 0};
   const fibers::LaneWords& all = fibers::exchange_words("mma", own);
   const int lane = thread_index() % 32;
