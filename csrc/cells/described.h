@@ -3,8 +3,8 @@
 // functions (unit.h) that derive.h makes of it, backward included.
 //
 //   struct MyCell : DescribedCell {
-//     static constexpr int kGates = 1;    // blocks of H rows in w_ih, w_hh and the biases, 4 at
-//     most static constexpr int kPreacts = 1;  // pre-activations of a unit, kGates to 2 * kGates
+//     static constexpr int kGates = 1;    // 1 to 4 blocks of H rows in w_ih, w_hh and the biases
+//     static constexpr int kPreacts = 1;  // pre-activations of a unit, kGates to 2 * kGates
 //     template <class V>
 //     static constexpr V forward(const V* preact, const V* vector, const V* mask, const V* prev,
 //                                V* next) {

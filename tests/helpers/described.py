@@ -53,6 +53,7 @@ EACH_KIND = (
     "layer_norm_lstm",
 )
 KINKED = tuple(cell for cell, row in CELLS.items() if row.kinked)
+CLIPPED = tuple(cell for cell, row in CELLS.items() if "bound" in row.constants)
 BLOCK = 16  # of a head's units, a multiple
 
 

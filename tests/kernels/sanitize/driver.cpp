@@ -170,7 +170,8 @@ bool run(const Case& c, CellKind cell, Isa isa, DType dtype, int threads) {
   f.x = {b.random(S * c.I), c.N * c.I, c.I};
   if (c.state) {
     f.h0 = b.random(initial * R);
-    if (has_c) f.c0 = b.random(initial * C);
+    // An sLSTM divides by one of its states.
+    if (has_c) f.c0 = known.described ? b.filled(initial * C, 0.5) : b.random(initial * C);
   }
   for (int d = 0; d < c.D; ++d) {
     f.weights[d] = {b.random(G * c.H * c.I), b.random(G * c.H * R),
