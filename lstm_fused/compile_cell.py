@@ -80,13 +80,14 @@ def compile_cell(
 def _register(library: cell_library.Library) -> None:
     """Make the cell known to the kernels and to whoever reads the lists of cells."""
     trace, name = library.trace, library.name
-    gates, has_operand = (trace.gates, trace.preacts, trace.cells), trace.operand is not None
-    own = trace.vectors, trace.masks, trace.groups, has_operand
-    numbers = [int(n) for n in (*gates, trace.keeps_hidden, *own)]
-    number = torch.ops.lstm_fused.register_cell(name, numbers)
+    facts = (
+        *(trace.gates, trace.preacts, trace.cells, trace.keeps_hidden),
+        *(trace.vectors, trace.masks, trace.groups, trace.operand is not None),
+    )
+    number = torch.ops.lstm_fused.register_cell(name, [int(n) for n in facts])
     for isa, addresses in library.functions.items():
         torch.ops.lstm_fused.register_functions(number, isa, *addresses)
-    _plan.register_cell(name, *gates, trace.keeps_hidden, *own)
+    _plan.register_cell(name, *facts)
     info = _plan.cells()[name]
     reference.CELLS[name] = traces.reference_layer(trace)
     cuda.CELLS[number] = {"name": name, **info}
