@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from lstm_fused import _plan
+from lstm_fused.observed import is_captured, is_transformed
 
 _PLAN = Path(_plan.__file__)
 _LIBRARY = _PLAN.with_name(_PLAN.name.replace("_plan", "_C_cuda"))  # by the same suffix
@@ -126,21 +127,15 @@ def cudnn_reason(cell, x, sizes, directions, tensors):
         return None
     if _choice == "cudnn":
         return "set_plan has forced it"
-    name, (*_, H, R) = str(x.dtype).removeprefix("torch."), sizes
-    tf32 = name == "float32" and tf32_allowed()
-    device = device_properties(index_of(x.device))
-    return _reason_of_sizes(name, *sizes, directions, cell["gates"], R != H, tf32, device)
+    problem = _problem(cell, x.dtype, *sizes, directions)
+    return _reason_of_sizes(*problem, device_properties(index_of(x.device)))
 
 
 def _is_plain_inference(tensors):
     """Whether a call records no gradient, and nothing traces or transforms it."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return False
-    if torch.autograd.forward_ad._current_level >= 0 or torch.is_autocast_enabled("cuda"):
-        return False
-    if torch._C._are_functorch_transforms_active():
-        return False
-    return not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    return not (is_captured() or is_transformed() or torch.is_autocast_enabled("cuda"))
 
 
 @lru_cache(maxsize=4096)
@@ -222,8 +217,14 @@ def plan(
 
 def plan_on(device, cell, dtype, T, N, H, R, directions):
     """The forward plan of a layer on a CUDA device now; dtype: a torch.dtype or its name."""
-    name = str(dtype).removeprefix("torch.")
-    tf32, info = name == "float32" and tf32_allowed(), CELLS[cell]
-    sizes = (name, T, N, H, R, directions, info["gates"], R != H, tf32)
+    info = CELLS[cell]
+    problem = _problem(info, dtype, T, N, H, R, directions)
     of_cell = info["described"], info["groups"] > 0
-    return plan(*sizes, device_properties(index_of(device)), False, forced_kind(), *of_cell)
+    return plan(*problem, device_properties(index_of(device)), False, forced_kind(), *of_cell)
+
+
+def _problem(cell, dtype, T, N, H, R, directions):
+    """The first arguments of `plan` for a layer now; cell: one of CELLS; dtype: as of plan_on."""
+    name = str(dtype).removeprefix("torch.")
+    tf32 = name == "float32" and tf32_allowed()
+    return name, T, N, H, R, directions, cell["gates"], R != H, tf32

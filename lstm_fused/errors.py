@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lstm_fused import padded
+from lstm_fused.observed import is_captured
 
 
 def check_input(module, input, batch_sizes):
@@ -153,7 +154,7 @@ def check_lengths(input, lengths, batch_first):
     if not isinstance(input, Tensor) or input.dim() != 3:
         got = f"{input.dim()}-D" if isinstance(input, Tensor) else type(input).__name__
         raise ValueError(f"lengths needs a padded 3-D input, got {got}")
-    captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    captured = is_captured()
     stays = isinstance(lengths, Tensor) and padded.stays_on_device(lengths) and not captured
     stays = stays and lengths.device == input.device
     try:
@@ -254,7 +255,7 @@ def check_cu_seqlens(input, cu_seqlens, max_seqlen):
         )
     if max_seqlen is not None and (isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int)):
         raise TypeError(f"max_seqlen must be an int, got {type(max_seqlen).__name__}")
-    if not cu_seqlens.is_cpu or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if not cu_seqlens.is_cpu or is_captured():
         return
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
     if first != 0 or last != input.shape[0]:

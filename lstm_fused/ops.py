@@ -11,7 +11,6 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from lstm_fused import (
     _plan,
@@ -24,6 +23,7 @@ from lstm_fused import (
     tangents,
 )
 from lstm_fused.export import state_or_zeros
+from lstm_fused.observed import is_captured, is_transformed
 from lstm_fused.operators import forward_op
 from lstm_fused.reference_derivatives import Layer
 
@@ -113,7 +113,7 @@ def layer(
         # As torch.nn's layers do: AOTInductor's runtime, for one, takes no empty list of tensors.
         state0 = state_or_zeros(x, batch_sizes, (), weights, _IDS[cell], directions)
     args = x, batch_sizes, resets, state0, weights, _IDS[cell], directions, cell_states
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
+    if is_captured() or is_transformed():
         # Whether anything is saved is known to the operator's Autograd kernel, how often is not.
         y, *ends, _, _ = forward_op(*args, 0 if save_every == 1 else save_every)
     elif torch.is_grad_enabled() and any([t.requires_grad for t in (*weights, x, *state0)]):
@@ -145,10 +145,3 @@ def step(x: Tensor, state0: Sequence[Tensor], weights: Sequence[Tensor], cell: s
 @cache
 def _call(cell, directions, states, cell_states, save_every):
     return Layer(cell, directions, states, cell_states, save_every)
-
-
-def is_transformed():
-    """Whether a transform of torch.func or forward-mode differentiation is on."""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-    )

@@ -15,6 +15,7 @@ from lstm_fused.autograd import below, differentiates
 from lstm_fused.cuda import CELLS
 from lstm_fused.dynamo import untraced
 from lstm_fused.export import zeros_state
+from lstm_fused.observed import is_captured, is_transformed
 from lstm_fused.operators import (
     forward_op,
     library,
@@ -52,7 +53,7 @@ def layer(
     if not state0 and torch.compiler.is_exporting():
         state0 = zeros_state(x, batch_sizes, _widths(number, *sizes), directions)  # as ops.layer
     args = x, batch_sizes, resets, state0, weights, *sizes, number, directions, cell_states
-    observed = torch.compiler.is_compiling() or torch.jit.is_tracing() or ops.is_transformed()
+    observed = is_captured() or is_transformed()
     recorded = torch.is_grad_enabled() and any([t.requires_grad for t in (x, *state0)])
     found = quantized_op(*args) if observed or recorded else run_directly(quantized_op, *args)
     return _results(found, number, sizes, directions, cell_states)

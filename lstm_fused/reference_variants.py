@@ -1,4 +1,4 @@
-"""References of cells and of options that no kernel has yet; see reference.py.
+"""References of options that no kernel has yet; see reference.py.
 
 A step is as those in reference_steps.py. Sizes: n rows, I inputs, H hidden units, R recurrent
 width.
@@ -9,11 +9,7 @@ from functools import partial
 import torch
 
 from lstm_fused import reference
-from lstm_fused.reference_steps import Cell
-
-
-def _linear(x, w, b):
-    return x @ w.t() if b is None else x @ w.t() + b
+from lstm_fused.reference_steps import Cell, _linear
 
 
 def _projected_lstm(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, vectors, masks, proj_clip):
@@ -41,8 +37,4 @@ def _projected_lstm(x, state, w_ih, w_hh, b_ih, b_hh, w_hr, vectors, masks, proj
 def projected_lstm(proj_clip):
     """A layer with every option of RegularizedLSTM, of a projection; proj_clip: None for none."""
     step = partial(_projected_lstm, proj_clip=proj_clip)
-    return _layer(Cell(step, gates=4, cells=1, vectors=5, masks=4))
-
-
-def _layer(cell):
-    return partial(reference._layer, cell)
+    return partial(reference._layer, Cell(step, gates=4, cells=1, vectors=5, masks=4))

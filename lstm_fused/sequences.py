@@ -7,9 +7,10 @@ documents, L layers, D directions.
 import torch
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from lstm_fused import by_reference, call_options, errors, ops, padded
+from lstm_fused import by_reference, call_options, errors, padded
 from lstm_fused.call_options import Given
 from lstm_fused.fallback import TRACED, Fused, State
+from lstm_fused.observed import is_captured, is_transformed
 
 
 class Sequences(Fused[State]):
@@ -53,7 +54,7 @@ class Sequences(Fused[State]):
         """The number of rows of a PackedSequence."""
         if packed.sorted_indices is not None:
             return packed.sorted_indices.shape[0]
-        if _is_captured() and hx is not None:
+        if is_captured() and hx is not None:
             return self._as_state(hx)[0].shape[1]  # the operator compares
         return int(packed.batch_sizes[0])
 
@@ -73,7 +74,7 @@ class Sequences(Fused[State]):
         if given is not None:
             resets = call_options.dense_resets(given.resets, x, 3, self.batch_first)
             dense = given._replace(resets=resets)
-        if _is_captured() or ops.is_transformed():
+        if is_captured() or is_transformed():
             return self._laid_out(*self._run_lengths(x, lengths, state, dense))
         if padded.stays_on_device(lengths):
             fused = self._fallback_reason(x, hx, self._weights()) is None
@@ -199,7 +200,7 @@ class Sequences(Fused[State]):
     def _documents_padded(self, x, cu_seqlens, max_seqlen, state, given):
         """As _forward_documents, where each document becomes a row of max_seqlen steps."""
         if max_seqlen is None:
-            if _is_captured():
+            if is_captured():
                 raise RuntimeError(
                     "max_seqlen must be given with cu_seqlens where a graph is captured on a CUDA "
                     "device, its values are not known there"
@@ -211,17 +212,12 @@ class Sequences(Fused[State]):
         x = layout.padded(x)
         if padded.is_maskable(self, state, given):
             y, state, *cells = self._run_lengths(x, layout.lengths, state, given, padded.masked)
-        elif _is_captured():
+        elif is_captured():
             y, state, *cells = self._run_lengths(x, layout.lengths, state, given)
         else:
             y, state, *cells = self._run_rows(x, layout.lengths.cpu(), state, given)
         y, *cells = (layout.concatenated(t) for t in (y, *cells))
         return y, self._as_given(state), *cells
-
-
-def _is_captured():
-    """Whether a graph is being captured, so that no tensor's values may be read."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _permuted(state, permutation):
